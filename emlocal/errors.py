@@ -1,0 +1,34 @@
+"""Errors that people see: one line that says what failed, one that says what mends it.
+
+Everything raised on purpose is an `EmlocalError`; the command line prints it without a traceback and
+leaves with its `exit_code`. Anything else that reaches the top is a defect of emlocal and says so.
+"""
+
+
+class EmlocalError(Exception):
+    """What failed, with the numbers; `hint` is the command or change that mends it. Exit code 1."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(EmlocalError):
+    """The request itself cannot be meant: a bad value, or flags that contradict each other. Exit code 2."""
+
+    exit_code = 2
+
+
+class ModelError(EmlocalError):
+    """A model or adapter that cannot be found, fetched, trusted or loaded."""
+
+
+class BackendError(EmlocalError):
+    """An engine that is missing, or that failed while running."""
+
+
+class ContextFullError(EmlocalError):
+    """The tokens asked for do not fit the context; nothing is ever cut off silently."""
