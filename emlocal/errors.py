@@ -32,3 +32,7 @@ class BackendError(EmlocalError):
 
 class ContextFullError(EmlocalError):
     """The tokens asked for do not fit the context; nothing is ever cut off silently."""
+
+
+class LogitsError(EmlocalError, ValueError):
+    """A row of logits that is no distribution: NaN, +inf, or every token masked."""

@@ -1,0 +1,140 @@
+"""The fast path: a row of logits split into a head that is held token by token and a summed-up tail.
+
+One float32 sweep over the row gives weights w_i = exp(z_i − max z). Tokens with w_i > `cutoff` form the head
+(some hundreds of 151,936 in practice), in float64; the others are the tail, kept as the sums that the
+gradient steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.descent` takes the
+steps and carries a bound on its distance from the full-vocabulary reference.
+
+The tail's weights stay in the sweep's buffer, summed by blocks of 128 tokens, so that a draw by inverse
+CDF in token order needs no cumulative sum over the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.em.entropy import Float64, checked
+
+BLOCK = 128
+CUTOFFS = (1e-6, 1e-8, 1e-9)
+"""Tried in turn until the bound on the error is small enough. Gradient descent passes at the first."""
+PLAIN_RANGE = (-15.0, 40.0)
+"""Rows whose largest logit lies here need no shift: exp and its squares stay well inside float32."""
+UNDERFLOW = np.float32(-200.0)  # exp is 0 in float32 long before; stands for −inf in products with w = 0
+
+Float32 = NDArray[np.float32]
+
+
+class SquaredTail(NamedTuple):
+    """Q_k = Σ_tail w² s^k for k = 0, 1, 2: to first order, what gradient descent does to the tail."""
+
+    Q0: float
+    Q1: float
+    Q2: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """One row's distribution. Weights w and exponents s = log w are relative to the row's largest logit."""
+
+    index: NDArray[np.intp]
+    """Token ids of the head, ascending, int [n]."""
+    head: Float64
+    """s of the head, [n]; the largest is 0."""
+    tail_mass: float
+    """Σ_tail w."""
+    tail_moment: float
+    """Σ_tail w·s."""
+    blocks: Float64
+    """Σ_tail w within each block of 128 token ids, [⌈V/128⌉]."""
+    tail: Float32
+    """Each token's weight as the sweep left it, 0 for the head's, [V padded to whole blocks]; a view."""
+    scale: float
+    """w = scale · tail."""
+    row: Float32
+    """The exponents as the sweep took them, [V]; a view."""
+    offset: float
+    """s = row − offset."""
+    cutoff: float
+    """Every token with w > cutoff is in the head, and no other."""
+
+    @property
+    def partition(self) -> float:
+        """Σ_i w_i over the whole row."""
+        return float(np.exp(self.head).sum()) + self.tail_mass
+
+    def entropy(self) -> float:
+        """H of the row in nats: log S − (Σ w s)/S."""
+        weights = np.exp(self.head)
+        S = float(weights.sum()) + self.tail_mass
+        return max(0.0, math.log(S) - (float(weights @ self.head) + self.tail_moment) / S)
+
+    def squared_tail(self) -> SquaredTail:
+        """The tail's second moments; one more sweep, needed only where gradient descent takes steps."""
+        tail = self.tail[: len(self.row)]
+        product = tail * self.row
+        q0, q1, q2 = (
+            _dot(a, b) * self.scale**2 for a, b in ((tail, tail), (product, tail), (product, product))
+        )
+        c = self.offset  # s = row − c
+        return SquaredTail(q0, q1 - c * q0, q2 - 2 * c * q1 + c * c * q0)
+
+    def light_tail_mass(self, weight: float) -> float:
+        """Σ_tail w·f with f = weight/(w + weight): the mass of the tokens lighter than `weight`, softly."""
+        epsilon = np.float32(weight / self.scale)
+        share = self.tail + epsilon
+        np.divide(self.tail, share, out=share)
+        return weight * float(share.sum(dtype=np.float64))
+
+
+class Splitter:
+    """Splits rows of one vocabulary; owns the buffers, so a Split lives until the next call of `split`.
+
+    Rows are float32 [V]: what the engines produce. Not for use from two threads at once.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self._weights = np.zeros(-(-vocabulary // BLOCK) * BLOCK, dtype=np.float32)
+        self._shifted = np.empty(vocabulary, dtype=np.float32)
+        self._in_head = np.empty(vocabulary, dtype=np.bool_)
+        self._ones = np.ones(BLOCK, dtype=np.float32)
+
+    def split(self, row: Float32, cutoff: float = CUTOFFS[0]) -> Split:
+        """One sweep over `row`, float32 [V]; the result may be a view of it.
+
+        Raises LogitsError as `emlocal.em.entropy.checked` does.
+        """
+        top = float(row.max())
+        if not math.isfinite(top):
+            checked(row)
+        head_row, top_of_row = row, top
+        if not PLAIN_RANGE[0] < top < PLAIN_RANGE[1]:
+            row, top = np.subtract(row, np.float32(top), out=self._shifted), 0.0
+        weights = self._weights[: self.vocabulary]
+        np.exp(row, out=weights)
+        np.greater(weights, np.float32(cutoff * math.exp(top)), out=self._in_head)
+        index = np.flatnonzero(self._in_head)
+        weights[index] = 0.0
+
+        moment = _dot(weights, row)
+        if not math.isfinite(moment):  # masked tokens: 0·(−inf)
+            row = np.maximum(row, UNDERFLOW, out=self._shifted)
+            moment = _dot(weights, row)
+        scale = math.exp(-top)
+        blocks = np.vecdot(self._weights.reshape(-1, BLOCK), self._ones).astype(np.float64) * scale
+        mass = float(blocks.sum())
+        head = head_row[index].astype(np.float64) - top_of_row
+        moment = moment * scale - top * mass
+        return Split(index, head, mass, moment, blocks, self._weights, scale, row, top, cutoff)
+
+
+def _dot(a: Float32, b: Float32) -> float:
+    """a·b: float32 within blocks, float64 across them, so that the error does not grow with V."""
+    whole = len(a) // BLOCK * BLOCK
+    with np.errstate(invalid="ignore"):  # 0·(−inf) where tokens are masked; the caller looks
+        blocks = np.vecdot(a[:whole].reshape(-1, BLOCK), b[:whole].reshape(-1, BLOCK))
+        return float(blocks.sum(dtype=np.float64)) + float(a[whole:] @ b[whole:])

@@ -1,0 +1,229 @@
+"""The sampler of the numpy engines: one row of logits in, one token and its statistics out.
+
+The row is split into head and tail (emlocal.em.split), EM steps act on the head, and what follows acts on
+the head too wherever the head provably holds every token that can be drawn; otherwise on the full row.
+Rows are taken one at a time, each while it is in the processor's cache: that is faster than sweeps over
+[B, V], and a row's result cannot depend on its neighbours.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.em import AdaptiveTemperature, EMInf, adaptive_temperature, em_inf
+from emlocal.em.cooling import cool
+from emlocal.em.descent import Sharpened, descend
+from emlocal.em.entropy import Float64, log_softmax
+from emlocal.em.split import BLOCK, CUTOFFS, Float32, Split, Splitter
+from emlocal.sampling.params import EMStep, SamplingParams
+from emlocal.sampling.penalties import adjust
+from emlocal.sampling.reference import inverse_cdf, nucleus, probabilities
+
+NEGLIGIBLE = 1e-7
+"""A tail with less than this share of the probability is left out of the draw."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token and how it came to be chosen."""
+
+    token: int
+    entropy_before: float
+    """Nats, of softmax(logits) after penalties."""
+    entropy_after: float
+    """Nats, after the EM step; equal to `entropy_before` where it did nothing."""
+    steps: int
+    """EM steps taken."""
+    p_before: float
+    """The token's probability before the EM step …"""
+    p_after: float
+    """… and after it; both before temperature and truncation."""
+    token_without_em: int
+    """What the same uniform would have drawn without the EM step."""
+
+
+class _Weights(NamedTuple):
+    """A distribution over a split row: head weights, and the tail as factor · w^power."""
+
+    head: Float64  # exponents, [n]
+    tail_factor: float
+    tail_power: float
+    tail_mass: float
+
+
+class Sampler:
+    """Draws tokens from rows of one vocabulary. Not for use from two threads at once."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._splitter = Splitter(vocabulary)
+        self.paths: Counter[float] = Counter()
+        """How many rows passed at which cutoff; 0 is the full-vocabulary reference."""
+
+    def sample(self, row: Float32, params: SamplingParams, u: float, seen: Sequence[int] = ()) -> Draw:
+        """One token from one row.
+
+        Args:
+            row: raw logits, float32 [V], not changed.
+            u: uniform in [0, 1).
+            seen: token ids so far, for the penalties.
+        Raises:
+            LogitsError: the row is no distribution.
+            UsageError: a logit bias names a token that the model does not have.
+        """
+        row = adjust(row, params, seen)
+        for cutoff in CUTOFFS:
+            split = self._splitter.split(row, cutoff)
+            if len(split.index) < params.top_k and cutoff != CUTOFFS[-1]:
+                continue  # a confident row, and top-k reaches below this head
+            sharpened = sharpen(split, params.em)
+            if sharpened is not None:
+                self.paths[cutoff] += 1
+                return _draw(split, sharpened, params, u)
+        self.paths[0] += 1
+        return _draw_reference(row, params, u)
+
+
+def sharpen(split: Split, em: EMStep | None) -> Sharpened | None:
+    """The EM step on a split row; None where the fast path cannot promise the reference's answer."""
+    if isinstance(em, EMInf):
+        return descend(split, em)
+    if isinstance(em, AdaptiveTemperature):
+        return cool(split, em)
+    H = split.entropy()
+    return Sharpened(split.head, 1.0, 1.0, split.tail_mass, H, H, 0)
+
+
+def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) -> Draw:
+    plain = _Weights(split.head, 1.0, 1.0, split.tail_mass)
+    after = _Weights(*sharpened[:4])
+    token = _choose(split, after, params, u)
+    without = token if sharpened.steps == 0 else _choose(split, plain, params, u)
+    p_before = _probability(split, plain, token)
+    return Draw(
+        token,
+        sharpened.entropy_before,
+        sharpened.entropy_after,
+        sharpened.steps,
+        p_before,
+        p_before if sharpened.steps == 0 else _probability(split, after, token),
+        without,
+    )
+
+
+def _choose(split: Split, weights: _Weights, params: SamplingParams, u: float) -> int:
+    """Temperature, top-k, top-p, min-p and the draw."""
+    if params.temperature == 0:
+        return int(split.index[weights.head.argmax()])
+    beta = 1 / params.temperature
+    top = float(weights.head.max())
+    head = np.exp((weights.head - top) * beta)  # the most probable token has weight 1
+    power = weights.tail_power * beta
+    scale = weights.tail_factor**beta * math.exp(-top * beta)
+    heaviest = scale * split.cutoff**power  # no tail token weighs more
+    tail = _tail_mass(split, power, scale)
+
+    keep = np.arange(len(head))
+    if 0 < params.top_k < len(split.row):
+        keep = _largest(head, params.top_k)
+        in_doubt = len(keep) < params.top_k or head[keep].min() <= heaviest
+        if in_doubt and (tail is None or tail > NEGLIGIBLE):
+            return _choose_on_full_row(split, weights, params, u)
+        tail = 0.0
+    if params.top_p < 1:
+        total = float(head[keep].sum())
+        if tail is None or total < params.top_p * (total + tail):
+            return _choose_on_full_row(split, weights, params, u)
+        order = keep[np.argsort(-head[keep], kind="stable")]
+        keep = np.sort(order[: nucleus(head[order], total + tail, params.top_p)])
+        tail = 0.0
+    if params.min_p > 0:
+        if params.min_p <= heaviest and tail != 0:
+            return _choose_on_full_row(split, weights, params, u)
+        keep = keep[head[keep] >= params.min_p]
+        tail = 0.0
+    if tail is None or tail > NEGLIGIBLE * float(head.sum()):
+        return _draw_with_tail(split, head, power, scale, u)
+    return int(split.index[keep[inverse_cdf(head[keep], u)]])
+
+
+def _tail_mass(split: Split, power: float, scale: float) -> float | None:
+    """scale · Σ_tail w^power: exact, or 0 where it is negligible, or None where only a sweep could tell."""
+    if power == 1:
+        return scale * split.tail_mass
+    if power > 1 and scale * split.cutoff ** (power - 1) * split.tail_mass <= NEGLIGIBLE:
+        return 0.0
+    return None
+
+
+def _largest(weights: Float64, k: int) -> NDArray[np.intp]:
+    """Positions of the k largest weights, ascending; among equals the lower positions."""
+    if len(weights) <= k:
+        return np.arange(len(weights))
+    candidates = np.flatnonzero(weights >= np.partition(weights, -k)[-k])
+    return np.sort(candidates[np.argsort(-weights[candidates], kind="stable")[:k]])
+
+
+def _choose_on_full_row(split: Split, weights: _Weights, params: SamplingParams, u: float) -> int:
+    """The same where tokens of the tail may survive truncation: rare, and a sort of the vocabulary."""
+    exponents = split.row.astype(np.float64) - split.offset
+    logits = weights.tail_power * exponents + math.log(weights.tail_factor)
+    logits[split.tail[: len(logits)] == 0] = -math.inf  # masked or underflown; the head comes next
+    logits[split.index] = weights.head
+    return inverse_cdf(probabilities(logits, params), u)
+
+
+def _draw_with_tail(split: Split, head: Float64, power: float, scale: float, u: float) -> int:
+    """Inverse CDF in token order over the whole row: by blocks, then within one block."""
+    tail = split.tail
+    blocks = split.blocks * scale
+    if power != 1:
+        tail = np.where(tail > 0, (tail * np.float32(split.scale)) ** np.float32(power), np.float32(0))
+        blocks = tail.reshape(-1, BLOCK).sum(axis=1, dtype=np.float64) * scale
+    else:
+        scale *= split.scale
+    blocks = blocks + np.bincount(split.index // BLOCK, weights=head, minlength=len(blocks))
+    block = inverse_cdf(blocks, u)
+    before = float(blocks[:block].sum())
+    start = block * BLOCK
+    first, last = np.searchsorted(split.index, (start, start + BLOCK))
+    weights = tail[start : start + BLOCK].astype(np.float64) * scale
+    weights[split.index[first:last] - start] = head[first:last]
+    within = (u * float(blocks.sum()) - before) / float(weights.sum())
+    return start + inverse_cdf(weights, min(max(within, 0.0), 1.0))
+
+
+def _probability(split: Split, weights: _Weights, token: int) -> float:
+    """The token's probability before temperature and truncation."""
+    w = np.exp(weights.head)
+    position = int(np.searchsorted(split.index, token))
+    in_head = position < len(split.index) and split.index[position] == token
+    S = float(w.sum()) + weights.tail_mass
+    if in_head:
+        return float(w[position]) / S
+    own = float(split.tail[token]) * split.scale
+    p: float = weights.tail_factor * own**weights.tail_power / S
+    return p
+
+
+def _draw_reference(row: Float32, params: SamplingParams, u: float) -> Draw:
+    """A draw with nothing approximate: the reference EM step, then the reference pipeline."""
+    if isinstance(params.em, AdaptiveTemperature):
+        result = adaptive_temperature(row, params.em)
+    else:
+        result = em_inf(row, params.em or EMInf(steps=0))
+    token = inverse_cdf(probabilities(result.logits, params), u)
+    original = np.asarray(row, dtype=np.float64)
+    return Draw(
+        token,
+        float(result.entropy_before),
+        float(result.entropy_after),
+        int(result.steps),
+        float(np.exp(log_softmax(original)[token])),
+        float(np.exp(log_softmax(result.logits)[token])),
+        inverse_cdf(probabilities(original, params), u),
+    )
