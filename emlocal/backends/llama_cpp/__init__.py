@@ -1,0 +1,5 @@
+"""llama.cpp through llama-cpp-python's low-level bindings: our own decode loop on its C functions."""
+
+from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+
+__all__ = ["LlamaCppBackend"]

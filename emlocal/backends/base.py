@@ -1,0 +1,147 @@
+"""What an engine must do: token ids in, token ids and their statistics out.
+
+An engine knows nothing of text files, chat or JSON. It holds *sequences*: runs of tokens whose attention
+state it keeps, so that a common prefix is computed once. One contract, one test-suite for all engines
+(tests/backends/test_contract.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.sampling import Draw, SamplingParams
+
+BackendName = Literal["llama.cpp", "mlx", "torch"]
+KVType = Literal["f32", "f16", "q8_0", "q4_0"]
+
+
+class CancelledError(Exception):
+    """`forward` stopped because it was asked to; the sequences are as they were before the call."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model."""
+
+    context: int | None = None
+    """Tokens that all sequences share; None: the model's own length, at most `DEFAULT_CONTEXT`."""
+    sequences: int = 4
+    """The most sequences held at once."""
+    threads: int | None = None
+    """None: one per physical core."""
+    kv_type: KVType = "f16"
+    adapters: tuple[tuple[Path, float], ...] = ()
+    """(LoRA adapter, scale)."""
+
+
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the model says of itself."""
+
+    name: str
+    architecture: str
+    vocabulary: int
+    trained_context: int
+    end_tokens: frozenset[int]
+    """Every token that ends a generation."""
+    chat_template: str | None = None
+    bos: str = ""
+    eos: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """The authors' sampling settings, by SamplingParams field."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Tokens to append to a sequence."""
+
+    sequence: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A token to draw after the last token fed to `sequence`."""
+
+    sequence: int
+    params: SamplingParams
+    u: float
+    """Uniform in [0, 1)."""
+    seen: Sequence[int] = ()
+    """Tokens so far, for the penalties."""
+
+
+class Backend(ABC):
+    """A loaded model. Not for use from two threads at once."""
+
+    name: ClassVar[str]
+    info: ModelInfo
+    context: int
+    """Tokens that all sequences share."""
+    max_sequences: int
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids. `add_special`: with the model's BOS and the like; `parse_special`: read "<|im_end|>"
+        and its kind as the tokens that they name."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token, possibly a part of a character; empty for control tokens."""
+
+    @abstractmethod
+    def open(self) -> int:
+        """A new, empty sequence. Raises BackendError when `max_sequences` are open."""
+
+    @abstractmethod
+    def release(self, sequence: int) -> None:
+        """Forget a sequence."""
+
+    @abstractmethod
+    def length(self, sequence: int) -> int:
+        """Tokens held."""
+
+    @abstractmethod
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the same tokens, sharing their memory where the engine can."""
+
+    @abstractmethod
+    def trim(self, sequence: int, length: int) -> int:
+        """Forget all but the first `length` tokens. Returns how many are kept: fewer, where the engine
+        cannot cut there (recurrent models keep 0)."""
+
+    @abstractmethod
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Append tokens to sequences: prompts of any length and single steps in one call.
+
+        Afterwards `sample` and `logits` know the row of the last token of each sequence fed, until the
+        next call. A sequence may be fed once a call, with at least one token.
+
+        Raises:
+            ContextFullError: the tokens do not fit beside those held.
+            CancelledError: `cancelled()` became true; nothing was appended.
+        """
+
+    @abstractmethod
+    def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        """Draw a token for each row. A sequence may be named by several rows."""
+
+    @abstractmethod
+    def logits(self, sequence: int) -> NDArray[np.float32]:
+        """A copy of the raw logits after the last token fed, float32 [V]."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Bytes that the model, its sequences' states and its buffers take, as far as the engine knows."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model. Nothing else may be called afterwards."""

@@ -1,0 +1,129 @@
+"""An engine without a model: bytes for tokens, logits by script. The fast tests run on it.
+
+Its vocabulary is the 256 bytes and one end token; logits are a function of the tokens so far, so every
+part of the contract (forking, trimming, batching) has an exact expected answer.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.backends.base import Backend, CancelledError, Feed, ModelInfo, Row
+from emlocal.errors import BackendError, ContextFullError
+from emlocal.sampling import Draw, Sampler
+
+END = 256
+VOCABULARY = 257
+Script = Callable[[Sequence[int]], NDArray[np.float32]]
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def hashed(tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Logits that depend on every token so far, in order; standard normal, times 3."""
+    digest = hashlib.blake2b(np.asarray(tokens, dtype=np.int32).tobytes(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    return (3 * rng.standard_normal(VOCABULARY)).astype(np.float32)
+
+
+def saying(*replies: str, sharpness: float = 12.0) -> Script:
+    """A script that answers the n-th "[assistant]" in the prompt with the n-th reply, then ends."""
+    marker = b"[assistant]"
+
+    def script(tokens: Sequence[int]) -> NDArray[np.float32]:
+        text = bytes(t for t in tokens if t < END)
+        turn = text.count(marker)
+        reply = replies[min(max(turn, 1), len(replies)) - 1].encode()
+        said = text[text.rindex(marker) + len(marker) :] if turn else text
+        row = np.zeros(VOCABULARY, dtype=np.float32)
+        row[reply[len(said)] if said == reply[: len(said)] and len(said) < len(reply) else END] = sharpness
+        return row
+
+    return script
+
+
+class FakeBackend(Backend):
+    """See the module. `fed` counts the tokens that went through `forward`: prefix reuse shows in it."""
+
+    name: ClassVar[str] = "fake"
+
+    def __init__(
+        self, script: Script = hashed, *, context: int = 4096, sequences: int = 8, trims: bool = True
+    ) -> None:
+        self.info = ModelInfo(
+            name="fake",
+            architecture="fake",
+            vocabulary=VOCABULARY,
+            trained_context=context,
+            end_tokens=frozenset({END}),
+            chat_template=CHAT_TEMPLATE,
+        )
+        self.context = context
+        self.max_sequences = sequences
+        self.fed = 0
+        self._script = script
+        self._trims = trims
+        self._held: dict[int, list[int]] = {}
+        self._rows: dict[int, NDArray[np.float32]] = {}
+        self._sampler = Sampler(VOCABULARY)
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < END else b""
+
+    def open(self) -> int:
+        free = next((s for s in range(self.max_sequences) if s not in self._held), None)
+        if free is None:
+            raise BackendError(f"all {self.max_sequences} sequences are in use")
+        self._held[free] = []
+        return free
+
+    def release(self, sequence: int) -> None:
+        del self._held[sequence]
+        self._rows.pop(sequence, None)
+
+    def length(self, sequence: int) -> int:
+        return len(self._held[sequence])
+
+    def fork(self, sequence: int) -> int:
+        copy = self.open()
+        self._held[copy] = list(self._held[sequence])
+        return copy
+
+    def trim(self, sequence: int, length: int) -> int:
+        kept = length if self._trims or length >= self.length(sequence) else 0
+        del self._held[sequence][kept:]
+        return self.length(sequence)
+
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        new = sum(len(feed.tokens) for feed in feeds)
+        held = sum(map(len, self._held.values()))
+        if held + new > self.context:
+            raise ContextFullError(f"{held} tokens held and {new} new ones exceed the context of {self.context}")
+        if cancelled():
+            raise CancelledError
+        self.fed += new
+        self._rows = {}
+        for feed in feeds:
+            self._held[feed.sequence] += feed.tokens
+            self._rows[feed.sequence] = self._script(self._held[feed.sequence])
+
+    def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
+
+    def logits(self, sequence: int) -> NDArray[np.float32]:
+        return self._rows[sequence].copy()
+
+    def memory_bytes(self) -> int:
+        return 4 * self.context
+
+    def close(self) -> None:
+        self._held.clear()

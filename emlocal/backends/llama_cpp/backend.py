@@ -1,0 +1,277 @@
+"""The contract of `backends/base.py` on llama.cpp, for any CPU.
+
+Sequences share one KV pool (`kv_unified`), so a fork costs nothing until it differs. Logits are read where
+llama.cpp wrote them: numpy views on its output buffer, valid until the next decode. llama-cpp-python serves
+as the ctypes declarations only; its `Llama` class is not used (O(n²) detokenizing, no many sequences, and
+silent bugs: docs/decisions.md).
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.backends.base import (
+    DEFAULT_CONTEXT,
+    Backend,
+    CancelledError,
+    Feed,
+    KVType,
+    LoadOptions,
+    Row,
+)
+from emlocal.backends.cpu import physical_cores
+from emlocal.backends.llama_cpp.library import last_error, load_library, load_model, model_info
+from emlocal.errors import BackendError, ContextFullError, ModelError, UsageError
+from emlocal.models.resolve import LocalModel
+from emlocal.sampling import Draw, Sampler
+
+BATCH = 512  # tokens per llama_decode
+_NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
+_KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
+
+
+class LlamaCppBackend(Backend):
+    """A GGUF model in llama.cpp."""
+
+    name: ClassVar[str] = "llama.cpp"
+
+    def __init__(self, model: LocalModel, options: LoadOptions = LoadOptions()) -> None:
+        self._lib: Any = load_library()
+        self._model = load_model(self._lib, model.files)
+        self.info = model_info(self._lib, self._model, model.name, model.header)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.context = _context_length(options.context, self.info.trained_context)
+        self.max_sequences = options.sequences
+        self.threads = options.threads or physical_cores()
+        self._context = self._new_context(options)
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._adapters = [self._load_adapter(path, scale) for path, scale in options.adapters]
+        self._apply_adapters()
+        self._batch = _Batch(self._lib, BATCH)
+        self._lengths: dict[int, int] = {}
+        self._rows: dict[int, NDArray[np.float32]] = {}
+        self._views: dict[int, NDArray[np.float32]] = {}
+        self._pieces: dict[int, bytes] = {}
+        self._sampler = Sampler(self.info.vocabulary)
+        self._cancelled: Callable[[], bool] = lambda: False
+        self._abort = self._lib.ggml_abort_callback(lambda _: self._cancelled())
+        self._no_abort = ctypes.cast(None, self._lib.ggml_abort_callback)
+
+    def _new_context(self, options: LoadOptions) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = self.context
+        params.n_batch = params.n_ubatch = min(BATCH, self.context)
+        params.n_seq_max = options.sequences
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = _KV_TYPES[options.kv_type]
+        params.no_perf = True
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise BackendError(
+                f"llama.cpp cannot make a context of {self.context:,} tokens with {options.kv_type} keys and"
+                f" values: {last_error() or 'no reason given'}",
+                "try a smaller --context",
+            )
+        return context
+
+    def _load_adapter(self, path: os.PathLike[str], scale: float) -> tuple[Any, float]:
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise ModelError(f"llama.cpp cannot load the adapter {path}: {last_error() or 'no reason given'}")
+        return adapter, scale
+
+    def _apply_adapters(self) -> None:
+        if self._adapters:
+            n = len(self._adapters)
+            pointers = (self._lib.llama_adapter_lora_p_ctypes * n)(*(a for a, _ in self._adapters))
+            scales = (ctypes.c_float * n)(*(s for _, s in self._adapters))
+            self._lib.llama_set_adapters_lora(self._context, pointers, n, scales)
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        raw = text.encode("utf-8", errors="replace")
+        room = len(raw) + 16
+        while True:
+            buffer = (self._lib.llama_token * room)()
+            n = self._lib.llama_tokenize(
+                self._vocab, raw, len(raw), buffer, room, add_special, parse_special
+            )
+            if n >= 0:
+                return list(buffer[:n])
+            room = -n
+
+    def token_bytes(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            buffer = (ctypes.c_char * 64)()
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, 64, 0, False)
+            if n < 0:
+                buffer = (ctypes.c_char * -n)()
+                n = self._lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, False)
+            piece = self._pieces[token] = bytes(buffer[:n])
+        return piece
+
+    def open(self) -> int:
+        free = next((s for s in range(self.max_sequences) if s not in self._lengths), None)
+        if free is None:
+            raise BackendError(f"all {self.max_sequences} sequences are in use")
+        self._lengths[free] = 0
+        return free
+
+    def release(self, sequence: int) -> None:
+        self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        del self._lengths[sequence]
+        self._rows.pop(sequence, None)
+
+    def length(self, sequence: int) -> int:
+        return self._lengths[sequence]
+
+    def fork(self, sequence: int) -> int:
+        copy = self.open()
+        self._lib.llama_memory_seq_cp(self._memory, sequence, copy, -1, -1)
+        self._lengths[copy] = self._lengths[sequence]
+        return copy
+
+    def trim(self, sequence: int, length: int) -> int:
+        if length < self._lengths[sequence]:
+            if length == 0 or not self._lib.llama_memory_seq_rm(self._memory, sequence, length, -1):
+                self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+                length = 0
+            self._lengths[sequence] = length
+        return self._lengths[sequence]
+
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        # The abort callback takes the GIL once per graph node: worth it in a long prefill, not in a step.
+        long = sum(len(feed.tokens) for feed in feeds) > 2 * len(feeds)
+        self._cancelled = cancelled
+        self._lib.llama_set_abort_callback(
+            self._context, self._abort if long else self._no_abort, ctypes.c_void_p(0)
+        )
+        self._rows = {}
+        try:
+            for feed in feeds:
+                self._append(feed, flush=feed is feeds[-1])
+        except (CancelledError, ContextFullError, BackendError):
+            self._batch.clear()
+            for feed in feeds:  # what was decoded of this call goes again
+                self.trim(feed.sequence, self._lengths[feed.sequence])
+                self._lib.llama_memory_seq_rm(self._memory, feed.sequence, self._lengths[feed.sequence], -1)
+            raise
+        for feed in feeds:
+            self._lengths[feed.sequence] += len(feed.tokens)
+
+    def _append(self, feed: Feed, flush: bool) -> None:
+        """Put a feed's tokens into batches, decoding each that is full."""
+        start = self._lengths[feed.sequence]
+        for i in range(0, len(feed.tokens), BATCH):
+            chunk = feed.tokens[i : i + BATCH]
+            if len(chunk) > self._batch.room:
+                self._decode(keep_rows=True)
+            self._batch.add(feed.sequence, chunk, start + i, wanted=i + len(chunk) == len(feed.tokens))
+        if flush:
+            self._decode(keep_rows=False)
+
+    def _decode(self, keep_rows: bool) -> None:
+        answer = self._lib.llama_decode(self._context, self._batch.struct)
+        if answer == _ABORTED or self._cancelled():
+            raise CancelledError
+        if answer == _NO_SLOT:
+            held = sum(self._lengths.values())
+            raise ContextFullError(
+                f"{self._batch.size} more tokens do not fit: {held:,} of {self.context:,} in the context are taken",
+                "give a larger --context",
+            )
+        if answer != 0:
+            raise BackendError(f"llama_decode failed with {answer}: {last_error() or 'no reason given'}")
+        for position, sequence in self._batch.wanted:
+            row = self._row(position)
+            self._rows[sequence] = row.copy() if keep_rows else row
+        self._batch.clear()
+
+    def _row(self, position: int) -> NDArray[np.float32]:
+        """A view on the logits of a batch position, made once for each address that llama.cpp uses."""
+        pointer = self._lib.llama_get_logits_ith(self._context, position)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value
+        if address is None:
+            raise BackendError("llama.cpp has no logits for a token that asked for them")
+        view = self._views.get(address)
+        if view is None:
+            raw = (ctypes.c_float * self.info.vocabulary).from_address(address)
+            view = self._views[address] = np.frombuffer(raw, dtype=np.float32)
+        return view
+
+    def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
+
+    def logits(self, sequence: int) -> NDArray[np.float32]:
+        return self._rows[sequence].copy()
+
+    def memory_bytes(self) -> int:
+        return int(self._lib.llama_model_size(self._model) + self._lib.llama_state_get_size(self._context))
+
+    def close(self) -> None:
+        self._rows, self._views = {}, {}
+        self._batch.free()
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+
+class _Batch:
+    """A llama_batch filled through numpy views: no Python loop over its fields."""
+
+    def __init__(self, lib: Any, size: int) -> None:
+        self._lib = lib
+        self.struct = lib.llama_batch_init(size, 0, 1)
+        as_array = np.ctypeslib.as_array
+        self._token = as_array(self.struct.token, (size,))
+        self._pos = as_array(self.struct.pos, (size,))
+        self._n_seq = as_array(self.struct.n_seq_id, (size,))
+        self._seq = self.struct.seq_id
+        self._logits = as_array(self.struct.logits, (size,))
+        self._n_seq[:] = 1
+        self._capacity = size
+        self.wanted: list[tuple[int, int]] = []
+        """(position in the batch, sequence) of the rows that someone will sample."""
+
+    @property
+    def size(self) -> int:
+        return int(self.struct.n_tokens)
+
+    @property
+    def room(self) -> int:
+        return self._capacity - self.size
+
+    def add(self, sequence: int, tokens: Sequence[int], position: int, wanted: bool) -> None:
+        first = self.size
+        last = first + len(tokens)
+        self._token[first:last] = tokens
+        self._pos[first:last] = np.arange(position, position + len(tokens))
+        self._logits[first:last] = 0
+        for i in range(first, last):
+            self._seq[i][0] = sequence
+        if wanted:
+            self._logits[last - 1] = 1
+            self.wanted.append((last - 1, sequence))
+        self.struct.n_tokens = last
+
+    def clear(self) -> None:
+        self.struct.n_tokens = 0
+        self.wanted = []
+
+    def free(self) -> None:
+        self._lib.llama_batch_free(self.struct)
+
+
+def _context_length(asked: int | None, trained: int) -> int:
+    if asked is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if asked > trained:
+        raise UsageError(
+            f"--context {asked:,} is longer than the {trained:,} tokens the model was trained for",
+            f"use at most --context {trained}",
+        )
+    return asked

@@ -1,0 +1,84 @@
+"""Loading the shared library, its log, and the model: the parts that can go wrong before any token."""
+
+import ctypes
+import os
+from collections import deque
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from emlocal.backends.base import ModelInfo
+from emlocal.errors import BackendError, ModelError
+from emlocal.models.gguf import GGUFHeader
+
+_LOG: deque[str] = deque(maxlen=40)
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+INSTALL = (
+    "pip install 'llama-cpp-python>=0.3.36,<0.4' (it compiles: Debian/Ubuntu need 'apt install build-essential cmake',"
+    " Fedora 'dnf install gcc-c++ cmake', macOS 'xcode-select --install', Windows the Visual Studio Build Tools with C++)"
+)
+
+
+@cache
+def load_library() -> ModuleType:
+    """llama_cpp's ctypes module, started, with its chatter caught. Raises BackendError where it is missing."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as why:
+        raise BackendError(f"the llama.cpp engine cannot be loaded: {why}", INSTALL) from why
+    lib: Any = llama_cpp
+    lib.llama_log_set(_log_callback(lib), ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    return llama_cpp
+
+
+@cache  # llama.cpp keeps the pointer; so must we
+def _log_callback(lib: Any) -> Any:
+    def log(level: int, text: bytes, _: object) -> None:
+        if level == _ERROR:
+            _LOG.append(text.decode(errors="replace").strip())
+
+    return lib.llama_log_callback(log)
+
+
+def last_error() -> str:
+    """What llama.cpp last complained of, for error messages; "" if nothing."""
+    return _LOG[-1] if _LOG else ""
+
+
+def load_model(lib: Any, files: tuple[Path, ...]) -> Any:
+    """A llama_model*. The files' headers have been checked before. Raises ModelError."""
+    params = lib.llama_model_default_params()
+    _LOG.clear()
+    if len(files) == 1:
+        model = lib.llama_model_load_from_file(os.fsencode(files[0]), params)
+    else:
+        paths = (ctypes.c_char_p * len(files))(*(os.fsencode(f) for f in files))
+        model = lib.llama_model_load_from_splits(paths, len(files), params)
+    if not model:
+        raise ModelError(f"llama.cpp cannot load {files[0]}: {last_error() or 'no reason given'}")
+    return model
+
+
+def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo:
+    """What the model says of itself, from the loaded vocabulary and the file's header."""
+    vocab = lib.llama_model_get_vocab(model)
+    size = int(lib.llama_vocab_n_tokens(vocab))
+
+    def text(token: int) -> str:
+        raw = lib.llama_vocab_get_text(vocab, token) if 0 <= token < size else b""
+        return (raw or b"").decode(errors="replace")
+
+    return ModelInfo(
+        name=name,
+        architecture=header.architecture,
+        vocabulary=size,
+        trained_context=int(lib.llama_model_n_ctx_train(model)),
+        end_tokens=frozenset(t for t in range(size) if lib.llama_vocab_is_eog(vocab, t)),
+        chat_template=header.chat_template,
+        bos=text(int(lib.llama_vocab_bos(vocab))),
+        eos=text(int(lib.llama_vocab_eos(vocab))),
+        sampling=header.sampling,
+    )
