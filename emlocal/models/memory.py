@@ -1,9 +1,9 @@
-"""How much memory a model takes, and how much there is: better one line before than a killed process after."""
+"""How much memory a model takes, and how much there is: one line before, not a killed process after."""
 
 import ctypes
 import os
+import platform
 import subprocess
-import sys
 from math import ceil
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from emlocal.models.gguf_header import GGUFHeader
 from emlocal.models.storage import human_size
 
 F16_BYTES = 2.0  # of one number in the KV cache; q8_0 has 34/32, f32 4
+PROCESS_BYTES = 80_000_000  # Python, numpy and llama.cpp before any model: measured on Linux
 DEFAULT_BATCH = 512  # tokens llama.cpp computes at once (n_ubatch)
-_CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63 for "no limit"
 
 
@@ -30,11 +30,8 @@ def estimate(
     The buffers are an allowance: activations of a batch in F32 (the widest layer twice, four states) and one
     row of logits a sequence. Sliding windows are not taken off, so the estimate errs to the safe side.
     """
-    return (
-        header.weights_bytes
-        + kv_bytes(header, n_ctx * n_seqs, kv_type_bytes)
-        + _compute_bytes(header, n_seqs, n_batch)
-    )
+    cache = kv_bytes(header, n_ctx * n_seqs, kv_type_bytes)
+    return header.weights_bytes + cache + _compute_bytes(header, n_seqs, n_batch) + PROCESS_BYTES
 
 
 def kv_bytes(header: GGUFHeader, tokens: int, kv_type_bytes: float = F16_BYTES) -> int:
@@ -51,10 +48,11 @@ def _compute_bytes(header: GGUFHeader, n_seqs: int, n_batch: int) -> int:
 
 
 def available() -> int:
-    """Bytes a new process may use now without swapping; what the system's containers allow is counted in."""
-    if sys.platform == "win32":
+    """Bytes a new process may use now without swapping, within the limits of its container."""
+    system = platform.system()
+    if system == "Windows":
         return _available_windows()
-    if sys.platform == "darwin":
+    if system == "Darwin":
         return _available_macos()
     return min(_available_linux(), _cgroup_left())
 
@@ -64,16 +62,13 @@ def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_B
     needed, free = estimate(header, n_ctx, kv_type_bytes=kv_type_bytes, n_seqs=n_seqs), available()
     if needed <= free:
         return needed
-    fixed = header.weights_bytes + _compute_bytes(header, n_seqs, DEFAULT_BATCH)
+    fixed = header.weights_bytes + PROCESS_BYTES + _compute_bytes(header, n_seqs, DEFAULT_BATCH)
     per_token = kv_bytes(header, n_seqs, kv_type_bytes)
     fitting = (free - fixed) // per_token // 256 * 256 if per_token else 0
-    mend = (
-        f"a context of {fitting} tokens fits: --ctx {fitting}"
-        if fitting >= 256
-        else "use a smaller model: emlocal models list"
-    )
+    smaller = "use a smaller model: emlocal models list"
+    mend = f"a context of {fitting} tokens fits: --ctx {fitting}" if fitting >= 256 else smaller
     raise ModelError(
-        f"{header.name} with {n_ctx:,} tokens of context needs about {human_size(needed)}, {human_size(free)} are free",
+        f"{header.name} with {n_ctx:,} tokens of context needs about {human_size(needed)}; {human_size(free)} are free",
         hint=mend,
     )
 
@@ -87,16 +82,33 @@ def _available_linux() -> int:
     )
 
 
-def _cgroup_left() -> int:
-    """What the container's limit leaves, version 2 or 1 of cgroups; a huge number where there is no limit."""
-    for limit, usage in (
-        (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-        (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-    ):
-        if limit.is_file() and usage.is_file():
-            said = limit.read_text("ascii").strip()
-            return _NO_LIMIT if said == "max" else max(0, int(said) - int(usage.read_text("ascii")))
-    return _NO_LIMIT
+def _cgroup_left(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What the limits of this process's control groups (version 1 or 2) leave; huge where there is none."""
+    left = _NO_LIMIT
+    for line in own.read_text("ascii").splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers == "memory":
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        group = top / path.lstrip("/")
+        # Inside a container the path may be the host's; then the limit is at the top.
+        for folder in (group, *(p for p in group.parents if p.is_relative_to(top))):
+            left = min(left, _group_left(folder, *names))
+    return left
+
+
+def _group_left(folder: Path, limit: str, usage: str, cache: str) -> int:
+    """Limit less use of one control group; cached file pages do not count as used."""
+    if not (folder / limit).is_file() or not (folder / usage).is_file():
+        return _NO_LIMIT
+    said = (folder / limit).read_text("ascii").strip()
+    if said == "max" or int(said) >= _NO_LIMIT:
+        return _NO_LIMIT
+    statistics = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+    return max(0, int(said) - int((folder / usage).read_text("ascii")) + int(statistics.get(cache, 0)))
 
 
 def _available_macos() -> int:
@@ -114,18 +126,9 @@ class _MemoryStatus(ctypes.Structure):
     _fields_ = (
         ("length", ctypes.c_uint32),
         ("load", ctypes.c_uint32),
-        *(
-            (name, ctypes.c_uint64)
-            for name in (
-                "total",
-                "available",
-                "page_total",
-                "page_available",
-                "virtual",
-                "virtual_available",
-                "extended",
-            )
-        ),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 5),  # page file, address space
     )
 
 
