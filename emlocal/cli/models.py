@@ -1,0 +1,240 @@
+"""`emlocal models`: what there is, fetching, looking at and removing models."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emlocal.errors import ModelError, UsageError
+from emlocal.models import catalog, hub, starter
+from emlocal.models.gguf_header import shown
+from emlocal.models.resolve import HubName, LocalModel, local_path, meaning, on_disk, resolve
+from emlocal.models.storage import Progress, human_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A short name (see list), a .gguf file, or org/name:QUANT of the hub.", metavar="NAME"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+PLAIN_LINE_SECONDS = 5.0  # between lines of progress when stderr is no terminal
+
+
+@app.command("list")
+def list_models(as_json: Json = False) -> None:
+    """List the models emlocal knows and those on this machine."""
+    rows = [*_catalog_rows(), *_cached_rows()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "parameters", "size", "on disk", "licence"):
+        table.add_column(title, justify="right" if title in ("parameters", "size") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["parameters"],
+            human_size(row["bytes"]),
+            "yes" if row["on_disk"] else "",
+            row["license"],
+        )
+    _stdout().print(table)
+
+
+def _catalog_rows() -> Iterator[dict[str, Any]]:
+    for entry in catalog.catalog().values():
+        files = on_disk(meaning(entry.alias))
+        size = sum(f.stat().st_size for f in files) or entry.bytes
+        yield {
+            "name": entry.alias,
+            "parameters": entry.parameters,
+            "bytes": size,
+            "on_disk": bool(files),
+            "license": entry.license,
+        }
+
+
+def _cached_rows() -> Iterator[dict[str, Any]]:
+    """Models in the cache that the catalog does not have, or has in another quantization."""
+    known = {meaning(alias) for alias in catalog.catalog()}
+    for repo in hub.cached_repos():
+        files = hub.cached_files(repo)
+        for first, shards in hub.models_among(files).items():
+            name = HubName(repo, hub.quant_of(first) or first)
+            if name not in known:
+                size = sum(files[f].stat().st_size for f in shards)
+                yield {"name": str(name), "parameters": "", "bytes": size, "on_disk": True, "license": ""}
+
+
+@app.command()
+def pull(name: Name) -> None:
+    """Fetch a model, unless it is there already, and print where it is."""
+    with _progress() as progress:
+        model = resolve(name, progress=progress)
+    _stderr().print(_summary(model), highlight=False, markup=False)
+    typer.echo(model.path)
+
+
+@app.command()
+def show(name: Name, as_json: Json = False) -> None:
+    """Show what a model is and the sampling settings its authors give. Fetches nothing."""
+    entry = catalog.find(name)
+    if entry is not None and local_path(name) is None and not on_disk(meaning(name)):
+        facts: dict[str, Any] = {
+            "name": entry.alias,
+            "on_disk": False,
+            "parameters": entry.parameters,
+            "license": entry.license,
+            "gguf": f"{entry.gguf}:{entry.quant}",
+            "download_bytes": entry.bytes,
+        }
+    else:
+        facts = _facts(resolve(name, download=False))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), Text(_plain(key, value), overflow="fold"))
+    _stdout().print(table)
+    if not facts["on_disk"]:
+        _stderr().print(f"Not on this machine yet. Fetch it: emlocal models pull {name}", highlight=False)
+
+
+@app.command("rm")
+def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Remove a fetched model from this machine."""
+    path = local_path(name)
+    if path is not None:
+        raise UsageError(
+            f"{path} is a file of yours; emlocal removes only what it fetched", hint=f"delete it: rm {path}"
+        )
+    meant = meaning(name)
+    files = (
+        list(hub.cached_files(meant.repo).values()) if isinstance(meant, HubName) else list(on_disk(meant))
+    )
+    if not files:
+        raise ModelError(f"{name} is not on this machine", hint="see what is: emlocal models list")
+    size = human_size(sum(f.stat().st_size for f in files))
+    what = f"{meant.repo} from the Hugging Face cache" if isinstance(meant, HubName) else "the starter model"
+    listing = ", ".join(f.name for f in files)
+    if not yes:
+        typer.confirm(f"Remove {what} ({listing}; {size})?", abort=True, err=True)
+    if isinstance(meant, HubName):
+        hub.remove(meant.repo)
+    else:
+        starter.remove()
+    _stderr().print(f"Removed {what}: {size} freed", highlight=False, markup=False)
+
+
+@app.command("path")
+def print_path(name: Name) -> None:
+    """Print the file of a model that is on this machine, for scripts."""
+    typer.echo(resolve(name, download=False).path)
+
+
+def _facts(model: LocalModel) -> dict[str, Any]:
+    header, entry = model.header, catalog.find(model.name)
+    return {
+        "name": model.name,
+        "on_disk": True,
+        "title": shown(header.name),
+        "architecture": shown(header.architecture),
+        "parameters": header.parameters,
+        "quantization": header.quantization,
+        "weights_bytes": header.weights_bytes,
+        "context_length": header.context_length,
+        "vocabulary": header.vocab_size,
+        "chat_template": header.chat_template is not None,
+        "license": shown(header.license) if header.license else entry.license if entry else None,
+        "sampling": header.sampling,
+        "source": model.source,
+        "files": [str(f) for f in model.files],
+    }
+
+
+def _plain(key: str, value: object) -> str:
+    """One fact as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return human_size(value) if key.endswith("bytes") else f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:g}" for k, v in value.items()) or "not given"
+    if isinstance(value, list):
+        return "\n".join(str(v) for v in value)
+    return "not given" if value is None else str(value)
+
+
+def _summary(model: LocalModel) -> str:
+    header = model.header
+    return (
+        f"{model.name}: {header.architecture}, {header.parameters / 1e6:,.0f} million parameters, "
+        f"{header.quantization}, {human_size(header.file_size)}"
+    )
+
+
+def _stdout() -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=True)
+
+
+def _stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A Progress on stderr: a bar on a terminal, else a line every few seconds."""
+    console = _stderr()
+    if not console.is_terminal:
+        yield _plain_lines(console)
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+    with Bars(
+        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bars:
+        task = bars.add_task("", total=None)
+
+        def report(label: str, done: int, total: int | None) -> None:
+            bars.update(task, description=label, completed=done, total=total)
+
+        yield report
+
+
+def _plain_lines(console: "Console") -> Progress:
+    last: dict[str, float] = {}
+
+    def report(label: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - last.get(label, -PLAIN_LINE_SECONDS) >= PLAIN_LINE_SECONDS:
+            last[label] = now
+            amount = (
+                f" {human_size(done)}" + (f" of {human_size(total)}" if total else "")
+                if done or total
+                else ""
+            )
+            console.print(f"{label}{amount}", highlight=False, markup=False)
+
+    return report

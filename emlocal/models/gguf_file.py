@@ -1,0 +1,278 @@
+"""One GGUF file: a bounded reader of its header that believes nothing the file says about itself.
+
+Every length is checked against the bytes that are there before anything is read or allocated, because the
+native readers behind us have crashed on headers that lie (llama.cpp GHSA-3p4r-fq3f-q74v, mlx #4213, Ollama
+CVE-2026-7482). Tensor data is never read. What the numbers must be for a language model is judged in
+`gguf_checks`; this file knows the container only (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""
+
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from stat import S_ISREG
+from types import MappingProxyType
+from typing import BinaryIO
+
+from emlocal.errors import ModelError
+from emlocal.models import gguf_types as types
+from emlocal.models.gguf_header import (
+    ArrayRef,
+    GGUFHeader,
+    Scalar,
+    TensorInfo,
+    Value,
+    int_or_none,
+    shown,
+    unusable,
+)
+
+MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
+MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; the largest models have some thousands
+MAX_STRINGS = 1 << 22  # in one array; the largest vocabularies have 262k tokens
+MAX_KEY_BYTES = 65_535  # the format's own limit
+MAX_TENSOR_NAME_BYTES = 63  # GGML_MAX_NAME - 1
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+EAGER_ELEMENTS = 1024  # arrays of numbers up to this length become tuples at once
+# llama.cpp maps the file and asserts that what it maps starts on a multiple of 32 (TENSOR_ALIGNMENT).
+MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 16
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+class _Reader:
+    """Reads forward from byte 0, little-endian, never past the end of the file or the bound on headers."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.size, self.pos = path, size, 0
+        self.data = bytearray()
+        self._file = file
+
+    def bad(self, what: str) -> ModelError:
+        return unusable(self.path, what)
+
+    def load(self, end: int, what: str) -> int:
+        """Have bytes up to `end` in `data`; returns how many are there."""
+        if end > self.size:
+            raise self.bad(f"{what} ends at byte {end:,} but the file has {self.size:,} bytes")
+        if end > MAX_HEADER_BYTES:
+            raise self.bad(
+                f"{what} ends at byte {end:,}; a header of more than {MAX_HEADER_BYTES:,} bytes is not read"
+            )
+        have = len(self.data)
+        if end > have:
+            self.data += self._file.read(min(max(end - have, have, 1 << 20), self.size - have))
+            if end > len(self.data):
+                raise self.bad("it became shorter while it was being read")
+        return len(self.data)
+
+    def take(self, count: int, what: str) -> int:
+        """Position of the next `count` bytes, after moving past them."""
+        start = self.pos
+        self.load(start + count, what)
+        self.pos = start + count
+        return start
+
+    def u32(self, what: str) -> int:
+        return int(_U32.unpack_from(self.data, self.take(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(_U64.unpack_from(self.data, self.take(8, what))[0])
+
+    def string(self, what: str) -> bytes:
+        length = self.u64(what)
+        start = self.take(length, what)
+        return bytes(self.data[start : start + length])
+
+    def name(self, what: str, max_bytes: int) -> str:
+        """A key or a tensor's name: not empty, UTF-8, without NUL (which would end it early in C)."""
+        raw = self.string(f"the name of {what}")
+        if not 0 < len(raw) <= max_bytes:
+            raise self.bad(f"the name of {what} has {len(raw):,} bytes, not 1 to {max_bytes:,}")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            raise self.bad(f"the name of {what} is not UTF-8: {shown(raw)}") from None
+        if "\0" in text:
+            raise self.bad(f"the name of {what} contains a NUL: {shown(text)}")
+        return text
+
+    def skip_strings(self, count: int, what: str) -> None:
+        """Move past `count` strings, checking the length of each."""
+        if count > MAX_STRINGS:
+            raise self.bad(f"{what} has {count:,} strings; more than {MAX_STRINGS:,} are not read")
+        data, unpack, pos, loaded = self.data, _U64.unpack_from, self.pos, len(self.data)
+        for _ in range(count):  # hundreds of thousands of turns: nothing here that can be outside
+            end = pos + 8
+            if end > loaded:
+                loaded = self.load(end, what)
+            end += unpack(data, pos)[0]
+            if end > loaded:
+                loaded = self.load(end, what)
+            pos = end
+        self.pos = pos
+
+
+def parse_file(path: Path) -> GGUFHeader:
+    """Read and check the header of one GGUF file (one shard, if it is sharded).
+
+    Raises ModelError, in one line, for anything that is not a sound GGUF version 2 or 3. Takes memory and
+    time in proportion to the header, whatever the header claims (0.1 s for 151,936 tokens).
+    """
+    try:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            raise unusable(path, "it is not a regular file")
+        with path.open("rb") as file:
+            return _parse(_Reader(path, file, status.st_size))
+    except FileNotFoundError:
+        raise ModelError(f"there is no file {path}", hint="see what is there: emlocal models list") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse(reader: _Reader) -> GGUFHeader:
+    version, n_tensors, n_kv = _read_preamble(reader)
+    metadata, value_types = _read_metadata(reader, n_kv)
+    alignment = _alignment(reader, metadata, value_types)
+    tensors, data_offset = _read_tensors(reader, n_tensors, alignment)
+    return GGUFHeader(
+        path=reader.path,
+        version=version,
+        metadata=MappingProxyType(metadata),
+        value_types=MappingProxyType(value_types),
+        tensors=MappingProxyType(tensors),
+        data_offset=data_offset,
+        file_size=reader.size,
+        files=(reader.path,),
+    )
+
+
+def _read_preamble(reader: _Reader) -> tuple[int, int, int]:
+    if reader.size < 24:
+        raise reader.bad(f"it has {reader.size} bytes, fewer than the 24 every GGUF file starts with")
+    magic = bytes(reader.data[reader.take(4, "the magic") :][:4])
+    if magic != b"GGUF":
+        raise reader.bad(f'it starts with "{shown(magic)}", not "GGUF"')
+    version = reader.u32("the version")
+    if version & 0xFFFF == 0 and version:
+        raise reader.bad("it is big-endian; only little-endian files are supported")
+    if version not in (2, 3):
+        raise reader.bad(f"it has GGUF version {version:,}; versions 2 and 3 are supported")
+    n_tensors, n_kv = reader.u64("the number of tensors"), reader.u64("the number of keys")
+    # The least a tensor takes: name 8+1, dimensions 4+8, type 4, offset 8. A key: name 8+1, type 4, value 1.
+    for what, count, least in (("tensors", n_tensors, 33), ("keys", n_kv, 14)):
+        if count * least > reader.size:
+            raise reader.bad(f"it declares {count:,} {what}, more than its {reader.size:,} bytes can hold")
+        if count > MAX_ENTRIES:
+            raise reader.bad(f"it declares {count:,} {what}; more than {MAX_ENTRIES:,} are not read")
+    return version, n_tensors, n_kv
+
+
+def _read_metadata(reader: _Reader, n_kv: int) -> tuple[dict[str, Value], dict[str, int]]:
+    metadata: dict[str, Value] = {}
+    value_types: dict[str, int] = {}
+    for index in range(n_kv):
+        key = reader.name(f"key {index}", MAX_KEY_BYTES)
+        if key in metadata:
+            raise reader.bad(f"the key {shown(key)} appears twice")
+        value_types[key] = reader.u32(f"the type of {shown(key)}")
+        metadata[key] = _read_value(reader, value_types[key], f"the value of {shown(key)}")
+    return metadata, value_types
+
+
+def _read_value(reader: _Reader, type_: int, what: str) -> Value:
+    if type_ == types.STRING:
+        return reader.string(what).decode("utf-8", "replace")
+    if type_ == types.ARRAY:
+        return _read_array(reader, what)
+    if type_ not in types.SCALARS:
+        raise reader.bad(f"{what} has the unknown type {type_}")
+    letter, size = types.SCALARS[type_]
+    start = reader.take(size, what)
+    if type_ == types.BOOL and reader.data[start] > 1:
+        raise reader.bad(f"{what} is a boolean of {reader.data[start]}, not 0 or 1")
+    value: Scalar = struct.unpack_from(f"<{letter}", reader.data, start)[0]
+    return value
+
+
+def _read_array(reader: _Reader, what: str) -> tuple[Scalar, ...] | ArrayRef:
+    element_type, length = reader.u32(what), reader.u64(what)
+    if element_type == types.ARRAY:
+        raise reader.bad(f"{what} is an array of arrays, which llama.cpp does not read")
+    if element_type != types.STRING and element_type not in types.SCALARS:
+        raise reader.bad(f"{what} is an array of the unknown type {element_type}")
+    least = 8 if element_type == types.STRING else types.SCALARS[element_type][1]
+    left = reader.size - reader.pos
+    if length * least > left:
+        raise reader.bad(f"{what} has {length:,} elements, but only {left:,} bytes of the file are left")
+    start = reader.pos
+    if element_type == types.STRING:
+        reader.skip_strings(length, what)
+    else:
+        reader.take(length * least, what)
+        if length <= EAGER_ELEMENTS:
+            return struct.unpack_from(f"<{length}{types.SCALARS[element_type][0]}", reader.data, start)
+    return ArrayRef(element_type, length, start, reader.pos - start)
+
+
+def _alignment(reader: _Reader, metadata: Mapping[str, Value], value_types: Mapping[str, int]) -> int:
+    if "general.alignment" not in metadata:
+        return 32
+    value = int_or_none(metadata["general.alignment"])
+    if value is None or value_types["general.alignment"] != types.UINT32:
+        raise reader.bad("general.alignment is not of type uint32")
+    if value & (value - 1) or not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
+        raise reader.bad(
+            f"its alignment of {value:,} is not a power of two in {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
+        )
+    return value
+
+
+def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors, and where their data begins. They must lie one after the other, as llama.cpp demands."""
+    infos = [_read_tensor(reader, index) for index in range(n_tensors)]
+    data_offset = -(-reader.pos // alignment) * alignment
+    tensors: dict[str, TensorInfo] = {}
+    expected = 0
+    for name, shape, (type_, block, block_bytes), offset in infos:
+        if name in tensors:
+            raise reader.bad(f"the tensor {shown(name)} appears twice")
+        if offset % alignment:
+            raise reader.bad(f"tensor {shown(name)} starts at {offset:,}, not on a multiple of {alignment}")
+        if offset != expected:
+            kind = "overlaps the one before it" if offset < expected else "leaves a gap before it"
+            raise reader.bad(f"tensor {shown(name)} {kind}: it starts at {offset:,}, expected {expected:,}")
+        nbytes = prod(shape) // block * block_bytes
+        end = data_offset + offset + nbytes
+        if end > reader.size:
+            raise reader.bad(
+                f"tensor {shown(name)} ends at byte {end:,} but the file has {reader.size:,} bytes"
+            )
+        tensors[name] = TensorInfo(name, shape, type_, data_offset + offset, nbytes, reader.path)
+        expected = -(-(offset + nbytes) // alignment) * alignment
+    return tensors, data_offset
+
+
+def _read_tensor(reader: _Reader, index: int) -> tuple[str, tuple[int, ...], tuple[str, int, int], int]:
+    """Name, shape, (type, elements in a block, bytes of a block) and offset into the data section."""
+    name = reader.name(f"tensor {index}", MAX_TENSOR_NAME_BYTES)
+    what = f"tensor {shown(name)}"
+    n_dims = reader.u32(what)
+    if not 1 <= n_dims <= MAX_DIMENSIONS:
+        raise reader.bad(f"{what} has {n_dims:,} dimensions, not 1 to {MAX_DIMENSIONS}")
+    shape = tuple(reader.u64(what) for _ in range(n_dims))
+    code = reader.u32(what)
+    if code not in types.TENSOR_TYPES:
+        raise reader.bad(f"{what} has the unknown type {code}")
+    type_, block, block_bytes = types.TENSOR_TYPES[code]
+    dims = " × ".join(f"{d:,}" for d in shape)
+    if 0 in shape:
+        raise reader.bad(f"{what} is empty: {dims}")
+    if shape[0] % block:
+        raise reader.bad(
+            f"{what} has rows of {shape[0]:,}, not a multiple of the {block} elements in a {type_} block"
+        )
+    if prod(shape) // block * block_bytes >= 1 << 62:
+        raise reader.bad(f"{what} is impossibly large: {dims}")
+    return name, shape, (type_, block, block_bytes), reader.u64(what)

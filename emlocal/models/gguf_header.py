@@ -1,0 +1,204 @@
+"""What a GGUF header says, as data: `GGUFHeader`, `TensorInfo`, and the questions people ask of them.
+
+Nothing here checks anything; `gguf_file` fills these in and `gguf_checks` judges them.
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from emlocal.errors import ModelError
+from emlocal.models import gguf_types as types
+
+_U64 = struct.Struct("<Q")
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class ArrayRef:
+    """An array left in the file (any of strings, and long ones of numbers): `header.array(key)` reads it.
+
+    `offset` counts from byte 0 of the header's file; `offset` and `nbytes` are of the elements.
+    """
+
+    element_type: int
+    length: int
+    offset: int
+    nbytes: int
+
+
+Value = Scalar | tuple[Scalar, ...] | ArrayRef
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in `file`, in bytes. `shape` is in GGUF order: shape[0] is the row length."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    nbytes: int
+    file: Path
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """What a GGUF file says of itself. For a sharded model: metadata of the first shard, tensors of all."""
+
+    path: Path
+    version: int
+    metadata: Mapping[str, Value]
+    value_types: Mapping[str, int]  # metadata key -> GGUF type code, where the native reader insists on one
+    tensors: Mapping[str, TensorInfo]
+    data_offset: int
+    file_size: int  # bytes, of all shards together
+    files: tuple[Path, ...]
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`, such as "llama" or "qwen2"."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def name(self) -> str:
+        return str(self.metadata.get("general.name", "")) or self.path.stem
+
+    @property
+    def license(self) -> str | None:
+        value = self.metadata.get("general.license")
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model was trained on, in tokens; 0 when the file does not say."""
+        return self.integer("context_length") or 0
+
+    @property
+    def embedding_length(self) -> int:
+        return self.integer("embedding_length") or 0
+
+    @property
+    def block_count(self) -> int:
+        """Number of layers."""
+        return self.integer("block_count") or 0
+
+    @property
+    def head_count(self) -> tuple[int, ...]:
+        """Attention heads, one number a layer (layers without attention have 0)."""
+        return self.per_layer("attention.head_count") or (0,) * self.block_count
+
+    @property
+    def head_count_kv(self) -> tuple[int, ...]:
+        """Heads in the KV cache, one number a layer; as many as `head_count` when the file does not say."""
+        return self.per_layer("attention.head_count_kv") or self.head_count
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        return tokens.length if isinstance(tokens, ArrayRef) else 0
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template. It is untrusted: render it in a sandbox."""
+        value = self.metadata.get("tokenizer.chat_template")
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def sampling(self) -> dict[str, float | int]:
+        """The authors' sampling settings (`general.sampling.*`); `temp` has emlocal's name `temperature`."""
+        prefix = "general.sampling."
+        found = {k.removeprefix(prefix): v for k, v in self.metadata.items() if k.startswith(prefix)}
+        numbers = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return {"temperature" if k == "temp" else k: v for k, v in numbers.items()}
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(prod(t.shape) for t in self.tensors.values())
+
+    @property
+    def quantization(self) -> str:
+        """Such as "Q4_K_M": what the file says, else the tensor type that holds most bytes."""
+        name = types.FILE_TYPES.get(int_or_none(self.metadata.get("general.file_type")) or 0)
+        if "general.file_type" in self.metadata and name:
+            return name
+        bytes_of: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            bytes_of[tensor.type] += tensor.nbytes
+        return bytes_of.most_common(1)[0][0] if bytes_of else "unknown"
+
+    def value(self, name: str) -> Value | None:
+        """The architecture's own key: `value("context_length")` is `metadata["llama.context_length"]`."""
+        return self.metadata.get(f"{self.architecture}.{name}")
+
+    def integer(self, name: str) -> int | None:
+        """Like `value`, None unless it is one whole number."""
+        return int_or_none(self.value(name))
+
+    def per_layer(self, name: str) -> tuple[int, ...]:
+        """Like `value`, spread over the layers when it is one number; empty when it is neither."""
+        value = self.value(name)
+        if isinstance(value, tuple):
+            return tuple(v for v in value if isinstance(v, int))
+        number = int_or_none(value)
+        return () if number is None else (number,) * self.block_count
+
+    def array(self, key: str) -> tuple[Scalar, ...]:
+        """All elements of a metadata array, from the file if need be. KeyError if there is no such key."""
+        value = self.metadata[key]
+        if not isinstance(value, ArrayRef):
+            return value if isinstance(value, tuple) else (value,)
+        if value.element_type == types.STRING:
+            return tuple(raw.decode("utf-8", "replace") for raw in self.byte_strings(key))
+        letter, _ = types.SCALARS[value.element_type]
+        return struct.unpack(f"<{value.length}{letter}", self._elements(value))
+
+    def byte_strings(self, key: str) -> list[bytes]:
+        """The elements of an array of strings as bytes: tokens need not be UTF-8. KeyError if it is none."""
+        ref = self.metadata[key]
+        if not isinstance(ref, ArrayRef) or ref.element_type != types.STRING:
+            raise KeyError(key)
+        data, strings, pos = self._elements(ref), [], 0
+        for _ in range(ref.length):
+            start = pos + 8
+            pos = start + _U64.unpack_from(data, pos)[0]
+            strings.append(data[start:pos])
+        return strings
+
+    def _elements(self, ref: ArrayRef) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(ref.offset)
+            data = file.read(ref.nbytes)
+        if len(data) != ref.nbytes:
+            raise unusable(self.path, "it became shorter while it was being read")
+        return data
+
+
+def int_or_none(value: Value | None) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def unusable(path: Path, what: str) -> ModelError:
+    """The one form of a complaint about a GGUF file."""
+    return ModelError(
+        f"{path.name} is not a usable GGUF file: {what}",
+        hint="get the file again (from the hub: emlocal models rm NAME, then emlocal models pull NAME)",
+    )
+
+
+def shown(text: str | bytes) -> str:
+    """`text` out of a file, fit for a terminal: no control characters, at most 80 of it."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "backslashreplace")
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:80])
+    return plain + ("…" if len(text) > 80 else "")

@@ -1,0 +1,63 @@
+"""What every download needs: a way to report progress, room on the disk, and plain words for disk errors."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from emlocal.errors import ModelError
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, the bytes done, and the bytes in all (None: not known)."""
+
+
+def silent(label: str, done: int, total: int | None) -> None:
+    """A Progress that says nothing."""
+
+
+def human_size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000: "98 MB", "4.7 GB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise ModelError if `folder` (which need not exist yet) has fewer than `needed` bytes free."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ModelError(
+            f"{what} needs {human_size(needed)} of disk, but {folder} has {human_size(free)} free",
+            hint="free some space, or remove models you no longer use: emlocal models rm NAME",
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path, variable: str) -> Iterator[None]:
+    """Turn OSErrors of writing under `folder` (moved by `variable` of the environment) into ModelErrors."""
+    try:
+        yield
+    except OSError as error:
+        move = f"or keep models elsewhere: {variable}=/another/folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(f"the disk of {folder} is full", hint=f"free some space, {move}") from error
+        why = error.strerror or str(error)
+        raise ModelError(f"cannot write to {folder}: {why}", hint=f"make it writable, {move}") from error
+
+
+def sync_into_place(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`, so that after a power cut the whole file is there or none of it."""
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+    if os.name == "posix":  # Windows cannot open a folder, and journals the rename itself
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
