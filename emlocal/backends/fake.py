@@ -107,7 +107,9 @@ class FakeBackend(Backend):
         new = sum(len(feed.tokens) for feed in feeds)
         held = sum(map(len, self._held.values()))
         if held + new > self.context:
-            raise ContextFullError(f"{held} tokens held and {new} new ones exceed the context of {self.context}")
+            raise ContextFullError(
+                f"{held} tokens held and {new} new ones exceed the context of {self.context}"
+            )
         if cancelled():
             raise CancelledError
         self.fed += new

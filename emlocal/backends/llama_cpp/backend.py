@@ -97,9 +97,7 @@ class LlamaCppBackend(Backend):
         room = len(raw) + 16
         while True:
             buffer = (self._lib.llama_token * room)()
-            n = self._lib.llama_tokenize(
-                self._vocab, raw, len(raw), buffer, room, add_special, parse_special
-            )
+            n = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, parse_special)
             if n >= 0:
                 return list(buffer[:n])
             room = -n
@@ -158,7 +156,6 @@ class LlamaCppBackend(Backend):
         except (CancelledError, ContextFullError, BackendError):
             self._batch.clear()
             for feed in feeds:  # what was decoded of this call goes again
-                self.trim(feed.sequence, self._lengths[feed.sequence])
                 self._lib.llama_memory_seq_rm(self._memory, feed.sequence, self._lengths[feed.sequence], -1)
             raise
         for feed in feeds:
