@@ -49,7 +49,7 @@ def cool(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
 
 
 def _tempered(split: Split, beta: float) -> tuple[float, float, float, float]:
-    """H of w^β, the variance of β·s, the tail's mass, and the bound on the total variation described above."""
+    """H of w^β, the variance of β·s, the tail's mass, and the bound on the total variation."""
     scaled = split.head * beta
     weights = np.exp(scaled)
     mean_s = split.tail_moment / split.tail_mass if split.tail_mass else 0.0

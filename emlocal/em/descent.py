@@ -39,9 +39,9 @@ steps at the cutoff and far below it, with ε = 0. What ε itself does: a token 
 by −ηk(1 − f), f = ε/(|g| + ε), so its weight exceeds the common one by at most w f (1 − e^{−ηk}) (e^x is
 convex). |g| = w|a|/S with |a| at least its value at the cutoff; over the steps the gradients shrink by e^{−η}
 each, and their root mean square is no less than their geometric mean: f ≤ ε'/(w + ε') with
-ε' = ε S e^{ηk/2}/|a|, and `light_tail_mass` sums w f. In the head, an error δ of H makes the gradients err by p·δ, all with one sign;
-`_AdamTangent` carries that to first order through the moments, so that a token near the sign change a = 0,
-where it matters, is counted for what it is.
+ε' = ε S e^{ηk/2}/|a|, and `light_tail_mass` sums w f. In the head, an error δ of H makes the gradients err
+by p·δ, all with one sign; `_AdamTangent` carries that to first order through the moments, so that a token
+near the sign change a = 0, where it matters, is counted for what it is.
 
 Where the bound exceeds `TOLERANCE`, or H lies so near δ that stopping is undecided, the caller tries a
 narrower cutoff and then the reference.

@@ -116,7 +116,8 @@ class _Deadline:
     """Raises _Exceeded in the code inside once time or memory are spent.
 
     A trace function sees each line of the compiled template and each Python call, so that no loop escapes
-    it, without a thread or a signal. Memory is looked at because text doubled in a loop fills it before the time is up.
+    it, without a thread or a signal. Memory is looked at because text doubled in a loop fills it before the
+    time is up.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -59,7 +59,7 @@ class LlamaCppBackend(Backend):
         self._sampler = Sampler(self.info.vocabulary)
         self._cancelled: Callable[[], bool] = lambda: False
         self._abort = self._lib.ggml_abort_callback(lambda _: self._cancelled())
-        self._no_abort = ctypes.cast(None, self._lib.ggml_abort_callback)
+        self._no_abort = self._lib.ggml_abort_callback()
 
     def _new_context(self, options: LoadOptions) -> Any:
         params = self._lib.llama_context_default_params()
@@ -110,7 +110,7 @@ class LlamaCppBackend(Backend):
             if n < 0:
                 buffer = (ctypes.c_char * -n)()
                 n = self._lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, False)
-            piece = self._pieces[token] = bytes(buffer[:n])
+            piece = self._pieces[token] = buffer.raw[:n]
         return piece
 
     def open(self) -> int:
@@ -179,7 +179,7 @@ class LlamaCppBackend(Backend):
         if answer == _NO_SLOT:
             held = sum(self._lengths.values())
             raise ContextFullError(
-                f"{self._batch.size} more tokens do not fit: {held:,} of {self.context:,} in the context are taken",
+                f"{self._batch.size} more tokens do not fit: the context holds {held:,} of {self.context:,}",
                 "give a larger --context",
             )
         if answer != 0:
@@ -198,7 +198,7 @@ class LlamaCppBackend(Backend):
         view = self._views.get(address)
         if view is None:
             raw = (ctypes.c_float * self.info.vocabulary).from_address(address)
-            view = self._views[address] = np.frombuffer(raw, dtype=np.float32)
+            view = self._views[address] = np.ctypeslib.as_array(raw)
         return view
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:

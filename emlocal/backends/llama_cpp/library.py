@@ -16,14 +16,14 @@ _LOG: deque[str] = deque(maxlen=40)
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 INSTALL = (
-    "pip install 'llama-cpp-python>=0.3.36,<0.4' (it compiles: Debian/Ubuntu need 'apt install build-essential cmake',"
-    " Fedora 'dnf install gcc-c++ cmake', macOS 'xcode-select --install', Windows the Visual Studio Build Tools with C++)"
+    "pip install 'llama-cpp-python>=0.3.36,<0.4' (it compiles, and needs a C++ compiler: `emlocal doctor`"
+    " names the package for this system)"
 )
 
 
 @cache
 def load_library() -> ModuleType:
-    """llama_cpp's ctypes module, started, with its chatter caught. Raises BackendError where it is missing."""
+    """The ctypes module, started, with its chatter caught. Raises BackendError where it is missing."""
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as why:
