@@ -139,6 +139,10 @@ class Backend(ABC):
         """A copy of the raw logits after the last token fed, float32 [V]."""
 
     @abstractmethod
+    def describe(self) -> str:
+        """How it runs, for people: "context 8,192 tokens, 4 threads"."""
+
+    @abstractmethod
     def memory_bytes(self) -> int:
         """Bytes that the model, its sequences' states and its buffers take, as far as the engine knows."""
 

@@ -124,6 +124,9 @@ class FakeBackend(Backend):
     def logits(self, sequence: int) -> NDArray[np.float32]:
         return self._rows[sequence].copy()
 
+    def describe(self) -> str:
+        return f"context {self.context:,} tokens"
+
     def memory_bytes(self) -> int:
         return 4 * self.context
 

@@ -5,9 +5,10 @@ read beside the paper (Agarwal et al. 2025, arXiv 2505.15134). `split` is the fa
 and it answers to the reference. Everything here is about distributions; tokens, text and engines are not.
 """
 
-from emlocal.em.adaptive_temperature import AdaptiveTemperature, adaptive_temperature
-from emlocal.em.em_inf import EMInf, EMResult, em_inf
+from emlocal.em.adaptive_temperature import adaptive_temperature
+from emlocal.em.em_inf import EMResult, em_inf
 from emlocal.em.entropy import entropy, entropy_gradient, log_softmax
+from emlocal.settings import AdaptiveTemperature, EMInf
 
 __all__ = [
     "AdaptiveTemperature",

@@ -8,34 +8,18 @@ The tolerance is on log τ: the authors' 0.1 nats of entropy is more than a conf
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from emlocal.em.em_inf import EMResult
 from emlocal.em.entropy import Float64, checked, entropy
-from emlocal.ranges import check_settings, setting
+from emlocal.settings import AdaptiveTemperature
 
 TOLERANCE = 1e-7
 """Relative: the τ returned is within this factor of the largest τ that qualifies."""
 COLDEST = 1e-6
 """No colder: ties for the top stay ties at any τ > 0, so a row may have no τ that qualifies."""
-
-
-@dataclass(frozen=True)
-class AdaptiveTemperature:
-    """Settings. The paper found ratios between 0.4 and 0.6 best."""
-
-    ratio: float = setting(
-        0.5, "--em-ratio", 0, 1, "α: cool until the entropy is this share of what it was …"
-    )
-    threshold: float = setting(
-        0.1, "--em-threshold", 0, math.inf, "δ in nats: … but no further than to this entropy."
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 def adaptive_temperature(logits: ArrayLike, settings: AdaptiveTemperature) -> EMResult:

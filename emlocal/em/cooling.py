@@ -15,9 +15,10 @@ import math
 
 import numpy as np
 
-from emlocal.em.adaptive_temperature import COLDEST, AdaptiveTemperature
+from emlocal.em.adaptive_temperature import COLDEST
 from emlocal.em.descent import TOLERANCE, Sharpened
 from emlocal.em.split import Split
+from emlocal.settings import AdaptiveTemperature
 
 NEWTON_TOLERANCE = 1e-9
 MAX_ROUNDS = 100

@@ -52,9 +52,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emlocal.em.em_inf import BETA1, BETA2, EPSILON, Adam, EMInf
+from emlocal.em.em_inf import BETA1, BETA2, EPSILON, Adam
 from emlocal.em.entropy import Float64
 from emlocal.em.split import Split, SquaredTail
+from emlocal.settings import EMInf
 
 TOLERANCE = 9e-6
 """The largest bound on the total variation that is accepted; the contract is 1e-5."""

@@ -12,41 +12,15 @@ This file is the reference: full vocabulary, float64. Decoding uses `emlocal.em.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from emlocal.em.entropy import Float64, checked, expected_surprisal, finite
-from emlocal.errors import UsageError
-from emlocal.ranges import check_settings, setting
+from emlocal.settings import EMInf
 
 # Adam's constants, as torch.optim.Adam and Kingma & Ba (2015) have them.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
-
-@dataclass(frozen=True)
-class EMInf:
-    """Settings of EM-INF. Raises UsageError, with flag and range, for a value that cannot be meant."""
-
-    threshold: float = setting(
-        0.3, "--em-threshold", 0, math.inf, "δ in nats: descend until the entropy is no more than this."
-    )
-    """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
-    steps: int = setting(10, "--em-steps", 0, 1000, "The most gradient steps per token.")
-    learning_rate: float = setting(
-        1.0, "--em-learning-rate", 0, 1e6, "η, the size of a gradient step on the logits.", low_is_open=True
-    )
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd is the paper's descent; adam is what the authors' code runs, fresh for every token."""
-    kl_weight: float = setting(
-        0.0, "--em-kl-weight", 0, 1e6, "κ, the weight of KL(original ‖ new) beside the entropy."
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.optimizer not in ("sgd", "adam"):
-            raise UsageError(f"--em-optimizer is {self.optimizer!r}; it must be sgd or adam")
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,6 @@ class Request:
     max_tokens: int
     stop: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UsageError(f"--max-tokens is {self.max_tokens}; it must be at least 1")
-        if "" in self.stop:
-            raise UsageError("--stop is empty; it must be some text")
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -4,7 +4,7 @@ raw logits → penalties and bias → EM step → temperature → top-k → top-
 """
 
 from emlocal.sampling.draw import Uniforms
-from emlocal.sampling.params import EMStep, SamplingParams
 from emlocal.sampling.sampler import Draw, Sampler
+from emlocal.settings import EMStep, SamplingParams
 
 __all__ = ["Draw", "EMStep", "Sampler", "SamplingParams", "Uniforms"]

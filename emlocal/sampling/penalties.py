@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import UsageError
-from emlocal.sampling.params import SamplingParams
+from emlocal.settings import SamplingParams
 
 Float32 = NDArray[np.float32]
 

@@ -6,7 +6,7 @@ What the sampler's fast path is tested against, and what it falls back to. Ties 
 import numpy as np
 
 from emlocal.em.entropy import Float64
-from emlocal.sampling.params import SamplingParams
+from emlocal.settings import SamplingParams
 
 
 def probabilities(logits: Float64, params: SamplingParams) -> Float64:

@@ -20,9 +20,9 @@ from emlocal.em.cooling import cool
 from emlocal.em.descent import Sharpened, descend
 from emlocal.em.entropy import Float64, log_softmax
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Split, Splitter
-from emlocal.sampling.params import EMStep, SamplingParams
 from emlocal.sampling.penalties import adjust
 from emlocal.sampling.reference import inverse_cdf, nucleus, probabilities
+from emlocal.settings import EMStep, SamplingParams
 
 NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""

@@ -207,6 +207,10 @@ class LlamaCppBackend(Backend):
     def logits(self, sequence: int) -> NDArray[np.float32]:
         return self._rows[sequence].copy()
 
+    def describe(self) -> str:
+        adapters = f", {len(self._adapters)} adapters" if self._adapters else ""
+        return f"context {self.context:,} tokens, {self.threads} threads{adapters}"
+
     def memory_bytes(self) -> int:
         return int(self._lib.llama_model_size(self._model) + self._lib.llama_state_get_size(self._context))
 

@@ -1,0 +1,38 @@
+"""Which engine runs, and why."""
+
+import platform
+import sys
+
+from emlocal.backends.base import Backend, LoadOptions
+from emlocal.errors import UsageError
+from emlocal.models.resolve import LocalModel
+
+
+def on_apple_silicon() -> bool:
+    """Whether this is a Mac with an Apple processor."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def select_backend(asked: str = "auto") -> tuple[str, str]:
+    """The engine to use and the reason for it.
+
+    Raises UsageError for an engine that this version does not have.
+    """
+    if asked == "llama.cpp":
+        return "llama.cpp", "asked for"
+    if asked != "auto":
+        raise UsageError(
+            f"this version of emlocal has no {asked} engine yet", "use --backend llama.cpp, or leave it out"
+        )
+    if on_apple_silicon():
+        return "llama.cpp", "the mlx engine is not in this version yet"
+    return "llama.cpp", "the engine for any CPU"
+
+
+def load_backend(name: str, model: LocalModel, options: LoadOptions) -> Backend:
+    """Load a model. `name` is what `select_backend` answered."""
+    if name == "llama.cpp":
+        from emlocal.backends.llama_cpp import LlamaCppBackend
+
+        return LlamaCppBackend(model, options)
+    raise UsageError(f"there is no engine called {name}")

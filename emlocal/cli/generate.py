@@ -1,0 +1,178 @@
+"""`emlocal generate`: one prompt, one or more answers."""
+
+import select
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emlocal.cli import console
+from emlocal.cli.options import (
+    EMOptions,
+    EngineOptions,
+    OutputOptions,
+    PromptOptions,
+    SamplingOptions,
+    with_options,
+)
+from emlocal.errors import UsageError
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
+    from emlocal.generation import Request
+
+_STDIN_PATIENCE = 2.0  # seconds before saying that stdin is being waited for
+
+
+@with_options
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; stdin and -f come before it.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.", metavar="FILE")
+    ] = None,
+    prompting: PromptOptions = PromptOptions(),
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", help="Answers to draw, each from draws of its own.", metavar="N")
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    output: OutputOptions = OutputOptions(),
+    em: EMOptions = EMOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    engine: EngineOptions = EngineOptions(),
+) -> None:
+    """Answer one prompt.
+
+    The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
+    """
+    from emlocal.cli import precedence
+    from emlocal.cli.engine import open_backend
+    from emlocal.generation import Request
+    from emlocal.sampling import Uniforms
+
+    if not 1 <= samples <= 256:
+        raise UsageError(f"--samples is {samples}; it must be between 1 and 256")
+    if as_json and output.show_entropy:
+        raise UsageError("--json and --show-entropy contradict each other", "leave one of them out")
+    config = precedence.read_config()
+    precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
+    seed = precedence.seed(sampling, config.sampling)
+    limits = precedence.limits(sampling, config.sampling)
+    text = read_prompt(prompt, file)
+    quiet = output.quiet or as_json
+    with open_backend(
+        precedence.merged(engine, config.engine), sequences=samples + 1, quiet=quiet
+    ) as backend:
+        params = precedence.sampling(sampling, em, config, backend.info.sampling).params
+        requests = [Request(params, Uniforms(seed, 0, i), *limits) for i in range(samples)]
+        job = Job(encode(backend, text, prompting), requests, seed, output, as_json)
+        code = run(backend, job)
+    if code:
+        raise typer.Exit(code)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be generated, and how it is shown."""
+
+    prompt: list[int]
+    requests: list["Request"]
+    seed: int
+    output: OutputOptions
+    as_json: bool
+
+
+def run(backend: "Backend", job: Job) -> int:
+    """Generate and show; the exit code."""
+    from emlocal.cli import view
+    from emlocal.generation import CancelledError, Completion, Generator, interruptible
+
+    generator = Generator(backend)
+    streams = len(job.requests) == 1 and not job.as_json
+    writer = view.AnswerWriter(job.output.show_entropy and streams)
+    done: list[Completion] = []
+    with interruptible() as cancelled, view.trace_to(job.output.trace, backend) as trace:
+        try:
+            for event in generator.run(job.prompt, job.requests, cancelled):
+                if isinstance(event, Completion):
+                    done.append(event)
+                    text, entropy = event.tail, 0.0
+                else:
+                    text, entropy = event.text, event.draw.entropy_before
+                    if trace:
+                        trace.add(event.sample, event.draw)
+                if streams:
+                    writer.piece(text, entropy)
+        except CancelledError:
+            raise KeyboardInterrupt from None
+    done.sort(key=lambda completion: completion.sample)
+    if job.as_json:
+        console.print_json(view.as_json(backend, done, generator.timings, job.seed))
+    elif streams:
+        console.write("\n")
+    else:
+        console.write("\n---\n".join(c.text.strip("\n") for c in done) + "\n")
+    if not (job.output.quiet or job.as_json):
+        console.note(view.stats_line(done, generator.timings, job.seed, backend.context))
+    return 130 if any(c.finish_reason == "cancelled" for c in done) else 0
+
+
+def encode(backend: "Backend", text: str, prompting: PromptOptions) -> list[int]:
+    """The prompt's tokens: through the chat template, or as it is with --raw."""
+    from emlocal.models.templates import render
+
+    template = backend.info.chat_template
+    if prompting.raw:
+        if prompting.system is not None:
+            raise UsageError(
+                "--raw and --system contradict each other: without a template there are no roles"
+            )
+        return backend.encode(text, add_special=True, parse_special=True)
+    if template is None:
+        console.warn(f"{backend.info.name} has no chat template; the prompt goes in as it is (--raw)")
+        return backend.encode(text, add_special=True, parse_special=True)
+    system = [] if prompting.system is None else [{"role": "system", "content": prompting.system}]
+    messages = [*system, {"role": "user", "content": text}]
+    rendered = render(template, messages, bos=backend.info.bos, eos=backend.info.eos)
+    return backend.encode(rendered, add_special=False, parse_special=True)
+
+
+def read_prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt: stdin (where it is no terminal), the file, the argument, with blank lines between.
+
+    Raises UsageError for a missing file, text that is not UTF-8, or nothing but white space.
+    """
+    parts = []
+    if str(file) == "-" or not sys.stdin.isatty():
+        parts.append(decoded(_read_stdin(argument is not None or file is not None), "stdin"))
+    if file is not None and str(file) != "-":
+        try:
+            parts.append(decoded(file.read_bytes(), str(file)))
+        except OSError as why:
+            raise UsageError(f"cannot read {file}: {why.strerror}") from why
+    parts.append(argument or "")
+    text = "\n\n".join(part.strip("\r\n") for part in parts if part.strip())
+    if not text:
+        raise UsageError("the prompt is empty", 'emlocal generate "some text", or -f FILE, or text on stdin')
+    return text
+
+
+def _read_stdin(has_other: bool) -> bytes:
+    """All of stdin; says so when nothing comes though there is a prompt already."""
+    if has_other and sys.platform != "win32":
+        ready, _, _ = select.select([sys.stdin], [], [], _STDIN_PATIENCE)
+        if not ready:
+            console.note("waiting for stdin to end (run with < /dev/null if it never does)")
+    return sys.stdin.buffer.read()
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """UTF-8 text, with or without BOM. Raises UsageError that shows the first bad byte."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as why:
+        raise UsageError(
+            f"{where} is not UTF-8 text: byte 0x{raw[why.start]:02x} at offset {why.start:,}",
+            "convert it first, with iconv -f LATIN1 -t UTF-8 for example",
+        ) from why

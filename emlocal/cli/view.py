@@ -1,0 +1,179 @@
+"""How an answer looks: coloured by entropy, traced to a file, summed up in a line or in JSON."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emlocal.backends.base import Backend
+from emlocal.cli import console
+from emlocal.files import atomic_writer
+from emlocal.generation import Completion, Timings
+from emlocal.sampling import Draw
+
+# Upper bounds in nats and 256-colour codes: from sure to guessing.
+_BANDS = ((0.1, 250), (0.5, 114), (1.0, 185), (2.0, 215), (float("inf"), 203))
+
+
+def coloured(text: str, entropy: float) -> str:
+    """`text` with the escape codes of its entropy's colour."""
+    code = next(code for bound, code in _BANDS if entropy <= bound)
+    return f"\x1b[38;5;{code}m{text}\x1b[0m"
+
+
+def legend() -> str:
+    """The colours of `coloured`, for stderr."""
+    bounds = ["≤ 0.1", "≤ 0.5", "≤ 1", "≤ 2", "> 2 nats"]
+    shown = (f"\x1b[38;5;{code}m{bound}\x1b[0m" for (_, code), bound in zip(_BANDS, bounds, strict=True))
+    return "entropy before EM:  " + "  ".join(shown)
+
+
+@dataclass(frozen=True)
+class EntropySummary:
+    """What EM did to an answer, over its tokens."""
+
+    tokens: int
+    before: float
+    """Mean entropy before EM, nats."""
+    after: float
+    touched: float
+    """Share of tokens at which EM took a step."""
+    changed: float
+    """Share of tokens that the same draw would have made another token without EM."""
+    steps: float
+    """Mean EM steps a token."""
+
+
+def summarize(draws: Sequence[Draw]) -> EntropySummary:
+    """The summary of one or more answers' draws."""
+    n = max(1, len(draws))
+    return EntropySummary(
+        len(draws),
+        sum(d.entropy_before for d in draws) / n,
+        sum(d.entropy_after for d in draws) / n,
+        sum(d.steps > 0 for d in draws) / n,
+        sum(d.token != d.token_without_em for d in draws) / n,
+        sum(d.steps for d in draws) / n,
+    )
+
+
+def stats_line(completions: Sequence[Completion], timings: Timings, seed: int, context: int) -> str:
+    """One line: tokens, speed, entropy, what EM did, why it ended."""
+    entropy = summarize([d for c in completions for d in c.draws])
+    cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
+    read = timings.prompt_tokens - timings.cached_tokens
+    parts = [
+        f"prompt {timings.prompt_tokens} tokens{cached}, {rate(read, timings.prompt_seconds)} tok/s",
+        f"answer {timings.generated_tokens} tokens,"
+        f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
+        f"entropy {entropy.before:.2f}",
+    ]
+    if entropy.touched:
+        parts[-1] += (
+            f" → {entropy.after:.2f} nats (EM touched {entropy.touched:.0%} of tokens,"
+            f" changed {entropy.changed:.0%})"
+        )
+    else:
+        parts[-1] += " nats"
+    parts.append(", ".join(_ending(c, context) for c in completions))
+    parts.append(f"seed {seed}")
+    return " · ".join(parts)
+
+
+def _ending(completion: Completion, context: int) -> str:
+    if completion.finish_reason == "length":
+        return f"cut off at --max-tokens {len(completion.tokens)}"
+    if completion.finish_reason == "context":
+        return f"cut off: the context of {context:,} tokens is full (give a larger --context)"
+    if completion.stop is not None:
+        return f"stopped before {completion.stop!r}"
+    return {"stop": "finished", "cancelled": "stopped by Ctrl-C"}[completion.finish_reason]
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Tokens a second, for people."""
+    return f"{tokens / seconds:.1f}" if seconds > 0 else "–"
+
+
+def as_json(
+    backend: Backend, completions: Sequence[Completion], timings: Timings, seed: int
+) -> dict[str, Any]:
+    """The object that `--json` prints: one answer flat, several in `completions`."""
+    shared = {
+        "model": backend.info.name,
+        "backend": backend.name,
+        "seed": seed,
+        "prompt_tokens": timings.prompt_tokens,
+        "cached_tokens": timings.cached_tokens,
+        "timings": {
+            "prompt_seconds": round(timings.prompt_seconds, 4),
+            "generation_seconds": round(timings.generation_seconds, 4),
+            "generated_tokens": timings.generated_tokens,
+        },
+    }
+    answers = [_answer_json(c) for c in completions]
+    return answers[0] | shared if len(answers) == 1 else {"completions": answers} | shared
+
+
+def _answer_json(completion: Completion) -> dict[str, Any]:
+    entropy = summarize(completion.draws)
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "stop": completion.stop,
+        "completion_tokens": len(completion.tokens),
+        "entropy": {
+            "mean_before": round(entropy.before, 6),
+            "mean_after": round(entropy.after, 6),
+            "touched": round(entropy.touched, 6),
+            "changed": round(entropy.changed, 6),
+            "mean_steps": round(entropy.steps, 6),
+        },
+    }
+
+
+class Trace:
+    """Writes one JSON line a token."""
+
+    def __init__(self, file: Any, backend: Backend) -> None:
+        self._file = file
+        self._backend = backend
+        self._counts: dict[int, int] = {}
+
+    def add(self, sample: int, draw: Draw) -> None:
+        """A token as it is drawn; `text` is its own bytes, replaced where they are half a character."""
+        index = self._counts[sample] = self._counts.get(sample, -1) + 1
+        text = self._backend.token_bytes(draw.token).decode(errors="replace")
+        line = {"sample": sample, "index": index, "text": text, **vars(draw)}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def trace_to(path: Path | None, backend: Backend) -> Iterator[Trace | None]:
+    """A Trace into `path`, which appears when the block ends; None for no path."""
+    if path is None:
+        yield None
+        return
+    with atomic_writer(path) as file:
+        yield Trace(file, backend)
+
+
+class AnswerWriter:
+    """Streams an answer's pieces to stdout, coloured if asked and possible."""
+
+    def __init__(self, show_entropy: bool) -> None:
+        import sys
+
+        self.colours = show_entropy and console.colours_allowed(sys.stdout)
+        if show_entropy:
+            if self.colours:
+                console.err().out(legend(), highlight=False)
+            else:
+                console.note("stdout is no terminal (or NO_COLOR is set): the answer comes without colours")
+
+    def piece(self, text: str, entropy: float) -> None:
+        """Show the text that one token made certain."""
+        if text:
+            console.write(coloured(text, entropy) if self.colours else text)
