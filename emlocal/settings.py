@@ -59,7 +59,7 @@ class EMInf:
     """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
     steps: int = setting(10, "--em-steps", 0, 1000, "The most gradient steps per token.")
     learning_rate: float = setting(
-        1.0, "--em-learning-rate", 0, 1e6, "η, the size of a gradient step on the logits.", low_is_open=True
+        2.0, "--em-learning-rate", 0, 1e6, "η, the size of a gradient step on the logits.", low_is_open=True
     )
     optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd is the paper's descent; adam is what the authors' code runs, fresh for every token."""
@@ -146,7 +146,7 @@ class SamplingParams:
 
 EM_PRESETS: dict[str, tuple[EMStep, dict[str, Any]]] = {
     # The step, and the sampling settings that go with it where the user has not set them.
-    "default": (EMInf(threshold=0.3, steps=10, learning_rate=1.0), {}),
+    "default": (EMInf(), {}),
     # Paper §4: eq. 5, "0.1 < δ < 0.5 works best", "5 to 15 gradient steps are enough", then sample.
     # Its η is not stated; 1 reaches δ within the range on the bench models' logits.
     "paper": (

@@ -174,7 +174,7 @@ class EMOptions:
         int | None, _flag(EM, "--em-steps", help="Most gradient steps per token. (default: 10)", metavar="N")
     ] = None
     em_learning_rate: Annotated[
-        float | None, _flag(EM, "--em-learning-rate", help="η, size of a step. (default: 1)", metavar="X")
+        float | None, _flag(EM, "--em-learning-rate", help="η, size of a step. (default: 2)", metavar="X")
     ] = None
     em_optimizer: Annotated[
         Optimizer | None, _flag(EM, "--em-optimizer", help="How steps are taken. (default: sgd)")

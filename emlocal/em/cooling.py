@@ -16,8 +16,7 @@ import math
 import numpy as np
 
 from emlocal.em.adaptive_temperature import COLDEST
-from emlocal.em.descent import TOLERANCE, Sharpened
-from emlocal.em.split import Split
+from emlocal.em.split import TOLERANCE, Sharpened, Split
 from emlocal.settings import AdaptiveTemperature
 
 NEWTON_TOLERANCE = 1e-9
@@ -26,14 +25,14 @@ MAX_ROUNDS = 100
 
 def cool(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
     """Adaptive temperature on a split row; None where agreement with the reference cannot be promised."""
-    before = split.entropy()
+    before = split.entropy
     target = max(settings.ratio * before, settings.threshold)
     if before <= target:
-        return Sharpened(split.head, 1.0, 1.0, split.tail_mass, before, before, 0)
+        return split.untouched()
     low, high = 0.0, -math.log(COLDEST)  # of log β: H(low) > target ≥ H(high), if any
     x = min(high, 0.5)
     for _ in range(MAX_ROUNDS):
-        H, variance, tail, bound = _tempered(split, math.exp(x))
+        H, variance, tail, S, bound = _tempered(split, math.exp(x))
         if target < H:
             low = x
         else:
@@ -46,11 +45,11 @@ def cool(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
     beta = math.exp(x)
     if bound > TOLERANCE:
         return None
-    return Sharpened(split.head * beta, 1.0, beta, tail, before, H, 1)
+    return Sharpened(split.head * beta, 1.0, beta, tail, S, before, H, 1)
 
 
-def _tempered(split: Split, beta: float) -> tuple[float, float, float, float]:
-    """H of w^β, the variance of β·s, the tail's mass, and the bound on the total variation."""
+def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, float]:
+    """H of w^β, the variance of β·s, the tail's mass, the partition, and the bound."""
     scaled = split.head * beta
     weights = np.exp(scaled)
     mean_s = split.tail_moment / split.tail_mass if split.tail_mass else 0.0
@@ -65,4 +64,4 @@ def _tempered(split: Split, beta: float) -> tuple[float, float, float, float]:
     width = (highest - lowest) / 2 / S
     delta_H = width * (1 + beta * abs(mean_s) + abs(math.log(S)))
     spread = math.sqrt(max(variance, 1e-30))
-    return H, max(variance, 0.0), tail, width + delta_H / (2 * spread)
+    return H, max(variance, 0.0), tail, S, width + delta_H / (2 * spread)

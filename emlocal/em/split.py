@@ -2,8 +2,8 @@
 
 One float32 sweep over the row gives weights w_i = exp(z_i − max z). Tokens with w_i > `cutoff` form the head
 (some hundreds of 151,936 in practice), in float64; the others are the tail, kept as the sums that the
-gradient steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.descent` takes the
-steps and carries a bound on its distance from the full-vocabulary reference.
+gradient steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.fast` takes the
+steps and knows how far it may be from the full-vocabulary reference.
 
 The tail's weights stay in the sweep's buffer, summed by blocks of 128 tokens, so that a draw by inverse
 CDF in token order needs no cumulative sum over the vocabulary.
@@ -26,6 +26,29 @@ PLAIN_RANGE = (-15.0, 40.0)
 UNDERFLOW = np.float32(-200.0)  # exp is 0 in float32 long before; stands for −inf in products with w = 0
 
 Float32 = NDArray[np.float32]
+
+
+TOLERANCE = 9e-6
+"""The largest bound on the total variation that is accepted; the contract is 1e-5."""
+ROUNDING = 5e-7
+"""Relative error of the tail's float32 sums: 2.5 ulp in exp, and sums of 128."""
+
+
+class Sharpened(NamedTuple):
+    """A split row after EM."""
+
+    head: Float64
+    """New exponents of the head, [n]."""
+    tail_factor: float
+    tail_power: float
+    """A tail token's new weight is tail_factor · w^tail_power …"""
+    tail_mass: float
+    """… and this is their sum."""
+    partition: float
+    """Σ of all new weights."""
+    entropy_before: float
+    entropy_after: float
+    steps: int
 
 
 class SquaredTail(NamedTuple):
@@ -60,27 +83,25 @@ class Split:
     """s = row − offset."""
     cutoff: float
     """Every token with w > cutoff is in the head, and no other."""
+    partition: float
+    """S = Σ w over the whole row."""
+    entropy: float
+    """H of the row in nats: log S − (Σ w s)/S."""
 
-    @property
-    def partition(self) -> float:
-        """Σ_i w_i over the whole row."""
-        return float(np.exp(self.head).sum()) + self.tail_mass
-
-    def entropy(self) -> float:
-        """H of the row in nats: log S − (Σ w s)/S."""
-        weights = np.exp(self.head)
-        S = float(weights.sum()) + self.tail_mass
-        return max(0.0, math.log(S) - (float(weights @ self.head) + self.tail_moment) / S)
+    def untouched(self) -> Sharpened:
+        """The row as it is."""
+        H = self.entropy
+        return Sharpened(self.head, 1.0, 1.0, self.tail_mass, self.partition, H, H, 0)
 
     def squared_tail(self) -> SquaredTail:
         """The tail's second moments; one more sweep, needed only where gradient descent takes steps."""
         tail = self.tail[: len(self.row)]
         product = tail * self.row
-        q0, q1, q2 = (
-            _dot(a, b) * self.scale**2 for a, b in ((tail, tail), (product, tail), (product, product))
-        )
+        # they make corrections of second order: float32 sums will do
+        q0, q1, q2 = float(tail @ tail), float(product @ tail), float(product @ product)
         c = self.offset  # s = row − c
-        return SquaredTail(q0, q1 - c * q0, q2 - 2 * c * q1 + c * c * q0)
+        moments = (q0, q1 - c * q0, q2 - 2 * c * q1 + c * c * q0)
+        return SquaredTail(*(q * self.scale**2 for q in moments))
 
     def light_tail_mass(self, weight: float) -> float:
         """Σ_tail w·f with f = weight/(w + weight): the mass of the tokens lighter than `weight`, softly."""
@@ -129,7 +150,10 @@ class Splitter:
         mass = float(blocks.sum())
         head = head_row[index].astype(np.float64) - top_of_row
         moment = moment * scale - top * mass
-        return Split(index, head, mass, moment, blocks, self._weights, scale, row, top, cutoff)
+        w = np.exp(head)
+        S = float(w.sum()) + mass
+        H = max(0.0, math.log(S) - (float(w @ head) + moment) / S)
+        return Split(index, head, mass, moment, blocks, self._weights, scale, row, top, cutoff, S, H)
 
 
 def _dot(a: Float32, b: Float32) -> float:

@@ -37,4 +37,6 @@ def inverse_cdf(weights: Float64, u: float) -> int:
     """The first index whose cumulative weight exceeds u times the total; u in [0, 1)."""
     cumulative = np.cumsum(weights)
     i = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return min(i, int(np.flatnonzero(weights)[-1]))
+    if i == len(weights):  # u·total rounded up to the total
+        i = int(np.flatnonzero(weights)[-1])
+    return i

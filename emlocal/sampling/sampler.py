@@ -10,19 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.em import AdaptiveTemperature, EMInf, adaptive_temperature, em_inf
-from emlocal.em.cooling import cool
-from emlocal.em.descent import Sharpened, descend
 from emlocal.em.entropy import Float64, log_softmax
-from emlocal.em.split import BLOCK, CUTOFFS, Float32, Split, Splitter
+from emlocal.em.fast import sharpen
+from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.sampling.penalties import adjust
 from emlocal.sampling.reference import inverse_cdf, nucleus, probabilities
-from emlocal.settings import EMStep, SamplingParams
+from emlocal.settings import SamplingParams
 
 NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""
@@ -45,15 +43,6 @@ class Draw:
     """… and after it; both before temperature and truncation."""
     token_without_em: int
     """What the same uniform would have drawn without the EM step."""
-
-
-class _Weights(NamedTuple):
-    """A distribution over a split row: head weights, and the tail as factor · w^power."""
-
-    head: Float64  # exponents, [n]
-    tail_factor: float
-    tail_power: float
-    tail_mass: float
 
 
 class Sampler:
@@ -88,20 +77,9 @@ class Sampler:
         return _draw_reference(row, params, u)
 
 
-def sharpen(split: Split, em: EMStep | None) -> Sharpened | None:
-    """The EM step on a split row; None where the fast path cannot promise the reference's answer."""
-    if isinstance(em, EMInf):
-        return descend(split, em)
-    if isinstance(em, AdaptiveTemperature):
-        return cool(split, em)
-    H = split.entropy()
-    return Sharpened(split.head, 1.0, 1.0, split.tail_mass, H, H, 0)
-
-
 def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) -> Draw:
-    plain = _Weights(split.head, 1.0, 1.0, split.tail_mass)
-    after = _Weights(*sharpened[:4])
-    token = _choose(split, after, params, u)
+    plain = split.untouched()
+    token = _choose(split, sharpened, params, u)
     without = token if sharpened.steps == 0 else _choose(split, plain, params, u)
     p_before = _probability(split, plain, token)
     return Draw(
@@ -110,12 +88,12 @@ def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) 
         sharpened.entropy_after,
         sharpened.steps,
         p_before,
-        p_before if sharpened.steps == 0 else _probability(split, after, token),
+        p_before if sharpened.steps == 0 else _probability(split, sharpened, token),
         without,
     )
 
 
-def _choose(split: Split, weights: _Weights, params: SamplingParams, u: float) -> int:
+def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) -> int:
     """Temperature, top-k, top-p, min-p and the draw."""
     if params.temperature == 0:
         return int(split.index[weights.head.argmax()])
@@ -168,7 +146,7 @@ def _largest(weights: Float64, k: int) -> NDArray[np.intp]:
     return np.sort(candidates[np.argsort(-weights[candidates], kind="stable")[:k]])
 
 
-def _choose_on_full_row(split: Split, weights: _Weights, params: SamplingParams, u: float) -> int:
+def _choose_on_full_row(split: Split, weights: Sharpened, params: SamplingParams, u: float) -> int:
     """The same where tokens of the tail may survive truncation: rare, and a sort of the vocabulary."""
     exponents = split.row.astype(np.float64) - split.offset
     logits = weights.tail_power * exponents + math.log(weights.tail_factor)
@@ -197,16 +175,13 @@ def _draw_with_tail(split: Split, head: Float64, power: float, scale: float, u: 
     return start + inverse_cdf(weights, min(max(within, 0.0), 1.0))
 
 
-def _probability(split: Split, weights: _Weights, token: int) -> float:
+def _probability(split: Split, weights: Sharpened, token: int) -> float:
     """The token's probability before temperature and truncation."""
-    w = np.exp(weights.head)
     position = int(np.searchsorted(split.index, token))
-    in_head = position < len(split.index) and split.index[position] == token
-    S = float(w.sum()) + weights.tail_mass
-    if in_head:
-        return float(w[position]) / S
+    if position < len(split.index) and split.index[position] == token:
+        return math.exp(weights.head[position]) / weights.partition
     own = float(split.tail[token]) * split.scale
-    p: float = weights.tail_factor * own**weights.tail_power / S
+    p: float = weights.tail_factor * own**weights.tail_power / weights.partition
     return p
 
 

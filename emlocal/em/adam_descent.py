@@ -1,0 +1,102 @@
+r"""EM-INF by Adam on a split row, with a bound on its distance from the reference.
+
+Notation as in `gradient_descent`.
+
+The first step is η·g/(|g| + ε): the tail moves too, all of it by nearly −η a step, since a tail
+token's gradients are w·f_t(s) with f nearly constant in s, and Adam does not see the factor w while
+|g| ≫ ε = 1e-8. So the tail is moved as one, by what Adam does to a token of the tail's mean exponent. How
+far other tail tokens stray from it is measured, not assumed: *sentinels*, tokens of weight 0, take the same
+steps at the cutoff and far below it, with ε = 0. What ε itself does: a token with constant gradient g moves
+by −ηk(1 − f), f = ε/(|g| + ε), so its weight exceeds the common one by at most w f (1 − e^{−ηk}) (e^x is
+convex). |g| = w|a|/S with |a| at least its value at the cutoff; over the steps the gradients shrink by e^{−η}
+each, and their root mean square is no less than their geometric mean: f ≤ ε'/(w + ε') with
+ε' = ε S e^{ηk/2}/|a|, and `light_tail_mass` sums w f. In the head, an error δ of H makes the gradients err
+by p·δ, all with one sign; `_AdamTangent` carries that to first order through the moments, so that a token
+near the sign change a = 0, where it matters, is counted for what it is.
+"""
+
+import math
+
+import numpy as np
+
+from emlocal.em.em_inf import BETA1, BETA2, EPSILON, Adam
+from emlocal.em.entropy import Float64
+from emlocal.em.split import ROUNDING, TOLERANCE, Sharpened, Split
+from emlocal.settings import EMInf
+
+FAR_FROM_EPSILON = 1e12
+"""Adam ignores the gradient's scale but for ε; scaled by this, a sentinel shows what ε = 0 would do."""
+
+
+def adam_descent(split: Split, settings: EMInf) -> Sharpened | None:
+    """EM-INF with optimizer "adam"; None where agreement with the reference cannot be promised."""
+    n = len(split.head)
+    sentinels = _sentinels(split)
+    h = np.concatenate((split.head, sentinels))
+    weights0 = np.exp(h)
+    adam = Adam(h.shape, settings.learning_rate)
+    tail_mass, tail_moment = split.tail_mass, split.tail_moment
+    # the tail's sums are off by the float32 sweep, and by what strays from the common shift
+    depth = abs(tail_moment / tail_mass) if tail_mass else 0.0
+    tangent, off = _AdamTangent(h.shape), np.zeros(h.shape)
+    error = shift = 0.0
+    for step in range(settings.steps + 1):
+        weights = np.exp(h)
+        S = float(weights[:n].sum()) + tail_mass
+        H = max(0.0, math.log(S) - (float(weights[:n] @ h[:n]) + tail_moment) / S)
+        stray = _stray(split, h[n:] - sentinels, S, H, settings, step)
+        delta = (stray + ROUNDING * tail_mass / S) * (2 + depth + H) + error * (1 + H)
+        if abs(H - settings.threshold) <= delta + 1e-12 or error + stray > TOLERANCE:
+            return None
+        if settings.threshold > H or step == settings.steps:
+            return Sharpened(h[:n], math.exp(shift), 1.0, tail_mass, S, split.entropy, H, step)
+
+        p = weights / S
+        gradient = -p * (h + (H - math.log(S)))
+        if settings.kl_weight:
+            gradient += settings.kl_weight * (p - weights0 / split.partition)
+        gradient[n:] *= FAR_FROM_EPSILON
+        h = h - adam.step(gradient)
+        off += settings.learning_rate * tangent.step(adam, gradient, p * delta)
+        error = float(p[:n] @ np.minimum(np.abs(off[:n]), 2 * settings.learning_rate * (step + 1)))
+        shift = float(h[n] - sentinels[0])
+        tail_mass = split.tail_mass * math.exp(shift)
+        tail_moment = math.exp(shift) * (split.tail_moment + shift * split.tail_mass)
+    raise AssertionError("the loop returns at its last round")
+
+
+class _AdamTangent:
+    """How far Adam's update u = m̂/√v̂ moves, to first order, when its gradients are off by dg."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.mean = np.zeros(shape)
+        self.square = np.zeros(shape)
+
+    def step(self, adam: Adam, gradient: Float64, dg: Float64) -> Float64:
+        """du = (dm̂ − u·dv̂/(2√v̂))/√v̂, after `adam` has taken the same step."""
+        self.mean += (1 - BETA1) * (dg - self.mean)
+        self.square += (1 - BETA2) * (2 * gradient * dg - self.square)
+        rms = adam.root_mean_square() + EPSILON
+        u = adam.mean / (1 - BETA1**adam.steps) / rms
+        change: Float64 = (
+            self.mean / (1 - BETA1**adam.steps) - u * self.square / (1 - BETA2**adam.steps) / (2 * rms)
+        ) / rms
+        return change
+
+
+def _sentinels(split: Split) -> Float64:
+    """Exponents of the tail tokens that are watched: its mean, its top, and far below."""
+    top = math.log(split.cutoff)
+    mean = split.tail_moment / split.tail_mass if split.tail_mass else top
+    return np.array([mean, top, 2 * top])
+
+
+def _stray(split: Split, moved: Float64, S: float, H: float, settings: EMInf, step: int) -> float:
+    """How much probability the tail's common shift may put in the wrong place after `step` Adam steps."""
+    if step == 0 or not split.tail_mass:
+        return 0.0
+    spread = float(np.abs(moved[1:] - moved[0]).max())
+    reach = min(settings.learning_rate * step, 50.0)
+    a = abs(math.log(split.cutoff) - math.log(S) + H)
+    still = split.light_tail_mass(EPSILON * S * math.exp(reach / 2) / max(a, 1e-3))
+    return (split.tail_mass * math.expm1(spread) + still * -math.expm1(-reach)) / S
