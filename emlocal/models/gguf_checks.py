@@ -229,7 +229,7 @@ def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | N
 
 
 def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
-    """A token that is to be added to every text must be one of the vocabulary; llama-vocab.cpp:3443 asserts it.
+    """A token added to every text must be one of the vocabulary: llama-vocab.cpp:3443 asserts it.
 
     llama.cpp ignores an id outside the vocabulary and takes its default, so that alone is no fault.
     """
