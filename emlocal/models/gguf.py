@@ -56,12 +56,11 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 
 def _check_split(header: GGUFHeader, number: int, count: int) -> None:
     """The metadata of a shard must agree with its name. llama.cpp asserts the type of split.no."""
-    said = int_or_none(header.metadata.get("split.count", 0))
     if count == 1:
-        if said not in (0, 1):
-            raise unusable(
-                header.path, f"it is a shard of {said} but is not named like one (-00001-of-{said:05d}.gguf)"
-            )
+        said = header.metadata.get("split.count", 1)
+        if int_or_none(said) not in (0, 1):
+            name = "model-00001-of-00003.gguf"
+            raise unusable(header.path, f"split.count is {shown(str(said))}, but it is not named like {name}")
         return
     for key, want in (("split.no", number), ("split.count", count)):
         value = header.metadata.get(key)

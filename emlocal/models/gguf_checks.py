@@ -229,13 +229,20 @@ def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | N
 
 
 def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
-    """llama.cpp drops an id outside the vocabulary, and asserts when it is asked to add that token."""
-    for name in ("bos", "eos"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        default = DEFAULT_TOKEN_IDS.get(tokenizer, {}).get(name)
-        id_ = int_or_none(header.metadata.get(key, default))
-        if id_ is not None and not 0 <= id_ < count:
-            raise unusable(header.path, f"{key} is {id_:,} in a vocabulary of {count:,} tokens")
+    """A token added to every text must be one of the vocabulary: llama-vocab.cpp:3443 asserts it.
+
+    llama.cpp ignores an id outside the vocabulary and takes its default, so that alone is no fault.
+    """
+    always_bos = tokenizer in {"llama", "plamo2", "gemma4"}
+    for name, default_add in (("bos", always_bos), ("eos", False)):
+        given = int_or_none(header.metadata.get(f"tokenizer.ggml.{name}_token_id"))
+        valid = given is not None and 0 <= given < count
+        id_ = given if valid else DEFAULT_TOKEN_IDS.get(tokenizer, {}).get(name)
+        added = header.metadata.get(f"tokenizer.ggml.add_{name}_token", default_add)
+        if added and (id_ is None or id_ >= count):
+            raise unusable(
+                header.path, f"tokenizer.ggml.{name}_token_id is {given} in a vocabulary of {count:,} tokens"
+            )
 
 
 def _check_tokens(header: GGUFHeader, tokenizer: str) -> None:

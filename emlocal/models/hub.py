@@ -5,6 +5,7 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. What is cach
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ DEFAULT_QUANTS = (
     *("MXFP4", "BF16", "F16", "F32"),
 )
 REQUEST_SECONDS = 15.0
+STALE_SECONDS = 24 * 3600.0  # a part not written to for so long belongs to no running download
 
 _QUANT = re.compile(
     r"(?<![A-Z0-9])(?:UD-)?(?:I?Q[1-8](?:_[A-Z0-9]+)*|TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|BF16|FP?16|FP?32)(?![A-Z0-9])"
@@ -88,20 +90,23 @@ def _default_among(models: dict[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
     return []
 
 
-def cached_repos() -> list[str]:
-    """Repositories of models in the cache, whatever is in them."""
+def _cache() -> Path:
     from huggingface_hub import constants
 
-    folders = Path(constants.HF_HUB_CACHE).expanduser().glob("models--*--*/")
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def cached_repos() -> list[str]:
+    """Repositories of models in the cache, whatever is in them."""
+    folders = _cache().glob("models--*--*/")
     return sorted(f.name.removeprefix("models--").replace("--", "/") for f in folders)
 
 
 def cached_files(repo: str) -> dict[str, Path]:
     """GGUF files of the newest cached snapshot: name in the repository -> path. No request is made."""
-    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = _cache() / repo_folder_name(repo_id=repo, repo_type="model")
     reference = folder / "refs" / "main"
     if not reference.is_file():
         return {}
@@ -114,20 +119,21 @@ def remote_files(repo: str) -> dict[str, int]:
     """Files of the repository on the hub with their sizes in bytes (0: not told). One request."""
     from huggingface_hub import HfApi
 
-    with hub_errors(repo):
+    with disk_errors(_cache(), "HF_HOME"), hub_errors(repo):  # a token is read from HF_HOME
         info = HfApi().model_info(repo, files_metadata=True, timeout=REQUEST_SECONDS)
     return {s.rfilename: s.size or 0 for s in info.siblings or []}
 
 
 def download(repo: str, sizes: dict[str, int], progress: Progress) -> list[Path]:
     """Fetch files of a repository into the cache; `sizes` are in bytes. Raises ModelError in one line."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    cache, cached = Path(constants.HF_HUB_CACHE).expanduser(), cached_files(repo)
+    cache, cached = _cache(), cached_files(repo)
     label, total = f"fetching {repo}", sum(sizes.values())
     needed = sum(size for name, size in sizes.items() if name not in cached)
     paths, before = [], 0
     with disk_errors(cache, "HF_HOME"):
+        _remove_stale_parts(cache, repo)
         check_space(cache, needed, repo)
         for name, size in sizes.items():
             bar = _bar_class(partial(_report_sum, progress, label, before, total))
@@ -135,6 +141,16 @@ def download(repo: str, sizes: dict[str, int], progress: Progress) -> list[Path]
                 paths.append(Path(hf_hub_download(repo, name, tqdm_class=bar)))
             before += size
     return paths
+
+
+def _remove_stale_parts(cache: Path, repo: str) -> None:
+    """Delete what killed downloads left behind: huggingface_hub can neither use nor finds it again."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    for part in blobs.glob("*.incomplete"):
+        if time.time() - part.stat().st_mtime > STALE_SECONDS:
+            part.unlink(missing_ok=True)
 
 
 def _report_sum(progress: Progress, label: str, before: int, total: int, done: int) -> None:
@@ -163,10 +179,10 @@ def _bar_class(report: Callable[[int], None]) -> type:
 
 def remove(repo: str) -> tuple[int, int]:
     """Delete all cached revisions of a repository; returns how many files and bytes are gone."""
-    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    cache = _cache()
     with disk_errors(cache, "HF_HOME"):
         try:
             info = scan_cache_dir(cache)

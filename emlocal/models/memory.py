@@ -58,7 +58,7 @@ def available() -> int:
 
 
 def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_BYTES, n_seqs: int = 1) -> int:
-    """The estimate; raises ModelError, with both numbers and what would fit, if there is not so much memory."""
+    """The estimate; raises ModelError, with both numbers and what would fit, if there is less memory."""
     needed, free = estimate(header, n_ctx, kv_type_bytes=kv_type_bytes, n_seqs=n_seqs), available()
     if needed <= free:
         return needed
@@ -68,7 +68,7 @@ def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_B
     smaller = "use a smaller model: emlocal models list"
     mend = f"a context of {fitting} tokens fits: --context {fitting}" if fitting >= 256 else smaller
     raise ModelError(
-        f"{header.name} with {n_ctx:,} tokens of context needs about {human_size(needed)}; {human_size(free)} are free",
+        f"{header.name} with a context of {n_ctx:,} needs {human_size(needed)}; {human_size(free)} are free",
         hint=mend,
     )
 

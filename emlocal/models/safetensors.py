@@ -1,0 +1,112 @@
+"""The header of a safetensors file, checked before anything maps the weights.
+
+The format: 8 bytes of length, that many bytes of JSON, then the tensors one after the other without gaps
+(https://github.com/huggingface/safetensors#format). The bounds are those of the reference implementation.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+from emlocal.errors import ModelError
+from emlocal.models.gguf_header import shown
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BITS = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
+    **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
+    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+
+
+@dataclass(frozen=True)
+class SafeTensor:
+    """One tensor: row-major `shape`, `offset` from byte 0 of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What the file says of itself. `metadata` are the strings under `__metadata__`."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, SafeTensor]
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """Read and check the header. Raises ModelError, in one line, unless it accounts for every byte."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise _unusable(path, f"its header has {length:,} bytes, the file {size:,}")
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="give an existing file") from error
+    entries = _parse(path, raw)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _unusable(path, "its __metadata__ is not a table of strings")
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            raise _unusable(path, f"tensor {shown(name)} starts at byte {tensor.offset:,}, expected {end:,}")
+        end += tensor.nbytes
+    if end != size:
+        raise _unusable(path, f"its tensors end at byte {end:,} but the file has {size:,} bytes")
+    return SafetensorsHeader(path, MappingProxyType(metadata), MappingProxyType(tensors))
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise _unusable(path, "its header names something twice")
+        return table
+
+    try:
+        entries = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError):
+        raise _unusable(path, "its header is not JSON") from None
+    if not isinstance(entries, dict):
+        raise _unusable(path, "its header is not a table")
+    return entries
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> SafeTensor:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None or not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _unusable(path, f"tensor {shown(name)} lacks a known dtype, a shape or data_offsets")
+    begin, end = offsets
+    if (end - begin) * 8 != prod(shape) * bits:
+        dims = " × ".join(str(d) for d in shape) or "1"
+        raise _unusable(path, f"tensor {shown(name)} has {end - begin:,} bytes for {dims} of {dtype}")
+    return SafeTensor(str(dtype), tuple(shape), data_start + begin, end - begin)
+
+
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    """Whether it is a short list of whole numbers that fit 64 bits (true and false are none)."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    )
+
+
+def _unusable(path: Path, what: str) -> ModelError:
+    return ModelError(f"{path.name} is not a usable safetensors file: {what}", hint="get the file again")
