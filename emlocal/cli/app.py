@@ -9,7 +9,7 @@ import typer
 
 from emlocal import __version__
 from emlocal.cli import generate, models
-from emlocal.cli.console import err, report
+from emlocal.console import err, report
 from emlocal.errors import EmlocalError
 
 app = typer.Typer(

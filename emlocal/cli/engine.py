@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from emlocal import console
 from emlocal.backends.base import DEFAULT_CONTEXT, Backend, LoadOptions
 from emlocal.backends.select import load_backend, select_backend
-from emlocal.cli import console
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.models.gguf import read_adapter_header

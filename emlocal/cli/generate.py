@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emlocal.cli import console
+from emlocal import console
 from emlocal.cli.options import (
     EMOptions,
     EngineOptions,
@@ -85,14 +85,14 @@ class Job:
 
 def run(backend: "Backend", job: Job) -> int:
     """Generate and show; the exit code."""
-    from emlocal.cli import view
+    from emlocal import answers
     from emlocal.generation import CancelledError, Completion, Generator, interruptible
 
     generator = Generator(backend)
     streams = len(job.requests) == 1 and not job.as_json
-    writer = view.AnswerWriter(job.output.show_entropy and streams)
+    writer = answers.AnswerWriter(job.output.show_entropy and streams)
     done: list[Completion] = []
-    with interruptible() as cancelled, view.trace_to(job.output.trace, backend) as trace:
+    with interruptible() as cancelled, answers.trace_to(job.output.trace, backend) as trace:
         try:
             for event in generator.run(job.prompt, job.requests, cancelled):
                 if isinstance(event, Completion):
@@ -108,13 +108,13 @@ def run(backend: "Backend", job: Job) -> int:
             raise KeyboardInterrupt from None
     done.sort(key=lambda completion: completion.sample)
     if job.as_json:
-        console.print_json(view.as_json(backend, done, generator.timings, job.seed))
+        console.print_json(answers.as_json(backend, done, generator.timings, job.seed))
     elif streams:
         console.write("\n")
     else:
         console.write("\n---\n".join(c.text.strip("\n") for c in done) + "\n")
     if not (job.output.quiet or job.as_json):
-        console.note(view.stats_line(done, generator.timings, job.seed, backend.context))
+        console.note(answers.stats_line(done, generator.timings, job.seed, backend.context))
     return 130 if any(c.finish_reason == "cancelled" for c in done) else 0
 
 

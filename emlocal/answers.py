@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emlocal import console
 from emlocal.backends.base import Backend
-from emlocal.cli import console
 from emlocal.files import atomic_writer
 from emlocal.generation import Completion, Timings
 from emlocal.sampling import Draw
