@@ -62,6 +62,28 @@ def report(error: EmlocalError) -> None:
         err().print(f"  fix: {error.hint}", markup=False)
 
 
+def heading(text: str) -> None:
+    """A line above a part of an answer, on stdout."""
+    out().print(text, style="bold", markup=False)
+
+
+@contextmanager
+def working(label: str) -> Iterator[Callable[[], None]]:
+    """A spinner that counts tokens, on a terminal; nothing elsewhere."""
+    count = 0
+    if not err().is_terminal:
+        yield lambda: None
+        return
+    with err().status(label) as status:
+
+        def tick() -> None:
+            nonlocal count
+            count += 1
+            status.update(f"{label}: {count} tokens")
+
+        yield tick
+
+
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
     """A callback (label, bytes done, bytes in all or None) that draws a bar, or prints lines."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emlocal import __version__
-from emlocal.cli import generate, models
+from emlocal.cli import chat, generate, models
 from emlocal.console import err, report
 from emlocal.errors import EmlocalError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.add_typer(models.app, name="models")
 
 

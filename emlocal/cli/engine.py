@@ -42,7 +42,9 @@ def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iter
     )
     backend = load_backend(name, model, load)
     if not quiet:
-        console.note(f"{model.name} ({model.header.quantization}) on {name}, {reason}; {backend.describe()}")
+        console.note(
+            f"{backend.info.name} ({model.header.quantization}) on {name}, {reason}; {backend.describe()}"
+        )
     try:
         yield backend
     finally:

@@ -52,9 +52,7 @@ def read_config() -> Config:
     known = {flag: (group, name) for group in groups for flag, name in flag_names(group).items()}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "its keys are the flags without dashes"
-            raise UsageError(f"{path}: there is no setting {key!r}", hint)
+            raise unknown_setting(key, list(known), f"{path}: ")
         group, name = known[key]
         groups[group][name] = _typed(group, name, value, f"{path}: {key}")
     return Config(*(group(**found) for group, found in groups.items()))
@@ -69,6 +67,28 @@ def flag_names(group: type) -> dict[str, str]:
         flag = next(d for d in option.param_decls if d.startswith("--"))
         names[flag.split("/")[0].removeprefix("--")] = f.name
     return names
+
+
+def unknown_setting(name: str, known: list[str], where: str = "") -> UsageError:
+    """The error for a setting that does not exist, with those that it may be meant to be."""
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
+    return UsageError(f"{where}there is no setting {name!r}", hint)
+
+
+def with_text(group: Group, name: str, text: str) -> Group | None:
+    """The group with one setting, named like its flag, read from text; None if it has no such setting.
+
+    Raises UsageError where the text is no such value.
+    """
+    field_name = flag_names(type(group)).get(name)
+    if field_name is None:
+        return None
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return replace(group, **{field_name: _typed(type(group), field_name, value, f"--{name}")})
 
 
 def _typed(group: type, name: str, value: Any, where: str) -> Any:

@@ -165,6 +165,11 @@ class Generator:
         for sample in running:
             yield from sample.end(reason)
 
+    @property
+    def held(self) -> int:
+        """Tokens in the cache."""
+        return len(self._held)
+
     def forget(self) -> None:
         """Drop what the cache holds."""
         self.backend.trim(self._root, 0)

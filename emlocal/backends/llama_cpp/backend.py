@@ -42,7 +42,8 @@ class LlamaCppBackend(Backend):
     def __init__(self, model: LocalModel, options: LoadOptions = LoadOptions()) -> None:
         self._lib: Any = load_library()
         self._model = load_model(self._lib, model.files)
-        self.info = model_info(self._lib, self._model, model.name, model.header)
+        shown = model.path.name if model.source == "path" else model.name
+        self.info = model_info(self._lib, self._model, shown, model.header)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.context = _context_length(options.context, self.info.trained_context)
         self.max_sequences = options.sequences

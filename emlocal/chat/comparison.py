@@ -1,0 +1,42 @@
+"""Two answers from the same draws, and where they part."""
+
+from emlocal import answers, console
+from emlocal.backends.base import Backend
+from emlocal.generation import Completion
+
+
+def parting(off: Completion, on: Completion) -> int | None:
+    """The index of the first token that differs; None if the answers are the same."""
+    first = [draw.token for draw in off.draws]
+    second = [draw.token for draw in on.draws]
+    for i, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return i
+    return None if len(first) == len(second) else min(len(first), len(second))
+
+
+def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
+    """Both answers on stdout, each under a heading; where they part on stderr."""
+    for title, answer in (("EM off", off), ("EM on", on)):
+        entropy = answers.summarize(answer.draws)
+        console.heading(
+            f"{title}: {entropy.tokens} tokens, entropy {entropy.before:.2f} → {entropy.after:.2f} nats"
+        )
+        console.write(answer.text.strip("\n") + "\n")
+    console.note(_where(off, on, backend))
+
+
+def _where(off: Completion, on: Completion, backend: Backend) -> str:
+    at = parting(off, on)
+    if at is None:
+        return "the answers are the same"
+
+    def says(answer: Completion) -> str:
+        if at >= len(answer.draws):
+            return "is cut off"
+        draw = answer.draws[at]
+        piece = backend.token_bytes(draw.token).decode(errors="replace")
+        return f"goes on {piece!r} (p {draw.p_before:.2f} → {draw.p_after:.2f})" if piece else "ends"
+
+    before = "at the first token" if at == 0 else f"after {at} tokens"
+    return f"they part {before}: EM off {says(off)}, EM on {says(on)}"

@@ -1,0 +1,302 @@
+"""The loop that reads lines, answers questions and runs commands; the same in a terminal and in a pipe."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from emlocal import answers, console
+from emlocal.chat.comparison import show_comparison
+from emlocal.chat.conversation import Conversation
+from emlocal.chat.session import ChatSession, Turn
+from emlocal.errors import EmlocalError, UsageError
+from emlocal.generation import CancelledError, Completion, interruptible
+from emlocal.generation.decode import Event
+from emlocal.models.paths import data_dir
+from emlocal.sampling import Draw
+
+HELP = """\
+/help              this list
+/exit              leave (Ctrl-D too); Ctrl-C stops an answer
+/clear             forget what was said
+/system [TEXT]     show or set the system message
+/set NAME VALUE    change a setting, named like its flag: /set temp 0.7
+/show              the settings and where each comes from
+/stats             figures of the last answer and of the chat
+/entropy [on|off]  the last answer's entropy; on colours every answer
+/em [on|off|NAME]  entropy minimization, or a preset: default, paper, em-pt
+/compare           the last question again, EM off and on, from the same draws
+/regen             another answer to the last question
+/undo              take back the last question and answer
+/edit [TEXT]       take back the last question and ask it anew
+/save [FILE]       write the conversation; /load FILE reads one
+Text over several lines goes between two lines of \"\"\" (in a terminal Alt-Enter also makes a new line);
+a message that begins with a slash is written with two."""
+
+
+class Settings(Protocol):
+    """The settings of a chat, as the command line keeps them."""
+
+    def turn(self) -> Turn:
+        """The settings for the next answer."""
+
+    def set(self, name: str, value: str) -> None:
+        """Change one, named like its flag. Raises UsageError."""
+
+    def em(self, choice: str) -> None:
+        """on, off, or a preset. Raises UsageError."""
+
+    def em_text(self) -> str:
+        """The EM step in words."""
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, value, where it comes from)."""
+
+
+class Reader(Protocol):
+    """Where messages come from."""
+
+    def read(self, default: str = "") -> str | None:
+        """The next message, to be edited from `default` where that can be; None at the end."""
+
+    interactive: bool
+
+
+class Repl:
+    """A chat in progress."""
+
+    def __init__(
+        self, session: ChatSession, settings: Settings, reader: Reader, *, show_entropy: bool, quiet: bool
+    ) -> None:
+        self.session = session
+        self.settings = settings
+        self.reader = reader
+        self.quiet = quiet
+        self.writer = answers.AnswerWriter(show_entropy)
+        self.failures = 0
+        self._draft = ""  # what /edit offers
+        self._done = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "help": self._help,
+            "exit": self._exit,
+            "clear": self._clear,
+            "system": self._system,
+            "set": self._set,
+            "show": self._show,
+            "stats": self._stats,
+            "entropy": self._entropy,
+            "em": self._em,
+            "compare": self._compare,
+            "regen": self._regen,
+            "undo": self._undo,
+            "edit": self._edit,
+            "save": self._save,
+            "load": self._load,
+        }
+
+    def run(self) -> None:
+        """Until /exit or the end of the input. What fails says so, is counted, and the chat goes on."""
+        while not self._done:
+            draft, self._draft = self._draft, ""
+            message = self.reader.read(draft)
+            if message is None:
+                return
+            if message.strip():
+                try:
+                    self.handle(message)
+                except EmlocalError as error:
+                    self.failures += 1
+                    console.report(error)
+
+    def handle(self, message: str) -> None:
+        """One message: a command, or something to answer."""
+        if message.startswith("/") and not message.startswith("//"):
+            name, _, argument = message[1:].strip().partition(" ")
+            self._command(name)(argument.strip())
+        else:
+            text = message[1:] if message.startswith("//") else message
+            self._answer(lambda turn, cancelled: self.session.ask(text, turn, cancelled))
+
+    def _command(self, name: str) -> Callable[[str], None]:
+        aliases = {"quit": "exit", "bye": "exit", "?": "help", "h": "help"}
+        command = self._commands.get(aliases.get(name, name))
+        if command is None:
+            near = difflib.get_close_matches(name, self._commands, 2)
+            hint = f"did you mean {' or '.join('/' + n for n in near)}?" if near else "/help lists them"
+            raise UsageError(f"there is no command /{name}", hint)
+        return command
+
+    def _answer(self, ask: Callable[[Turn, Callable[[], bool]], Iterator[Event]]) -> None:
+        """Stream an answer and say how it went."""
+        turn = self.settings.turn()
+        with interruptible() as cancelled:
+            try:
+                for event in ask(turn, cancelled):
+                    if isinstance(event, Completion):
+                        self.writer.piece(event.tail, 0.0)
+                    else:
+                        self.writer.piece(event.text, event.draw.entropy_before)
+            except CancelledError:
+                console.note("stopped before the answer began; the question was not kept")
+                return
+        console.write("\n")
+        if not self.quiet:
+            self._stats_line(turn.seed)
+
+    def _stats_line(self, seed: int) -> None:
+        assert self.session.last is not None
+        console.note(
+            answers.stats_line(
+                [self.session.last], self.session.last_timings, seed, self.session.backend.context
+            )
+        )
+
+    def _help(self, _: str) -> None:
+        console.err().print(HELP, markup=False)
+
+    def _exit(self, _: str) -> None:
+        self._done = True
+
+    def _clear(self, _: str) -> None:
+        self.session.forget()
+        console.note("forgotten; the system message stays")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.session.conversation.system = text
+        shown = self.session.conversation.system
+        console.note(
+            f"system message: {shown}"
+            if shown
+            else "no system message of yours (the template may add its own)"
+        )
+
+    def _set(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        if not name or not value:
+            raise UsageError("/set takes a name and a value", "/set temp 0.7; /show lists the names")
+        self.settings.set(name.removeprefix("--"), value.strip())
+
+    def _show(self, _: str) -> None:
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value, source in self.settings.rows():
+            table.add_row(name, value, source, style="dim" if source == "default" else "")
+        console.err().print(table)
+        used = self.session.context_used()
+        console.note(
+            f"context: {used:,} of {self.session.backend.context:,} tokens; {self.session.backend.info.name}"
+        )
+
+    def _stats(self, _: str) -> None:
+        if self.session.last is None:
+            raise UsageError("nothing has been answered yet")
+        self._stats_line(self.settings.turn().seed)
+        totals = self.session.totals
+        speed = answers.rate(totals.generated_tokens, totals.generation_seconds)
+        console.note(
+            f"chat: {totals.answers} answers, {totals.generated_tokens:,} tokens at {speed} tok/s; prompts"
+            f" {totals.prompt_tokens:,} tokens, {totals.cached_tokens:,} of them cached; context"
+            f" {self.session.context_used():,} of {self.session.backend.context:,}"
+        )
+
+    def _entropy(self, argument: str) -> None:
+        if argument in ("on", "off"):
+            self.writer = answers.AnswerWriter(argument == "on")
+            return
+        if argument:
+            raise UsageError(f"/entropy {argument}: it takes on, off or nothing")
+        if self.session.last is None:
+            raise UsageError("nothing has been answered yet")
+        self._show_entropy(self.session.last)
+
+    def _show_entropy(self, answer: Completion) -> None:
+        """The answer in colours where they can be shown, and its least certain tokens."""
+        piece = self.session.backend.token_bytes
+        writer = answers.AnswerWriter(show_entropy=True)
+        if writer.colours:
+            for draw in answer.draws:
+                writer.piece(piece(draw.token).decode(errors="replace"), draw.entropy_before)
+            console.write("\n")
+        console.note("least certain tokens:")
+
+        def text(token: int) -> str:
+            return repr(piece(token).decode(errors="replace")) if piece(token) else "(end)"
+
+        def line(draw: Draw) -> str:
+            instead = (
+                "" if draw.token == draw.token_without_em else f", without EM {text(draw.token_without_em)}"
+            )
+            return (
+                f"  {text(draw.token):<16} entropy {draw.entropy_before:.2f} → {draw.entropy_after:.2f},"
+                f" p {draw.p_before:.2f} → {draw.p_after:.2f}{instead}"
+            )
+
+        for draw in sorted(answer.draws, key=lambda d: -d.entropy_before)[:5]:
+            console.err().print(line(draw), markup=False)
+
+    def _em(self, choice: str) -> None:
+        if choice:
+            self.settings.em(choice)
+        console.note(f"EM: {self.settings.em_text()}")
+
+    def _compare(self, _: str) -> None:
+        turn = self.settings.turn()
+        done: list[Completion] = []
+        with interruptible() as cancelled, console.working("comparing") as tick:
+            try:
+                for event in self.session.compare(turn, cancelled):
+                    if isinstance(event, Completion):
+                        done.append(event)
+                    else:
+                        tick()
+            except CancelledError:
+                console.note("stopped")
+                return
+        done.sort(key=lambda completion: completion.sample)
+        show_comparison(done[0], done[1], self.session.backend)
+        if not self.quiet:
+            console.note(
+                answers.stats_line(done[1:], self.session.timings, turn.seed, self.session.backend.context)
+            )
+
+    def _regen(self, _: str) -> None:
+        self._answer(self.session.ask_again)
+
+    def _undo(self, _: str) -> None:
+        question, _answer = self.session.take_back()
+        console.note(f"taken back: {_shortened(question)}")
+
+    def _edit(self, text: str) -> None:
+        question, answer = self.session.take_back()
+        if text:
+            self._answer(lambda turn, cancelled: self.session.ask(text, turn, cancelled))
+        elif self.reader.interactive:
+            self._draft = question
+        else:
+            self.session.conversation.exchanges.append((question, answer))
+            raise UsageError("/edit needs the new text where there is no terminal", "/edit What is 17*4?")
+
+    def _save(self, name: str) -> None:
+        path = _chat_path(name or "last")
+        self.session.conversation.save(path, self.session.backend.info.name)
+        console.note(f"saved {len(self.session.conversation.exchanges)} exchanges to {path}")
+
+    def _load(self, name: str) -> None:
+        path = _chat_path(name or "last")
+        self.session.conversation = Conversation.load(path)
+        self.session.last = None
+        console.note(f"loaded {len(self.session.conversation.exchanges)} exchanges from {path}")
+
+
+def _chat_path(name: str) -> Path:
+    """A path as it is; a bare name in emlocal's own folder."""
+    if "/" in name or "\\" in name or name.endswith(".json"):
+        return Path(name).expanduser()
+    return data_dir() / "chats" / f"{name}.json"
+
+
+def _shortened(text: str) -> str:
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    return first if len(first) <= 60 else first[:57] + "…"
