@@ -176,4 +176,7 @@ class AnswerWriter:
     def piece(self, text: str, entropy: float) -> None:
         """Show the text that one token made certain."""
         if text:
-            console.write(coloured(text, entropy) if self.colours else text)
+            if self.colours:
+                console.write(coloured(text.translate(console.CONTROLS), entropy))
+            else:
+                console.write_answer(text)

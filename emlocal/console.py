@@ -44,10 +44,19 @@ def warn(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """A piece of an answer to stdout, at once, whatever the terminal's encoding can show of it."""
+    """A piece of text to stdout, at once, whatever the terminal's encoding can show of it."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()
+
+
+# A model may say anything, escape codes that repaint or retitle a terminal among it.
+CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+def write_answer(text: str) -> None:
+    """A piece of what a model said: to a terminal without control characters, to a pipe as it is."""
+    write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
 
 
 def print_json(value: Any) -> None:

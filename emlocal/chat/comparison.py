@@ -22,7 +22,7 @@ def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
         console.heading(
             f"{title}: {entropy.tokens} tokens, entropy {entropy.before:.2f} → {entropy.after:.2f} nats"
         )
-        console.write(answer.text.strip("\n") + "\n")
+        console.write_answer(answer.text.strip("\n") + "\n")
     console.note(_where(off, on, backend))
 
 

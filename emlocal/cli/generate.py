@@ -112,7 +112,7 @@ def run(backend: "Backend", job: Job) -> int:
     elif streams:
         console.write("\n")
     else:
-        console.write("\n---\n".join(c.text.strip("\n") for c in done) + "\n")
+        console.write_answer("\n---\n".join(c.text.strip("\n") for c in done) + "\n")
     if not (job.output.quiet or job.as_json):
         console.note(answers.stats_line(done, generator.timings, job.seed, backend.context))
     return 130 if any(c.finish_reason == "cancelled" for c in done) else 0

@@ -72,7 +72,7 @@ def flag_names(group: type) -> dict[str, str]:
 
 def unknown_setting(name: str, known: list[str], where: str = "") -> UsageError:
     """The error for a setting that does not exist, with those that it may be meant to be."""
-    near = difflib.get_close_matches(name, known, 3)
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
     return UsageError(f"{where}there is no setting {name!r}", hint)
 
