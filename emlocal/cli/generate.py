@@ -105,7 +105,8 @@ def run(backend: "Backend", job: Job) -> int:
                 if streams:
                     writer.piece(text, entropy)
         except CancelledError:
-            raise KeyboardInterrupt from None
+            console.note("stopped while the prompt was read")
+            return 130
     done.sort(key=lambda completion: completion.sample)
     if job.as_json:
         console.print_json(answers.as_json(backend, done, generator.timings, job.seed))
