@@ -1,6 +1,9 @@
 """How an answer looks: coloured by entropy, traced to a file, summed up in a line or in JSON."""
 
 import json
+import re
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from emlocal.files import atomic_writer
 from emlocal.generation import Completion, Timings
 from emlocal.sampling import Draw
 
+_ENOUGH_TO_TIME = 16  # tokens
 # Upper bounds in nats and 256-colour codes: from sure to guessing.
 _BANDS = ((0.1, 250), (0.5, 114), (1.0, 185), (2.0, 215), (float("inf"), 203))
 
@@ -64,8 +68,10 @@ def stats_line(completions: Sequence[Completion], timings: Timings, seed: int, c
     entropy = summarize([d for c in completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
     read = timings.prompt_tokens - timings.cached_tokens
+    # a handful of tokens says nothing of the speed
+    speed = f", {rate(read, timings.prompt_seconds)} tok/s" if read >= _ENOUGH_TO_TIME else ""
     parts = [
-        f"prompt {timings.prompt_tokens} tokens{cached}, {rate(read, timings.prompt_seconds)} tok/s",
+        f"prompt {timings.prompt_tokens} tokens{cached}{speed}",
         f"answer {timings.generated_tokens} tokens,"
         f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
         f"entropy {entropy.before:.2f}",
@@ -161,12 +167,16 @@ def trace_to(path: Path | None, backend: Backend) -> Iterator[Trace | None]:
 
 
 class AnswerWriter:
-    """Streams an answer's pieces to stdout, coloured if asked and possible."""
+    """Streams an answer's pieces to stdout: coloured if asked and possible, wrapped at words on a terminal.
+
+    On a terminal the last word waits for what comes after it, so that it can go to the next line whole.
+    """
 
     def __init__(self, show_entropy: bool) -> None:
-        import sys
-
         self.colours = show_entropy and console.colours_allowed(sys.stdout)
+        self._terminal = sys.stdout.isatty()
+        self._word: list[tuple[str, float]] = []  # pieces of the word in hand
+        self._column = 0
         if show_entropy:
             if self.colours:
                 console.err().out(legend(), highlight=False)
@@ -175,5 +185,47 @@ class AnswerWriter:
 
     def piece(self, text: str, entropy: float) -> None:
         """Show the text that one token made certain."""
-        if text:
+        if not self._terminal:
+            console.write(text)
+            return
+        for part in re.split(r"(\s+)", text.translate(console.CONTROLS)):
+            if part.isspace():
+                self._end_word()
+                self._space(part)
+            elif part:
+                self._word.append((part, entropy))
+
+    def end(self) -> None:
+        """Show what is held back, and end the line."""
+        self._end_word()
+        console.write("\n")
+        self._column = 0
+
+    def _end_word(self) -> None:
+        width = sum(_width(text) for text, _ in self._word)
+        columns = shutil.get_terminal_size().columns
+        if 0 < self._column < columns < self._column + width and width < columns:
+            console.write("\n")
+            self._column = 0
+        for text, entropy in self._word:
             console.write(coloured(text, entropy) if self.colours else text)
+        self._column = (self._column + width) % columns
+        self._word = []
+
+    def _space(self, space: str) -> None:
+        if "\n" in space:
+            self._column = 0
+            space_width = len(space) - space.rindex("\n") - 1
+        else:
+            space_width = len(space.expandtabs())
+        if self._column + space_width >= shutil.get_terminal_size().columns:
+            space, space_width, self._column = "\n", 0, 0
+        console.write(space)
+        self._column += space_width
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal; wide characters take two."""
+    from prompt_toolkit.utils import get_cwidth
+
+    return get_cwidth(text)

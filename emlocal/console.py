@@ -22,7 +22,7 @@ def err() -> "Console":
     """The console of stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 @cache
@@ -30,7 +30,7 @@ def out() -> "Console":
     """The console of stdout, for tables; an answer's text is written with `write`."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def note(text: str) -> None:
@@ -44,10 +44,14 @@ def warn(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """A piece of an answer to stdout, at once, whatever the terminal's encoding can show of it."""
+    """A piece of text to stdout, at once, whatever the terminal's encoding can show of it."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()
+
+
+# A model may say anything, escape codes that repaint or retitle a terminal among it: not to a terminal.
+CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def print_json(value: Any) -> None:

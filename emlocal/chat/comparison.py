@@ -22,7 +22,9 @@ def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
         console.heading(
             f"{title}: {entropy.tokens} tokens, entropy {entropy.before:.2f} → {entropy.after:.2f} nats"
         )
-        console.write(answer.text.strip("\n") + "\n")
+        writer = answers.AnswerWriter(show_entropy=False)
+        writer.piece(answer.text.strip("\n"), 0.0)
+        writer.end()
     console.note(_where(off, on, backend))
 
 

@@ -139,7 +139,7 @@ class Repl:
             except CancelledError:
                 console.note("stopped before the answer began; the question was not kept")
                 return
-        console.write("\n")
+        self.writer.end()
         if not self.quiet:
             self._stats_line(turn.seed)
 
@@ -218,7 +218,7 @@ class Repl:
         if writer.colours:
             for draw in answer.draws:
                 writer.piece(piece(draw.token).decode(errors="replace"), draw.entropy_before)
-            console.write("\n")
+            writer.end()
         console.note("least certain tokens:")
 
         def text(token: int) -> str:

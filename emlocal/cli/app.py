@@ -1,7 +1,6 @@
 """The command line: its verbs, and what happens when something goes wrong."""
 
 import os
-import sys
 import traceback
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 
 from emlocal import __version__
 from emlocal.cli import chat, generate, models
-from emlocal.console import err, report
+from emlocal.console import report
 from emlocal.errors import EmlocalError
 
 app = typer.Typer(
@@ -54,12 +53,8 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         report(error)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        err().print("stopped", style="dim")
+    except (KeyboardInterrupt, typer.Abort):  # at a question; typer itself answers 130 elsewhere
         return 130
-    except BrokenPipeError:  # the reader of our stdout has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception as error:  # noqa: BLE001
         if type(error).__module__.startswith(("click", "typer")):  # wrong usage: it knows how to say so
             error.show()  # type: ignore[attr-defined]

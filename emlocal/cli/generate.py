@@ -105,14 +105,16 @@ def run(backend: "Backend", job: Job) -> int:
                 if streams:
                     writer.piece(text, entropy)
         except CancelledError:
-            raise KeyboardInterrupt from None
+            console.note("stopped while the prompt was read")
+            return 130
     done.sort(key=lambda completion: completion.sample)
     if job.as_json:
         console.print_json(answers.as_json(backend, done, generator.timings, job.seed))
     elif streams:
-        console.write("\n")
+        writer.end()
     else:
-        console.write("\n---\n".join(c.text.strip("\n") for c in done) + "\n")
+        writer.piece("\n---\n".join(c.text.strip("\n") for c in done), 0.0)
+        writer.end()
     if not (job.output.quiet or job.as_json):
         console.note(answers.stats_line(done, generator.timings, job.seed, backend.context))
     return 130 if any(c.finish_reason == "cancelled" for c in done) else 0

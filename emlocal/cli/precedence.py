@@ -64,14 +64,15 @@ def flag_names(group: type) -> dict[str, str]:
     names = {}
     for f in fields(group):
         (option,) = hints[f.name].__metadata__
-        flag = next(d for d in option.param_decls if d.startswith("--"))
+        names_of_option = (option.default, *option.param_decls)  # typer takes the first name for a default
+        flag = next(d for d in names_of_option if d.startswith("--"))
         names[flag.split("/")[0].removeprefix("--")] = f.name
     return names
 
 
 def unknown_setting(name: str, known: list[str], where: str = "") -> UsageError:
     """The error for a setting that does not exist, with those that it may be meant to be."""
-    near = difflib.get_close_matches(name, known, 3)
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
     return UsageError(f"{where}there is no setting {name!r}", hint)
 
