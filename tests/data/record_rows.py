@@ -23,7 +23,7 @@ from emlocal.models.resolve import resolve
 from emlocal.models.templates import render
 from emlocal.sampling import SamplingParams, Uniforms
 
-PROMPT = "A farmer has 17 sheep and buys 3 more each day. Tell her story, and how many sheep there are in a week."
+PROMPT = "A farmer has 17 sheep and buys 3 more each day. Tell her story, and how many there are in a week."
 TARGETS = (0.001, 0.05, 0.29, 0.6, 2.0, 4.0)
 TOKENS = 200
 

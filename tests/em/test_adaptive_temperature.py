@@ -56,7 +56,11 @@ def test_ties_stay_ties_at_the_coldest_temperature(ties: int, ratio: float) -> N
 def test_low_entropies_are_left_alone() -> None:
     z = np.array([5.0, 0.0, 0.0])
     H0 = float(entropy(z))
-    for settings in (AdaptiveTemperature(0.5, H0), AdaptiveTemperature(1.0, 0.0), AdaptiveTemperature(0.1, 9.0)):
+    for settings in (
+        AdaptiveTemperature(0.5, H0),
+        AdaptiveTemperature(1.0, 0.0),
+        AdaptiveTemperature(0.1, 9.0),
+    ):
         result = adaptive_temperature(z, settings)
         assert result.steps == 0
         np.testing.assert_array_equal(result.logits, z - 5.0)
@@ -80,7 +84,9 @@ def test_among_distributions_of_that_entropy_the_tempered_one_is_nearest() -> No
     rng = np.random.default_rng(0)
     others = 0
     for _ in range(500):
-        other = adaptive_temperature(z + rng.normal(0, 0.5, 4), AdaptiveTemperature(0.0, result.entropy_after))
+        other = adaptive_temperature(
+            z + rng.normal(0, 0.5, 4), AdaptiveTemperature(0.0, result.entropy_after)
+        )
         if other.steps and other.entropy_after <= result.entropy_after + 1e-6:
             r = np.exp(other.logits) / np.exp(other.logits).sum()
             assert (r * np.log(r / p)).sum() >= least - 1e-5
