@@ -65,23 +65,23 @@ def first_cutoff(row: Row, step: EMStep) -> tuple[float, Comparison | None]:
     return 0.0, None
 
 
+SHAPES = ("flat", "groups", "cutoff", "zipf", "heavy", "sparse", "one-hot", "denormal")
+
+
 @st.composite
 def hard_rows(draw: st.DrawFn) -> Row:
     """Rows that real models do not make: flat, tied, masked, spread out, or all tail about a cutoff."""
     V = draw(st.sampled_from([1, 2, 3, 7, 50, 129, 1000, 3000]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    shape = draw(
-        st.sampled_from(["flat", "groups", "cutoff", "zipf", "heavy", "sparse", "one-hot", "denormal"])
-    )
+    shape = draw(st.sampled_from(SHAPES))
     noise = rng.normal(size=V) * draw(st.sampled_from([0, 1e-14, 1e-9, 1e-7, 1e-4, 0.1]))
     tops = rng.permutation(V)[: draw(st.integers(1, 6))]
     row = np.zeros(V)
     if shape == "groups":
         row[rng.random(V) < draw(st.floats(0, 1))] = -draw(st.floats(0, 20))
     elif shape == "cutoff":
-        row[:] = np.log(draw(st.sampled_from(CUTOFFS))) + draw(
-            st.sampled_from([-3, -0.1, -1e-6, 0, 1e-6, 0.1])
-        )
+        beside = draw(st.sampled_from([-3, -0.1, -1e-6, 0, 1e-6, 0.1]))
+        row[:] = np.log(draw(st.sampled_from(CUTOFFS))) + beside
         row[tops] = 0
     elif shape == "zipf":
         row = -draw(st.floats(0.5, 6)) * np.log(1 + rng.permutation(V).astype(float))
