@@ -20,7 +20,7 @@ from emlocal.em.fast import sharpen
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.sampling.penalties import adjust
 from emlocal.sampling.reference import COLDEST, inverse_cdf, nucleus, probabilities
-from emlocal.settings import SamplingParams
+from emlocal.settings import EMStep, SamplingParams
 
 NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""
@@ -71,10 +71,20 @@ class Sampler:
                 continue  # a confident row, and top-k reaches below this head
             sharpened = sharpen(split, params.em)
             if sharpened is not None:
+                if sharpened.steps and params.temperature > 1 and _moves_the_tail(params.em):
+                    break
                 self.paths[cutoff] += 1
                 return _draw(split, sharpened, params, u)
         self.paths[0] += 1
         return _draw_reference(row, params, u)
+
+
+def _moves_the_tail(em: EMStep | None) -> bool:
+    """Whether the step moves rare tokens by amounts of their own, as Adam does.
+
+    The fast path gives them a common factor, which their small mass forgives until heat makes it large.
+    """
+    return isinstance(em, EMInf) and em.optimizer == "adam"
 
 
 def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) -> Draw:
