@@ -275,6 +275,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
     [
         ("general.architecture", None, "does not say its general.architecture"),
         ("general.architecture", u32(1), "does not say its general.architecture"),
+        ("general.architecture", text("ll\x1b[2Jma"), r'general.architecture is "ll\x1b[2Jma"'),
         ("general.architecture", text("clip"), "image projector"),
         ("general.architecture", text("bert"), "writes no text"),
         ("general.type", text("adapter"), "is a LoRA adapter"),
@@ -293,6 +294,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
         ("llama.attention.key_length", u32(0), "key_length is 0"),
         ("llama.attention.value_length", u32(16), "values of 16"),
         ("llama.rope.dimension_count", u32(7), "an odd number"),
+        ("llama.rope.dimension_count", u32(0), "rope.dimension_count is 0"),
         ("llama.rope.dimension_count", u32(64), "rope.dimension_count is 64"),
         ("llama.rope.scaling.type", text("quadratic"), "rope.scaling.type is quadratic"),
         ("llama.rope.freq_base", f32(float("nan")), "rope.freq_base is nan"),
