@@ -109,13 +109,13 @@ class ChatSession:
         The conversation stays as it is. Where EM is off, the comparison is with its default settings.
         """
         question, answer = self.take_back()
-        try:
-            prompt = self._prompt(question)
-        finally:
-            self.conversation.exchanges.append((question, answer))
         off = replace(turn.params, em=None)
         on = replace(turn.params, em=turn.params.em or EMInf())
-        requests = [self._request(replace(turn, params=params)) for params in (off, on)]
+        try:
+            prompt = self._prompt(question)
+            requests = [self._request(replace(turn, params=params)) for params in (off, on)]
+        finally:
+            self.conversation.exchanges.append((question, answer))
         yield from self._generator.run(prompt, requests, cancelled)
 
     def take_back(self) -> tuple[str, str]:

@@ -64,7 +64,8 @@ def flag_names(group: type) -> dict[str, str]:
     names = {}
     for f in fields(group):
         (option,) = hints[f.name].__metadata__
-        flag = next(d for d in option.param_decls if d.startswith("--"))
+        names_of_option = (option.default, *option.param_decls)  # typer takes the first name for a default
+        flag = next(d for d in names_of_option if d.startswith("--"))
         names[flag.split("/")[0].removeprefix("--")] = f.name
     return names
 

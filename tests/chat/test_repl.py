@@ -1,0 +1,170 @@
+"""The chat's commands, driven as a pipe drives them."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from emlocal import console
+from emlocal.backends.fake import FakeBackend, Script, hashed, saying
+from emlocal.chat.reading import PipeReader
+from emlocal.chat.repl import HELP, Repl
+from emlocal.chat.session import ChatSession
+from emlocal.cli.chat import ChatSettings
+from emlocal.cli.options import EMOptions, SamplingOptions
+from emlocal.cli.precedence import Config
+
+
+class Chat:
+    """A chat on the fake backend, with what it printed."""
+
+    def __init__(self, repl: Repl, out: str, err: str) -> None:
+        self.repl, self.out, self.err = repl, out, err
+
+
+@pytest.fixture
+def chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> "type[Chat] | object":
+    monkeypatch.setenv("EMLOCAL_DATA_DIR", str(tmp_path))
+
+    def run(text: str | bytes, script: Script = hashed, context: int = 4096) -> Chat:
+        console.err.cache_clear()
+        console.out.cache_clear()
+        raw = text.encode() if isinstance(text, str) else text
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        settings = ChatSettings(SamplingOptions(seed=3, max_tokens=20), EMOptions(em_inf=True), Config(), {})
+        session = ChatSession(FakeBackend(script, context=context))
+        repl = Repl(session, settings, PipeReader(), show_entropy=False, quiet=False)
+        repl.run()
+        captured = capsys.readouterr()
+        console.err.cache_clear()
+        console.out.cache_clear()
+        return Chat(repl, captured.out, captured.err)
+
+    return run
+
+
+def test_answers_go_to_stdout_and_all_else_to_stderr(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("hi\n/stats\n/show\n/help\n", saying("Guten Tag"))
+    assert done.out == "Guten Tag\n"
+    assert "answer 10 tokens" in done.err
+    assert "chat: 1 answers" in done.err
+    assert "seed 3" in done.err
+    assert done.repl.failures == 0
+
+
+def test_help_names_every_command(chat) -> None:  # type: ignore[no-untyped-def]
+    commands = chat("").repl._commands
+    listed = {line.split()[0].removeprefix("/") for line in HELP.splitlines() if line.startswith("/")}
+    assert listed | {"load"} == set(commands)
+    assert "/load" in HELP
+
+
+def test_exit_leaves_and_the_rest_is_not_read(chat) -> None:  # type: ignore[no-untyped-def]
+    assert chat("a\n/exit\nb\n", saying("x")).out == "x\n"
+
+
+def test_empty_input_and_blank_lines(chat) -> None:  # type: ignore[no-untyped-def]
+    assert chat("").out == ""
+    assert chat("\n  \n\n").out == ""
+
+
+def test_text_between_fences_is_one_message(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat('"""\none\n\ntwo\n"""\n', saying("ok"))
+    assert done.repl.session.conversation.exchanges == [("one\n\ntwo", "ok")]
+
+
+def test_two_slashes_begin_a_message(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("//etc/passwd?\n", saying("nein"))
+    assert done.repl.session.conversation.exchanges == [("/etc/passwd?", "nein")]
+
+
+def test_unknown_commands_are_counted_and_the_chat_goes_on(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("/comapre\nhi\n", saying("hallo"))
+    assert "did you mean /compare" in done.err
+    assert done.out == "hallo\n"
+    assert done.repl.failures == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["/regen", "/undo", "/compare", "/edit x", "/stats", "/entropy", "/entropy maybe", "/set", "/set temp",
+     "/set temp hot", "/set temp -1", "/set nothing 3", "/em loud", "/load /no/such/file", "/set seed -1",
+     "/set max-tokens 0", "/set stop ", "/set em-ratio 0.5"],
+)  # fmt: skip
+def test_commands_that_cannot_be_done_say_so_in_one_line(chat, command: str) -> None:  # type: ignore[no-untyped-def]
+    done = chat(f"{command}\n")
+    assert done.repl.failures == 1
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_set_changes_what_follows(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat(
+        "/set temp 0\n/set --top-k 5\n/set max-tokens 4\n/set stop xyz\nhi\n/show\n", saying("abcdefgh")
+    )
+    assert done.out == "abcd\n"
+    assert "cut off at --max-tokens 4" in done.err
+    turn = done.repl.settings.turn()
+    assert (turn.params.temperature, turn.params.top_k, turn.stop) == (0, 5, ("xyz",))
+
+
+def test_em_on_off_and_presets(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("/em\n/em off\n/em em-pt\n/em on\n/set em-steps 2\n/em\n")
+    lines = [line for line in done.err.splitlines() if line.startswith("EM:")]
+    assert lines[1] == "EM: off"
+    assert "adam" in lines[2]
+    assert "adam" in lines[3]
+    assert "≤ 2 steps" in lines[4]
+    assert done.repl.failures == 0
+
+
+def test_compare_shows_both_and_where_they_part(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("hi\n/compare\n")
+    assert done.repl.failures == 0
+    assert "EM off: " in done.out
+    assert "EM on: " in done.out
+    assert "they part " in done.err or "the answers are the same" in done.err
+
+
+def test_undo_edit_and_regen(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("one\ntwo\n/undo\n/edit uno\n/regen\n", saying("ja"))
+    assert done.repl.failures == 0
+    assert done.repl.session.conversation.exchanges == [("uno", "ja")]
+    assert "taken back: two" in done.err
+
+
+def test_save_and_load_by_name_and_path(chat, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "a.json"
+    done = chat(f"/system be kind\nhi\n/save trip\n/save {path}\n/clear\n/load trip\n", saying("ho"))
+    assert done.repl.failures == 0
+    assert (tmp_path / "chats" / "trip.json").exists()
+    assert path.exists()
+    assert done.repl.session.conversation.exchanges == [("hi", "ho")]
+    assert done.repl.session.conversation.system == "be kind"
+
+
+def test_a_full_context_says_what_to_do_and_the_chat_goes_on(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("x" * 100 + "\nhi\n", saying("ho"), context=64)
+    assert "the context holds 64" in done.err
+    assert "/clear" in done.err
+    assert done.out == "ho\n"
+
+
+def test_entropy_lists_the_least_certain_tokens(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("hi\n/entropy\n")
+    assert "least certain tokens" in done.err
+    assert done.err.count("entropy ") >= 5
+    assert "\x1b" not in done.out
+
+
+def test_stdin_that_is_not_utf8_ends_with_the_line_number(chat) -> None:  # type: ignore[no-untyped-def]
+    from emlocal.errors import UsageError
+
+    with pytest.raises(UsageError, match="line 2 of stdin"):
+        chat(b"hi\n\xff\n", saying("ho"))
+    with pytest.raises(UsageError, match="never ended"):
+        chat('"""\nabc\n', saying("ho"))
