@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emlocal import __version__
-from emlocal.cli import chat, doctor, generate, models
+from emlocal.cli import bench, chat, doctor, generate, models
 from emlocal.console import err, report
 from emlocal.errors import EmlocalError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 app.add_typer(models.app, name="models")
 
 
