@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from emlocal import __version__
-from emlocal.cli import chat, generate, models
+from emlocal.cli import bench, chat, doctor, generate, models
 from emlocal.console import report
 from emlocal.errors import EmlocalError
 
@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 app.add_typer(models.app, name="models")
 
 
