@@ -32,6 +32,10 @@ TOLERANCE = 9e-6
 """The largest bound on the total variation that is accepted; the contract is 1e-5."""
 ROUNDING = 5e-7
 """Relative error of the tail's float32 sums: 2.5 ulp in exp, and sums of 128."""
+ROUNDING64 = 1e-14
+"""What a step's float64 arithmetic may add to a logit's error, here and in the reference."""
+HIGHEST = 80.0
+"""Exponents after EM up to which no sum overflows; step sizes that lead beyond are left to the reference."""
 
 
 class Sharpened(NamedTuple):
@@ -78,7 +82,7 @@ class Split:
     scale: float
     """w = scale · tail."""
     row: Float32
-    """The exponents as the sweep took them, [V]; a view."""
+    """The exponents as the sweep took them, −inf where masked, [V]; a view."""
     offset: float
     """s = row − offset."""
     cutoff: float
@@ -96,16 +100,20 @@ class Split:
     def squared_tail(self) -> SquaredTail:
         """The tail's second moments; one more sweep, needed only where gradient descent takes steps."""
         tail = self.tail[: len(self.row)]
-        product = tail * self.row
+        with np.errstate(invalid="ignore"):
+            product = tail * self.row
         # they make corrections of second order: float32 sums will do
         q0, q1, q2 = float(tail @ tail), float(product @ tail), float(product @ product)
+        if not math.isfinite(q1):  # masked tokens: 0·(−inf)
+            product = tail * np.maximum(self.row, UNDERFLOW)
+            q1, q2 = float(product @ tail), float(product @ product)
         c = self.offset  # s = row − c
         moments = (q0, q1 - c * q0, q2 - 2 * c * q1 + c * c * q0)
         return SquaredTail(*(q * self.scale**2 for q in moments))
 
     def light_tail_mass(self, weight: float) -> float:
         """Σ_tail w·f with f = weight/(w + weight): the mass of the tokens lighter than `weight`, softly."""
-        epsilon = np.float32(weight / self.scale)
+        epsilon = np.float32(min(weight / self.scale, 1e30))
         share = self.tail + epsilon
         np.divide(self.tail, share, out=share)
         return weight * float(share.sum(dtype=np.float64))
@@ -134,7 +142,8 @@ class Splitter:
             checked(row)
         head_row, top_of_row = row, top
         if not PLAIN_RANGE[0] < top < PLAIN_RANGE[1]:
-            row, top = np.subtract(row, np.float32(top), out=self._shifted), 0.0
+            with np.errstate(over="ignore"):  # −3e38 − 3e38
+                row, top = np.subtract(row, np.float32(top), out=self._shifted), 0.0
         weights = self._weights[: self.vocabulary]
         np.exp(row, out=weights)
         np.greater(weights, np.float32(cutoff * math.exp(top)), out=self._in_head)
@@ -143,8 +152,7 @@ class Splitter:
 
         moment = _dot(weights, row)
         if not math.isfinite(moment):  # masked tokens: 0·(−inf)
-            row = np.maximum(row, UNDERFLOW, out=self._shifted)
-            moment = _dot(weights, row)
+            moment = _dot(weights, np.maximum(row, UNDERFLOW))
         scale = math.exp(-top)
         blocks = np.vecdot(self._weights.reshape(-1, BLOCK), self._ones).astype(np.float64) * scale
         mass = float(blocks.sum())

@@ -8,6 +8,9 @@ import numpy as np
 from emlocal.em.entropy import Float64
 from emlocal.settings import SamplingParams
 
+COLDEST = 1e-9
+"""No temperature but 0 is colder: logits closer than this are ties, and nothing overflows."""
+
 
 def probabilities(logits: Float64, params: SamplingParams) -> Float64:
     """The distribution that a token is drawn from, [V], given the logits after EM, [V]."""
@@ -15,7 +18,7 @@ def probabilities(logits: Float64, params: SamplingParams) -> Float64:
     if params.temperature == 0:
         p[logits.argmax()] = 1.0
         return p
-    weights = np.exp((logits - logits.max()) / params.temperature)
+    weights = np.exp((logits - logits.max()) / max(params.temperature, COLDEST))
     order = np.argsort(-weights, kind="stable")
     if params.top_k:
         order = order[: params.top_k]

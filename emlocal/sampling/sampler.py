@@ -19,7 +19,7 @@ from emlocal.em.entropy import Float64, log_softmax
 from emlocal.em.fast import sharpen
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.sampling.penalties import adjust
-from emlocal.sampling.reference import inverse_cdf, nucleus, probabilities
+from emlocal.sampling.reference import COLDEST, inverse_cdf, nucleus, probabilities
 from emlocal.settings import SamplingParams
 
 NEGLIGIBLE = 1e-7
@@ -97,11 +97,12 @@ def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) 
     """Temperature, top-k, top-p, min-p and the draw."""
     if params.temperature == 0:
         return int(split.index[weights.head.argmax()])
-    beta = 1 / params.temperature
+    beta = 1 / max(params.temperature, COLDEST)
     top = float(weights.head.max())
     head = np.exp((weights.head - top) * beta)  # the most probable token has weight 1
     power = weights.tail_power * beta
-    scale = weights.tail_factor**beta * math.exp(-top * beta)
+    factor = math.log(weights.tail_factor)
+    scale = math.exp(min((factor - top) * beta, 700.0))
     heaviest = scale * split.cutoff**power  # no tail token weighs more
     tail = _tail_mass(split, power, scale)
 
@@ -150,7 +151,6 @@ def _choose_on_full_row(split: Split, weights: Sharpened, params: SamplingParams
     """The same where tokens of the tail may survive truncation: rare, and a sort of the vocabulary."""
     exponents = split.row.astype(np.float64) - split.offset
     logits = weights.tail_power * exponents + math.log(weights.tail_factor)
-    logits[split.tail[: len(logits)] == 0] = -math.inf  # masked or underflown; the head comes next
     logits[split.index] = weights.head
     return inverse_cdf(probabilities(logits, params), u)
 
@@ -160,7 +160,11 @@ def _draw_with_tail(split: Split, head: Float64, power: float, scale: float, u: 
     tail = split.tail
     blocks = split.blocks * scale
     if power != 1:
-        tail = np.where(tail > 0, (tail * np.float32(split.scale)) ** np.float32(power), np.float32(0))
+        # from the exponents: at high temperatures weights matter that float32 does not hold
+        exponents = split.row - np.float32(split.offset)
+        exponents[split.index] = -math.inf
+        tail = np.zeros(len(split.tail), dtype=np.float32)
+        np.exp(exponents * np.float32(power), out=tail[: len(exponents)])
         blocks = tail.reshape(-1, BLOCK).sum(axis=1, dtype=np.float64) * scale
     else:
         scale *= split.scale
