@@ -57,7 +57,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False)  # noqa: S607
+    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
@@ -73,7 +73,8 @@ def report(
     versions = ", ".join(f"{name} {number}" for name, number in around["versions"].items())
     print(f"`{around['command']}`, commit {around['commit']}, {around['date']}  ")
     print(
-        f"{machine['cpu']}, {machine['logical_cores']} vCPU, {machine['system']}, Python {machine['python']}, {versions}\n"
+        f"{machine['cpu']}, {machine['logical_cores']} vCPU, {machine['system']},"
+        f" Python {machine['python']}, {versions}\n"
     )
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")

@@ -20,6 +20,13 @@ def test_version_and_help(emlocal: Emlocal) -> None:
     assert emlocal("generate", "--help").code == 0
 
 
+def test_the_list_of_verbs_says_what_the_verbs_say() -> None:
+    for name, summary in VERBS.items():
+        module = import_module(f"emlocal.cli.{name}")
+        said = module.app.info.help if name == "models" else vars(module)[name].__doc__
+        assert said.splitlines()[0] == summary
+
+
 @pytest.mark.parametrize(
     "arguments", [["generate", "--nonsense"], ["nonsense"], ["generate", "--temp", "x", "y"]]
 )

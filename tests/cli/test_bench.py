@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from emlocal.backends.fake import END, FakeBackend
 from emlocal.benchmark import decoding, sampler, statistics
-from emlocal.cli.app import app
+from emlocal.cli.app import build
 from emlocal.errors import UsageError
 from emlocal.generation import Generator
 from emlocal.settings import EMInf, SamplingParams
@@ -44,7 +44,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["bench", "--tokens", "3", "--rounds", "2", *arguments])
+    return CliRunner().invoke(build(["bench"]), ["bench", "--tokens", "3", "--rounds", "2", *arguments])
 
 
 def measured(*arguments: str) -> dict[str, Any]:

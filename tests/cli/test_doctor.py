@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from emlocal.cli.app import app
+from emlocal.cli.app import build
 from emlocal.diagnosis import checks, install, machine
 from emlocal.models import starter
 from tests.tiny_gguf import write_tiny_gguf
@@ -24,7 +24,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["doctor", *arguments])
+    return CliRunner().invoke(build(["doctor"]), ["doctor", *arguments])
 
 
 def examined() -> tuple[int, dict[str, Any]]:
