@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 
 from emlocal import __version__
+from emlocal.cli.app import VERBS
 from tests.cli.conftest import Outcome
 
 Emlocal = Callable[..., Outcome]
