@@ -67,10 +67,8 @@ def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_B
     fitting = (free - fixed) // per_token // 256 * 256 if per_token else 0
     smaller = "use a smaller model: emlocal models list"
     mend = f"a context of {fitting} tokens fits: --ctx {fitting}" if fitting >= 256 else smaller
-    raise ModelError(
-        f"{shown(header.name)} with a context of {n_ctx:,} needs {human_size(needed)}; {human_size(free)} are free",
-        hint=mend,
-    )
+    what = f"{shown(header.name)} with a context of {n_ctx:,}"
+    raise ModelError(f"{what} needs {human_size(needed)}; {human_size(free)} are free", hint=mend)
 
 
 def _available_linux() -> int:
