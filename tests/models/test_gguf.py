@@ -308,6 +308,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
         ("tokenizer.ggml.tokens", strings(TOKENS[:-1]), "the metadata say 293 tokens"),
         ("tokenizer.ggml.tokens", ints([1] * len(TOKENS)), "the metadata say 0 tokens"),
         ("tokenizer.ggml.tokens", strings([*TOKENS[:-1], "▁"]), "token ▁ appears twice"),
+        ("tokenizer.ggml.tokens", strings([*TOKENS[:-1], "▁\0x"]), "token ▁ appears twice"),
         ("tokenizer.ggml.tokens", strings(["" if t == "<0x41>" else t for t in TOKENS]), "marked as a byte"),
         ("tokenizer.ggml.tokens", strings([*TOKENS[:3], "<0x-1>", *TOKENS[4:]]), "<0x-1> is marked as"),
         ("tokenizer.ggml.scores", floats([0.0] * 7), "294 tokens but 7 tokenizer.ggml.scores"),
