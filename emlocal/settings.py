@@ -20,17 +20,21 @@ class Setting:
     high: float
     help: str
     low_is_open: bool = False
+    whole: bool = False
 
     def span(self) -> str:
-        """The range in words: "between 0 and 1", "at least 0", "more than 0"."""
+        """The range in words: "between 0 and 1", "at least 0", "more than 0 and at most 1"."""
         if math.isinf(self.high):
             return f"more than {self.low:g}" if self.low_is_open else f"at least {self.low:g}"
-        return f"{'more than ' if self.low_is_open else 'between '}{self.low:g} and {self.high:g}"
+        if self.low_is_open:
+            return f"more than {self.low:g} and at most {self.high:g}"
+        return f"between {self.low:g} and {self.high:g}"
 
 
 def setting(default: Any, flag: str, low: float, high: float, help: str, *, low_is_open: bool = False) -> Any:
-    """A dataclass field with a default and a Setting."""
-    return field(default=default, metadata={"setting": Setting(flag, low, high, help, low_is_open)})
+    """A dataclass field with a default and a Setting; whole numbers are those whose default is one."""
+    known = Setting(flag, low, high, help, low_is_open, whole=isinstance(default, int))
+    return field(default=default, metadata={"setting": known})
 
 
 def settings_of(cls: Any) -> dict[str, Setting]:
@@ -44,6 +48,8 @@ def check_settings(values: Any) -> None:
         value = vars(values)[name]
         if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
             raise UsageError(f"{known.flag} is {value!r}; it must be a number {known.span()}")
+        if known.whole and not isinstance(value, int):
+            raise UsageError(f"{known.flag} is {value!r}; it must be a whole number {known.span()}")
         too_low = value <= known.low if known.low_is_open else value < known.low
         if too_low or value > known.high or math.isinf(value):
             raise UsageError(f"{known.flag} is {value:g}; it must be {known.span()}")

@@ -8,7 +8,7 @@ token's gradients are w·f_t(s) with f nearly constant in s, and Adam does not s
 far other tail tokens stray from it is measured, not assumed: *sentinels*, tokens of weight 0, take the same
 steps at the cutoff and far below it, with ε = 0. What ε itself does: in k steps a token moves by
 −ηk(1 − f), f ≤ ε/(√v̂ + ε), so its weight exceeds the common one by at most w f (1 − e^{−ηk}) (e^x is
-convex; with the KL term, which may turn a token round, by w f ηk). The first of the k gradients alone gives
+convex; where the KL term turns the tail round, the answer is None). The first of the k gradients alone gives
 √v̂ ≥ w|a|/(S_0 √k), with |a| at least its first value at the cutoff. All of them give w|a|/(S e^{ηk/2}), less
 the KL term's share: the weights shrink by e^{−η} a step at most, and a root mean square is no less than the
 geometric mean. So f ≤ ε'/(w + ε') with ε' = ε w/√v̂, and `light_tail_mass` sums w f.
@@ -62,6 +62,8 @@ def adam_descent(split: Split, settings: EMInf) -> Sharpened | None:
         gradient = -p * a
         if settings.kl_weight:
             gradient += settings.kl_weight * (p - weights0 / split.partition)
+        if gradient[n:].min() < 0:  # the KL term turns the tail round
+            return None
         gradient[n:] *= FAR_FROM_EPSILON
         h = h - adam.step(gradient)
         dg = p * (delta + ROUNDING64 + np.abs((a + (1 - settings.kl_weight)) * off))
@@ -112,5 +114,4 @@ def _stray(split: Split, moved: Float64, S: float, settings: EMInf, step: int) -
     if pulled > 0:  # … or from all of them
         weakest = min(weakest, S * math.exp(min(reach, 50.0) / 2) / min(a, pulled))
     light = split.light_tail_mass(EPSILON * weakest)
-    still = light * (reach if settings.kl_weight else -math.expm1(-reach))
-    return (split.tail_mass * math.expm1(spread) + still) / S
+    return (split.tail_mass * math.expm1(spread) + light * -math.expm1(-reach)) / S

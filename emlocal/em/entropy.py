@@ -18,7 +18,7 @@ def checked(logits: ArrayLike) -> Float64:
     −inf marks a masked token (probability 0). Raises LogitsError for NaN, +inf, an empty row, or a row
     in which every token is masked.
     """
-    z = np.ascontiguousarray(logits, dtype=np.float64)
+    z = np.asarray(logits, dtype=np.float64, order="C")
     if z.ndim == 0 or z.shape[-1] == 0:
         raise LogitsError("a row of logits needs at least one token")
     top = z.max(axis=-1)  # NaN wins every max, so one look at the maxima finds all three faults

@@ -131,7 +131,7 @@ def test_logit_bias_bans_a_token(emlocal: Emlocal, tiny: str, tmp_path: Path) ->
         ([], "the prompt is empty"),
         (["  \n"], "the prompt is empty"),
         (["x", "--temp", "-1"], "--temp is -1; it must be between 0 and 100"),
-        (["x", "--top-p", "0"], "--top-p is 0; it must be more than 0 and 1"),
+        (["x", "--top-p", "0"], "--top-p is 0; it must be more than 0 and at most 1"),
         (["x", "--min-p", "2"], "--min-p is 2"),
         (["x", "--em-inf", "--em-threshold", "-0.1"], "--em-threshold is -0.1; it must be at least 0"),
         (["x", "--em-inf", "--em-learning-rate", "0"], "--em-learning-rate is 0"),
