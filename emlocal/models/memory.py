@@ -66,7 +66,7 @@ def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_B
     per_token = kv_bytes(header, n_seqs, kv_type_bytes)
     fitting = (free - fixed) // per_token // 256 * 256 if per_token else 0
     smaller = "use a smaller model: emlocal models list"
-    mend = f"a context of {fitting} tokens fits: --ctx {fitting}" if fitting >= 256 else smaller
+    mend = f"a context of {fitting} tokens fits: --context {fitting}" if fitting >= 256 else smaller
     what = f"{shown(header.name)} with a context of {n_ctx:,}"
     raise ModelError(f"{what} needs {human_size(needed)}; {human_size(free)} are free", hint=mend)
 
