@@ -1,5 +1,6 @@
 """The header reader: what a sound file says, and one line for whatever is wrong with an unsound one."""
 
+import ctypes
 import struct
 import time
 from collections.abc import Callable
@@ -97,8 +98,8 @@ def test_quantization_is_the_heaviest_type_when_the_file_does_not_say(tmp_path: 
 
 def test_block_sizes_are_those_of_the_library() -> None:
     """The table against libggml itself, type by type; it has a block size of 0 for types that are gone."""
-    ctypes = pytest.importorskip("ctypes")
-    llama_cpp = pytest.importorskip("llama_cpp")
+    import llama_cpp
+
     library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base*"))
     ggml = ctypes.CDLL(str(library))
     ggml.ggml_type_size.restype, ggml.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
