@@ -2,26 +2,22 @@
 
 import os
 import traceback
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from emlocal import __version__
-from emlocal.cli import chat, generate, models
-from emlocal.console import report
 from emlocal.errors import EmlocalError
 
-app = typer.Typer(
-    name="emlocal",
-    help="Entropy minimization for language models on your own machine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.add_typer(models.app, name="models")
+VERBS = {
+    "generate": "Answer one prompt.",
+    "chat": "Talk with a model. /help inside lists the commands.",
+    "models": "List, fetch, inspect and remove models.",
+    "doctor": "Check this machine: engine, model, folders, settings.",
+    "bench": "Measure speed on this machine, and what entropy minimization costs.",
+}
+"""Each verb is the module of its name in emlocal.cli, imported only when it is the one to run."""
 
 
 def _show_version(asked: bool) -> None:
@@ -30,7 +26,6 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
@@ -39,7 +34,34 @@ def _root(
         bool, typer.Option("--debug", help="Show tracebacks; works after the verb too.")
     ] = False,
 ) -> None:
-    pass
+    """Entropy minimization for language models on your own machine."""
+
+
+def _unused() -> None:
+    """Stands for a verb that is only listed."""
+
+
+def build(arguments: list[str]) -> typer.Typer:
+    """The typer app for these arguments: their verb for real, the others as entries of the help."""
+    app = typer.Typer(
+        name="emlocal",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in VERBS.items():
+        if name != chosen:
+            app.command(name, help=summary)(_unused)
+            continue
+        module = import_module(f"emlocal.cli.{name}")
+        if name == "models":
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(vars(module)[name])
+    return app
 
 
 def run(arguments: list[str]) -> int:
@@ -47,20 +69,26 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments or bool(os.environ.get("EMLOCAL_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        code = app(arguments, standalone_mode=False)
+        code = build(arguments)(arguments, standalone_mode=False)
     except EmlocalError as error:
         if debug:
             traceback.print_exc()
-        report(error)
+        _report(error)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):  # at a question; typer itself answers 130 elsewhere
         return 130
     except Exception as error:  # noqa: BLE001
-        if type(error).__module__.startswith(("click", "typer")):  # wrong usage: it knows how to say so
+        if type(error).__module__.startswith("typer"):  # wrong usage: it knows how to say so
             error.show()  # type: ignore[attr-defined]
             return 2
         if debug:
             traceback.print_exc()
-        report(EmlocalError(f"unexpected {type(error).__name__}: {error}", "a defect; --debug shows where"))
+        _report(EmlocalError(f"unexpected {type(error).__name__}: {error}", "a defect; --debug shows where"))
         return 1
     return int(code or 0)
+
+
+def _report(error: EmlocalError) -> None:
+    from emlocal.console import report
+
+    report(error)

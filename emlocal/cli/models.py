@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,8 +163,21 @@ def _facts(model: LocalModel) -> dict[str, Any]:
         "chat_template": header.chat_template is not None,
         "license": shown(header.license) if header.license else entry.license if entry else None,
         "sampling": header.sampling,
+        "sampling_in_effect": _in_effect(header.sampling),
         "source": model.source,
         "files": [str(f) for f in model.files],
+    }
+
+
+def _in_effect(own: Mapping[str, float]) -> dict[str, dict[str, float | str]]:
+    """What emlocal samples with when no flag is given: config file, then model, then its own defaults."""
+    from emlocal.cli.options import EMOptions, SamplingOptions
+    from emlocal.cli.precedence import read_config, sampling
+
+    resolved = sampling(SamplingOptions(), EMOptions(), read_config(), own)
+    return {
+        name: {"value": vars(resolved.params)[name], "from": source}
+        for name, source in resolved.sources.items()
     }
 
 
@@ -174,6 +187,8 @@ def _plain(key: str, value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return human_size(value) if key.endswith("bytes") else f"{value:,}"
+    if key == "sampling_in_effect" and isinstance(value, dict):
+        return "\n".join(f"{k} {v['value']:g} ({v['from']})" for k, v in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:g}" for k, v in value.items()) or "not given"
     if isinstance(value, list):

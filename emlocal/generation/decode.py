@@ -166,6 +166,11 @@ class Generator:
             yield from sample.end(reason)
 
     @property
+    def sequence(self) -> int:
+        """The sequence that is the cache."""
+        return self._root
+
+    @property
     def held(self) -> int:
         """Tokens in the cache."""
         return len(self._held)

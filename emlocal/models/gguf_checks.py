@@ -9,7 +9,7 @@ loads what passes here with the real library. docs/models.md lists what a header
 import re
 from collections import Counter
 from itertools import zip_longest
-from math import isfinite
+from math import inf, isinf, isnan
 
 from emlocal.errors import ModelError
 from emlocal.models import gguf_types as types
@@ -44,9 +44,10 @@ DEFAULT_TOKEN_IDS = {
     "gpt2": {"bos": 11, "eos": 11},
 }
 
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _BYTE_TOKEN = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 # Vectors that are added to or multiplied with F32 rows; ggml's kernels abort on any other type.
-_VECTORS = re.compile(r"(_norm\.weight|\.bias|rope_freqs\.weight|rope_factors_(long|short)\.weight)$")
+_VECTORS = re.compile(r"(_norm\.weight|rope_freqs\.weight|rope_factors_(long|short)\.weight)$")
 _TOKEN_BYTE = 6  # LLAMA_TOKEN_TYPE_BYTE
 
 
@@ -74,8 +75,10 @@ def _check_kind(header: GGUFHeader) -> None:
             f"{header.path.name} is the image projector of a model, not the model",
             hint="give the other .gguf file of the same repository",
         )
-    if header.value_types.get("general.architecture") != types.STRING or not architecture:
+    if header.value_types.get("general.architecture") != types.STRING:
         raise unusable(header.path, "it does not say its general.architecture")
+    if not _ARCHITECTURE.fullmatch(architecture):
+        raise unusable(header.path, f'its general.architecture is "{shown(architecture)}"')
     if kind != "model" or architecture in ENCODERS:
         what = (
             f"of kind {shown(str(kind))}"
@@ -125,7 +128,10 @@ def _check_sizes(header: GGUFHeader) -> None:
 
 
 def _check_heads(header: GGUFHeader) -> None:
-    """ggml asserts that query heads are a multiple of key heads, and that rotated sizes are even and fit."""
+    """ggml asserts that query heads are a multiple of key heads and that rotated sizes are even and fit.
+
+    A rotated size of 0 makes its kernel run for ever.
+    """
     architecture, embedding = header.architecture, header.embedding_length
     heads, heads_kv = header.head_count, header.head_count_kv
     if architecture not in RECURRENT and not any(heads):
@@ -138,7 +144,7 @@ def _check_heads(header: GGUFHeader) -> None:
     head_size = embedding // (heads[0] or max(heads))
     keys = _in_range(header, "attention.key_length", 1, MAX_EMBEDDING) or head_size
     values = _in_range(header, "attention.value_length", 1, MAX_EMBEDDING) or head_size
-    rotated = _in_range(header, "rope.dimension_count", 0, keys)
+    rotated = _in_range(header, "rope.dimension_count", 2, keys)
     if (keys if rotated is None else rotated) % 2 and architecture != "gpt2":
         raise unusable(header.path, f"rope.dimension_count is {rotated or keys}, an odd number")
     if architecture in UNIFORM_HEADS and not keys == values == (keys if rotated is None else rotated):
@@ -166,15 +172,16 @@ def _check_experts(header: GGUFHeader) -> None:
 
 
 def _check_floats(header: GGUFHeader) -> None:
-    """A negative or infinite epsilon fails an assertion in the norms; other non-numbers make NaN logits."""
+    """A negative or infinite epsilon fails an assertion in the norms; NaN anywhere makes NaN logits."""
     prefix = f"{header.architecture}."
     for key, value in header.metadata.items():
         if not key.startswith(prefix):
             continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            infinite = isinstance(number, float) and not isfinite(number)
-            if infinite or (key.endswith("epsilon") and not (isinstance(number, float) and number >= 0)):
+        for number in value if isinstance(value, tuple) else (value,):
+            nan = isinstance(number, float) and isnan(number)
+            infinite = isinstance(number, float) and isinf(number) and key.startswith(f"{prefix}rope.")
+            epsilon = key.endswith("epsilon") and not (isinstance(number, float) and 0 <= number < inf)
+            if nan or infinite or epsilon:
                 raise unusable(header.path, f"{shown(key)} is {shown(str(number))}")
     scaling = header.value("rope.scaling.type")
     if scaling is not None and scaling not in ROPE_SCALINGS:
@@ -185,7 +192,8 @@ def _check_floats(header: GGUFHeader) -> None:
 
 def _check_weights(header: GGUFHeader) -> None:
     for tensor in header.tensors.values():
-        vector = _VECTORS.search(tensor.name) is not None
+        bias = tensor.name.endswith(".bias") and len(tensor.shape) == 1
+        vector = bias or _VECTORS.search(tensor.name) is not None
         # Hash routing tables hold indices and are made of I32 on purpose.
         if (vector and tensor.type != "F32") or (
             tensor.type not in types.WEIGHT_TYPES and "tid2eid" not in tensor.name
@@ -247,7 +255,8 @@ def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
 
 def _check_tokens(header: GGUFHeader, tokenizer: str) -> None:
     """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as."""
-    tokens = [t or b"[EMPTY_%d]" % i for i, t in enumerate(header.byte_strings("tokenizer.ggml.tokens"))]
+    texts = [t.partition(b"\0")[0] for t in header.byte_strings("tokenizer.ggml.tokens")]  # C strings there
+    tokens = [t or b"[EMPTY_%d]" % i for i, t in enumerate(texts)]
     known = set(tokens)
     if len(known) != len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)

@@ -37,7 +37,8 @@ def quant_of(file: str) -> str:
 
 def models_among(files: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The models in a list of files: first file -> all its files (shards). Projectors do not count."""
-    names = {f for f in files if f.lower().endswith(".gguf") and not re.search(r"mmproj|imatrix", f.lower())}
+    ggufs = {f for f in files if f.lower().endswith(".gguf") and f.isprintable()}
+    names = {f for f in ggufs if not re.search(r"mmproj|imatrix", f.lower())}
     models = {}
     for name in sorted(names):
         shards = tuple(p.as_posix() for p in shard_paths(Path(name)))
@@ -61,12 +62,11 @@ def choose(repo: str, files: Iterable[str], wanted: str | None) -> tuple[str, ..
         found = [shards for shards in models.values() if wanted in shards]
     elif wanted:
         asked = wanted.upper()
-        found = [
-            s
-            for first, s in models.items()
-            if quant_of(first).removeprefix("UD-") == asked.removeprefix("UD-")
-        ]
-        found = [s for s in found if quant_of(s[0]) == asked] or found
+        plain = asked.removeprefix(
+            "UD-"
+        )  # Unsloth's dynamic quantizations, which may be asked for without it
+        found = [shards for first, shards in models.items() if quant_of(first).removeprefix("UD-") == plain]
+        found = [shards for shards in found if quant_of(shards[0]) == asked] or found
     else:
         found = _default_among(models)
     if len(found) == 1:

@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.gguf_header import GGUFHeader, shown
 from emlocal.models.storage import human_size
 
 F16_BYTES = 2.0  # of one number in the KV cache; q8_0 has 34/32, f32 4
@@ -67,10 +67,8 @@ def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_B
     fitting = (free - fixed) // per_token // 256 * 256 if per_token else 0
     smaller = "use a smaller model: emlocal models list"
     mend = f"a context of {fitting} tokens fits: --context {fitting}" if fitting >= 256 else smaller
-    raise ModelError(
-        f"{header.name} with a context of {n_ctx:,} needs {human_size(needed)}; {human_size(free)} are free",
-        hint=mend,
-    )
+    what = f"{shown(header.name)} with a context of {n_ctx:,}"
+    raise ModelError(f"{what} needs {human_size(needed)}; {human_size(free)} are free", hint=mend)
 
 
 def _available_linux() -> int:

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 
 from emlocal import __version__
+from emlocal.cli.app import VERBS
 from tests.cli.conftest import Outcome
 
 Emlocal = Callable[..., Outcome]
@@ -18,6 +20,13 @@ def test_version_and_help(emlocal: Emlocal) -> None:
     for verb in ("generate", "chat", "models", "doctor", "bench"):
         assert f" {verb} " in text
     assert emlocal("generate", "--help").code == 0
+
+
+def test_the_list_of_verbs_says_what_the_verbs_say() -> None:
+    for name, summary in VERBS.items():
+        module = import_module(f"emlocal.cli.{name}")
+        said = module.app.info.help if name == "models" else vars(module)[name].__doc__
+        assert said.splitlines()[0] == summary
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,9 @@ def test_list_shows_every_model_and_what_is_here(tmp_path: Path, monkeypatch: py
 def test_show_of_a_file(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
     facts = json.loads(run("show", str(path), "--json").stdout)
+    in_effect = facts.pop("sampling_in_effect")
+    assert in_effect["temperature"] == {"value": 0.5, "from": "model"}
+    assert in_effect["min_p"] == {"value": 0.05, "from": "default"}
     assert facts == {
         "name": str(path),
         "on_disk": True,
@@ -90,6 +93,7 @@ def test_show_of_a_file(tmp_path: Path) -> None:
     table = run("show", str(path)).stdout
     assert re.search(r"^sampling +temperature 0\.5, top_k 20 *$", table, re.MULTILINE)
     assert re.search(r"^chat template +yes *$", table, re.MULTILINE)
+    assert re.search(r"^ +top_k 20 \(model\) *$", table, re.MULTILINE)
 
 
 def test_show_prints_no_escapes_out_of_a_file(tmp_path: Path) -> None:

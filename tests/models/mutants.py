@@ -3,6 +3,7 @@
 import random
 import struct
 
+from tests.tiny_architectures import ARCHITECTURES, architecture_metadata, architecture_tensors
 from tests.tiny_gguf import (
     F32,
     I32,
@@ -70,7 +71,7 @@ MORE_KEYS = [
     "llama.feed_forward_length",
     "llama.attention.head_count_kv",
 ]
-ARCHITECTURES = [
+OTHER_ARCHITECTURES = [
     "llama",
     "qwen2",
     "qwen3",
@@ -87,36 +88,41 @@ TOKENIZERS = ["llama", "gpt2", "gemma4", "rwkv", "plamo2", "bert", "t5", "none",
 
 
 def mutant(seed: int) -> bytes:
-    """The mutant of this number. Two of five are broken in their bytes, the others in their meaning."""
+    """The mutant of this number. Two of five are broken in their bytes, the others in their meaning.
+
+    Half are of the llama architecture with a SentencePiece vocabulary, the others of others with BPE.
+    """
     rng = random.Random(seed)
-    data = bytearray(tiny_gguf() if rng.random() < 0.5 else _changed(rng))
+    metadata, tensors = tiny_metadata(), tiny_tensors()
+    if seed % 2:
+        architecture = ARCHITECTURES[seed // 2 % len(ARCHITECTURES)]
+        metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
+    else:
+        architecture = "llama"
+    if rng.random() < 0.5 or seed % 5 >= 2:
+        for _ in range(rng.randint(1, 3)):
+            if rng.random() < 0.75:
+                _change_metadata(rng, metadata, architecture)
+            else:
+                _change_tensor(rng, tensors)
+    data = bytearray(build(metadata, tensors))
     if seed % 5 < 2:
         for _ in range(rng.randint(1, 3)):
             rng.choice(_BYTE_LEVEL)(rng, data)
     return bytes(data)
 
 
-def _changed(rng: random.Random) -> bytes:
-    metadata, tensors = tiny_metadata(), tiny_tensors()
-    for _ in range(rng.randint(1, 3)):
-        if rng.random() < 0.75:
-            _change_metadata(rng, metadata)
-        else:
-            _change_tensor(rng, tensors)
-    return build(metadata, tensors)
-
-
-def _change_metadata(rng: random.Random, metadata: dict[str, Value]) -> None:
-    key = rng.choice([*metadata, *MORE_KEYS])
+def _change_metadata(rng: random.Random, metadata: dict[str, Value], architecture: str) -> None:
+    key = rng.choice([*metadata, *MORE_KEYS]).replace("llama.", f"{architecture}.", 1)
     kind, payload = metadata.get(key, (U32, struct.pack("<I", 0)))
     roll = rng.random()
     if roll < 0.1:
         metadata.pop(key, None)
     elif key == "general.architecture":
-        architecture = rng.choice(ARCHITECTURES)
-        for old in [k for k in metadata if k.startswith("llama.")]:
-            metadata[architecture + old.removeprefix("llama")] = metadata.pop(old)
-        metadata[key] = text(architecture)
+        other = rng.choice(OTHER_ARCHITECTURES)
+        for old in [k for k in metadata if k.startswith(f"{architecture}.")]:
+            metadata[other + old.removeprefix(architecture)] = metadata.pop(old)
+        metadata[key] = text(other)
     elif key == "tokenizer.ggml.model":
         metadata[key] = text(rng.choice(TOKENIZERS))
         metadata["tokenizer.ggml.merges"] = strings(["t h", "a  b", " ", ""])

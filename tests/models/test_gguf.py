@@ -1,5 +1,6 @@
 """The header reader: what a sound file says, and one line for whatever is wrong with an unsound one."""
 
+import ctypes
 import struct
 import time
 from collections.abc import Callable
@@ -97,8 +98,8 @@ def test_quantization_is_the_heaviest_type_when_the_file_does_not_say(tmp_path: 
 
 def test_block_sizes_are_those_of_the_library() -> None:
     """The table against libggml itself, type by type; it has a block size of 0 for types that are gone."""
-    ctypes = pytest.importorskip("ctypes")
-    llama_cpp = pytest.importorskip("llama_cpp")
+    import llama_cpp
+
     library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base*"))
     ggml = ctypes.CDLL(str(library))
     ggml.ggml_type_size.restype, ggml.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
@@ -275,6 +276,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
     [
         ("general.architecture", None, "does not say its general.architecture"),
         ("general.architecture", u32(1), "does not say its general.architecture"),
+        ("general.architecture", text("ll\x1b[2Jma"), r'general.architecture is "ll\x1b[2Jma"'),
         ("general.architecture", text("clip"), "image projector"),
         ("general.architecture", text("bert"), "writes no text"),
         ("general.type", text("adapter"), "is a LoRA adapter"),
@@ -293,6 +295,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
         ("llama.attention.key_length", u32(0), "key_length is 0"),
         ("llama.attention.value_length", u32(16), "values of 16"),
         ("llama.rope.dimension_count", u32(7), "an odd number"),
+        ("llama.rope.dimension_count", u32(0), "rope.dimension_count is 0"),
         ("llama.rope.dimension_count", u32(64), "rope.dimension_count is 64"),
         ("llama.rope.scaling.type", text("quadratic"), "rope.scaling.type is quadratic"),
         ("llama.rope.freq_base", f32(float("nan")), "rope.freq_base is nan"),
@@ -306,6 +309,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
         ("tokenizer.ggml.tokens", strings(TOKENS[:-1]), "the metadata say 293 tokens"),
         ("tokenizer.ggml.tokens", ints([1] * len(TOKENS)), "the metadata say 0 tokens"),
         ("tokenizer.ggml.tokens", strings([*TOKENS[:-1], "▁"]), "token ▁ appears twice"),
+        ("tokenizer.ggml.tokens", strings([*TOKENS[:-1], "▁\0x"]), "token ▁ appears twice"),
         ("tokenizer.ggml.tokens", strings(["" if t == "<0x41>" else t for t in TOKENS]), "marked as a byte"),
         ("tokenizer.ggml.tokens", strings([*TOKENS[:3], "<0x-1>", *TOKENS[4:]]), "<0x-1> is marked as"),
         ("tokenizer.ggml.scores", floats([0.0] * 7), "294 tokens but 7 tokenizer.ggml.scores"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from emlocal.errors import ModelError
 from emlocal.models.gguf import read_header
 from tests.models.mutants import mutant
+from tests.tiny_architectures import ARCHITECTURES, write_tiny_architecture
 from tests.tiny_gguf import write_tiny_gguf
 
 MUTANTS = 10_000
 LOADED = 1_500  # of the accepted ones, with the real library
+LOAD_SECONDS = 20.0  # a file that takes longer hangs llama.cpp, which is as bad as a crash
 
 
 def accepted(path: Path) -> bool:
@@ -31,7 +34,8 @@ def accepted(path: Path) -> bool:
 
 
 def test_no_mutant_brings_the_reader_down(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
+    import resource
+
     path = tmp_path / "mutant.gguf"
     outcomes: Counter[bool] = Counter()
     slowest, start = 0.0, time.perf_counter()
@@ -69,7 +73,10 @@ class Worker:
         assert self.process.stdout is not None
         self.process.stdin.write(f"{path}\n")
         self.process.stdin.flush()
+        too_long = threading.Timer(LOAD_SECONDS, self.process.kill)
+        too_long.start()
         verdict = self.process.stdout.readline().strip()
+        too_long.cancel()
         if not verdict:
             verdict = f"killed the process, code {self.process.wait()}"
             self.process = None
@@ -82,13 +89,15 @@ class Worker:
 
 @pytest.fixture
 def worker() -> Worker:
-    pytest.importorskip("llama_cpp")
     return Worker()
 
 
 @pytest.mark.real
-def test_the_tiny_model_decodes(worker: Worker, tmp_path: Path) -> None:
-    assert worker.load(write_tiny_gguf(tmp_path / "tiny.gguf")).startswith("decoded")
+def test_the_tiny_models_decode(worker: Worker, tmp_path: Path) -> None:
+    paths = [write_tiny_architecture(tmp_path / f"{name}.gguf", name) for name in ARCHITECTURES]
+    for path in [write_tiny_gguf(tmp_path / "tiny.gguf"), *paths]:
+        assert accepted(path)
+        assert worker.load(path).startswith("decoded")
     worker.close()
 
 

@@ -202,7 +202,7 @@ def test_quantization_in_a_name(file: str, quant: str) -> None:
 
 
 def test_incomplete_shards_are_no_model() -> None:
-    files = ["a-Q4_K_M-00001-of-00002.gguf", "b-Q8_0.gguf", "notes.txt", "mmproj-b.gguf"]
+    files = ["a-Q4_K_M-00001-of-00002.gguf", "b-Q8_0.gguf", "notes.txt", "mmproj-b.gguf", "\x1b.gguf"]
     assert models_among(files) == {"b-Q8_0.gguf": ("b-Q8_0.gguf",)}
 
 

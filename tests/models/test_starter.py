@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -217,7 +216,6 @@ def python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "venv" / "bin" / "python")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the paths of a venv on POSIX")
 def test_without_pip_and_uv_a_temporary_pip_does_it(
     index: FakeIndex, start: Start, python_without_pip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,14 +225,12 @@ def test_without_pip_and_uv_a_temporary_pip_does_it(
     assert index.downloads == 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the paths of a venv on POSIX")
 def test_without_pip_uv_does_it(
     index: FakeIndex, start: Start, python_without_pip: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    uv = os.environ.get("UV") or shutil.which("uv")
-    if uv is None:
-        pytest.skip("needs uv")
-    monkeypatch.setenv("PATH", str(Path(uv).parent))
+    import uv
+
+    monkeypatch.setenv("PATH", str(Path(uv.find_uv_bin()).parent))
     assert Path(answer(start(python_without_pip))["path"]).read_bytes() == MODEL
     assert index.downloads == 1
     assert leftovers(tmp_path) == {starter.FILE_NAME}

@@ -1,0 +1,136 @@
+"""What the benchmark scripts share: the bench models, the head of a report, and watching for noise.
+
+The scripts print Markdown, or JSON with --json, to stdout. They expect the two models of `bench-models`
+in ~/.cache/emlocal-bench (or EMLOCAL_BENCH_MODELS).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `emlocal` does, before numpy is imported
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+FOLDER = Path(os.environ.get("EMLOCAL_BENCH_MODELS", "~/.cache/emlocal-bench")).expanduser()
+MODELS = {
+    "qwen2.5-coder-0.5b": FOLDER / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    "smollm2-135m": FOLDER / "smollm2-135m-instruct-q4_1.gguf",
+}
+QUIET = 0.05
+"""Others may use so much of the processor while something is measured."""
+
+
+def arguments(description: str, **extra: int) -> argparse.Namespace:
+    """--json, --model, and the script's own numbers."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument("--model", choices=MODELS, action="append", help="only this model; repeatable")
+    for name, default in extra.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    chosen = parser.parse_args()
+    chosen.model = chosen.model or list(MODELS)
+    return chosen
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, commit and versions: what a figure means nothing without."""
+    from emlocal.diagnosis import machine
+
+    dirty = _git("status", "--porcelain", "--untracked-files=no")
+    packages = ("numpy", "llama-cpp-python", "typer", "rich")
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if dirty else ""),
+        "machine": machine.describe(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def report(
+    results: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[object]], as_json: bool
+) -> None:
+    """Print the circumstances and the table, or everything as JSON."""
+    around = circumstances()
+    if as_json:
+        print(json.dumps({**around, "results": results}, indent=2))
+        return
+    machine = around["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in around["versions"].items())
+    print(f"`{around['command']}`, commit {around['commit']}, {around['date']}  ")
+    print(
+        f"{machine['cpu']}, {machine['logical_cores']} vCPU, {machine['system']},"
+        f" Python {machine['python']}, {versions}\n"
+    )
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def generator(model: str) -> Iterator[Any]:
+    """A Generator on one of the bench models."""
+    from emlocal.backends.base import LoadOptions
+    from emlocal.backends.llama_cpp import LlamaCppBackend
+    from emlocal.generation import Generator
+    from emlocal.models.resolve import resolve
+
+    backend = LlamaCppBackend(resolve(str(MODELS[model])), LoadOptions(context=2048, sequences=2))
+    try:
+        yield Generator(backend)
+    finally:
+        backend.close()
+
+
+class Noise:
+    """How much of the processor other processes used since this was made; 0 where it cannot be told."""
+
+    def __init__(self) -> None:
+        self._before = _processor_seconds()
+
+    def share(self) -> float:
+        """Of all cores, between 0 and 1. The tail of our own threads' time may show as little more than 0."""
+        busy, own, wall = (now - then for now, then in zip(_processor_seconds(), self._before, strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Busy seconds of all cores, of this process, and the clock."""
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return own, own, time.monotonic()
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
+
+
+def wait_until_quiet(seconds: float = 1800) -> None:
+    """Return when others have left the processor alone for three seconds; after `seconds`, go on anyway."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        noise = Noise()
+        time.sleep(3)
+        if noise.share() < QUIET:
+            return
+    say("the machine does not get quiet; measuring anyway")

@@ -1,0 +1,245 @@
+"""`emlocal bench`: how fast a model runs here, and what EM costs on it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emlocal import __version__, console
+from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.errors import UsageError
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
+    from emlocal.benchmark.statistics import Ratio
+    from emlocal.settings import SamplingParams
+
+_SAMPLED_ROWS = 48
+_PROMPT_TOKENS = 256
+_PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
+
+
+@with_options
+def bench(
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Tokens that each side decodes in a round.", metavar="N")
+    ] = 32,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Rounds; more make narrower intervals.", metavar="N")
+    ] = 12,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the draws.", metavar="N")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    em: EMOptions = EMOptions(),
+    engine: EngineOptions = EngineOptions(),
+) -> None:
+    """Measure speed on this machine, and what entropy minimization costs.
+
+    Decoding runs in rounds. In each, a bare llama.cpp loop (llama_decode and argmax), emlocal with EM off and
+    emlocal with EM on decode as many tokens at the same positions after the same prompt, with the same draws,
+    end tokens ignored. A ratio is the median over the rounds, with its 95 % interval. A token's time includes
+    the forward pass, the sampler, and the assembly of text; not the prompt, and not the terminal.
+    """
+    from emlocal.cli import precedence
+    from emlocal.cli.engine import open_backend
+
+    if tokens < 1 or rounds < 1:
+        raise UsageError("--tokens and --rounds must be at least 1")
+    config = precedence.read_config()
+    em = _with_em(em, config.em)
+    precedence.sampling(SamplingOptions(), em, config, {})  # what contradicts itself fails before loading
+    options = precedence.merged(engine, config.engine)
+    with _progress() as say:
+        say("loading the model")
+        started = time.perf_counter()
+        with open_backend(options, sequences=2, quiet=as_json) as backend:
+            load_seconds = time.perf_counter() - started
+            params = precedence.sampling(SamplingOptions(), em, config, backend.info.sampling).params
+            measured = _measure(backend, params, (tokens, rounds, seed), load_seconds, say)
+    if as_json:
+        console.print_json(measured)
+    else:
+        _show(measured)
+
+
+def _with_em(em: EMOptions, config: EMOptions) -> EMOptions:
+    """The EM step to measure: the one that is asked for, else EM-INF."""
+    if em.em_inf is False:
+        raise UsageError("bench compares EM with none; --no-em-inf leaves nothing to compare")
+    chosen = (em.em_inf, em.em_preset, em.adaptive_temperature)
+    configured = (config.em_inf, config.em_preset, config.adaptive_temperature)
+    return em if any(chosen) or any(configured) else replace(em, em_inf=True)
+
+
+def _measure(
+    backend: "Backend",
+    params: "SamplingParams",
+    size: tuple[int, int, int],
+    load_seconds: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything that `bench` reports, in the layout of --json."""
+    from emlocal.benchmark import decoding, sampler
+    from emlocal.diagnosis import machine
+    from emlocal.generation import Generator
+
+    tokens, rounds, seed = size
+    decoding.check_room(backend, tokens)
+    generator = Generator(backend)
+    say("first token")
+    first = _first_token(generator, params, seed) | {"load_seconds": round(load_seconds, 4)}
+    say("reading prompts")
+    prompt_length = min(_PROMPT_TOKENS, backend.context // 2)
+    generator.forget()
+    prompt_speed = decoding.prompt_speed(backend, prompt_length)
+    decoded = decoding.measure_decoding(
+        generator,
+        params,
+        tokens=tokens,
+        rounds=rounds,
+        seed=seed,
+        progress=lambda done: say(f"decoding, round {done + 1} of {rounds}"),
+    )
+    say("sampling")
+    rows = decoding.recorded_rows(generator, params, rows=_SAMPLED_ROWS, seed=seed)
+    times = sampler.measure_sampler(rows, params, seed=seed)
+    return {
+        "emlocal": __version__,
+        "machine": machine.describe(),
+        "model": backend.info.name,
+        "backend": backend.name,
+        "runs_as": backend.describe(),
+        "vocabulary": backend.info.vocabulary,
+        "settings": {"tokens": tokens, "rounds": rounds, "seed": seed, "em": _settings(params)},
+        "decode": _decode_json(decoded),
+        "sampler": {
+            "rows": len(rows),
+            "off_microseconds": round(times.off, 1),
+            "on_microseconds": round(times.on, 1),
+            "numpy_microseconds": round(times.plain, 1),
+            "on_over_numpy": asdict(times.plain_over_on),
+            "paths": [asdict(path) for path in times.paths],
+        },
+        "prompt": {"tokens": prompt_length, "tokens_per_second": round(prompt_speed, 1)},
+        "first_token": first,
+        "memory": {"engine_bytes": backend.memory_bytes(), "resident_bytes": machine.resident_bytes()},
+    }
+
+
+def _settings(params: "SamplingParams") -> dict[str, Any]:
+    return {"step": type(params.em).__name__, **asdict(params)["em"], "temperature": params.temperature}
+
+
+def _decode_json(decoded: Any) -> dict[str, Any]:
+    def ratio(side: str, reference: str) -> dict[str, Any] | None:
+        found: Ratio | None = decoded.ratio(side, reference)
+        return asdict(found) if found else None
+
+    speeds = {side: decoded.speed(side) for side in decoded.seconds}
+    drawn = decoded.tokens * len(decoded.seconds["on"])
+    return {
+        **{f"{side}_tokens_per_second": speed and round(speed, 2) for side, speed in speeds.items()},
+        "on_over_off": ratio("on", "off"),
+        "off_over_bare": ratio("off", "bare"),
+        "on_over_bare": ratio("on", "bare"),
+        "touched": round(decoded.touched / (drawn + len(decoded.seconds["on"])), 4),
+    }
+
+
+def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[str, float]:
+    """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
+    from emlocal.benchmark.decoding import PROMPTS, prompt_tokens
+    from emlocal.generation import Piece, Request
+    from emlocal.sampling import Uniforms
+
+    started = time.perf_counter()
+    prompt = prompt_tokens(generator.backend, PROMPTS[0])
+    events = generator.run(prompt, [Request(params, Uniforms(seed), 1)])
+    next(event for event in events if isinstance(event, Piece))
+    total = time.perf_counter() - started
+    events.close()
+    prefill = generator.timings.prompt_seconds
+    return {
+        "prompt_tokens": len(prompt),
+        "prefill_seconds": round(prefill, 4),
+        "rest_seconds": round(total - prefill, 4),
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A callback that says on stderr what is being measured."""
+    if console.err().is_terminal:
+        with console.err().status("") as status:
+            yield status.update
+        return
+    last = float("-inf")
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PLAIN_SECONDS:
+            last = time.monotonic()
+            console.note(text)
+
+    yield say
+
+
+def _show(measured: dict[str, Any]) -> None:
+    """The same for people."""
+    from rich.table import Table
+
+    from emlocal.models.storage import human_size
+
+    machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
+    first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]
+    resident = memory["resident_bytes"]
+    table = Table(box=None, show_header=False, pad_edge=False, title_justify="left", highlight=False)
+    rows = [
+        ("machine", f"{machine['cpu']}, {machine['physical_cores']} cores, {machine['system']}"),
+        ("model", f"{measured['model']} on {measured['backend']}, {measured['runs_as']}"),
+        ("EM", ", ".join(f"{k} {v}" for k, v in settings["em"].items())),
+        ("", ""),
+        ("decode, EM off", _speed(decode["off_tokens_per_second"])),
+        (
+            "decode, EM on",
+            f"{_speed(decode['on_tokens_per_second'])}; {decode['touched']:.0%} of tokens touched",
+        ),
+        ("bare llama.cpp", _speed(decode["bare_tokens_per_second"])),
+        ("EM on / off", _ratio(decode["on_over_off"])),
+        ("emlocal / bare", _ratio(decode["off_over_bare"])),
+        ("", ""),
+        ("sampler, EM off", f"{sampler['off_microseconds']:.0f} µs a row of {measured['vocabulary']:,}"),
+        ("sampler, EM on", f"{sampler['on_microseconds']:.0f} µs"),
+        *((f"  {p['name']}", f"{p['microseconds']:.0f} µs ({p['rows']} rows)") for p in sampler["paths"]),
+        ("plain numpy", f"{sampler['numpy_microseconds']:.0f} µs (softmax, cumulative sum, search)"),
+        ("", ""),
+        (
+            "prompt",
+            f"{measured['prompt']['tokens_per_second']:.1f} tok/s ({measured['prompt']['tokens']} tokens)",
+        ),
+        (
+            "first token",
+            f"load {first['load_seconds']:.2f} s, prefill of {first['prompt_tokens']} tokens"
+            f" {first['prefill_seconds']:.2f} s, rest {first['rest_seconds']:.3f} s",
+        ),
+        (
+            "memory",
+            f"engine {human_size(memory['engine_bytes'])}"
+            + (f", process {human_size(resident)}" if resident else ""),
+        ),
+    ]
+    for name, text in rows:
+        table.add_row(name, text)
+    console.out().print(table)
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    return "not measured" if tokens_per_second is None else f"{tokens_per_second:.1f} tok/s"
+
+
+def _ratio(ratio: dict[str, Any] | None) -> str:
+    if ratio is None:
+        return "not measured"
+    return f"{ratio['median']:.3f}  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['n']} rounds)"

@@ -1,0 +1,112 @@
+"""`emlocal doctor`: what this machine has, what is missing, and the line that mends it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emlocal import __version__, console
+from emlocal.errors import EmlocalError
+
+if TYPE_CHECKING:
+    from emlocal.diagnosis.checks import Finding
+
+_STYLES = {"ok": "green", "info": "dim", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
+    """Check this machine: engine, model, folders, settings.
+
+    Exits with 0 when `emlocal chat` would work here, with 1 when it would not.
+    """
+    findings = []
+    for finding in _examine():
+        findings.append(finding)
+        if not as_json:
+            _show(finding)
+    failed = [finding.name for finding in findings if finding.status == "fail"]
+    if as_json:
+        checks = {
+            f.name: {"status": f.status, "text": f.text, "fix": list(f.fix)} | f.facts for f in findings
+        }
+        console.print_json({"emlocal": __version__, "ok": not failed, "checks": checks})
+    else:
+        _conclude(findings, failed)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _examine() -> Iterator["Finding"]:
+    """All findings, in the order in which they are shown."""
+    from emlocal.diagnosis import checks
+
+    yield from _safely("system", checks.system)
+    yield from _safely("processor", checks.processor)
+    yield from _safely("memory", checks.memory)
+    yield from _safely("python", checks.python)
+    yield from checks.variables()
+    yield from _safely("numpy", checks.numpy)
+    yield from _safely("llama.cpp", checks.llama_cpp)
+    yield from checks.other_engines()
+    yield from _safely("compiler", checks.compiler)
+    yield from _places()
+    yield from _safely("model", checks.model)
+    yield from _safely("config", _config)
+
+
+def _safely(name: str, check: Callable[[], "Finding"]) -> Iterator["Finding"]:
+    """The finding of a check; one that fails, which is a finding too, where the check cannot run."""
+    from emlocal.diagnosis.checks import Finding
+
+    try:
+        yield check()
+    except EmlocalError as why:
+        yield Finding(name, "fail", why.message, (why.hint,) if why.hint else ())
+    except (ImportError, OSError) as why:
+        yield Finding(name, "fail", f"{type(why).__name__}: {why}")
+
+
+def _places() -> Iterator["Finding"]:
+    from emlocal.diagnosis.checks import hub_cache, place
+    from emlocal.models import paths
+
+    yield place("cache", paths.cache_dir(), "EMLOCAL_CACHE_DIR", "the starter model cannot be fetched")
+    yield place("data", paths.data_dir(), "EMLOCAL_DATA_DIR", "conversations cannot be saved there")
+    yield from _safely("hub cache", hub_cache)
+
+
+def _config() -> "Finding":
+    """The config file: found, and every value in it usable."""
+    from emlocal.cli import precedence
+    from emlocal.cli.options import EMOptions, SamplingOptions
+    from emlocal.diagnosis.checks import Finding
+
+    path = precedence.config_path()
+    facts = {"path": str(path), "exists": path.exists()}
+    config = precedence.read_config()
+    precedence.sampling(SamplingOptions(), EMOptions(), config, {})
+    if not path.exists():
+        return Finding("config", "info", f"none; it would be {path}", facts=facts)
+    return Finding("config", "ok", str(path), facts=facts)
+
+
+def _show(finding: "Finding") -> None:
+    from rich.text import Text
+
+    line = Text(f"{finding.status:<5}", style=_STYLES[finding.status])
+    line.append(f"{finding.name:<11}", style="bold")
+    line.append(finding.text, style="default")
+    for fix in finding.fix:
+        line.append(f"\n{'':<16}→ {fix}", style="cyan")
+    console.out().print(line)
+
+
+def _conclude(findings: Sequence["Finding"], failed: Sequence[str]) -> None:
+    if failed:
+        console.out().print(f"\nchat does not work here yet: see {', '.join(failed)}", style="bold red")
+        return
+    warnings = [finding.name for finding in findings if finding.status == "warn"]
+    also = f" (warnings: {', '.join(warnings)})" if warnings else ""
+    console.out().print(f"\nchat works here{also}; try: emlocal chat", style="bold green")

@@ -1,0 +1,198 @@
+"""`emlocal bench` on the tiny model and on the fake engine. No test looks at how fast anything is."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from emlocal.backends.fake import END, FakeBackend
+from emlocal.benchmark import decoding, sampler, statistics
+from emlocal.cli.app import build
+from emlocal.errors import UsageError
+from emlocal.generation import Generator
+from emlocal.settings import EMInf, SamplingParams
+from tests.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMLOCAL_CONFIG_DIR", str(tmp_path / "config"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_gguf(tmp_path_factory.mktemp("bench") / "tiny.gguf"))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
+    """The engine that `bench` opens, whatever it is asked for."""
+    backend = FakeBackend()
+
+    @contextmanager
+    def opened(*_: object, **__: object) -> Iterator[FakeBackend]:
+        yield backend
+
+    monkeypatch.setattr("emlocal.cli.engine.open_backend", opened)
+    return backend
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(build(["bench"]), ["bench", "--tokens", "3", "--rounds", "2", *arguments])
+
+
+def measured(*arguments: str) -> dict[str, Any]:
+    result = run("--json", *arguments)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_json_has_every_figure(model: str) -> None:
+    said = measured("-m", model)
+    assert said["settings"] == {
+        "tokens": 3,
+        "rounds": 2,
+        "seed": 0,
+        "em": {"step": "EMInf"} | vars(EMInf()) | {"temperature": 0.5},  # the model's own
+    }
+    decode = said["decode"]
+    for side in ("bare", "off", "on"):
+        assert decode[f"{side}_tokens_per_second"] > 0
+    for ratio in ("on_over_off", "off_over_bare", "on_over_bare"):
+        found = decode[ratio]
+        assert found["n"] == 2
+        assert 0 < found["low"] <= found["median"] <= found["high"]
+    assert 0 <= decode["touched"] <= 1
+    assert said["sampler"]["rows"] == sum(path["rows"] for path in said["sampler"]["paths"])
+    assert all(said["sampler"][f"{way}_microseconds"] > 0 for way in ("off", "on", "numpy"))
+    assert said["prompt"]["tokens"] == 128
+    assert set(said["first_token"]) == {"prompt_tokens", "prefill_seconds", "rest_seconds", "load_seconds"}
+    assert said["memory"]["engine_bytes"] > 0
+    assert said["machine"]["cpu"]
+
+
+def test_a_table_for_people(model: str) -> None:
+    result = run("-m", model)
+    assert result.exit_code == 0
+    for name in ("decode, EM off", "decode, EM on", "bare llama.cpp", "EM on / off", "plain numpy", "memory"):
+        assert name in result.stdout
+    assert "loading the model" in result.stderr
+    assert "\x1b" not in result.stdout
+
+
+def test_an_engine_without_a_bare_loop(fake: FakeBackend) -> None:
+    said = measured()
+    assert said["decode"]["bare_tokens_per_second"] is None
+    assert said["decode"]["off_over_bare"] is None
+    assert said["decode"]["on_over_off"]["n"] == 2
+    assert "not measured" in run().stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (("--adaptive-temp",), {"step": "AdaptiveTemperature", "ratio": 0.5, "threshold": 0.1}),
+        (("--em-preset", "em-pt"), {"optimizer": "adam", "temperature": 0.1}),
+        (("--em-steps", "3"), {"step": "EMInf", "steps": 3}),
+    ],
+)
+def test_em_settings(fake: FakeBackend, flags: tuple[str, ...], settings: dict[str, Any]) -> None:
+    em = measured(*flags)["settings"]["em"]
+    assert {name: em[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--no-em-inf",), "--no-em-inf"),
+        (("--tokens", "0"), "--tokens"),
+        (("--rounds", "0"), "--rounds"),
+        (("--tokens", "5000"), "do not fit the context"),
+    ],
+)
+def test_what_cannot_be_meant(fake: FakeBackend, flags: tuple[str, ...], says: str) -> None:
+    result = run(*flags)
+    assert isinstance(result.exception, UsageError)
+    assert says in result.exception.message
+
+
+def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
+    """The engine sees equal work from both sides, though every token of this model ends an answer."""
+
+    def always_ends(tokens: Any) -> Any:
+        row = np.zeros(257, dtype=np.float32)
+        row[END] = 30.0
+        return row
+
+    backend = FakeBackend(always_ends)
+    generator = Generator(backend)
+    found = decoding.measure_decoding(generator, SamplingParams(em=EMInf()), tokens=5, rounds=4, seed=0)
+    assert [len(found.seconds[side]) for side in ("bare", "off", "on")] == [0, 4, 4]
+    assert backend.info.end_tokens == {END}  # as before
+
+    prompts = [len(decoding.prompt_tokens(backend, text)) for text in decoding.PROMPTS]
+    expected = prompts[0] + 2 * (1 + 4) + sum(n + 2 * (1 + 5) for n in prompts[:4])
+    assert backend.fed == expected
+
+
+def test_the_bare_loop_leaves_the_sequence_as_it_was(model: str) -> None:
+    from emlocal.backends.base import Feed, LoadOptions
+    from emlocal.backends.llama_cpp import LlamaCppBackend
+    from emlocal.backends.llama_cpp.bare import bare_decode
+    from emlocal.models.resolve import resolve
+
+    backend = LlamaCppBackend(resolve(model), LoadOptions(sequences=1))
+    try:
+        sequence = backend.open()
+        tokens = backend.encode("the other", add_special=True, parse_special=False)
+        backend.forward([Feed(sequence, tokens)])
+        before = backend.logits(sequence)
+        assert len(bare_decode(backend, sequence, tokens[-1], 7)) == 7
+        assert backend.length(sequence) == len(tokens)
+        backend.trim(sequence, len(tokens) - 1)
+        backend.forward([Feed(sequence, tokens[-1:])])
+        np.testing.assert_allclose(backend.logits(sequence), before, atol=1e-5)
+    finally:
+        backend.close()
+
+
+def test_recorded_rows_are_those_that_were_drawn_from() -> None:
+    backend = FakeBackend()
+    rows = decoding.recorded_rows(Generator(backend), SamplingParams(), rows=20, seed=0)
+    assert len(rows) == 20
+    assert len({row.tobytes() for row in rows}) == 20
+
+
+def test_plain_sampling_draws_from_the_softmax() -> None:
+    row = np.log(np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32))
+    assert [sampler.plain_sample(row, 1.0, u) for u in (0.05, 0.25, 0.5, 0.95)] == [0, 1, 2, 3]
+
+
+def test_the_interval_of_a_median() -> None:
+    assert statistics.ratio([1.0, 2.0, 4.0]) == statistics.Ratio(2.0, 1.0, 4.0, 3)
+    # n = 10: the 2nd and 9th values have coverage 97.9 %, the 3rd and 8th only 89.1 %
+    assert statistics.ratio([float(i) for i in range(1, 11)]) == statistics.Ratio(5.5, 2.0, 9.0, 10)
+    assert statistics.speed_ratio([1.0], [2.0]).median == 2.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 20, 101])
+def test_the_interval_covers_what_it_says(n: int) -> None:
+    found = statistics.ratio([float(i) for i in range(n)])
+    skipped = int(found.low)  # as many values lie below the interval as above it
+
+    def coverage(skip: int) -> float:
+        return 1 - 2 * sum(math.comb(n, k) for k in range(skip)) / 2**n
+
+    if n < 6:
+        assert (found.low, found.high) == (0.0, float(n - 1))
+        return
+    # P(the median lies outside) is P(at most skipped - 1 … values below it), on either side
+    assert coverage(skipped + 1) >= statistics.CONFIDENCE
+    assert coverage(skipped + 2) < statistics.CONFIDENCE
