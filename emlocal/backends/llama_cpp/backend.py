@@ -52,7 +52,7 @@ class LlamaCppBackend(Backend):
         self._memory = self._lib.llama_get_memory(self._context)
         self._adapters = [self._load_adapter(path, scale) for path, scale in options.adapters]
         self._apply_adapters()
-        self._batch = _Batch(self._lib, BATCH)
+        self._batch = _Batch(self._lib, min(BATCH, self.context))
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
         self._views: dict[int, NDArray[np.float32]] = {}
@@ -151,10 +151,18 @@ class LlamaCppBackend(Backend):
             self._context, self._abort if long else self._no_abort, ctypes.c_void_p(0)
         )
         self._rows = {}
+        for feed in feeds:
+            held = self._lengths[feed.sequence]
+            if held + len(feed.tokens) > self.context:  # llama.cpp rounds its own length up
+                raise ContextFullError(
+                    f"{len(feed.tokens):,} more tokens do not fit: the sequence holds {held:,} of"
+                    f" {self.context:,}",
+                    "give a larger --context",
+                )
         try:
             for feed in feeds:
                 self._append(feed, flush=feed is feeds[-1])
-        except (CancelledError, ContextFullError, BackendError):
+        except BaseException:
             self._batch.clear()
             for feed in feeds:  # what was decoded of this call goes again
                 self._lib.llama_memory_seq_rm(self._memory, feed.sequence, self._lengths[feed.sequence], -1)
@@ -165,8 +173,9 @@ class LlamaCppBackend(Backend):
     def _append(self, feed: Feed, flush: bool) -> None:
         """Put a feed's tokens into batches, decoding each that is full."""
         start = self._lengths[feed.sequence]
-        for i in range(0, len(feed.tokens), BATCH):
-            chunk = feed.tokens[i : i + BATCH]
+        size = self._batch.capacity
+        for i in range(0, len(feed.tokens), size):
+            chunk = feed.tokens[i : i + size]
             if len(chunk) > self._batch.room:
                 self._decode(keep_rows=True)
             self._batch.add(feed.sequence, chunk, start + i, wanted=i + len(chunk) == len(feed.tokens))
@@ -235,7 +244,7 @@ class _Batch:
         self._seq = self.struct.seq_id
         self._logits = as_array(self.struct.logits, (size,))
         self._n_seq[:] = 1
-        self._capacity = size
+        self.capacity = size  # no more than the context's n_batch: llama_decode aborts the process beyond
         self.wanted: list[tuple[int, int]] = []
         """(position in the batch, sequence) of the rows that someone will sample."""
 
@@ -245,7 +254,7 @@ class _Batch:
 
     @property
     def room(self) -> int:
-        return self._capacity - self.size
+        return self.capacity - self.size
 
     def add(self, sequence: int, tokens: Sequence[int], position: int, wanted: bool) -> None:
         first = self.size
