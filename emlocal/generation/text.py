@@ -32,9 +32,10 @@ class TextStream:
         if self.stopped_by is not None:
             return ""
         text = self._held + new
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        # the one that is complete first, however the text came in pieces; of two that end together, the longer
+        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
-            start, self.stopped_by = min(found)
+            _, start, self.stopped_by = min(found)
             self._held = ""
             return text[:start]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
