@@ -84,11 +84,16 @@ def imports(path: Path, *, at_load: bool = False) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             yield node.module or "", node.lineno
-        elif at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        elif at_load and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        elif at_load and _runs_later(node):
             continue
         todo += ast.iter_child_nodes(node)
+
+
+def _runs_later(node: ast.AST) -> bool:
+    """Whether what is inside runs only when it is called, or never."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.dump(node.test)
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
