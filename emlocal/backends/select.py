@@ -29,6 +29,18 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
     return "llama.cpp", "the engine for any CPU"
 
 
+def bare_decode(backend: Backend, sequence: int, token: int, steps: int) -> list[float] | None:
+    """Seconds of each greedy step of the engine alone, which `emlocal bench` compares with; None where the
+    engine has no such loop."""
+    if backend.name != "llama.cpp":
+        return None
+    from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+    from emlocal.backends.llama_cpp.bare import bare_decode as decode
+
+    assert isinstance(backend, LlamaCppBackend)
+    return decode(backend, sequence, token, steps)
+
+
 def load_backend(name: str, model: LocalModel, options: LoadOptions) -> Backend:
     """Load a model. `name` is what `select_backend` answered."""
     if name == "llama.cpp":
