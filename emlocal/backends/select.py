@@ -2,6 +2,8 @@
 
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from emlocal.backends.base import Backend, LoadOptions
 from emlocal.errors import UsageError
@@ -29,16 +31,18 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
     return "llama.cpp", "the engine for any CPU"
 
 
-def bare_decode(backend: Backend, sequence: int, token: int, steps: int) -> list[float] | None:
-    """Seconds of each greedy step of the engine alone, which `emlocal bench` compares with; None where the
-    engine has no such loop."""
+def bare_loop(backend: Backend) -> Callable[[int, int, int], list[float]] | None:
+    """The engine's decoding with an argmax and nothing else, which `emlocal bench` compares with.
+
+    It takes a sequence, a token and a number of steps, and gives the seconds of each step. None where the
+    engine has no such loop.
+    """
     if backend.name != "llama.cpp":
         return None
-    from emlocal.backends.llama_cpp.backend import LlamaCppBackend
-    from emlocal.backends.llama_cpp.bare import bare_decode as decode
+    from emlocal.backends.llama_cpp import LlamaCppBackend, bare_decode
 
     assert isinstance(backend, LlamaCppBackend)
-    return decode(backend, sequence, token, steps)
+    return partial(bare_decode, backend)
 
 
 def load_backend(name: str, model: LocalModel, options: LoadOptions) -> Backend:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed
-from emlocal.backends.select import bare_decode
+from emlocal.backends.select import bare_loop
 from emlocal.benchmark.statistics import Ratio, speed_ratio
 from emlocal.errors import UsageError
 from emlocal.generation import Generator, Piece, Request
@@ -154,12 +154,14 @@ def _steps(generator: Generator, prompt: list[int], request: Request) -> tuple[f
 
 
 def _bare(generator: Generator, prompt: list[int], first: int, steps: int) -> float | None:
+    decode = bare_loop(generator.backend)
+    if decode is None:
+        return None
     # as the other sides do: the prompt is held, and its last token has just been read
     request = Request(SamplingParams(temperature=0), Uniforms(0), 1)
     for _ in generator.run(prompt, [request]):
         pass
-    seconds = bare_decode(generator.backend, generator.sequence, first, steps)
-    return None if seconds is None else sum(seconds)
+    return sum(decode(generator.sequence, first, steps))
 
 
 def recorded_rows(
