@@ -32,7 +32,7 @@ class TextStream:
         if self.stopped_by is not None:
             return ""
         text = self._held + new
-        # the one that is complete first, however the text came in pieces; of two that end together, the longer
+        # the one complete first, however the text came in pieces; of two that end together, the longer
         found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
             _, start, self.stopped_by = min(found)
