@@ -21,7 +21,7 @@ KVType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
 class CancelledError(Exception):
-    """`forward` stopped because it was asked to; the sequences are as they were before the call."""
+    """`forward` stopped because it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ class Backend(ABC):
         Raises:
             ContextFullError: the tokens do not fit beside those held.
             CancelledError: `cancelled()` became true; nothing was appended.
+
+        After an error the sequences are as before the call, or empty where the engine cannot go back.
         """
 
     @abstractmethod

@@ -196,8 +196,11 @@ def sampling(flags: SamplingOptions, em: EMOptions, config: Config, model: Mappi
                 break
         else:
             sources[f.name] = "default"
-    if sources.get("top_k") == "model":
-        values["top_k"] = max(0, int(values["top_k"]))  # negative is off in llama.cpp
+    for name in ("top_k", "repeat_last_n"):
+        if sources[name] == "model":
+            values[name] = int(values[name])  # some files write whole numbers as floats
+    if sources["top_k"] == "model":
+        values["top_k"] = max(0, values["top_k"])  # negative is off in llama.cpp
     bias = merged(flags, config.sampling).logit_bias or []
     params = SamplingParams(**values, logit_bias=tuple(map(_bias, bias)), em=em_step(em, config.em))
     return Sampling(params, sources)

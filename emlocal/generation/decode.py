@@ -148,8 +148,11 @@ class Generator:
         kept = self.backend.trim(self._root, min(common, len(prompt) - 1))
         self.timings.cached_tokens = kept
         self._held = list(prompt[:kept])
-        self.backend.forward([Feed(self._root, prompt[kept:])], cancelled)
-        self._held = list(prompt)
+        try:
+            self.backend.forward([Feed(self._root, prompt[kept:])], cancelled)
+            self._held = list(prompt)
+        finally:
+            del self._held[self.backend.length(self._root) :]
 
     def _step(self, running: Sequence["_Sample"]) -> bool:
         """Feed each sample its last token; False where there is no room for them."""

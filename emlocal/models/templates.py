@@ -7,9 +7,10 @@ are written for: trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `
 
 import datetime
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,9 +19,12 @@ from emlocal.errors import ModelError, UsageError
 
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 4_000_000
+MAX_MEMORY = 200_000_000  # bytes beyond the process's peak
 MAX_OPERAND = 1_000_000  # of `*`, `**` and `%`, with which a few characters make gigabytes
-_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
+# One call of each can take minutes or gigabytes; the deadline looks between calls and would come too late.
+_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "translate", "encode"})
 _PADDING_FILTERS = ("center", "format", "indent", "wordwrap", "urlize", "pprint", "xmlattr")
+_SLOW_FILTERS = ("batch", "round", "slice", "sum")
 
 Message = Mapping[str, str]
 
@@ -85,26 +89,76 @@ def _compiled(template: str) -> Any:
         intercepted_binops = frozenset({"*", "**", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            for operand in (left, right):
-                size = abs(operand) if isinstance(operand, int | float) else len(operand)
-                if size > MAX_OPERAND or (operator == "%" and isinstance(left, str)):
-                    raise _Exceeded(f"an operand of {operator} is too large")
+            sizes = [abs(o) if isinstance(o, int | float) else len(o) for o in (left, right)]
+            plain = all(isinstance(o, int | float) for o in (left, right))
+            too_large = max(sizes) > MAX_OPERAND or (operator == "%" and isinstance(left, str))
+            too_large |= operator == "*" and not plain and sizes[0] * sizes[1] > MAX_OPERAND
+            too_large |= operator == "**" and sizes[1] > 1000
+            if too_large:
+                raise _Exceeded(f"an operand of {operator} is too large")
             return super().call_binop(context, operator, left, right)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             padding = isinstance(obj, str) and attr in _PADDING
-            return not padding and super().is_safe_attribute(obj, attr, value)
+            raw = isinstance(obj, int | float | bytes)
+            return not padding and not raw and super().is_safe_attribute(obj, attr, value)
+
+        def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+            form = super().wrap_str_format(value)
+            text = getattr(value, "__self__", "")
+            if form is not None and (_WIDE.search(text) or value.__name__ in _PADDING):
+                raise _Exceeded("a format is too wide")
+            return form
+
+        def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+            text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+            if isinstance(text, str) and name == "replace":
+                return _replace(text, *args, **kwargs)
+            if isinstance(text, str) and name == "join":
+                return _join(args[0], text)
+            return super().call(context, obj, *args, **kwargs)
 
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], cache_size=0
     )
-    for name in _PADDING_FILTERS:
+    for name in (*_PADDING_FILTERS, *_SLOW_FILTERS):
         del environment.filters[name]
+    environment.filters["replace"] = _replace
+    environment.filters["join"] = _join_filter
     del environment.globals["lipsum"]
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)  # local time
     return environment.from_string(template)
+
+
+_WIDE = re.compile(r"\d{4}|\{[^}]*\{")  # a width of 1,000 or more, or one that is itself an argument
+
+
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """str.replace, once the size of what it makes is known."""
+    text, pattern, by = str(value), str(old), str(new)
+    found = text.count(pattern)
+    if count is not None and count >= 0:
+        found = min(found, count)
+    if len(text) + found * len(by) > MAX_CHARACTERS:
+        raise _Exceeded("replace makes too much text")
+    return text.replace(pattern, by, found)
+
+
+def _join(parts: Any, between: Any = "") -> str:
+    """str.join, once the size of what it makes is known."""
+    texts, separator = [str(part) for part in parts], str(between)
+    if sum(map(len, texts)) + len(texts) * len(separator) > MAX_CHARACTERS:
+        raise _Exceeded("join makes too much text")
+    return separator.join(texts)
+
+
+def _join_filter(value: Any, d: Any = "", attribute: str | None = None) -> str:
+    """Jinja's join; `attribute` names what to take of each item."""
+    if attribute is not None:
+        value = [item[attribute] if isinstance(item, Mapping) else item for item in value]
+    return _join(value, d)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
@@ -125,7 +179,7 @@ class _Deadline:
 
     def __enter__(self) -> None:
         self._until = time.monotonic() + self._seconds
-        self._memory = _peak_memory() + 1_000_000_000
+        self._memory = _peak_memory() + MAX_MEMORY
         self._outer = sys.gettrace()
         sys.settrace(self._trace)
 
@@ -136,7 +190,7 @@ class _Deadline:
         if time.monotonic() > self._until:
             raise _Exceeded(f"it took more than {self._seconds:g} seconds")
         if _peak_memory() > self._memory:
-            raise _Exceeded("it took more than 1 GB of memory")
+            raise _Exceeded(f"it took more than {MAX_MEMORY / 1e6:,.0f} MB of memory")
         return self._trace if frame.f_code.co_filename == "<template>" else None
 
 

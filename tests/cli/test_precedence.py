@@ -37,10 +37,11 @@ def test_flag_then_preset_then_config_then_model_then_default(config: Callable[[
 
 
 def test_names_of_the_gguf_are_understood() -> None:
-    model = {"penalty_repeat": 1.1, "top_k": -1, "mirostat": 2}
+    model = {"penalty_repeat": 1.1, "top_k": -1.0, "penalty_last_n": 32.0, "mirostat": 2}
     params = precedence.sampling(SamplingOptions(), EMOptions(), Config(), model).params
     assert params.repeat_penalty == 1.1
     assert params.top_k == 0
+    assert params.repeat_last_n == 32
 
 
 def test_no_config_file_is_an_empty_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -165,7 +165,10 @@ class LlamaCppBackend(Backend):
         except BaseException:
             self._batch.clear()
             for feed in feeds:  # what was decoded of this call goes again
-                self._lib.llama_memory_seq_rm(self._memory, feed.sequence, self._lengths[feed.sequence], -1)
+                held = self._lengths[feed.sequence]
+                if not self._lib.llama_memory_seq_rm(self._memory, feed.sequence, held, -1):
+                    self._lib.llama_memory_seq_rm(self._memory, feed.sequence, -1, -1)
+                    self._lengths[feed.sequence] = 0  # recurrent models cannot go back a part of the way
             raise
         for feed in feeds:
             self._lengths[feed.sequence] += len(feed.tokens)
