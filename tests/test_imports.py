@@ -84,22 +84,13 @@ def imports(path: Path, *, at_load: bool = False) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             yield node.module or "", node.lineno
-<<<<<<< HEAD
-        elif at_load and _runs_later(node):
-=======
         elif at_load and runs_later(node):
->>>>>>> tests
             continue
         todo += ast.iter_child_nodes(node)
 
 
-<<<<<<< HEAD
-def _runs_later(node: ast.AST) -> bool:
-    """Whether what is inside runs only when it is called, or never."""
-=======
 def runs_later(node: ast.AST) -> bool:
     """Whether loading a file leaves this part of it out."""
->>>>>>> tests
     if isinstance(node, ast.If):
         return "TYPE_CHECKING" in ast.dump(node.test)
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
