@@ -71,7 +71,7 @@ class Sampler:
                 continue  # a confident row, and top-k reaches below this head
             sharpened = sharpen(split, params.em)
             if sharpened is not None:
-                if sharpened.steps and params.temperature > 1 and _moves_the_tail(params.em):
+                if sharpened.steps and _too_hot(params):
                     break
                 self.paths[cutoff] += 1
                 return _draw(split, sharpened, params, u)
@@ -79,12 +79,15 @@ class Sampler:
         return _draw_reference(row, params, u)
 
 
-def _moves_the_tail(em: EMStep | None) -> bool:
-    """Whether the step moves rare tokens by amounts of their own, as Adam does.
+def _too_hot(params: SamplingParams) -> bool:
+    """Whether the temperature magnifies what the fast path leaves out of the tail.
 
-    The fast path gives them a common factor, which their small mass forgives until heat makes it large.
+    It gives rare tokens a common factor, which their small mass forgives until heat makes it large: Adam's steps
+    are as large for them as for any, those of gradient descent tiny.
     """
-    return isinstance(em, EMInf) and em.optimizer == "adam"
+    if not isinstance(params.em, EMInf):
+        return False
+    return params.temperature > (1 if params.em.optimizer == "adam" else 2)
 
 
 def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) -> Draw:
