@@ -141,7 +141,7 @@ def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
     assert backend.info.end_tokens == {END}  # as before
 
     prompts = [len(decoding.prompt_tokens(backend, text)) for text in decoding.PROMPTS]
-    expected = prompts[0] + 2 * (1 + 4) + sum(n + 2 * (1 + 5) for n in prompts[:4])
+    expected = prompts[4] + 2 * (1 + 4) + sum(n + 2 * (1 + 5) for n in prompts[:4])
     assert backend.fed == expected
 
 
