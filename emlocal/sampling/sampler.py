@@ -20,7 +20,7 @@ from emlocal.em.fast import sharpen
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.sampling.penalties import adjust
 from emlocal.sampling.reference import COLDEST, inverse_cdf, nucleus, probabilities
-from emlocal.settings import EMStep, SamplingParams
+from emlocal.settings import SamplingParams
 
 NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,8 +141,7 @@ def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
     assert backend.info.end_tokens == {END}  # as before
 
     prompts = [len(decoding.prompt_tokens(backend, text)) for text in decoding.PROMPTS]
-    warm_up = prompts[4] + 2 * (1 + 4)
-    expected = warm_up + sum(n + 2 * (1 + 5) for n in prompts[:4])
+    expected = prompts[4] + 2 * (1 + 4) + sum(n + 2 * (1 + 5) for n in prompts[:4])
     assert backend.fed == expected
 
 
@@ -197,3 +199,26 @@ def test_the_interval_covers_what_it_says(n: int) -> None:
     # P(the median lies outside) is P(at most skipped - 1 … values below it), on either side
     assert coverage(skipped + 1) >= statistics.CONFIDENCE
     assert coverage(skipped + 2) < statistics.CONFIDENCE
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_briefly_unless_the_user_has_chosen(
+    chosen: dict[str, str], expected: str | None
+) -> None:
+    """In a process of its own: OpenMP reads the variables when the library is loaded."""
+    code = (
+        "from emlocal.backends.llama_cpp.library import load_library; load_library()\n"
+        "import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | chosen | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(expected)

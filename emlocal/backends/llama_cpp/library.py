@@ -24,14 +24,27 @@ INSTALL = (
 @cache
 def load_library() -> ModuleType:
     """The ctypes module, started, with its chatter caught. Raises BackendError where it is missing."""
+    _wait_briefly()
     try:
         import llama_cpp
-    except (ImportError, OSError, RuntimeError) as why:
+    except (ImportError, OSError, RuntimeError, AttributeError) as why:  # the last: a symbol is missing
         raise BackendError(f"the llama.cpp engine cannot be loaded: {why}", INSTALL) from why
     lib: Any = llama_cpp
     lib.llama_log_set(_log_callback(lib), ctypes.c_void_p(0))
     lib.llama_backend_init()
     return llama_cpp
+
+
+def _wait_briefly() -> None:
+    """Let GNU OpenMP's threads sleep after a short wait for one another, unless the user has chosen.
+
+    By default they spin for milliseconds at each of some hundred barriers a token. As soon as another
+    process wants a core, a token then takes seconds: measured on 2 cores with SmolLM2-135M 2.8 s instead of
+    6 ms; with this, 89 ms at worst, and no measurable cost where the cores are free (docs/performance.md).
+    The library reads it when it is loaded.
+    """
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 @cache  # llama.cpp keeps the pointer; so must we
