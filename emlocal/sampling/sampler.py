@@ -82,8 +82,8 @@ class Sampler:
 def _too_hot(params: SamplingParams) -> bool:
     """Whether the temperature magnifies what the fast path leaves out of the tail.
 
-    It gives rare tokens a common factor, which their small mass forgives until heat makes it large: Adam's steps
-    are as large for them as for any, those of gradient descent tiny.
+    It gives rare tokens a common factor, which their small mass forgives until heat makes it large: Adam's
+    steps are as large for them as for any, those of gradient descent tiny.
     """
     if not isinstance(params.em, EMInf):
         return False
