@@ -3,6 +3,7 @@
 python docs/captures.py [MODEL]        (needs tmux; MODEL defaults to the starter model)
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH, HEIGHT = 100, 60
+WIDTH, HEIGHT = 100, 40
 SESSION = "emlocal-captures"
 PROMPT = "$ "
 
@@ -26,7 +27,7 @@ def screen() -> str:
     return tmux("capture-pane", "-t", SESSION, "-p", "-e", "-S", "-")
 
 
-def type_line(text: str, until: str, patience: float = 120) -> None:
+def type_line(text: str, until: str, patience: float = 60) -> None:
     """Type a line and wait until the screen shows `until` once more than before."""
     before = screen().count(until)
     tmux("send-keys", "-t", SESSION, "-l", text)
@@ -52,35 +53,31 @@ def save(name: str, title: str) -> None:
 
 
 def fresh() -> None:
+    """A new terminal with `emlocal` on its path."""
     subprocess.run(["tmux", "kill-session", "-t", SESSION], capture_output=True, check=False)
-    time.sleep(0.5)
-    shell = f"env PS1='{PROMPT}' bash --norc --noprofile"
+    time.sleep(1)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = f"env PS1='{PROMPT}' PATH='{path}' bash --norc --noprofile"
     tmux("new-session", "-d", "-s", SESSION, "-x", str(WIDTH), "-y", str(HEIGHT), shell)
-    time.sleep(0.5)
-    type_line(f"{Path(sys.executable).parent / 'emlocal'} --version; clear", "$")
+    time.sleep(1)
 
 
 def main() -> None:
     model = f" -m {sys.argv[1]}" if len(sys.argv) > 1 else ""
-    emlocal = f"export PATH={Path(sys.executable).parent}:$PATH; clear"
 
     fresh()
-    type_line(emlocal, "$")
     type_line(f"emlocal chat --em-inf --seed 3{model}", ">>>")
     type_line("Why is the sky blue? One sentence.", "seed 3")
     type_line("/compare", "they part")
     save("chat", "emlocal chat: /compare")
     type_line("/entropy", "least certain tokens")
     save("entropy", "emlocal chat: /entropy")
-    type_line("/exit", "$")
 
     fresh()
-    type_line(emlocal, "$")
-    type_line(f"emlocal generate --em-inf --show-entropy --seed 1 'Tell me about rain.'{model}", "seed 1 ")
+    type_line(f"emlocal generate --em-inf --show-entropy --seed 1 'Tell me about rain.'{model}", "nats (EM")
     save("show-entropy", "emlocal generate --show-entropy")
 
     fresh()
-    type_line(emlocal, "$")
     type_line("emlocal models list", "qwen3:8b")
     save("models-list", "emlocal models list")
     tmux("kill-session", "-t", SESSION)

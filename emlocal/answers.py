@@ -209,7 +209,10 @@ class AnswerWriter:
             self._column = 0
         for text, entropy in self._word:
             console.write(coloured(text, entropy) if self.colours else text)
-        self._column = (self._column + width) % columns
+        filled = self._column + width
+        self._column = (
+            filled if filled <= columns else filled % columns
+        )  # a full line: the cursor waits at its end
         self._word = []
 
     def _space(self, space: str) -> None:
