@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ def summarize(draws: Sequence[Draw]) -> EntropySummary:
     )
 
 
-def stats_line(completions: Sequence[Completion], timings: Timings, seed: int, context: int) -> str:
+def stats_line(
+    completions: Sequence[Completion], timings: Timings, seed: int, context: int, *, em: bool
+) -> str:
     """One line: tokens, speed, entropy, what EM did, why it ended."""
     entropy = summarize([d for c in completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
@@ -72,18 +75,19 @@ def stats_line(completions: Sequence[Completion], timings: Timings, seed: int, c
     speed = f", {rate(read, timings.prompt_seconds)} tok/s" if read >= _ENOUGH_TO_TIME else ""
     parts = [
         f"prompt {timings.prompt_tokens} tokens{cached}{speed}",
-        f"answer {timings.generated_tokens} tokens,"
+        f"answer {sum(len(c.tokens) for c in completions)} tokens,"
         f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
         f"entropy {entropy.before:.2f}",
     ]
-    if entropy.touched:
+    if em:
         parts[-1] += (
             f" → {entropy.after:.2f} nats (EM touched {entropy.touched:.0%} of tokens,"
             f" changed {entropy.changed:.0%})"
         )
     else:
         parts[-1] += " nats"
-    parts.append(", ".join(_ending(c, context) for c in completions))
+    endings = Counter(_ending(c, context) for c in completions)
+    parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
     parts.append(f"seed {seed}")
     return " · ".join(parts)
 
@@ -181,7 +185,8 @@ class AnswerWriter:
             if self.colours:
                 console.err().out(legend(), highlight=False)
             else:
-                console.note("stdout is no terminal (or NO_COLOR is set): the answer comes without colours")
+                why = "NO_COLOR or TERM=dumb is set" if self._terminal else "stdout is no terminal"
+                console.note(f"{why}: the answer comes without colours")
 
     def piece(self, text: str, entropy: float) -> None:
         """Show the text that one token made certain."""

@@ -72,6 +72,24 @@ def heading(text: str) -> None:
 
 
 @contextmanager
+def no_echo() -> Iterator[None]:
+    """Within this block the terminal does not show what is typed; the next prompt reads it."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    quiet = termios.tcgetattr(sys.stdin)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+@contextmanager
 def working(label: str) -> Iterator[Callable[[], None]]:
     """A spinner that counts tokens, on a terminal; nothing elsewhere."""
     count = 0

@@ -34,5 +34,9 @@ class ContextFullError(EmlocalError):
     """The tokens asked for do not fit the context; nothing is ever cut off silently."""
 
 
+class CancelledError(Exception):
+    """A long computation stopped because it was asked to."""
+
+
 class LogitsError(EmlocalError, ValueError):
     """A row of logits that is no distribution: NaN, +inf, or every token masked."""

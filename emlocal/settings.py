@@ -150,6 +150,16 @@ class SamplingParams:
         return replace(self, em=None)
 
 
+def describe_em(step: EMStep | None) -> str:
+    """An EM step in words."""
+    if step is None:
+        return "off"
+    if isinstance(step, EMInf):
+        kl = f", κ {step.kl_weight:g}" if step.kl_weight else ""
+        return f"δ {step.threshold:g}, ≤ {step.steps} steps of {step.learning_rate:g} ({step.optimizer}{kl})"
+    return f"adaptive temperature, α {step.ratio:g}, δ {step.threshold:g}"
+
+
 EM_PRESETS: dict[str, tuple[EMStep, dict[str, Any]]] = {
     # The step, and the sampling settings that go with it where the user has not set them.
     "default": (EMInf(), {}),

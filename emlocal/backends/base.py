@@ -20,10 +20,6 @@ BackendName = Literal["llama.cpp", "mlx", "torch"]
 KVType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
-class CancelledError(Exception):
-    """`forward` stopped because it was asked to."""
-
-
 @dataclass(frozen=True)
 class LoadOptions:
     """How to load a model."""

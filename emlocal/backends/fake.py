@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, CancelledError, Feed, ModelInfo, Row
-from emlocal.errors import BackendError, ContextFullError
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row
+from emlocal.errors import BackendError, CancelledError, ContextFullError
 from emlocal.sampling import Draw, Sampler
 
 END = 256

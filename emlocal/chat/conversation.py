@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import atomic_writer
+from emlocal.models.paths import data_dir
 from emlocal.models.templates import Message
 
 FORMAT = "emlocal-chat-1"
@@ -29,10 +30,11 @@ class Conversation:
 
     def save(self, path: Path, model: str) -> None:
         """Write it as JSON, whole or not at all. Raises EmlocalError."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as why:
-            raise EmlocalError(f"cannot write {path}: {why.strerror}") from why
+        if path.parent == _chats():
+            try:
+                _chats().mkdir(parents=True, exist_ok=True)
+            except OSError as why:
+                raise EmlocalError(f"cannot write {path}: {why.strerror}") from why
         pairs = [{"question": q, "answer": a} for q, a in self.exchanges]
         content = {"format": FORMAT, "model": model, "system": self.system, "exchanges": pairs}
         with atomic_writer(path) as file:
@@ -54,6 +56,18 @@ class Conversation:
         if not (system is None or isinstance(system, str)) or not _are_pairs(pairs):
             raise UsageError(f"{path} is no conversation: its messages are not texts")
         return cls(system, [(pair["question"], pair["answer"]) for pair in pairs])
+
+
+def chat_file(name: str) -> Path:
+    """The file that a name means: a path or an existing file as it is, else one in emlocal's own folder."""
+    path = Path(name).expanduser()
+    if path.suffix == ".json" or len(path.parts) > 1 or path.is_file():
+        return path
+    return _chats() / f"{name}.json"
+
+
+def _chats() -> Path:
+    return data_dir() / "chats"
 
 
 def _are_pairs(value: object) -> TypeGuard[list[dict[str, str]]]:

@@ -72,6 +72,7 @@ class TerminalReader:
                 if not self._warned:
                     console.note("Ctrl-D or /exit leaves")
                     self._warned = True
+                default = ""  # what was offered is declined
                 continue
             except EOFError:
                 return None

@@ -2,17 +2,15 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 from emlocal import answers, console
 from emlocal.chat.comparison import show_comparison
-from emlocal.chat.conversation import Conversation
+from emlocal.chat.conversation import Conversation, chat_file
 from emlocal.chat.session import ChatSession, Turn
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.generation import CancelledError, Completion, interruptible
 from emlocal.generation.decode import Event
-from emlocal.models.paths import data_dir
 from emlocal.sampling import Draw
 
 HELP = """\
@@ -29,7 +27,8 @@ HELP = """\
 /regen             another answer to the last question
 /undo              take back the last question and answer
 /edit [TEXT]       take back the last question and ask it anew
-/save [FILE]       write the conversation; /load FILE reads one
+/save [NAME]       write the conversation: a name in emlocal's folder, or a path
+/load [NAME]       go on with a saved one
 Text over several lines goes between two lines of \"\"\" (in a terminal Alt-Enter also makes a new line);
 a message that begins with a slash is written with two."""
 
@@ -129,7 +128,7 @@ class Repl:
     def _answer(self, ask: Callable[[Turn, Callable[[], bool]], Iterator[Event]]) -> None:
         """Stream an answer and say how it went."""
         turn = self.settings.turn()
-        with interruptible() as cancelled:
+        with interruptible() as cancelled, console.no_echo():
             try:
                 for event in ask(turn, cancelled):
                     if isinstance(event, Completion):
@@ -141,15 +140,13 @@ class Repl:
                 return
         self.writer.end()
         if not self.quiet:
-            self._stats_line(turn.seed)
+            self._stats_line(turn)
 
-    def _stats_line(self, seed: int) -> None:
+    def _stats_line(self, turn: Turn) -> None:
         assert self.session.last is not None
-        console.note(
-            answers.stats_line(
-                [self.session.last], self.session.last_timings, seed, self.session.backend.context
-            )
-        )
+        last, context = [self.session.last], self.session.backend.context
+        em = turn.params.em is not None
+        console.note(answers.stats_line(last, self.session.last_timings, turn.seed, context, em=em))
 
     def _help(self, _: str) -> None:
         console.err().print(HELP, markup=False)
@@ -192,7 +189,7 @@ class Repl:
     def _stats(self, _: str) -> None:
         if self.session.last is None:
             raise UsageError("nothing has been answered yet")
-        self._stats_line(self.settings.turn().seed)
+        self._stats_line(self.settings.turn())
         totals = self.session.totals
         speed = answers.rate(totals.generated_tokens, totals.generation_seconds)
         console.note(
@@ -257,15 +254,16 @@ class Repl:
         done.sort(key=lambda completion: completion.sample)
         show_comparison(done[0], done[1], self.session.backend)
         if not self.quiet:
-            console.note(
-                answers.stats_line(done[1:], self.session.timings, turn.seed, self.session.backend.context)
-            )
+            took = self.session.timings
+            speed = answers.rate(took.generated_tokens, took.generation_seconds)
+            console.note(f"both together {speed} tok/s · seed {turn.seed}")
 
     def _regen(self, _: str) -> None:
         self._answer(self.session.ask_again)
 
     def _undo(self, _: str) -> None:
         question, _answer = self.session.take_back()
+        self.session.last = None
         console.note(f"taken back: {_shortened(question)}")
 
     def _edit(self, text: str) -> None:
@@ -279,22 +277,15 @@ class Repl:
             raise UsageError("/edit needs the new text where there is no terminal", "/edit What is 17*4?")
 
     def _save(self, name: str) -> None:
-        path = _chat_path(name or "last")
+        path = chat_file(name or "last")
         self.session.conversation.save(path, self.session.backend.info.name)
         console.note(f"saved {len(self.session.conversation.exchanges)} exchanges to {path}")
 
     def _load(self, name: str) -> None:
-        path = _chat_path(name or "last")
+        path = chat_file(name or "last")
         self.session.conversation = Conversation.load(path)
         self.session.last = None
         console.note(f"loaded {len(self.session.conversation.exchanges)} exchanges from {path}")
-
-
-def _chat_path(name: str) -> Path:
-    """A path as it is; a bare name in emlocal's own folder."""
-    if "/" in name or "\\" in name or name.endswith(".json"):
-        return Path(name).expanduser()
-    return data_dir() / "chats" / f"{name}.json"
 
 
 def _shortened(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emlocal import __version__
-from emlocal.errors import EmlocalError
+from emlocal.errors import CancelledError, EmlocalError
 
 VERBS = {
     "generate": "Answer one prompt.",
@@ -75,8 +75,15 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         _report(error)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):  # at a question; typer itself answers 130 elsewhere
+    except (KeyboardInterrupt, CancelledError):
         return 130
+    except typer.Abort:  # "no" to a question
+        return 1
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        _report(EmlocalError(f"{error.filename or 'the output'}: {error.strerror or error}"))
+        return 1
     except Exception as error:  # noqa: BLE001
         if type(error).__module__.startswith("typer"):  # wrong usage: it knows how to say so
             error.show()  # type: ignore[attr-defined]

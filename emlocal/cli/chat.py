@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def chat(
     system: Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")] = None,
     load: Annotated[
-        Path | None, typer.Option("--load", help="Go on with a saved conversation.", metavar="FILE")
+        str | None, typer.Option("--load", help="Go on with a saved conversation.", metavar="NAME")
     ] = None,
     output: OutputOptions = OutputOptions(),
     em: EMOptions = EMOptions(),
@@ -29,7 +28,7 @@ def chat(
     engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
-    from emlocal.chat.conversation import Conversation
+    from emlocal.chat.conversation import Conversation, chat_file
     from emlocal.chat.reading import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
@@ -42,7 +41,7 @@ def chat(
     config = precedence.read_config()
     precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
     seed = precedence.seed(sampling, config.sampling)
-    conversation = Conversation.load(load) if load else Conversation()
+    conversation = Conversation.load(chat_file(load)) if load else Conversation()
     if system is not None:
         conversation.system = system
     with open_backend(precedence.merged(engine, config.engine), sequences=4, quiet=output.quiet) as backend:
@@ -113,17 +112,9 @@ class ChatSettings:
             raise UsageError(f"/em {choice}: it takes on, off, or a preset ({', '.join(Preset)})")
 
     def em_text(self) -> str:
-        from emlocal.settings import EMInf
+        from emlocal.settings import describe_em
 
-        step = self._resolve(self._sampling, self._em).params.em
-        if step is None:
-            return "off"
-        if isinstance(step, EMInf):
-            kl = f", κ {step.kl_weight:g}" if step.kl_weight else ""
-            return (
-                f"δ {step.threshold:g}, ≤ {step.steps} steps of {step.learning_rate:g} ({step.optimizer}{kl})"
-            )
-        return f"adaptive temperature, α {step.ratio:g}, δ {step.threshold:g}"
+        return describe_em(self._resolve(self._sampling, self._em).params.em)
 
     def rows(self) -> list[tuple[str, str, str]]:
         from emlocal.settings import SamplingParams, settings_of

@@ -10,6 +10,7 @@ from emlocal.backends.base import DEFAULT_CONTEXT, Backend, LoadOptions
 from emlocal.backends.select import load_backend, select_backend
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
+from emlocal.generation import interruptible
 from emlocal.models.gguf import read_adapter_header
 from emlocal.models.memory import check_memory
 from emlocal.models.resolve import LocalModel, resolve
@@ -40,7 +41,11 @@ def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iter
         kv_type=kv_type,  # type: ignore[arg-type]  # KVChoice has the same words
         adapters=adapters,
     )
-    backend = load_backend(name, model, load)
+    with interruptible() as cancelled:  # llama.cpp calls back while it loads: nothing may be raised there
+        backend = load_backend(name, model, load)
+    if cancelled.requested:
+        backend.close()
+        raise KeyboardInterrupt
     if not quiet:
         console.note(
             f"{backend.info.name} ({model.header.quantization}) on {name}, {reason}; {backend.describe()}"

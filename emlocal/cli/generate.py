@@ -116,7 +116,8 @@ def run(backend: "Backend", job: Job) -> int:
         writer.piece("\n---\n".join(c.text.strip("\n") for c in done), 0.0)
         writer.end()
     if not (job.output.quiet or job.as_json):
-        console.note(answers.stats_line(done, generator.timings, job.seed, backend.context))
+        em = job.requests[0].params.em is not None
+        console.note(answers.stats_line(done, generator.timings, job.seed, backend.context, em=em))
     return 130 if any(c.finish_reason == "cancelled" for c in done) else 0
 
 
@@ -153,11 +154,20 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
             parts.append(decoded(file.read_bytes(), str(file)))
         except OSError as why:
             raise UsageError(f"cannot read {file}: {why.strerror}") from why
-    parts.append(argument or "")
+    parts.append(_spoken(argument or ""))
     text = "\n\n".join(part.strip("\r\n") for part in parts if part.strip())
     if not text:
         raise UsageError("the prompt is empty", 'emlocal generate "some text", or -f FILE, or text on stdin')
     return text
+
+
+def _spoken(argument: str) -> str:
+    """The argument; Python marks bytes that are no UTF-8 with surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as why:
+        raise UsageError(f"the prompt is not UTF-8 text, from character {why.start:,} on") from None
+    return argument
 
 
 def _read_stdin(has_other: bool) -> bytes:

@@ -1,6 +1,7 @@
 """`emlocal models`: what there is, fetching, looking at and removing models."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -173,12 +174,15 @@ def _in_effect(own: Mapping[str, float]) -> dict[str, dict[str, float | str]]:
     """What emlocal samples with when no flag is given: config file, then model, then its own defaults."""
     from emlocal.cli.options import EMOptions, SamplingOptions
     from emlocal.cli.precedence import read_config, sampling
+    from emlocal.settings import describe_em
 
     resolved = sampling(SamplingOptions(), EMOptions(), read_config(), own)
-    return {
+    effective: dict[str, dict[str, float | str]] = {
         name: {"value": vars(resolved.params)[name], "from": source}
         for name, source in resolved.sources.items()
     }
+    em = resolved.params.em
+    return effective | {"em": {"value": describe_em(em), "from": "config" if em else "default"}}
 
 
 def _plain(key: str, value: object) -> str:
@@ -188,7 +192,7 @@ def _plain(key: str, value: object) -> str:
     if isinstance(value, int):
         return human_size(value) if key.endswith("bytes") else f"{value:,}"
     if key == "sampling_in_effect" and isinstance(value, dict):
-        return "\n".join(f"{k} {v['value']:g} ({v['from']})" for k, v in value.items())
+        return "\n".join(f"{k} {v['value']} ({v['from']})" for k, v in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:g}" for k, v in value.items()) or "not given"
     if isinstance(value, list):
@@ -207,7 +211,7 @@ def _summary(model: LocalModel) -> str:
 def _stdout() -> "Console":
     from rich.console import Console
 
-    return Console(soft_wrap=True)
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 
 
 def _stderr() -> "Console":

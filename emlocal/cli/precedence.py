@@ -17,7 +17,7 @@ from emlocal.errors import UsageError
 from emlocal.models.paths import config_dir
 from emlocal.sampling import EMStep, SamplingParams
 from emlocal.sampling.draw import MAX_SEED
-from emlocal.settings import EM_PRESETS
+from emlocal.settings import EM_PRESETS, settings_of
 
 Group = TypeVar("Group", EngineOptions, SamplingOptions, EMOptions)
 DEFAULT_MAX_TOKENS = 1024
@@ -72,7 +72,7 @@ def flag_names(group: type) -> dict[str, str]:
 
 def unknown_setting(name: str, known: list[str], where: str = "") -> UsageError:
     """The error for a setting that does not exist, with those that it may be meant to be."""
-    near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.57)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
     return UsageError(f"{where}there is no setting {name!r}", hint)
 
@@ -202,8 +202,22 @@ def sampling(flags: SamplingOptions, em: EMOptions, config: Config, model: Mappi
     if sources["top_k"] == "model":
         values["top_k"] = max(0, values["top_k"])  # negative is off in llama.cpp
     bias = merged(flags, config.sampling).logit_bias or []
-    params = SamplingParams(**values, logit_bias=tuple(map(_bias, bias)), em=em_step(em, config.em))
+    try:
+        params = SamplingParams(**values, logit_bias=tuple(map(_bias, bias)), em=em_step(em, config.em))
+    except UsageError as error:
+        raise _where_from(error, sources) from None
     return Sampling(params, sources)
+
+
+def _where_from(error: UsageError, sources: Mapping[str, str]) -> UsageError:
+    """The error, with where the value comes from if nobody typed it."""
+    for name, known in settings_of(SamplingParams).items():
+        if error.message.startswith(f"{known.flag} "):
+            if sources.get(name) == "config":
+                return UsageError(f"{config_path()}: {error.message.removeprefix('--')}")
+            if sources.get(name) == "model":
+                return UsageError(f"the model's own settings: {error.message}", f"give {known.flag} yourself")
+    return error
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -1,6 +1,6 @@
 """Prompts in, completions out: the decode loop above a backend, stop strings, streaming text."""
 
-from emlocal.backends.base import CancelledError
+from emlocal.errors import CancelledError
 from emlocal.generation.cancel import Cancellation, interruptible
 from emlocal.generation.decode import Completion, FinishReason, Generator, Piece, Request, Timings
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from emlocal.backends.base import Backend, CancelledError, Feed, LoadOptions, Row
+from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.em import EMInf
-from emlocal.errors import BackendError, ContextFullError
+from emlocal.errors import BackendError, CancelledError, ContextFullError
 from emlocal.sampling import SamplingParams, Uniforms
 
 CONTEXT, SEQUENCES = 256, 5

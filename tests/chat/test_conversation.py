@@ -22,7 +22,7 @@ def test_messages_hold_everything_in_order() -> None:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     said = Conversation("sei höflich", [("Wie geht’s? 🙂", "gut\n\tja"), ("", "\x00")])
-    path = tmp_path / "new folder" / "chat.json"
+    path = tmp_path / "chat.json"
     said.save(path, "a model")
     assert Conversation.load(path) == said
     assert json.loads(path.read_text())["model"] == "a model"

@@ -2,10 +2,9 @@
 
 import pytest
 
-from emlocal.backends.base import CancelledError
 from emlocal.backends.fake import FakeBackend, hashed, saying
 from emlocal.chat.session import ChatSession, Turn
-from emlocal.errors import ContextFullError, UsageError
+from emlocal.errors import CancelledError, ContextFullError, UsageError
 from emlocal.generation import Completion
 from emlocal.settings import EMInf, SamplingParams
 

@@ -6,10 +6,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from emlocal.backends.base import CancelledError, Feed, LoadOptions, Row
+from emlocal.backends.base import Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.em import EMInf
-from emlocal.errors import BackendError, ContextFullError, ModelError, UsageError
+from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.generation import Completion, Generator, Request
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.templates import render

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from emlocal.backends.base import (
     DEFAULT_CONTEXT,
     Backend,
-    CancelledError,
     Feed,
     KVType,
     LoadOptions,
@@ -25,7 +24,7 @@ from emlocal.backends.base import (
 )
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.llama_cpp.library import last_error, load_library, load_model, model_info
-from emlocal.errors import BackendError, ContextFullError, ModelError, UsageError
+from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.models.resolve import LocalModel
 from emlocal.sampling import Draw, Sampler
 
