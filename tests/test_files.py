@@ -28,9 +28,14 @@ def test_a_file_appears_whole_with_the_usual_permissions(tmp_path: Path) -> None
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_writer(path) as file:
-        file.write("new")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with atomic_writer(path) as file:
+            file.write("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 

@@ -49,7 +49,7 @@ def chat(
 def test_answers_go_to_stdout_and_all_else_to_stderr(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("hi\n/stats\n/show\n/help\n", saying("Guten Tag"))
     assert done.out == "Guten Tag\n"
-    assert "answer 10 tokens" in done.err
+    assert "answer 9 tokens" in done.err
     assert "chat: 1 answers" in done.err
     assert "seed 3" in done.err
     assert done.repl.failures == 0
