@@ -90,7 +90,7 @@ def repeated(measure: Callable[[], dict[str, float]], n: int) -> dict[str, list[
     """Each part's seconds, n times, in quiet moments where there are any."""
     parts: dict[str, list[float]] = {}
     for _ in range(n + 1):  # the first fills the page cache and does not count
-        wait_until_quiet(20)
+        wait_until_quiet(6)
         for name, seconds in measure().items():
             parts.setdefault(name, []).append(seconds)
     return {name: seconds[1:] for name, seconds in parts.items()}

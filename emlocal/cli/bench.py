@@ -232,7 +232,7 @@ def _show(measured: dict[str, Any]) -> None:
     ]
     for name, text in rows:
         table.add_row(name, text)
-    console.out().print(table)
+    console.out().print(table, width=None if console.out().is_terminal else 200)  # a pipe has no width
 
 
 def _speed(tokens_per_second: float | None) -> str:
