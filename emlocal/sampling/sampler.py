@@ -117,6 +117,9 @@ def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) 
     factor = math.log(weights.tail_factor)
     scale = math.exp(min((factor - top) * beta, 700.0))
     heaviest = scale * split.cutoff**power  # no tail token weighs more
+    if params.min_p > heaviest and params.top_p >= 1 and not params.top_k:  # the usual settings, kept short
+        keep = np.flatnonzero(head >= params.min_p)
+        return int(split.index[keep[0] if len(keep) == 1 else keep[inverse_cdf(head[keep], u)]])
     tail = _tail_mass(split, power, scale)
 
     keep = np.arange(len(head))
