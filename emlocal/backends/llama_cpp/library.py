@@ -39,8 +39,8 @@ def _wait_briefly() -> None:
     """Let GNU OpenMP's threads sleep after a short wait for one another, unless the user has chosen.
 
     By default they spin for milliseconds at each of some hundred barriers a token. As soon as another
-    process wants a core, a token then takes seconds: measured on 2 cores with SmolLM2-135M 2.8 s instead of
-    6 ms; with this, 89 ms at worst, and no measurable cost where the cores are free (docs/performance.md).
+    process wants a core, a token can then take seconds instead of 6 ms (2 cores, SmolLM2-135M); with this,
+    24 to 89 ms, and next to no cost where the cores are free (docs/performance.md).
     The library reads it when it is loaded.
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
