@@ -3,8 +3,8 @@
 raw logits → penalties and bias → EM step → temperature → top-k → top-p → min-p → inverse-CDF draw
 """
 
-from emlocal.sampling.draw import Uniforms
-from emlocal.sampling.sampler import Draw, Sampler
+from emlocal.sampling.draw import Draw, Uniforms
+from emlocal.sampling.sampler import Sampler
 from emlocal.settings import EMStep, SamplingParams
 
 __all__ = ["Draw", "EMStep", "Sampler", "SamplingParams", "Uniforms"]

@@ -1,4 +1,6 @@
-"""The random numbers: one uniform per token, addressed by what it is for, not by when it is asked for.
+"""A draw: its random number, and what came of it.
+
+There is one uniform per token, addressed by what it is for, not by when it is asked for.
 
 u = Philox4x64-10 with key (seed, request key) and counter (token index, sample index). A draw therefore does
 not depend on the batch, the engine, or what was drawn before; a resumed run repeats itself; and two
@@ -7,6 +9,7 @@ Source: Salmon et al. 2011; numpy.random.Philox, whose raw stream NumPy keeps st
 """
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,3 +39,21 @@ class Uniforms:
             self._block = ((raw >> np.uint64(11)) * 2.0**-53).tolist()
             self._first = first
         return self._block[token - first]
+
+
+class Draw(NamedTuple):
+    """A token and how it came to be chosen."""
+
+    token: int
+    entropy_before: float
+    """Nats, of softmax(logits) after penalties."""
+    entropy_after: float
+    """Nats, after the EM step; equal to `entropy_before` where it did nothing."""
+    steps: int
+    """EM steps taken."""
+    p_before: float
+    """The token's probability before the EM step …"""
+    p_after: float
+    """… and after it; both before temperature and truncation."""
+    token_without_em: int
+    """What the same uniform would have drawn without the EM step."""

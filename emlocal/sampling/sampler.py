@@ -1,15 +1,15 @@
-"""The sampler of the numpy engines: one row of logits in, one token and its statistics out.
+"""The sampler of the engines whose logits lie in main memory: one row in, one token and its statistics out.
 
-The row is split into head and tail (emlocal.em.split), EM steps act on the head, and what follows acts on
-the head too wherever the head provably holds every token that can be drawn; otherwise on the full row.
-Rows are taken one at a time, each while it is in the processor's cache: that is faster than sweeps over
-[B, V], and a row's result cannot depend on its neighbours.
+The usual row goes through `emlocal.sampling.fused`, compiled. This module takes all others, and every row
+on machines where nothing could be compiled. It splits the row into head and tail (emlocal.em.split); EM
+steps act on the head, and what follows acts on the head too wherever the head provably holds every token
+that can be drawn; otherwise on the full row. Rows are taken one at a time, each while it is in the
+processor's cache: that is faster than sweeps over [B, V], and a row cannot depend on its neighbours.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from emlocal.em import AdaptiveTemperature, EMInf, adaptive_temperature, em_inf
 from emlocal.em.entropy import Float64, log_softmax
 from emlocal.em.fast import sharpen
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
+from emlocal.sampling.draw import Draw
+from emlocal.sampling.fused import Fused
 from emlocal.sampling.penalties import adjust
 from emlocal.sampling.reference import COLDEST, inverse_cdf, nucleus, probabilities
 from emlocal.settings import SamplingParams
@@ -26,30 +28,13 @@ NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A token and how it came to be chosen."""
-
-    token: int
-    entropy_before: float
-    """Nats, of softmax(logits) after penalties."""
-    entropy_after: float
-    """Nats, after the EM step; equal to `entropy_before` where it did nothing."""
-    steps: int
-    """EM steps taken."""
-    p_before: float
-    """The token's probability before the EM step …"""
-    p_after: float
-    """… and after it; both before temperature and truncation."""
-    token_without_em: int
-    """What the same uniform would have drawn without the EM step."""
-
-
 class Sampler:
     """Draws tokens from rows of one vocabulary. Not for use from two threads at once."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, *, fused: bool = True) -> None:
+        """`fused`: use compiled code where it was built; without it the outcome is the same, but slower."""
         self._splitter = Splitter(vocabulary)
+        self._fused = Fused.where_built(vocabulary) if fused else None
         self.paths: Counter[float] = Counter()
         """How many rows passed at which cutoff; 0 is the full-vocabulary reference."""
 
@@ -65,6 +50,9 @@ class Sampler:
             UsageError: a logit bias names a token that the model does not have.
         """
         row = adjust(row, params, seen)
+        if self._fused is not None and (drawn := self._fused.draw(row, params, u)) is not None:
+            self.paths[CUTOFFS[0]] += 1
+            return drawn
         for cutoff in CUTOFFS:
             split = self._splitter.split(row, cutoff)
             if len(split.index) < params.top_k and cutoff != CUTOFFS[-1]:

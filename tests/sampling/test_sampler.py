@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from emlocal.em import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError
-from emlocal.sampling import Sampler, SamplingParams
+from emlocal.sampling import Sampler, SamplingParams, _fused
 from emlocal.sampling.reference import probabilities
 from emlocal.settings import EM_PRESETS
 from tests.em.fast_path import hard_rows, reference, softmax
@@ -107,7 +108,20 @@ PARAMS = [
     SamplingParams(temperature=1.3, top_p=0.999999, min_p=1e-4),
     SamplingParams(temperature=1.0, top_k=10**9, top_p=0.5, min_p=0.02),
 ]
+WAYS = ["16", "32", "64", "numpy"]
+"""The compiled sampler with vector registers of 16, 32 and 64 bytes, and without it."""
 US = [0.0, 2.0**-53, 1e-6, 0.1, 0.5, 0.77, 0.999, LAST]
+
+
+@pytest.fixture(params=WAYS)
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Sampler]]:
+    """Makes samplers of one of the WAYS. A processor with narrower registers uses those."""
+    if request.param == "numpy":
+        yield lambda vocabulary: Sampler(vocabulary, fused=False)
+        return
+    _fused.limit_width(int(request.param))
+    yield Sampler
+    _fused.limit_width(64)
 
 
 def agrees(token: int, p: np.ndarray, u: float) -> bool:
@@ -118,8 +132,8 @@ def agrees(token: int, p: np.ndarray, u: float) -> bool:
 
 @pytest.mark.parametrize("em", EMS)
 @pytest.mark.parametrize("params", PARAMS, ids=lambda p: f"T{p.temperature}k{p.top_k}p{p.top_p}m{p.min_p}")
-def test_draws_are_those_of_the_full_vocabulary(smollm2_rows, em, params) -> None:
-    sampler = Sampler(smollm2_rows.shape[1])
+def test_draws_are_those_of_the_full_vocabulary(make, smollm2_rows, em, params) -> None:
+    sampler = make(smollm2_rows.shape[1])
     with_em = SamplingParams(**{**vars(params), "em": EMS[em]})
     for row in smollm2_rows[[0, 2, 4]]:
         exact = reference(row, with_em.em or EMInf(steps=0))
@@ -139,8 +153,8 @@ def test_draws_are_those_of_the_full_vocabulary(smollm2_rows, em, params) -> Non
                 assert draw.p_before == draw.p_after
 
 
-def test_token_without_em_is_what_the_same_u_draws_without(smollm2_rows) -> None:
-    sampler = Sampler(smollm2_rows.shape[1])
+def test_token_without_em_is_what_the_same_u_draws_without(make, smollm2_rows) -> None:
+    sampler = make(smollm2_rows.shape[1])
     changed = 0
     for row, u in itertools.product(smollm2_rows, US):
         params = SamplingParams(em=EMInf(0.1, 15, 2.0), temperature=1.0, min_p=0.0)
@@ -153,10 +167,10 @@ def test_token_without_em_is_what_the_same_u_draws_without(smollm2_rows) -> None
     assert changed > 3
 
 
-def test_draws_spread_over_the_tail_as_they_should(smollm2_rows) -> None:
+def test_draws_spread_over_the_tail_as_they_should(make, smollm2_rows) -> None:
     """Most of the probability in the tail: T = 3 on the open row, by quantiles of u."""
     row, params = smollm2_rows[5], SamplingParams(temperature=3.0, min_p=0.0)
-    sampler = Sampler(len(row))
+    sampler = make(len(row))
     cdf = np.cumsum(probabilities(row.astype(float), params))
     for u in np.linspace(0, 1, 150, endpoint=False):
         token = sampler.sample(row, params, float(u)).token
@@ -178,7 +192,11 @@ def any_params(draw: st.DrawFn) -> SamplingParams:
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(hard_rows(), any_params(), st.one_of(st.sampled_from(US), st.floats(0, LAST)))
 def test_hard_rows_draw_as_the_full_vocabulary(row, params, u) -> None:
-    draw = Sampler(len(row)).sample(row, params, u)
+    for sampler in (Sampler(len(row)), Sampler(len(row), fused=False)):
+        check_draw(sampler.sample(row, params, u), row, params, u)
+
+
+def check_draw(draw, row, params, u) -> None:
     assert 0 <= draw.token < len(row)
     assert row[draw.token] > -math.inf
     exact = reference(row, params.em or EMInf(steps=0))
@@ -190,55 +208,55 @@ def test_hard_rows_draw_as_the_full_vocabulary(row, params, u) -> None:
 
 
 @pytest.mark.parametrize("temperature", [5.0, 20.0, 100.0])
-def test_hot_draws_reach_tokens_that_float32_weights_cannot_hold(temperature) -> None:
+def test_hot_draws_reach_tokens_that_float32_weights_cannot_hold(make, temperature) -> None:
     row = np.float32([0.0] + [-110.0] * 999)
     params = SamplingParams(temperature=temperature, min_p=0.0)
     p = probabilities(row.astype(float), params)
     for top_k, u in itertools.product((0, 500), (0.3, 0.5, 0.9)):
         params = SamplingParams(temperature=temperature, min_p=0.0, top_k=top_k)
         p = probabilities(row.astype(float), params)
-        assert agrees(Sampler(1000).sample(row, params, u).token, p, u)
+        assert agrees(make(1000).sample(row, params, u).token, p, u)
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-12, 1e-300, 5e-324])
-def test_cold_draws_choose_among_ties(temperature) -> None:
+def test_cold_draws_choose_among_ties(make, temperature) -> None:
     row = np.float32([0.0, 3.0, 1.0, 3.0, -math.inf])
     for em in EMS.values():
         params = SamplingParams(em=em, temperature=temperature, min_p=0.0)
-        assert {Sampler(5).sample(row, params, u).token for u in (0.0, 0.4, 0.6, LAST)} == {1, 3}
+        assert {make(5).sample(row, params, u).token for u in (0.0, 0.4, 0.6, LAST)} == {1, 3}
 
 
-def test_adam_far_down_the_tail_and_a_top_k_below_the_head() -> None:
+def test_adam_far_down_the_tail_and_a_top_k_below_the_head(make) -> None:
     """The tail's common factor must neither underflow to 0 nor turn negative."""
     row = np.float32([0.0, 0.0] + [-14.0 - i / 100 for i in range(50)])
     for em in (EMInf(0, 15, 100.0, "adam"), EMInf(0, 15, 1e6, "adam"), EMInf(0, 1, 2e5), EMInf(0, 2, 1e6)):
-        draw = Sampler(52).sample(row, SamplingParams(em=em, top_k=5, min_p=0.0), 0.99)
+        draw = make(52).sample(row, SamplingParams(em=em, top_k=5, min_p=0.0), 0.99)
         assert draw.token in (0, 1)
         assert draw.p_after == pytest.approx(0.5, abs=1e-5)
 
 
-def test_a_draw_does_not_depend_on_what_was_drawn_before(recorded) -> None:
+def test_a_draw_does_not_depend_on_what_was_drawn_before(make, recorded) -> None:
     for em in EMS.values():
         params = SamplingParams(em=em, temperature=1.0, min_p=0.0)
-        shared = Sampler(recorded.shape[1])
-        fresh = [Sampler(recorded.shape[1]).sample(row, params, 0.6) for row in recorded]
+        shared = make(recorded.shape[1])
+        fresh = [make(recorded.shape[1]).sample(row, params, 0.6) for row in recorded]
         assert [shared.sample(row, params, 0.6) for row in recorded] == fresh
         order = [3, 3, 0, 5, 1, 4, 2]
         assert [shared.sample(recorded[i], params, 0.6) for i in order] == [fresh[i] for i in order]
 
 
-def test_the_row_is_not_changed(smollm2_rows) -> None:
+def test_the_row_is_not_changed(make, smollm2_rows) -> None:
     row = smollm2_rows[4].copy()
     row.setflags(write=False)
     for em in EMS.values():
         params = SamplingParams(em=em, repeat_penalty=1.3, logit_bias=((5, -math.inf),))
-        Sampler(len(row)).sample(row, params, 0.5, seen=[1, 2, 3])
+        make(len(row)).sample(row, params, 0.5, seen=[1, 2, 3])
     np.testing.assert_array_equal(row, smollm2_rows[4])
 
 
-def test_a_common_shift_changes_no_draw(smollm2_rows) -> None:
+def test_a_common_shift_changes_no_draw(make, smollm2_rows) -> None:
     """Whichever way the sweep takes the row: as it is, or shifted to its top."""
-    sampler = Sampler(smollm2_rows.shape[1])
+    sampler = make(smollm2_rows.shape[1])
     row = np.round(smollm2_rows[5] * 64) / np.float32(64)  # exact under these shifts
     params = SamplingParams(em=EMInf(), temperature=1.0, min_p=0.0)
     for u in US:
@@ -249,8 +267,8 @@ def test_a_common_shift_changes_no_draw(smollm2_rows) -> None:
             assert there.entropy_after == pytest.approx(here.entropy_after, abs=1e-6)
 
 
-def test_paths_counts_what_decided(smollm2_rows) -> None:
-    sampler = Sampler(smollm2_rows.shape[1])
+def test_paths_counts_what_decided(make, smollm2_rows) -> None:
+    sampler = make(smollm2_rows.shape[1])
     for row in smollm2_rows:
         sampler.sample(row, SamplingParams(em=EMInf()), 0.5)
     assert sampler.paths == {1e-6: 6}
@@ -260,15 +278,15 @@ def test_paths_counts_what_decided(smollm2_rows) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_rows_that_are_no_distribution(bad) -> None:
+def test_rows_that_are_no_distribution(make, bad) -> None:
     for em in EMS.values():
         with pytest.raises(LogitsError):
-            Sampler(3).sample(np.float32([0.0, bad, 1.0]), SamplingParams(em=em), 0.5)
+            make(3).sample(np.float32([0.0, bad, 1.0]), SamplingParams(em=em), 0.5)
 
 
-def test_one_token_and_one_hot() -> None:
+def test_one_token_and_one_hot(make) -> None:
     for em, T in itertools.product(EMS.values(), (0.0, 0.5, 1.0, 3.0)):
         params = SamplingParams(em=em, temperature=T, min_p=0.0)
-        assert Sampler(1).sample(np.float32([-7]), params, LAST).token == 0
-        draw = Sampler(4).sample(np.float32([-math.inf, -math.inf, 2, -math.inf]), params, LAST)
+        assert make(1).sample(np.float32([-7]), params, LAST).token == 0
+        draw = make(4).sample(np.float32([-math.inf, -math.inf, 2, -math.inf]), params, LAST)
         assert (draw.token, draw.p_before, draw.p_after, draw.entropy_after) == (2, 1, 1, 0)

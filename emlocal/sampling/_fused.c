@@ -1,0 +1,189 @@
+/* One row of logits through EM-INF (gradient descent), temperature, truncation and the draw, in one call.
+ *
+ * What decoding does nine times in ten, without numpy's dozen sweeps: between two tokens the caches hold the
+ * model's weights, so every sweep over the row, and every library call, comes cold.
+ *
+ * The mathematics is in _fused_row.h. It is compiled once for each width of vector registers, and the widest
+ * that the processor has is taken when the module is loaded. This needs GCC or clang (the vector extensions);
+ * elsewhere the module is not built, and numpy does the work.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 128      /* tokens whose weights are summed in float32; float64 across blocks */
+#define MAX_HEAD 65536 /* flatter rows are numpy's */
+#define CUTOFF 1e-6
+#define LOWEST_TOP -15.0f
+#define HIGHEST_TOP 50.0f /* squares of the tail's weights stay within float32 */
+#define DOUBT 1e-5
+#define TOLERANCE 9e-6
+#define ROUNDING 5e-7
+#define ROUNDING64 1e-14
+#define HIGHEST 80.0
+#define NEGLIGIBLE 1e-7
+#define COLDEST 1e-9
+#define HOTTEST 2.0 /* with steps taken; hotter rows are the reference's */
+
+typedef struct {
+    double threshold, learning_rate;
+    int steps;
+    double temperature, top_p, min_p;
+    Py_ssize_t top_k;
+    double u;
+} Settings;
+
+/* The caller's memory; [0, n) of each array is in use. */
+typedef struct {
+    int32_t id[MAX_HEAD];    /* token ids of the head, ascending */
+    int32_t order[MAX_HEAD]; /* heap of positions in the head */
+    double s[MAX_HEAD];      /* exponents of the head, the largest 0 */
+    double h[MAX_HEAD];      /* … after EM */
+    double w[MAX_HEAD];      /* e^h */
+    double g[MAX_HEAD];
+    double t[MAX_HEAD]; /* weights after temperature, the largest 1 */
+    double blocks[];    /* Σ_tail w by block; filled where a draw needs them */
+} Scratch;
+
+typedef struct {
+    const float *row;
+    Py_ssize_t V, n;
+    double top;
+    double scale; /* w = scale · e^row */
+    double tail_mass, tail_moment, Q0, Q1, Q2;
+    double partition, entropy;
+    double blocks_beta, blocks_mass; /* what Scratch.blocks holds; 0: nothing */
+} Row;
+
+/* The row after EM (or as it is): exponents of the head, the tail's common factor, Σ w, H. */
+typedef struct {
+    const double *head;
+    double tail_factor, tail_mass, partition, entropy;
+    int steps;
+} Sharpened;
+
+typedef struct {
+    int32_t token, without; /* without: what the same u draws if the EM step is left out */
+    double entropy_before, entropy_after, p_before, p_after;
+    int steps;
+} Drawn;
+
+#define INLINE static inline __attribute__((always_inline))
+
+#define WIDTH 16 /* SSE2, NEON */
+#define FOR_WIDTH(name) name##_16
+#include "_fused_row.h"
+#undef WIDTH
+#undef FOR_WIDTH
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CHOICE
+#pragma GCC push_options
+#pragma GCC target("arch=haswell")
+#define WIDTH 32
+#define FOR_WIDTH(name) name##_32
+#include "_fused_row.h"
+#undef WIDTH
+#undef FOR_WIDTH
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=skylake-avx512")
+#define WIDTH 64
+#define FOR_WIDTH(name) name##_64
+#include "_fused_row.h"
+#undef WIDTH
+#undef FOR_WIDTH
+#pragma GCC pop_options
+#endif
+
+static int (*sample)(Row *, Scratch *, const Settings *, Drawn *) = sample_16;
+static int width = 16;
+
+/* Use vectors of so many bytes, or of the most that the processor has where that is fewer. */
+static void use_width(int most)
+{
+    width = 16;
+    sample = sample_16;
+#ifdef CHOICE
+    if (most >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2")) {
+        width = 32;
+        sample = sample_32;
+    }
+    if (most >= 64 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        width = 64;
+        sample = sample_64;
+    }
+#endif
+}
+
+static PyObject *draw(PyObject *module, PyObject *args)
+{
+    Py_buffer logits, scratch;
+    Settings set;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*diddnddd", &logits, &scratch, &set.threshold, &set.steps,
+                          &set.learning_rate, &set.temperature, &set.top_k, &set.top_p, &set.min_p, &set.u))
+        return NULL;
+    Row row = {.row = logits.buf, .V = logits.len / (Py_ssize_t)sizeof(float)};
+    Drawn drawn;
+    int done = 0;
+    size_t needed = sizeof(Scratch) + ((size_t)row.V / BLOCK + 1) * sizeof(double);
+    if ((size_t)scratch.len < needed)
+        PyErr_Format(PyExc_ValueError, "the scratch buffer has %zd bytes; %zu are needed", scratch.len, needed);
+    else if (row.V == 0 || row.V > INT32_MAX)
+        PyErr_SetString(PyExc_ValueError, "a row needs between 1 and 2^31 - 1 tokens");
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        done = sample(&row, scratch.buf, &set, &drawn);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&logits);
+    PyBuffer_Release(&scratch);
+    if (PyErr_Occurred())
+        return NULL;
+    if (!done)
+        Py_RETURN_NONE;
+    return Py_BuildValue("iddiddi", (int)drawn.token, drawn.entropy_before, drawn.entropy_after, drawn.steps,
+                         drawn.p_before, drawn.p_after, (int)drawn.without);
+}
+
+static PyObject *scratch_bytes(PyObject *module, PyObject *vocabulary)
+{
+    Py_ssize_t V = PyLong_AsSsize_t(vocabulary);
+    (void)module;
+    if (V == -1 && PyErr_Occurred())
+        return NULL;
+    return PyLong_FromSize_t(sizeof(Scratch) + ((size_t)V / BLOCK + 1) * sizeof(double));
+}
+
+static PyObject *limit_width(PyObject *module, PyObject *most)
+{
+    long asked = PyLong_AsLong(most);
+    (void)module;
+    if (asked == -1 && PyErr_Occurred())
+        return NULL;
+    use_width((int)asked);
+    return PyLong_FromLong(width);
+}
+
+static PyMethodDef methods[] = {
+    {"draw", draw, METH_VARARGS, "One row to one draw, or None; see _fused.pyi."},
+    {"scratch_bytes", scratch_bytes, METH_O, "Bytes of scratch memory for a vocabulary."},
+    {"limit_width", limit_width, METH_O, "Use vectors of at most so many bytes (for tests)."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "emlocal.sampling._fused", "The usual row in one call.", 0, methods, NULL, NULL,
+    NULL, NULL};
+
+PyMODINIT_FUNC PyInit__fused(void)
+{
+    use_width(64);
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,24 @@
+from emlocal.em.split import Float32
+
+def draw(
+    row: Float32,
+    scratch: bytearray,
+    threshold: float,
+    steps: int,
+    learning_rate: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    u: float,
+) -> tuple[int, float, float, int, float, float, int] | None:
+    """The fields of a Draw; None where the fast path cannot take the row or promise its accuracy.
+
+    `row` is contiguous float32 [V]. Raises ValueError for an empty row or too small a scratch buffer.
+    """
+
+def scratch_bytes(vocabulary: int) -> int:
+    """How large `scratch` must be."""
+
+def limit_width(most: int) -> int:
+    """Use vector registers of at most so many bytes (16, 32, 64); returns what is used. For tests."""

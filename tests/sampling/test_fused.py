@@ -1,0 +1,109 @@
+"""The compiled sampler beside the numpy one: what it takes, that it says the same, and bad arguments."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from emlocal.em import AdaptiveTemperature, EMInf
+from emlocal.sampling import Sampler, SamplingParams, Uniforms, _fused
+from emlocal.sampling.fused import BUILT, Fused
+
+USUAL = [
+    SamplingParams(em=em, **settings)
+    for em in (None, EMInf(), EMInf(threshold=0.1, steps=15, learning_rate=1.0))
+    for settings in (
+        {},
+        {"temperature": 0.0},
+        {"temperature": 1.0, "min_p": 0.0},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+        {"temperature": 1.4, "top_p": 0.95, "min_p": 0.0},
+    )
+]
+
+
+def test_it_is_built() -> None:
+    assert BUILT, "install emlocal where GCC or clang is, with pip install -e"
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_it_takes_nearly_all_usual_rows_and_says_what_numpy_says(recorded, width) -> None:
+    vocabulary, uniforms = recorded.shape[1], Uniforms(7)
+    plain, fused = Sampler(vocabulary, fused=False), Fused(vocabulary)
+    taken: Counter[bool] = Counter()
+    _fused.limit_width(width)
+    for params in USUAL:
+        for i, row in enumerate(recorded):
+            ours, theirs = fused.draw(row, params, uniforms[i]), plain.sample(row, params, uniforms[i])
+            taken[ours is not None] += 1
+            if ours is None:
+                continue
+            assert (ours.token, ours.steps) == (theirs.token, theirs.steps)
+            assert ours.token_without_em == theirs.token_without_em
+            assert ours[1:] == pytest.approx(theirs[1:], abs=1e-8)
+    assert taken[True] > 0.85 * taken.total()
+    _fused.limit_width(64)
+
+
+def test_widths_agree_with_each_other(recorded) -> None:
+    fused, params = Fused(recorded.shape[1]), SamplingParams(em=EMInf())
+    drawn = []
+    for width in (16, 32, 64):
+        _fused.limit_width(width)
+        drawn.append([fused.draw(row, params, 0.3) for row in recorded])
+    for others in drawn[1:]:
+        assert [draw.token for draw in others if draw] == [draw.token for draw in drawn[0] if draw]
+        np.testing.assert_allclose([d[1:] for d in others if d], [d[1:] for d in drawn[0] if d], atol=1e-8)
+
+
+def test_what_it_leaves_to_numpy(smollm2_rows) -> None:
+    fused, row = Fused(smollm2_rows.shape[1]), smollm2_rows[4]
+    assert fused.draw(row, SamplingParams(em=EMInf()), 0.5) is not None
+    for em in (EMInf(optimizer="adam"), EMInf(kl_weight=0.1), AdaptiveTemperature()):
+        assert fused.draw(row, SamplingParams(em=em), 0.5) is None
+    for bad in (math.nan, math.inf):
+        broken = row.copy()
+        broken[-1] = bad
+        assert fused.draw(broken, SamplingParams(), 0.5) is None
+    assert fused.draw(np.full_like(row, -math.inf), SamplingParams(), 0.5) is None
+    assert fused.draw(row + np.float32(100), SamplingParams(), 0.5) is None
+    assert fused.draw(np.zeros_like(row), SamplingParams(em=EMInf()), 0.5) is not None
+    assert fused.draw(row.astype(np.float64), SamplingParams(), 0.5) is None
+    assert fused.draw(row[:-1], SamplingParams(), 0.5) is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 127, 128, 129, 1000])
+def test_every_row_length_and_every_place_of_the_top(size) -> None:
+    """Nothing outside the row is read: the row lies between tokens that would win every draw."""
+    fused = Fused(size)
+    for top in {0, size // 2, size - 1}:
+        around = np.full(size + 256, 30, dtype=np.float32)
+        row = around[128 : 128 + size]
+        row[:] = np.linspace(-9, -8, size)
+        row[top] = 0
+        draw = fused.draw(row, SamplingParams(em=EMInf(), temperature=1.0, min_p=0.0), 0.0)
+        assert draw is not None
+        weights = np.exp(row.astype(np.float64))
+        assert draw.p_before == pytest.approx(weights[draw.token] / weights.sum(), rel=1e-6)
+        assert fused.draw(row, SamplingParams(temperature=0), 0.9)[0] == top
+
+
+def test_masked_tokens_are_never_drawn() -> None:
+    fused = Fused(300)
+    row = np.full(300, -math.inf, dtype=np.float32)
+    row[[3, 200, 299]] = 0.0
+    for params in (SamplingParams(min_p=0.0, temperature=T, em=EMInf()) for T in (0.5, 1.0, 2.0)):
+        drawn = {fused.draw(row, params, u)[0] for u in np.linspace(0, 1, 101)[:-1]}
+        assert drawn == {3, 200, 299}
+
+
+def test_arguments_that_cannot_be_meant_raise() -> None:
+    row, step, sampling = np.zeros(4, dtype=np.float32), (0.3, 10, 2.0), (1.0, 0, 1.0, 0.0, 0.5)
+    with pytest.raises(ValueError, match="scratch buffer"):
+        _fused.draw(row, bytearray(10), *step, *sampling)
+    scratch = bytearray(_fused.scratch_bytes(4))
+    with pytest.raises(ValueError, match="between"):
+        _fused.draw(row[:0], scratch, *step, *sampling)
+    with pytest.raises(ValueError, match="contiguous"):
+        _fused.draw(np.zeros((8, 8), dtype=np.float32)[:, 0], scratch, *step, *sampling)
