@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,16 +55,14 @@ class ModelInfo:
     """The authors' sampling settings, by SamplingParams field."""
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """Tokens to append to a sequence."""
 
     sequence: int
     tokens: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A token to draw after the last token fed to `sequence`."""
 
     sequence: int

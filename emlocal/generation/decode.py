@@ -7,7 +7,7 @@ The generator keeps one sequence as a cache of what it has read, so that the nex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from emlocal.backends.base import Backend, Feed, Row
 from emlocal.errors import ContextFullError, UsageError
@@ -28,8 +28,7 @@ class Request:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One token of one sample, and the text that it made certain (maybe none, maybe more than its own)."""
 
     sample: int
@@ -114,7 +113,9 @@ class Generator:
                 for sample, draw in zip(running, draws, strict=True):
                     timings.generated_tokens += 1
                     timings.generation_seconds = time.perf_counter() - started
-                    yield from sample.accept(draw, self.backend)
+                    yield sample.accept(draw, self.backend)
+                    if sample.done:
+                        yield sample.completion
                 running = [sample for sample in running if not sample.done]
                 if not running:
                     return
@@ -166,7 +167,8 @@ class Generator:
 
     def _end(self, running: Sequence["_Sample"], reason: FinishReason) -> Iterator[Event]:
         for sample in running:
-            yield from sample.end(reason)
+            sample.end(reason)
+            yield sample.completion
 
     @property
     def sequence(self) -> int:
@@ -201,30 +203,28 @@ class _Sample:
         u = self.request.uniforms[len(self.completion.draws)]
         return Row(sequence, self.request.params, u, self._seen)
 
-    def accept(self, draw: Draw, backend: Backend) -> Iterator[Event]:
-        """Take a drawn token in."""
+    def accept(self, draw: Draw, backend: Backend) -> Piece:
+        """Take a drawn token in; `done` says whether it was the last."""
         completion = self.completion
         completion.draws.append(draw)
         if draw.token in backend.info.end_tokens:
-            yield Piece(completion.sample, draw, "")
-            yield from self.end("stop")
-            return
+            self.end("stop")
+            return Piece(completion.sample, draw, "")
         completion.tokens.append(draw.token)
         if self.request.params.penalizes:
             self._seen.append(draw.token)
         text = self._text.push(backend.token_bytes(draw.token))
         completion.text += text
-        yield Piece(completion.sample, draw, text)
         if self._text.stopped_by is not None:
             completion.stop = self._text.stopped_by
-            yield from self.end("stop")
+            self.end("stop")
         elif len(completion.tokens) >= self.request.max_tokens:
-            yield from self.end("length")
+            self.end("length")
+        return Piece(completion.sample, draw, text)
 
-    def end(self, reason: FinishReason) -> Iterator[Event]:
+    def end(self, reason: FinishReason) -> None:
         """Close the sample; text that was held back comes with its Completion."""
         self.done = True
         self.completion.finish_reason = reason
         self.completion.tail = self._text.finish()
         self.completion.text += self.completion.tail
-        yield self.completion

@@ -31,6 +31,8 @@ class TextStream:
     def _release(self, new: str) -> str:
         if self.stopped_by is not None:
             return ""
+        if not self._stop:
+            return new
         text = self._held + new
         # the one complete first, however the text came in pieces; of two that end together, the longer
         found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stop if stop in text]

@@ -23,6 +23,7 @@ from emlocal.backends.base import (
     Row,
 )
 from emlocal.backends.cpu import physical_cores
+from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
 from emlocal.backends.llama_cpp.library import last_error, load_library, load_model, model_info
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.models.resolve import LocalModel
@@ -51,15 +52,17 @@ class LlamaCppBackend(Backend):
         self._memory = self._lib.llama_get_memory(self._context)
         self._adapters = [self._load_adapter(path, scale) for path, scale in options.adapters]
         self._apply_adapters()
-        self._batch = _Batch(self._lib, min(BATCH, self.context))
+        self._batch = Batch(self._lib, min(BATCH, self.context))
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
-        self._views: dict[int, NDArray[np.float32]] = {}
+        self._logits_address = address_of_logits(self._lib)
+        self._views: dict[tuple[int, int], list[NDArray[np.float32]]] = {}
         self._pieces: dict[int, bytes] = {}
         self._sampler = Sampler(self.info.vocabulary)
         self._cancelled: Callable[[], bool] = lambda: False
         self._abort = self._lib.ggml_abort_callback(lambda _: self._cancelled())
         self._no_abort = self._lib.ggml_abort_callback()
+        self._abortable = False
 
     def _new_context(self, options: LoadOptions) -> Any:
         params = self._lib.llama_context_default_params()
@@ -146,9 +149,10 @@ class LlamaCppBackend(Backend):
         # The abort callback takes the GIL once per graph node: worth it in a long prefill, not in a step.
         long = sum(len(feed.tokens) for feed in feeds) > 2 * len(feeds)
         self._cancelled = cancelled
-        self._lib.llama_set_abort_callback(
-            self._context, self._abort if long else self._no_abort, ctypes.c_void_p(0)
-        )
+        if long != self._abortable:
+            callback = self._abort if long else self._no_abort
+            self._lib.llama_set_abort_callback(self._context, callback, ctypes.c_void_p(0))
+            self._abortable = long
         self._rows = {}
         for feed in feeds:
             held = self._lengths[feed.sequence]
@@ -196,22 +200,20 @@ class LlamaCppBackend(Backend):
             )
         if answer != 0:
             raise BackendError(f"llama_decode failed with {answer}: {last_error() or 'no reason given'}")
-        for position, sequence in self._batch.wanted:
-            row = self._row(position)
-            self._rows[sequence] = row.copy() if keep_rows else row
+        if wanted := self._batch.wanted:
+            rows = self._logits_of_batch(len(wanted))
+            self._rows.update(zip(wanted, [row.copy() for row in rows] if keep_rows else rows, strict=True))
         self._batch.clear()
 
-    def _row(self, position: int) -> NDArray[np.float32]:
-        """A view on the logits of a batch position, made once for each address that llama.cpp uses."""
-        pointer = self._lib.llama_get_logits_ith(self._context, position)
-        address = ctypes.cast(pointer, ctypes.c_void_p).value
+    def _logits_of_batch(self, n: int) -> list[NDArray[np.float32]]:
+        """Views on the rows that the batch wanted, made once for each place where llama.cpp puts them."""
+        address = self._logits_address(self._context)
         if address is None:
-            raise BackendError("llama.cpp has no logits for a token that asked for them")
-        view = self._views.get(address)
-        if view is None:
-            raw = (ctypes.c_float * self.info.vocabulary).from_address(address)
-            view = self._views[address] = np.ctypeslib.as_array(raw)
-        return view
+            raise BackendError("llama.cpp has no logits for tokens that asked for them")
+        rows = self._views.get((address, n))
+        if rows is None:
+            rows = self._views[address, n] = list(view(address, n, self.info.vocabulary))
+        return rows
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
         return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
@@ -228,55 +230,8 @@ class LlamaCppBackend(Backend):
 
     def close(self) -> None:
         self._rows, self._views = {}, {}
-        self._batch.free()
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
-
-
-class _Batch:
-    """A llama_batch filled through numpy views: no Python loop over its fields."""
-
-    def __init__(self, lib: Any, size: int) -> None:
-        self._lib = lib
-        self.struct = lib.llama_batch_init(size, 0, 1)
-        as_array = np.ctypeslib.as_array
-        self._token = as_array(self.struct.token, (size,))
-        self._pos = as_array(self.struct.pos, (size,))
-        self._n_seq = as_array(self.struct.n_seq_id, (size,))
-        self._seq = self.struct.seq_id
-        self._logits = as_array(self.struct.logits, (size,))
-        self._n_seq[:] = 1
-        self.capacity = size  # no more than the context's n_batch: llama_decode aborts the process beyond
-        self.wanted: list[tuple[int, int]] = []
-        """(position in the batch, sequence) of the rows that someone will sample."""
-
-    @property
-    def size(self) -> int:
-        return int(self.struct.n_tokens)
-
-    @property
-    def room(self) -> int:
-        return self.capacity - self.size
-
-    def add(self, sequence: int, tokens: Sequence[int], position: int, wanted: bool) -> None:
-        first = self.size
-        last = first + len(tokens)
-        self._token[first:last] = tokens
-        self._pos[first:last] = np.arange(position, position + len(tokens))
-        self._logits[first:last] = 0
-        for i in range(first, last):
-            self._seq[i][0] = sequence
-        if wanted:
-            self._logits[last - 1] = 1
-            self.wanted.append((last - 1, sequence))
-        self.struct.n_tokens = last
-
-    def clear(self) -> None:
-        self.struct.n_tokens = 0
-        self.wanted = []
-
-    def free(self) -> None:
-        self._lib.llama_batch_free(self.struct)
 
 
 def _context_length(asked: int | None, trained: int) -> int:
