@@ -6,7 +6,7 @@ state it keeps, so that a common prefix is computed once. One contract, one test
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -46,7 +46,7 @@ class ModelInfo:
     architecture: str
     vocabulary: int
     trained_context: int
-    end_tokens: frozenset[int]
+    end_tokens: Set[int]
     """Every token that ends a generation."""
     chat_template: str | None = None
     bos: str = ""

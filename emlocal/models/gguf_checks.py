@@ -255,9 +255,12 @@ def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
 
 def _check_tokens(header: GGUFHeader, tokenizer: str) -> None:
     """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as."""
-    texts = [t.partition(b"\0")[0] for t in header.byte_strings("tokenizer.ggml.tokens")]  # C strings there
-    tokens = [t or b"[EMPTY_%d]" % i for i, t in enumerate(texts)]
+    tokens = header.byte_strings("tokenizer.ggml.tokens")
     known = set(tokens)
+    if b"" in known or b"\0" in b"".join(tokens):  # C strings there, and names for the empty ones
+        texts = [t.partition(b"\0")[0] for t in tokens]
+        tokens = [t or b"[EMPTY_%d]" % i for i, t in enumerate(texts)]
+        known = set(tokens)
     if len(known) != len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise unusable(header.path, f"the token {shown(twice)} appears twice in its vocabulary")

@@ -103,13 +103,11 @@ class _Reader:
             raise self.bad(f"{what} has {count:,} strings; more than {MAX_STRINGS:,} are not read")
         data, unpack, pos, loaded = self.data, _U64.unpack_from, self.pos, len(self.data)
         for _ in range(count):  # hundreds of thousands of turns: nothing here that can be outside
-            end = pos + 8
-            if end > loaded:
-                loaded = self.load(end, what)
-            end += unpack(data, pos)[0]
-            if end > loaded:
-                loaded = self.load(end, what)
-            pos = end
+            if pos + 8 > loaded:
+                loaded = self.load(pos + 8, what)
+            pos += unpack(data, pos)[0] + 8
+            if pos > loaded:
+                loaded = self.load(pos, what)
         self.pos = pos
 
 

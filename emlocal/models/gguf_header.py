@@ -168,10 +168,10 @@ class GGUFHeader:
         ref = self.metadata[key]
         if not isinstance(ref, ArrayRef) or ref.element_type != types.STRING:
             raise KeyError(key)
-        data, strings, pos = self._elements(ref), [], 0
-        for _ in range(ref.length):
+        data, strings, pos, unpack = self._elements(ref), [], 0, _U64.unpack_from
+        for _ in range(ref.length):  # hundreds of thousands of turns
             start = pos + 8
-            pos = start + _U64.unpack_from(data, pos)[0]
+            pos = start + unpack(data, pos)[0]
             strings.append(data[start:pos])
         return strings
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections import deque
+from collections.abc import Iterable, Iterator, Set
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,31 @@ def load_model(lib: Any, files: tuple[Path, ...]) -> Any:
     return model
 
 
+class EndTokens(Set[int]):
+    """The tokens that end a generation, by asking: to list them takes 40 ms for 151,936 tokens."""
+
+    def __init__(self, lib: Any, vocab: Any, size: int) -> None:
+        self._lib, self._vocab, self._size = lib, vocab, size
+        self._known: dict[object, bool] = {}
+
+    @classmethod
+    def _from_iterable(cls, tokens: Iterable[Any]) -> Set[Any]:  # of `&` and the like
+        return frozenset(tokens)
+
+    def __contains__(self, token: object) -> bool:
+        ends = self._known.get(token)
+        if ends is None:
+            valid = isinstance(token, int) and 0 <= token < self._size
+            ends = self._known[token] = valid and bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+        return ends
+
+    def __iter__(self) -> Iterator[int]:
+        return (token for token in range(self._size) if token in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo:
     """What the model says of itself, from the loaded vocabulary and the file's header."""
     vocab = lib.llama_model_get_vocab(model)
@@ -89,7 +115,7 @@ def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo
         architecture=header.architecture,
         vocabulary=size,
         trained_context=int(lib.llama_model_n_ctx_train(model)),
-        end_tokens=frozenset(t for t in range(size) if lib.llama_vocab_is_eog(vocab, t)),
+        end_tokens=EndTokens(lib, vocab, size),
         chat_template=header.chat_template,
         bos=text(int(lib.llama_vocab_bos(vocab))),
         eos=text(int(lib.llama_vocab_eos(vocab))),
