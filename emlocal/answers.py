@@ -156,7 +156,7 @@ class Trace:
         """A token as it is drawn; `text` is its own bytes, replaced where they are half a character."""
         index = self._counts[sample] = self._counts.get(sample, -1) + 1
         text = self._backend.token_bytes(draw.token).decode(errors="replace")
-        line = {"sample": sample, "index": index, "text": text, **vars(draw)}
+        line = {"sample": sample, "index": index, "text": text, **draw._asdict()}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -88,6 +88,10 @@ class Backend(ABC):
         and its kind as the tokens that they name."""
 
     @abstractmethod
+    def control_texts(self) -> Sequence[str]:
+        """The texts that `encode` reads as control tokens, if it is asked to parse special ones."""
+
+    @abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, possibly a part of a character; empty for control tokens."""
 

@@ -76,6 +76,9 @@ class FakeBackend(Backend):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return list(text.encode())
 
+    def control_texts(self) -> Sequence[str]:
+        return ()
+
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""
 

@@ -20,7 +20,7 @@ from emlocal.backends.select import bare_loop
 from emlocal.benchmark.statistics import Ratio, speed_ratio
 from emlocal.errors import UsageError
 from emlocal.generation import Generator, Piece, Request
-from emlocal.models.templates import render
+from emlocal.generation.prompt import chat_tokens
 from emlocal.sampling import SamplingParams, Uniforms
 
 PROMPTS = (
@@ -71,12 +71,9 @@ def endless(backend: Backend) -> Iterator[None]:
 
 def prompt_tokens(backend: Backend, text: str) -> list[int]:
     """A prompt as chat would send it; as it is where the model has no template."""
-    template = backend.info.chat_template
-    if template is None:
+    if backend.info.chat_template is None:
         return backend.encode(text, add_special=True, parse_special=True)
-    messages = [{"role": "user", "content": text}]
-    rendered = render(template, messages, bos=backend.info.bos, eos=backend.info.eos)
-    return backend.encode(rendered, add_special=False, parse_special=True)
+    return chat_tokens(backend, [{"role": "user", "content": text}])
 
 
 def check_room(backend: Backend, tokens: int) -> None:

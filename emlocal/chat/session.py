@@ -8,7 +8,7 @@ from emlocal.chat.conversation import Conversation
 from emlocal.errors import ContextFullError, UsageError
 from emlocal.generation import Completion, Generator, Request, Timings
 from emlocal.generation.decode import Event
-from emlocal.models.templates import render
+from emlocal.generation.prompt import chat_tokens
 from emlocal.sampling import Uniforms
 from emlocal.sampling.draw import request_key
 from emlocal.settings import EMInf, SamplingParams
@@ -135,13 +135,7 @@ class ChatSession:
         return Request(turn.params, Uniforms(turn.seed, key, self._attempt), turn.max_tokens, turn.stop)
 
     def _prompt(self, question: str) -> list[int]:
-        info = self.backend.info
-        if info.chat_template is None:
-            raise UsageError(
-                f"{info.name} has no chat template: it is not a chat model", "use emlocal generate --raw"
-            )
-        text = render(info.chat_template, self.conversation.messages(question), bos=info.bos, eos=info.eos)
-        tokens = self.backend.encode(text, add_special=False, parse_special=True)
+        tokens = chat_tokens(self.backend, self.conversation.messages(question))
         if len(tokens) >= self.backend.context:
             raise ContextFullError(
                 f"the conversation has {len(tokens):,} tokens with this message;"

@@ -123,22 +123,19 @@ def run(backend: "Backend", job: Job) -> int:
 
 def encode(backend: "Backend", text: str, prompting: PromptOptions) -> list[int]:
     """The prompt's tokens: through the chat template, or as it is with --raw."""
-    from emlocal.models.templates import render
+    from emlocal.generation.prompt import chat_tokens
 
-    template = backend.info.chat_template
     if prompting.raw:
         if prompting.system is not None:
             raise UsageError(
                 "--raw and --system contradict each other: without a template there are no roles"
             )
         return backend.encode(text, add_special=True, parse_special=True)
-    if template is None:
+    if backend.info.chat_template is None:
         console.warn(f"{backend.info.name} has no chat template; the prompt goes in as it is (--raw)")
         return backend.encode(text, add_special=True, parse_special=True)
     system = [] if prompting.system is None else [{"role": "system", "content": prompting.system}]
-    messages = [*system, {"role": "user", "content": text}]
-    rendered = render(template, messages, bos=backend.info.bos, eos=backend.info.eos)
-    return backend.encode(rendered, add_special=False, parse_special=True)
+    return chat_tokens(backend, [*system, {"role": "user", "content": text}])
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:

@@ -24,7 +24,7 @@ from emlocal.backends.base import (
 )
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
-from emlocal.backends.llama_cpp.library import last_error, load_library, load_model, model_info
+from emlocal.backends.llama_cpp.library import control_texts, last_error, load_library, load_model, model_info
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.models.resolve import LocalModel
 from emlocal.sampling import Draw, Sampler
@@ -58,6 +58,7 @@ class LlamaCppBackend(Backend):
         self._logits_address = address_of_logits(self._lib)
         self._views: dict[tuple[int, int], list[NDArray[np.float32]]] = {}
         self._pieces: dict[int, bytes] = {}
+        self._control_texts: Sequence[str] | None = None
         self._sampler = Sampler(self.info.vocabulary)
         self._cancelled: Callable[[], bool] = lambda: False
         self._abort = self._lib.ggml_abort_callback(lambda _: self._cancelled())
@@ -104,6 +105,11 @@ class LlamaCppBackend(Backend):
             if n >= 0:
                 return list(buffer[:n])
             room = -n
+
+    def control_texts(self) -> Sequence[str]:
+        if self._control_texts is None:
+            self._control_texts = control_texts(self._lib, self._vocab, self.info.vocabulary)
+        return self._control_texts
 
     def token_bytes(self, token: int) -> bytes:
         piece = self._pieces.get(token)

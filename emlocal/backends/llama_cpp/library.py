@@ -101,6 +101,14 @@ class EndTokens(Set[int]):
         return sum(1 for _ in self)
 
 
+def control_texts(lib: Any, vocab: Any, size: int) -> tuple[str, ...]:
+    """The names of control tokens, "<|im_end|>" and its kind; 50 ms for 151,936 tokens."""
+    control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+    tokens = (t for t in range(size) if lib.llama_vocab_get_attr(vocab, t) & control)
+    texts = ((lib.llama_vocab_get_text(vocab, t) or b"").decode(errors="replace") for t in tokens)
+    return tuple(text for text in texts if text)
+
+
 def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo:
     """What the model says of itself, from the loaded vocabulary and the file's header."""
     vocab = lib.llama_model_get_vocab(model)
