@@ -25,9 +25,12 @@ class LoadOptions:
     """How to load a model."""
 
     context: int | None = None
-    """Tokens that all sequences share; None: the model's own length, at most `DEFAULT_CONTEXT`."""
+    """The most tokens of a sequence; None: the model's own length, at most `DEFAULT_CONTEXT`."""
     sequences: int = 4
     """The most sequences held at once."""
+    shared: bool = True
+    """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
+    their number times the memory, and decoding many at once is faster (docs/decisions.md)."""
     threads: int | None = None
     """None: one per physical core."""
     kv_type: KVType = "f16"
@@ -60,6 +63,8 @@ class Feed(NamedTuple):
 
     sequence: int
     tokens: Sequence[int]
+    wanted: bool = True
+    """Whether the logits after the last token will be asked for; not to compute them is cheaper."""
 
 
 class Row(NamedTuple):
@@ -79,7 +84,7 @@ class Backend(ABC):
     name: ClassVar[str]
     info: ModelInfo
     context: int
-    """Tokens that all sequences share."""
+    """The most tokens of a sequence; all together hold no more where they share their room."""
     max_sequences: int
 
     @abstractmethod
@@ -120,8 +125,8 @@ class Backend(ABC):
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
         """Append tokens to sequences: prompts of any length and single steps in one call.
 
-        Afterwards `sample` and `logits` know the row of the last token of each sequence fed, until the
-        next call. A sequence may be fed once a call, with at least one token.
+        Afterwards `sample` and `logits` know the row of the last token of each sequence whose feed wanted
+        it, until the next call. A sequence may be fed once a call, with at least one token.
 
         Raises:
             ContextFullError: the tokens do not fit beside those held.

@@ -54,7 +54,13 @@ class FakeBackend(Backend):
     name: ClassVar[str] = "fake"
 
     def __init__(
-        self, script: Script = hashed, *, context: int = 4096, sequences: int = 8, trims: bool = True
+        self,
+        script: Script = hashed,
+        *,
+        context: int = 4096,
+        sequences: int = 8,
+        trims: bool = True,
+        shared: bool = True,
     ) -> None:
         self.info = ModelInfo(
             name="fake",
@@ -68,6 +74,7 @@ class FakeBackend(Backend):
         self.max_sequences = sequences
         self.fed = 0
         self._script = script
+        self._shared = shared
         self._trims = trims
         self._held: dict[int, list[int]] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
@@ -108,8 +115,9 @@ class FakeBackend(Backend):
 
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
         new = sum(len(feed.tokens) for feed in feeds)
-        held = sum(map(len, self._held.values()))
-        if held + new > self.context:
+        held = sum(map(len, self._held.values())) if self._shared else 0
+        longest = max(len(self._held[feed.sequence]) + len(feed.tokens) for feed in feeds)
+        if max(held + new if self._shared else 0, longest) > self.context:
             raise ContextFullError(
                 f"{held} tokens held and {new} new ones exceed the context of {self.context}"
             )
@@ -119,7 +127,8 @@ class FakeBackend(Backend):
         self._rows = {}
         for feed in feeds:
             self._held[feed.sequence] += feed.tokens
-            self._rows[feed.sequence] = self._script(self._held[feed.sequence])
+            if feed.wanted:
+                self._rows[feed.sequence] = self._script(self._held[feed.sequence])
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
         return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]

@@ -2,7 +2,8 @@
 
 from emlocal.errors import CancelledError
 from emlocal.generation.cancel import Cancellation, interruptible
-from emlocal.generation.decode import Completion, FinishReason, Generator, Piece, Request, Timings
+from emlocal.generation.decode import Generator, Timings
+from emlocal.generation.sample import Completion, FinishReason, Piece, Request
 
 __all__ = [
     "Cancellation",

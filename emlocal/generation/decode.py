@@ -6,34 +6,11 @@ The generator keeps one sequence as a cache of what it has read, so that the nex
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
 
-from emlocal.backends.base import Backend, Feed, Row
+from emlocal.backends.base import Backend, Feed
 from emlocal.errors import ContextFullError, UsageError
-from emlocal.generation.text import TextStream
-from emlocal.sampling import Draw, SamplingParams, Uniforms
-
-FinishReason = Literal["stop", "length", "context", "cancelled"]
-"""An end token or stop string; --max-tokens; the context is full; Ctrl-C."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to be drawn from a prompt."""
-
-    params: SamplingParams
-    uniforms: Uniforms
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-
-
-class Piece(NamedTuple):
-    """One token of one sample, and the text that it made certain (maybe none, maybe more than its own)."""
-
-    sample: int
-    draw: Draw
-    text: str
+from emlocal.generation.sample import Completion, FinishReason, Piece, Request, Sample
 
 
 @dataclass
@@ -47,23 +24,6 @@ class Timings:
     generated_tokens: int = 0
     """Of all samples."""
     generation_seconds: float = 0.0
-
-
-@dataclass
-class Completion:
-    """One finished sample."""
-
-    sample: int
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    """Without the end token."""
-    draws: list[Draw] = field(default_factory=list)
-    """One a token, the end token's included."""
-    finish_reason: FinishReason = "length"
-    stop: str | None = None
-    """The stop string that ended it, if one did."""
-    tail: str = ""
-    """The end of `text` that was held back until now and came with no Piece."""
 
 
 Event = Piece | Completion
@@ -100,7 +60,7 @@ class Generator:
         started = time.perf_counter()
         self._read(prompt, cancelled)
         timings.prompt_seconds = time.perf_counter() - started
-        samples = [_Sample(i, request, prompt) for i, request in enumerate(requests)]
+        samples = [Sample(i, request, prompt) for i, request in enumerate(requests)]
         forks: list[int] = []
         started = time.perf_counter()
         try:
@@ -155,7 +115,7 @@ class Generator:
         finally:
             del self._held[self.backend.length(self._root) :]
 
-    def _step(self, running: Sequence["_Sample"]) -> bool:
+    def _step(self, running: Sequence[Sample]) -> bool:
         """Feed each sample its last token; False where there is no room for them."""
         try:
             self.backend.forward([Feed(s.sequence, s.completion.tokens[-1:]) for s in running])
@@ -165,7 +125,7 @@ class Generator:
             self._held.append(running[0].completion.tokens[-1])
         return True
 
-    def _end(self, running: Sequence["_Sample"], reason: FinishReason) -> Iterator[Event]:
+    def _end(self, running: Sequence[Sample], reason: FinishReason) -> Iterator[Event]:
         for sample in running:
             sample.end(reason)
             yield sample.completion
@@ -184,47 +144,3 @@ class Generator:
         """Drop what the cache holds."""
         self.backend.trim(self._root, 0)
         self._held = []
-
-
-class _Sample:
-    """One sample on its way."""
-
-    def __init__(self, index: int, request: Request, prompt: Sequence[int]) -> None:
-        self.request = request
-        self.completion = Completion(index)
-        self.sequence = -1
-        self.done = False
-        self._text = TextStream(request.stop)
-        # kept only where penalties look at it
-        self._seen = list(prompt) if request.params.penalizes else []
-
-    def row(self, sequence: int) -> Row:
-        """What to draw next, from the given sequence's logits."""
-        u = self.request.uniforms[len(self.completion.draws)]
-        return Row(sequence, self.request.params, u, self._seen)
-
-    def accept(self, draw: Draw, backend: Backend) -> Piece:
-        """Take a drawn token in; `done` says whether it was the last."""
-        completion = self.completion
-        completion.draws.append(draw)
-        if draw.token in backend.info.end_tokens:
-            self.end("stop")
-            return Piece(completion.sample, draw, "")
-        completion.tokens.append(draw.token)
-        if self.request.params.penalizes:
-            self._seen.append(draw.token)
-        text = self._text.push(backend.token_bytes(draw.token))
-        completion.text += text
-        if self._text.stopped_by is not None:
-            completion.stop = self._text.stopped_by
-            self.end("stop")
-        elif len(completion.tokens) >= self.request.max_tokens:
-            self.end("length")
-        return Piece(completion.sample, draw, text)
-
-    def end(self, reason: FinishReason) -> None:
-        """Close the sample; text that was held back comes with its Completion."""
-        self.done = True
-        self.completion.finish_reason = reason
-        self.completion.tail = self._text.finish()
-        self.completion.text += self.completion.tail

@@ -67,10 +67,10 @@ class LlamaCppBackend(Backend):
 
     def _new_context(self, options: LoadOptions) -> Any:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = self.context
+        params.n_ctx = self.context * (1 if options.shared else options.sequences)
         params.n_batch = params.n_ubatch = min(BATCH, self.context)
         params.n_seq_max = options.sequences
-        params.kv_unified = True
+        params.kv_unified = options.shared
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = _KV_TYPES[options.kv_type]
         params.no_perf = True
@@ -190,7 +190,8 @@ class LlamaCppBackend(Backend):
             chunk = feed.tokens[i : i + size]
             if len(chunk) > self._batch.room:
                 self._decode(keep_rows=True)
-            self._batch.add(feed.sequence, chunk, start + i, wanted=i + len(chunk) == len(feed.tokens))
+            last = i + len(chunk) == len(feed.tokens)
+            self._batch.add(feed.sequence, chunk, start + i, wanted=last and feed.wanted)
         if flush:
             self._decode(keep_rows=False)
 

@@ -1,0 +1,186 @@
+"""Continuous batching: the same answers whoever is beside, no prompt read twice, nothing left behind."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from emlocal.backends.fake import END, FakeBackend, hashed
+from emlocal.em import EMInf
+from emlocal.errors import CancelledError, ContextFullError, LogitsError, UsageError
+from emlocal.generation import Completion, Generator, Request
+from emlocal.generation.scheduler import PROMPT_TOKENS_PER_STEP, SPARE_SEQUENCES, Finished, Job, Scheduler
+from emlocal.sampling import SamplingParams, Uniforms
+
+EM = SamplingParams(em=EMInf(), temperature=1.0, min_p=0.02)
+
+
+def backend(parallel: int, script: Callable = hashed, **options) -> FakeBackend:
+    return FakeBackend(
+        script, sequences=parallel + SPARE_SEQUENCES, shared=False, **{"context": 2048, **options}
+    )
+
+
+def job(tag: int, text: str, samples: int = 1, max_tokens: int | None = None, params=EM) -> Job[int]:
+    most = max_tokens or 5 + tag * 7 % 40
+    requests = [Request(params, Uniforms(3, tag, s), most, ("zq",)) for s in range(samples)]
+    return Job(tag, list(text.encode()), requests)
+
+
+def source(jobs: Sequence[Job[int]]) -> Callable[[], Job[int] | None]:
+    waiting = deque(jobs)
+    return lambda: waiting.popleft() if waiting else None
+
+
+def run(engine: FakeBackend, jobs: Sequence[Job[int]], parallel: int) -> dict[int, Finished[int]]:
+    found = {}
+    for finished in Scheduler[int](engine, parallel).run(source(jobs)):
+        assert finished.job.tag not in found
+        found[finished.job.tag] = finished
+    assert engine.open() == 0  # every sequence is free again
+    return found
+
+
+def said(finished: dict[int, Finished[int]]) -> dict[int, list[tuple]]:
+    return {
+        tag: [(c.sample, c.text, c.tokens, c.finish_reason, c.draws) for c in done.completions]
+        for tag, done in finished.items()
+    }
+
+
+JOBS = [job(i, f"prompt {i} " + "x" * (i * 37 % 500), 1 + i % 4) for i in range(40)]
+
+
+def test_answers_do_not_depend_on_the_batch() -> None:
+    alone = {}
+    for one in JOBS:
+        events = Generator(FakeBackend(context=4096, sequences=8)).run(one.prompt, one.requests)
+        done = sorted((e for e in events if isinstance(e, Completion)), key=lambda c: c.sample)
+        alone[one.tag] = [(c.sample, c.text, c.tokens, c.finish_reason, c.draws) for c in done]
+    for parallel in (1, 3, 16):
+        assert said(run(backend(parallel), JOBS, parallel)) == alone
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_engines_that_cannot_trim_say_the_same(trims: bool) -> None:
+    jobs = [job(i, "the same beginning of forty characters or so " + str(i), 2) for i in range(9)]
+    assert said(run(backend(4, trims=trims), jobs, 4)) == said(run(backend(4), jobs, 4))
+
+
+def test_samples_share_the_reading_of_their_prompt() -> None:
+    engine, prompt = backend(4), "y" * 600
+    done = run(engine, [job(0, prompt, 8, 10)], 4)[0]
+    generated = sum(len(c.draws) for c in done.completions)
+    assert len(done.completions) == 8
+    assert engine.fed == 599 + generated  # the last token of the prompt is each sample's first step
+    assert done.forward_passes == math.ceil(599 / PROMPT_TOKENS_PER_STEP) + generated
+
+
+def test_a_common_beginning_is_read_once() -> None:
+    engine, few_shot = backend(4), "worked examples " * 30
+    jobs = [job(i, few_shot + f"question {i}") for i in range(20)]
+    done = run(engine, jobs, 4)
+    own = sum(len(j.prompt) - 1 - len(few_shot) for j in jobs)
+    generated = sum(len(c.draws) for d in done.values() for c in d.completions)
+    assert len(few_shot) + own + generated - 200 <= engine.fed <= len(few_shot) + own + generated
+    assert all(d.cached_tokens >= len(few_shot) for d in done.values())
+
+
+def test_a_beginning_found_late_is_taken_from_who_has_it() -> None:
+    """One place: the second prompt arrives when the first is done; the third finds the root."""
+    engine, shared = backend(1), "s" * 300
+    done = run(engine, [job(i, shared + str(i)) for i in range(5)], 1)
+    assert [done[i].cached_tokens for i in range(5)] == [0, 300, 300, 300, 300]
+    generated = sum(len(c.draws) for d in done.values() for c in d.completions)
+    assert engine.fed == 2 * 300 + generated
+
+
+def test_a_free_place_is_filled_in_the_next_step() -> None:
+    scheduler = Scheduler[int](backend(4), 4)
+    jobs = [job(i, f"{i}", 1, most) for i, most in enumerate([3, 50, 50, 50, 50])]
+    finished = [f.job.tag for f in scheduler.run(source(jobs))]
+    assert finished[0] == 0
+    longest = max(len(c.draws) for f in run(backend(4), jobs, 4).values() for c in f.completions)
+    assert scheduler.counters.steps <= 3 + longest + 1
+
+
+def test_jobs_may_follow_from_others() -> None:
+    waiting = deque([job(0, "first")])
+    finished = []
+    for done in Scheduler[int](backend(2), 2).run(lambda: waiting.popleft() if waiting else None):
+        finished.append(done.job.tag)
+        if done.job.tag < 5:
+            waiting.append(job(done.job.tag + 1, done.completions[0].text + "more"))
+    assert finished == list(range(6))
+
+
+def test_what_cannot_be_done_fails_alone() -> None:
+    jobs = [job(0, "fine"), job(1, "x" * 300), job(2, ""), job(3, "fine too")]
+    done = run(backend(2, context=256), jobs, 2)
+    assert isinstance(done[1].error, ContextFullError)
+    assert "300 tokens" in str(done[1].error)
+    assert isinstance(done[2].error, UsageError)
+    assert done[0].error is done[3].error is None
+    assert done[0].completions
+    assert done[3].completions
+
+
+def test_a_row_that_is_no_distribution_fails_alone() -> None:
+    def script(tokens: Sequence[int]) -> np.ndarray:
+        row = hashed(tokens)
+        row[END] = -50
+        if bytes(t for t in tokens if t < END).startswith(b"bad") and len(tokens) > 6:
+            row[7] = math.nan
+        return row
+
+    done = run(backend(3, script), [job(0, "good"), job(1, "bad", 2), job(2, "good")], 3)
+    assert isinstance(done[1].error, LogitsError)
+    assert not done[1].completions
+    assert done[0].error is done[2].error is None
+
+
+def test_the_context_ends_an_answer() -> None:
+    def script(tokens: Sequence[int]) -> np.ndarray:
+        row = np.zeros(END + 1, dtype=np.float32)
+        row[97] = 50
+        return row
+
+    done = run(backend(2, script, context=64), [job(0, "x" * 60, 1, 100), job(1, "x", 1, 10)], 2)
+    assert done[0].completions[0].finish_reason == "context"
+    assert len(done[0].completions[0].tokens) == 5  # 60 to 64 held, and the one that needs no room
+    assert done[1].completions[0].finish_reason == "length"
+
+
+def test_stopping_leaves_nothing_behind() -> None:
+    engine, steps = backend(4), 0
+
+    def cancelled() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps > 20
+
+    with pytest.raises(CancelledError):
+        list(Scheduler[int](engine, 4).run(source(JOBS), cancelled))
+    assert engine.open() == 0
+
+
+def test_jobs_are_taken_as_they_are_needed() -> None:
+    taken = 0
+
+    def endless() -> Job[int]:
+        nonlocal taken
+        taken += 1
+        return job(taken, f"prompt {taken}")
+
+    running = Scheduler[int](backend(4), 4).run(endless)
+    for _ in range(50):
+        next(running)
+    assert taken <= 50 + 4
+    running.close()
+
+
+def test_too_many_places_for_the_backend() -> None:
+    with pytest.raises(UsageError, match="sequences"):
+        Scheduler[int](backend(4), 5)
