@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from emlocal import console
 from emlocal.backends.base import Backend
 from emlocal.files import atomic_writer
 from emlocal.generation import Completion, Timings
+from emlocal.generation.entropy import summarize
 from emlocal.sampling import Draw
 
 _ENOUGH_TO_TIME = 16  # tokens
@@ -33,35 +33,6 @@ def legend() -> str:
     bounds = ["≤ 0.1", "≤ 0.5", "≤ 1", "≤ 2", "> 2 nats"]
     shown = (f"\x1b[38;5;{code}m{bound}\x1b[0m" for (_, code), bound in zip(_BANDS, bounds, strict=True))
     return "entropy before EM:  " + "  ".join(shown)
-
-
-@dataclass(frozen=True)
-class EntropySummary:
-    """What EM did to an answer, over its tokens."""
-
-    tokens: int
-    before: float
-    """Mean entropy before EM, nats."""
-    after: float
-    touched: float
-    """Share of tokens at which EM took a step."""
-    changed: float
-    """Share of tokens that the same draw would have made another token without EM."""
-    steps: float
-    """Mean EM steps a token."""
-
-
-def summarize(draws: Sequence[Draw]) -> EntropySummary:
-    """The summary of one or more answers' draws."""
-    n = max(1, len(draws))
-    return EntropySummary(
-        len(draws),
-        sum(d.entropy_before for d in draws) / n,
-        sum(d.entropy_after for d in draws) / n,
-        sum(d.steps > 0 for d in draws) / n,
-        sum(d.token != d.token_without_em for d in draws) / n,
-        sum(d.steps for d in draws) / n,
-    )
 
 
 def stats_line(
@@ -128,19 +99,12 @@ def as_json(
 
 
 def _answer_json(completion: Completion) -> dict[str, Any]:
-    entropy = summarize(completion.draws)
     return {
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "stop": completion.stop,
         "completion_tokens": len(completion.tokens),
-        "entropy": {
-            "mean_before": round(entropy.before, 6),
-            "mean_after": round(entropy.after, 6),
-            "touched": round(entropy.touched, 6),
-            "changed": round(entropy.changed, 6),
-            "mean_steps": round(entropy.steps, 6),
-        },
+        "entropy": summarize(completion.draws).as_json(),
     }
 
 

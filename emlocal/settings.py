@@ -123,6 +123,13 @@ class SamplingParams:
     """(token id, what to add to its logit); −inf bans the token."""
     em: EMStep | None = None
     temperature: float = setting(0.8, "--temp", 0, 100, "Sampling temperature, after EM (0 = greedy).")
+    dynatemp_range: float = setting(
+        0.0, "--dynatemp-range", 0, 100, "Temperature ± this, by the entropy of the row (0 = off)."
+    )
+    """llama.cpp's dynamic temperature: hotter where the model is unsure. A rival of EM, for comparison."""
+    dynatemp_exponent: float = setting(
+        1.0, "--dynatemp-exp", 0, 100, "Power of the entropy's share of its maximum in --dynatemp-range."
+    )
     top_k: int = setting(0, "--top-k", 0, 10**9, "Keep the k most probable tokens (0 = all).")
     top_p: float = setting(
         1.0, "--top-p", 0, 1, "Keep the most probable tokens that sum to this (1 = all).", low_is_open=True
@@ -144,6 +151,14 @@ class SamplingParams:
         """Whether the tokens seen so far matter."""
         off = (self.repeat_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
         return not off and self.repeat_last_n != 0
+
+    def temperature_at(self, entropy: float, vocabulary: int) -> float:
+        """The temperature of a row with this entropy (nats) over so many tokens."""
+        if self.dynatemp_range == 0 or vocabulary == 1:
+            return self.temperature
+        low = max(0.0, self.temperature - self.dynatemp_range)
+        share = min(1.0, entropy / math.log(vocabulary))
+        return float(low + (self.temperature + self.dynatemp_range - low) * share**self.dynatemp_exponent)
 
     def without_em(self) -> "SamplingParams":
         """The same with the EM step off: the other side of a comparison."""

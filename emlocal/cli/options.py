@@ -114,6 +114,8 @@ class SamplingOptions:
     """How tokens are chosen; see SamplingParams."""
 
     temperature: Annotated[float | None, _sampling("temperature")] = None
+    dynatemp_range: Annotated[float | None, _sampling("dynatemp_range")] = None
+    dynatemp_exponent: Annotated[float | None, _sampling("dynatemp_exponent")] = None
     top_k: Annotated[int | None, _sampling("top_k", "N")] = None
     top_p: Annotated[float | None, _sampling("top_p")] = None
     min_p: Annotated[float | None, _sampling("min_p")] = None

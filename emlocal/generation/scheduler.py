@@ -267,13 +267,13 @@ class Scheduler(Generic[Tag]):
         rows = [stream.sample.row(stream.sequence) for stream in self._streams]
         try:
             return list(self.backend.sample(rows))
-        except LogitsError:
+        except (LogitsError, UsageError):
             return [self._draw_one(row) for row in rows]
 
     def _draw_one(self, row: Row) -> Draw | EmlocalError:
         try:
             return self.backend.sample([row])[0]
-        except LogitsError as error:
+        except (LogitsError, UsageError) as error:  # the latter: a bias on a token that is not there
             return error
 
     def _is_over(self, stream: _Stream[Tag], draw: Draw | EmlocalError) -> bool:

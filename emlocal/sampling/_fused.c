@@ -30,7 +30,7 @@
 typedef struct {
     double threshold, learning_rate;
     int steps;
-    double temperature, top_p, min_p;
+    double temperature, dynatemp_range, dynatemp_exponent, top_p, min_p;
     Py_ssize_t top_k;
     double u;
 } Settings;
@@ -126,8 +126,8 @@ static PyObject *draw(PyObject *module, PyObject *args)
     Py_buffer logits, scratch;
     Settings set;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*w*diddnddd", &logits, &scratch, &set.threshold, &set.steps,
-                          &set.learning_rate, &set.temperature, &set.top_k, &set.top_p, &set.min_p, &set.u))
+    if (!PyArg_ParseTuple(args, "y*w*diddddnddd", &logits, &scratch, &set.threshold, &set.steps,
+                          &set.learning_rate, &set.temperature, &set.dynatemp_range, &set.dynatemp_exponent, &set.top_k, &set.top_p, &set.min_p, &set.u))
         return NULL;
     Row row = {.row = logits.buf, .V = logits.len / (Py_ssize_t)sizeof(float)};
     Drawn drawn;

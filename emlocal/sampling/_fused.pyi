@@ -7,6 +7,8 @@ def draw(
     steps: int,
     learning_rate: float,
     temperature: float,
+    dynatemp_range: float,
+    dynatemp_exponent: float,
     top_k: int,
     top_p: float,
     min_p: float,

@@ -42,6 +42,7 @@ typedef uint64_t FOR_WIDTH(quads) __attribute__((vector_size(WIDTH)));
 #define block_sums FOR_WIDTH(block_sums)
 #define draw_whole FOR_WIDTH(draw_whole)
 #define kept_in FOR_WIDTH(kept_in)
+#define temperature_at FOR_WIDTH(temperature_at)
 #define choose FOR_WIDTH(choose)
 #define probability FOR_WIDTH(probability)
 #define sample FOR_WIDTH(sample)
@@ -416,6 +417,15 @@ INLINE int kept_in(const double *t, int32_t i, int32_t last, double min_p)
     return t[i] >= min_p && t[i] > 0 && (last < 0 || !before(t, last, i));
 }
 
+/* SamplingParams.temperature_at */
+static double temperature_at(const Settings *set, double entropy, Py_ssize_t V)
+{
+    if (set->dynatemp_range == 0 || V == 1)
+        return set->temperature;
+    double low = fmax(0.0, set->temperature - set->dynatemp_range), share = fmin(1.0, entropy / log((double)V));
+    return low + (set->temperature + set->dynatemp_range - low) * pow(share, set->dynatemp_exponent);
+}
+
 /* Temperature, top-k, top-p, min-p and the draw: a token id, or −1 where tokens of the tail matter. */
 static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Settings *set)
 {
@@ -428,9 +438,10 @@ static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Setti
             top = h[i];
             heaviest = (int32_t)i;
         }
-    if (set->temperature == 0)
+    double temperature = temperature_at(set, from->entropy, row->V);
+    if (temperature == 0)
         return own->id[heaviest];
-    double beta = 1 / fmax(set->temperature, COLDEST);
+    double beta = 1 / fmax(temperature, COLDEST);
     for (Py_ssize_t i = 0; i < n; i++)
         own->g[i] = (h[i] - top) * beta;
     pad(own->g, n);
@@ -539,7 +550,7 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
     int one_hot = row->n == 1 && row->tail_mass == 0;
     if (one_hot || set->steps == 0 || set->threshold > row->entropy + DOUBT)
         after = plain;
-    else if (!descend(row, own, set, &after) || (after.steps && set->temperature > HOTTEST))
+    else if (!descend(row, own, set, &after) || (after.steps && set->temperature + set->dynatemp_range > HOTTEST))
         return 0;
     if ((out->token = choose(row, own, &after, set)) < 0)
         return 0;
@@ -583,6 +594,7 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
 #undef block_sums
 #undef draw_whole
 #undef kept_in
+#undef temperature_at
 #undef choose
 #undef probability
 #undef sample

@@ -45,6 +45,15 @@ class Fused:
         if row.nbytes != self._row_bytes:  # not float32 [V]: let numpy say what is wrong
             return None
         drawn = _fused.draw(
-            row, self._scratch, *step, params.temperature, params.top_k, params.top_p, params.min_p, u
+            row,
+            self._scratch,
+            *step,
+            params.temperature,
+            params.dynatemp_range,
+            params.dynatemp_exponent,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            u,
         )
         return None if drawn is None else Draw._make(drawn)

@@ -5,7 +5,7 @@ What the sampler's fast path is tested against, and what it falls back to. Ties 
 
 import numpy as np
 
-from emlocal.em.entropy import Float64
+from emlocal.em.entropy import Float64, entropy
 from emlocal.settings import SamplingParams
 
 COLDEST = 1e-9
@@ -15,10 +15,11 @@ COLDEST = 1e-9
 def probabilities(logits: Float64, params: SamplingParams) -> Float64:
     """The distribution that a token is drawn from, [V], given the logits after EM, [V]."""
     p = np.zeros(len(logits))
-    if params.temperature == 0:
+    temperature = params.temperature_at(float(entropy(logits)), len(logits))
+    if temperature == 0:
         p[logits.argmax()] = 1.0
         return p
-    weights = np.exp((logits - logits.max()) / max(params.temperature, COLDEST))
+    weights = np.exp((logits - logits.max()) / max(temperature, COLDEST))
     order = np.argsort(-weights, kind="stable")
     if params.top_k:
         order = order[: params.top_k]

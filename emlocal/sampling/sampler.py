@@ -75,7 +75,7 @@ def _too_hot(params: SamplingParams) -> bool:
     """
     if not isinstance(params.em, EMInf):
         return False
-    return params.temperature > (1 if params.em.optimizer == "adam" else 2)
+    return params.temperature + params.dynatemp_range > (1 if params.em.optimizer == "adam" else 2)
 
 
 def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) -> Draw:
@@ -96,9 +96,10 @@ def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) 
 
 def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) -> int:
     """Temperature, top-k, top-p, min-p and the draw."""
-    if params.temperature == 0:
+    temperature = params.temperature_at(weights.entropy_after, len(split.row))
+    if temperature == 0:
         return int(split.index[weights.head.argmax()])
-    beta = 1 / max(params.temperature, COLDEST)
+    beta = 1 / max(temperature, COLDEST)
     top = float(weights.head.max())
     head = np.exp((weights.head - top) * beta)  # the most probable token has weight 1
     power = weights.tail_power * beta

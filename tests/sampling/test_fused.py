@@ -19,6 +19,7 @@ USUAL = [
         {"temperature": 1.0, "min_p": 0.0},
         {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
         {"temperature": 1.4, "top_p": 0.95, "min_p": 0.0},
+        {"temperature": 0.8, "dynatemp_range": 0.5, "dynatemp_exponent": 0.7},
     )
 ]
 
@@ -99,7 +100,7 @@ def test_masked_tokens_are_never_drawn() -> None:
 
 
 def test_arguments_that_cannot_be_meant_raise() -> None:
-    row, step, sampling = np.zeros(4, dtype=np.float32), (0.3, 10, 2.0), (1.0, 0, 1.0, 0.0, 0.5)
+    row, step, sampling = np.zeros(4, dtype=np.float32), (0.3, 10, 2.0), (1.0, 0.0, 1.0, 0, 1.0, 0.0, 0.5)
     with pytest.raises(ValueError, match="scratch buffer"):
         _fused.draw(row, bytearray(10), *step, *sampling)
     scratch = bytearray(_fused.scratch_bytes(4))

@@ -13,6 +13,8 @@ BAD = [
     ("frequency_penalty", (-101, 101), "--frequency-penalty", "between -100 and 100"),
     ("repeat_last_n", (-2, 1.5), "--repeat-last-n", "between -1 and"),
     ("temperature", (-0.1, 100.5), "--temp", "between 0 and 100"),
+    ("dynatemp_range", (-0.1, 101), "--dynatemp-range", "between 0 and 100"),
+    ("dynatemp_exponent", (-0.1, 101), "--dynatemp-exp", "between 0 and 100"),
     ("top_k", (-1, 2.5), "--top-k", "between 0 and"),
     ("top_p", (0, -0.5, 1.01), "--top-p", "more than 0 and at most 1"),
     ("min_p", (-0.1, 1.1), "--min-p", "between 0 and 1"),

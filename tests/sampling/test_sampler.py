@@ -63,6 +63,16 @@ class TestReference:
         assert self.after(top_k=2, top_p=0.57) == [0, 1, 0, 0]
         assert self.after(top_p=0.57)[3] > 0
 
+    def test_dynamic_temperature_is_that_of_the_entropy(self) -> None:
+        """H = 1.2799 of log 4 = 1.3863: a share of 0.9233 of the way from 0.5 to 1.5."""
+        params = SamplingParams(temperature=1.0, dynatemp_range=0.5, min_p=0.0)
+        T = params.temperature_at(1.279854, 4)
+        assert pytest.approx(0.5 + 0.92322, abs=1e-4) == T
+        np.testing.assert_allclose(
+            self.after(dynatemp_range=0.5), self.p ** (1 / T) / (self.p ** (1 / T)).sum(), rtol=1e-5
+        )
+        assert SamplingParams(temperature=0.5, dynatemp_range=0.7).temperature_at(0.0, 4) == 0
+
     def test_temperature_comes_before_truncation(self) -> None:
         """At T = 0.5 the weights are 16:9:4:1, and min-p 0.3 drops what it would have kept at T = 1."""
         np.testing.assert_allclose(self.after(temperature=0.5, min_p=0.3), [0, 16 / 25, 0, 9 / 25])
@@ -107,6 +117,8 @@ PARAMS = [
     SamplingParams(temperature=0.7, top_p=0.9, min_p=0.0),
     SamplingParams(temperature=1.3, top_p=0.999999, min_p=1e-4),
     SamplingParams(temperature=1.0, top_k=10**9, top_p=0.5, min_p=0.02),
+    SamplingParams(temperature=0.8, dynatemp_range=0.7, dynatemp_exponent=0.5, min_p=0.0),
+    SamplingParams(temperature=0.5, dynatemp_range=2.0, top_p=0.9, min_p=0.0),
 ]
 WAYS = ["16", "32", "64", "numpy"]
 """The compiled sampler with vector registers of 16, 32 and 64 bytes, and without it."""

@@ -1,0 +1,216 @@
+"""Lines of a batch's input: what is asked, under which name, with which settings of its own.
+
+Three forms are read, line by line: {"prompt": text}, {"messages": [...]}, and a line of OpenAI's batch files
+({"custom_id", "method", "url", "body"}). Settings of a line's own stand beside the prompt, or in the body.
+What is wrong with a line becomes a BadLine; the others go on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from emlocal.batch.overrides import known_name, meant
+from emlocal.errors import UsageError
+from emlocal.models.templates import Message
+
+MAX_LINE_BYTES = 64 << 20
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+_IGNORED_IN_BODY = frozenset({"model", "user", "metadata", "store", "service_tier"})
+_ONLY_FALSE_IN_BODY = frozenset({"stream", "logprobs", "echo"})
+_URLS = ("/v1/chat/completions", "/v1/completions")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line that can be worked on."""
+
+    line: int
+    """Its number, from 1."""
+    custom_id: str | None
+    messages: tuple[Message, ...] | None
+    """A conversation, or …"""
+    prompt: str | None
+    """… a text: a question, unless `raw`."""
+    raw: bool = False
+    """The prompt goes to the model as it is."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The line's other fields."""
+
+    def content(self) -> str:
+        """What identifies the line's content: its question and its own settings, not its other fields."""
+        return canonical(
+            [self.messages and [dict(m) for m in self.messages], self.prompt, dict(self.overrides)]
+        )
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot be worked on."""
+
+    line: int
+    custom_id: str | None
+    message: str
+    content: str
+    """What identifies it, when the run is resumed."""
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(*parts: str) -> str:
+    """32 hexadecimal digits that identify these texts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode("utf-8", "surrogatepass")
+        hashed.update(len(raw).to_bytes(8, "little") + raw)
+    return hashed.hexdigest()
+
+
+def read_lines(stream: BinaryIO) -> Iterator[Item | BadLine]:
+    """The lines of a JSONL stream; blank ones are passed over."""
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(MAX_LINE_BYTES)
+            said = f"the line has more than {MAX_LINE_BYTES:,} bytes"
+            yield BadLine(number, None, said, f"line {number}")
+        elif number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+            yield parse_line(number, raw[3:])
+        elif raw.strip():
+            yield parse_line(number, raw)
+
+
+def parse_line(number: int, raw: bytes) -> Item | BadLine:
+    """One line of JSON."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as why:
+        said = f"byte 0x{raw[why.start]:02x} at column {why.start + 1:,} is not UTF-8"
+        return BadLine(number, None, said, hashlib.blake2b(raw, digest_size=16).hexdigest())
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as why:
+        return BadLine(number, None, f"not JSON: {why.msg} at column {why.colno:,}", text)
+    except (RecursionError, ValueError) as why:
+        said = "nested too deeply" if isinstance(why, RecursionError) else str(why)
+        return BadLine(number, None, f"not JSON: {said}", text)
+    return parse_object(number, value)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_object(number: int, value: Any) -> Item | BadLine:
+    """One line's object, or a bare text, which is a prompt."""
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        return BadLine(number, None, f"{_kind(value)} where an object is expected", canonical(value))
+    given = value.get("custom_id")
+    custom_id = given if isinstance(given, str) and given else None
+    try:
+        if given is not None and custom_id is None:
+            raise UsageError(f"custom_id is {_shown(given)}; it must be a text, and not empty")
+        return _openai(number, value) if "body" in value else _own(number, value)
+    except UsageError as error:
+        said = error.message + (f" ({error.hint})" if error.hint else "")
+        return BadLine(number, custom_id, said, canonical(value))
+
+
+def _own(number: int, value: Mapping[str, Any]) -> Item:
+    overrides = {name: v for name, v in value.items() if known_name(name)}
+    extra: dict[str, Any] = {}
+    for name, v in value.items():
+        if name in overrides or name in ("prompt", "messages", "custom_id", "raw"):
+            continue
+        if meant(name):
+            raise UsageError(f"there is no parameter {_shown(name)}", f"did you mean {meant(name)}?")
+        extra[name] = v
+    raw = value.get("raw", False)
+    if not isinstance(raw, bool):
+        raise UsageError(f"raw is {_shown(raw)}; it must be true or false")
+    messages, prompt = _question(value)
+    return Item(number, value.get("custom_id"), messages, prompt, raw, overrides, extra)
+
+
+def _openai(number: int, value: Mapping[str, Any]) -> Item:
+    body, url = value["body"], value.get("url", _URLS[0])
+    if not isinstance(body, dict):
+        raise UsageError(f"body is {_kind(body)}; it must be an object")
+    if url not in _URLS or value.get("method", "POST") != "POST":
+        raise UsageError(f"only POST to {' or '.join(_URLS)} is answered, not {_shown(url)}")
+    overrides = {}
+    for name, v in body.items():
+        if name in ("messages", "prompt") or name in _IGNORED_IN_BODY or v is None:
+            continue
+        if name in _ONLY_FALSE_IN_BODY and v is False:
+            continue
+        if not known_name(name):
+            near = meant(name)
+            raise UsageError(
+                f"there is no parameter {_shown(name)} here", f"did you mean {near}?" if near else ""
+            )
+        overrides[name] = v
+    messages, prompt = _question(body)
+    extra = {k: v for k, v in value.items() if k not in ("custom_id", "method", "url", "body")}
+    return Item(number, value.get("custom_id"), messages, prompt, url == _URLS[1], overrides, extra)
+
+
+def _question(value: Mapping[str, Any]) -> tuple[tuple[Message, ...] | None, str | None]:
+    if ("prompt" in value) == ("messages" in value):
+        raise UsageError("a line needs a prompt, or messages" + (", not both" if "prompt" in value else ""))
+    if "prompt" in value:
+        prompt = value["prompt"]
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt is {_kind(prompt)}; it must be a text")
+        if not prompt.strip():
+            raise UsageError("the prompt is empty")
+        return None, _speakable(prompt)
+    messages = value["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f"messages is {_kind(messages)}; it must be a list with at least one message")
+    return tuple(_message(i, m) for i, m in enumerate(messages)), None
+
+
+def _message(index: int, value: Any) -> Message:
+    where = f"messages[{index}]"
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is {_kind(value)}; it must be an object with role and content")
+    role, content = value.get("role"), value.get("content")
+    if role not in _ROLES:
+        raise UsageError(f"{where}.role is {_shown(role)}; it must be one of {', '.join(_ROLES)}")
+    if isinstance(content, list):  # OpenAI's parts
+        parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
+        content = "".join(p for p in parts if isinstance(p, str))
+        if not all(isinstance(p, str) for p in parts):
+            raise UsageError(f"{where}.content has parts that are not text, and the model reads only text")
+    if not isinstance(content, str):
+        raise UsageError(f"{where}.content is {_kind(content)}; it must be a text")
+    return {"role": "system" if role == "developer" else role, "content": _speakable(content)}
+
+
+def _speakable(text: str) -> str:
+    """Raises UsageError for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as why:
+        raise UsageError(f"the text has half a character (\\u{ord(text[why.start]):x})") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
