@@ -45,16 +45,15 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
 def sync_folder(folder: Path) -> None:
     """Make durable which files the folder has: a new name can be lost in a power failure until then."""
-    if sys.platform == "win32":
-        return  # it cannot open folders, and its file system journals names by itself
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as why:
-        if why.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
-            raise
-    finally:
-        os.close(descriptor)
+    if sys.platform != "win32":  # which opens no folders, and whose file system journals names by itself
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as why:
+            if why.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _usual_mode() -> int:
