@@ -1,6 +1,8 @@
 """Files that are whole or not there."""
 
+import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +35,25 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
             os.fsync(file.fileno())
         temporary.chmod(_usual_mode())
         temporary.replace(target)
+        sync_folder(target.parent)
     except OSError as why:
         raise EmlocalError(f"cannot write {path}: {why.strerror or why}") from why
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make durable which files the folder has: a new name can be lost in a power failure until then."""
+    if sys.platform != "win32":  # which opens no folders, and whose file system journals names by itself
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as why:
+            if why.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _usual_mode() -> int:

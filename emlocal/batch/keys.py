@@ -1,0 +1,80 @@
+"""A set of strings on disk: a million keys cost no more memory than ten."""
+
+import sqlite3
+from types import TracebackType
+from typing import Self
+
+from emlocal.errors import EmlocalError
+
+_CACHE_KIB = 4096
+
+
+class Keys:
+    """A set of strings, and how often each was added, in a temporary file that goes away by itself.
+
+    The file is nameless: not even kill -9 leaves it behind. For one thread, as sqlite's connections are.
+    """
+
+    def __init__(self) -> None:
+        # The empty name is sqlite's temporary database, on disk as soon as it outgrows the cache. Nothing in
+        # it is worth saving, so there is no journal and one transaction that never ends.
+        self._database = sqlite3.connect("", isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            f"PRAGMA cache_size = -{_CACHE_KIB}",
+            "CREATE TABLE keys (key BLOB PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID",
+            "BEGIN",
+        ):
+            self._database.execute(statement)
+        self._count = 0
+
+    def add(self, key: str) -> int:
+        """Add it; how often it has been added now (1 the first time)."""
+        stored = _stored(key)
+        try:
+            if self._database.execute("INSERT OR IGNORE INTO keys VALUES (?, 1)", (stored,)).rowcount == 1:
+                self._count += 1
+                return 1
+            # No RETURNING: Red Hat 9 has sqlite 3.34.
+            self._database.execute("UPDATE keys SET times = times + 1 WHERE key = ?", (stored,))
+            found = self._database.execute("SELECT times FROM keys WHERE key = ?", (stored,))
+            times: int = found.fetchone()[0]
+        except sqlite3.OperationalError as why:
+            raise _failure(why) from why
+        return times
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        try:
+            found = self._database.execute("SELECT 1 FROM keys WHERE key = ?", (_stored(key),)).fetchone()
+        except sqlite3.OperationalError as why:
+            raise _failure(why) from why
+        return found is not None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _stored(key: str) -> bytes:
+    """Bytes, because sqlite's text takes no lone surrogates and stops at NUL in places."""
+    return key.encode("utf-8", "surrogatepass")
+
+
+def _failure(why: sqlite3.OperationalError) -> EmlocalError:
+    return EmlocalError(
+        f"cannot keep the keys of the rows in a temporary file: {why}",
+        "free some space in the folder for temporary files, or set SQLITE_TMPDIR to a folder with more",
+    )
