@@ -63,6 +63,11 @@ def meant(name: str) -> str | None:
     return near[0] if near else None
 
 
+def fields_of(values: Mapping[str, Any]) -> frozenset[str]:
+    """The fields that a line's own values set."""
+    return frozenset(_canonical(name) for name, value in values.items() if value is not None)
+
+
 def _canonical(name: str) -> str:
     name = name.replace("-", "_")
     return _ALIASES.get(name, name)
@@ -125,7 +130,8 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     """{"token id": bias}, as OpenAI has it."""
-    pairs = value.items() if isinstance(value, dict) else [("", None)]
-    if all(token.isdecimal() and isinstance(bias, int | float) for token, bias in pairs):
-        return tuple((int(token), float(bias)) for token, bias in pairs)
+    if isinstance(value, dict) and all(
+        t.isdecimal() and isinstance(b, int | float) for t, b in value.items()
+    ):
+        return tuple((int(token), float(bias)) for token, bias in value.items())
     raise UsageError(f"logit_bias is {value!r}; it must be an object of token ids and numbers")

@@ -3,6 +3,7 @@
 from emlocal import answers, console
 from emlocal.backends.base import Backend
 from emlocal.generation import Completion
+from emlocal.generation.entropy import summarize
 
 
 def parting(off: Completion, on: Completion) -> int | None:
@@ -18,7 +19,7 @@ def parting(off: Completion, on: Completion) -> int | None:
 def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
     """Both answers on stdout, each under a heading; where they part on stderr."""
     for title, answer in (("EM off", off), ("EM on", on)):
-        entropy = answers.summarize(answer.draws)
+        entropy = summarize(answer.draws)
         console.heading(
             f"{title}: {entropy.tokens} tokens, entropy {entropy.before:.2f} → {entropy.after:.2f} nats"
         )

@@ -13,6 +13,7 @@ Nothing is evaluated, and no integer longer than `LONGEST_NUMERAL` digits is bui
 answer longer than `LONGEST_ANSWER`, are compared as texts.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -49,7 +50,8 @@ def check_pattern(how: Extraction, pattern: str | None) -> None:
     if how != "regex":
         if pattern is not None:
             raise UsageError(
-                f"--extract-pattern has no use with --extract {how}", "say --extract regex, or leave the pattern out"
+                f"--extract-pattern has no use with --extract {how}",
+                "say --extract regex, or leave the pattern out",
             )
         return
     if pattern is None:
@@ -63,9 +65,9 @@ def check_pattern(how: Extraction, pattern: str | None) -> None:
 def extract(text: str, how: Extraction, pattern: str | None = None) -> str | None:
     """The answer in a completion, stripped; None where there is none, or an empty one.
 
-    `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do not
-    stand in for it. `last-number`: the number of the last "#### 18", else the last number, with its $ or %.
-    `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
+    `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
+    not stand in for it. `last-number`: the number of the last "#### 18", else the last number, with its $ or
+    %. `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
     """
     if how == "boxed":
         found = _boxed(text)
@@ -136,7 +138,9 @@ def majority(answers: Sequence[str | None]) -> int | None:
             key = canonical(answer)
             first.setdefault(key, index)
             votes[key] += 1
-    return max(first.values(), key=lambda index: (votes[canonical(answers[index] or "")], -index), default=None)
+    return max(
+        first.values(), key=lambda index: (votes[canonical(answers[index] or "")], -index), default=None
+    )
 
 
 def canonical(answer: str) -> Hashable:
@@ -150,8 +154,28 @@ def canonical(answer: str) -> Hashable:
 # ------------------------------------------------------------------------------------- one notation for all
 
 _UNICODE = str.maketrans(
-    {"−": "-", "–": "-", "π": r"\pi ", "∞": r"\infty ", "×": "*", "·": "*", "±": r"\pm ", "∪": r"\cup ", "°": ""}
-    | {"∈": r"\in ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "²": "^2", "³": "^3", "€": "", "£": "", "⁄": "/"}
+    {
+        "−": "-",
+        "–": "-",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "×": "*",
+        "·": "*",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "°": "",
+    }
+    | {
+        "∈": r"\in ",
+        "≤": r"\leq ",
+        "≥": r"\geq ",
+        "≠": r"\neq ",
+        "²": "^2",
+        "³": "^3",
+        "€": "",
+        "£": "",
+        "⁄": "/",
+    }
 )
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -166,7 +190,10 @@ _REWRITES = [
         (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:mbox|textrm|textbf|textit|textnormal|mathrm|mathbf|mathit|operatorname)(?![A-Za-z])", r"\\text"),
+        (
+            r"\\(?:mbox|textrm|textbf|textit|textnormal|mathrm|mathbf|mathit|operatorname)(?![A-Za-z])",
+            r"\\text",
+        ),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", ""),
         (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
         (r"\\le(?![A-Za-z])|<=", r"\\leq "),
@@ -206,7 +233,22 @@ _LAST_WORDS = re.compile(
 )
 _NO_WORD = re.compile(r"^[A-Za-z] ?=|\\[A-Za-z]+")  # `x =` and LaTeX's commands
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_MEANT = {"am", "pm", "mod", "base", "choose", "plus", "minus", "times", "sqrt", "sin", "cos", "tan", "log", "exp"}
+_MEANT = {
+    "am",
+    "pm",
+    "mod",
+    "base",
+    "choose",
+    "plus",
+    "minus",
+    "times",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "log",
+    "exp",
+}
 
 
 def _without_text(text: str) -> str:
@@ -269,7 +311,7 @@ _GROUPS = [
     (re.compile(rf"\\frac ?({_ATOM}) ?({_ATOM})"), _fraction),
     (re.compile(r"(?<=[\^_])[{(] ?(-?[0-9]+|[A-Za-z]) ?[)}](?! ?[0-9])"), lambda m: m[1]),
     (re.compile(r"(?<=[\^_])\{([^{}]*)\}"), lambda m: f"({m[1].strip()})"),
-    (re.compile(rf"(?<!frac)(?<!frac )(?<!sqrt)(?<!sqrt )(?<!\}})(?<!\}} )\{{[^{{}}]*\}}"), _group),
+    (re.compile(r"(?<!frac)(?<!frac )(?<!sqrt)(?<!sqrt )(?<!\})(?<!\} )\{[^{}]*\}"), _group),
 ]
 
 # ---------------------------------------------------------------------------------------------------- keys
@@ -333,7 +375,7 @@ def _expression(text: str) -> Hashable:
     if _RELATION.search(text):
         return "text", text
     cuts = [0, *(sign.start() for sign in _outside(text, _SIGN)), len(text)]
-    terms = [text[a:b].removeprefix("+") for a, b in zip(cuts, cuts[1:], strict=False)]
+    terms = [text[a:b].removeprefix("+") for a, b in itertools.pairwise(cuts)]
     numbers = [_number(term) for term in terms]
     return "sum", _unordered(t if n is None else n for t, n in zip(terms, numbers, strict=True))
 
@@ -385,7 +427,9 @@ def _unnamed(parts: list[str]) -> list[str]:
 
 def _both_signs(parts: list[str]) -> list[str]:
     """`1 \\pm x` as `1 + x` and `1 - x`."""
-    signed = [[part.replace("\\pm", "+"), part.replace("\\pm", "-")] if "\\pm" in part else [part] for part in parts]
+    signed = [
+        [part.replace("\\pm", "+"), part.replace("\\pm", "-")] if "\\pm" in part else [part] for part in parts
+    ]
     return [part for both in signed for part in both]
 
 

@@ -1,0 +1,133 @@
+"""Output rows: emlocal's own, and lines of OpenAI's batch output."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emlocal.generation import Completion
+from emlocal.generation.entropy import summarize
+from emlocal.generation.scheduler import Finished
+from emlocal.methods.method import Vote
+
+Row = dict[str, Any]
+_ENDINGS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A line with its answer."""
+
+    key: str
+    custom_id: str
+    model: str
+    method: str
+    seed: int
+    rounds: Sequence[Finished[Any]]
+    """The answer, and each revision of it."""
+    vote: Vote | None
+    extra: Mapping[str, Any]
+    """Fields of the line that are carried through."""
+
+    @property
+    def completions(self) -> Sequence[Completion]:
+        """The samples of the last round."""
+        return self.rounds[-1].completions
+
+    @property
+    def chosen(self) -> Completion:
+        """The sample that is the answer."""
+        index = self.vote.index if self.vote and self.vote.index is not None else 0
+        return self.completions[index]
+
+
+def own_row(answered: Answered) -> Row:
+    """emlocal's row."""
+    chosen, rounds = answered.chosen, answered.rounds
+    every = [c for done in rounds for c in done.completions]
+    row: Row = {
+        "custom_id": answered.custom_id,
+        "text": chosen.text,
+        "finish_reason": chosen.finish_reason,
+        "prompt_tokens": sum(len(done.job.prompt) for done in rounds),
+        "cached_tokens": sum(done.cached_tokens for done in rounds),
+        "completion_tokens": sum(len(c.tokens) for c in every),
+        "forward_passes": sum(done.forward_passes for done in rounds),
+        "seconds": round(sum(done.seconds for done in rounds), 4),
+        "entropy": summarize(chosen.draws).as_json(),
+        "method": answered.method,
+        "model": answered.model,
+        "seed": answered.seed,
+    }
+    if answered.vote is not None:
+        row |= {"answer": answered.vote.answer, "votes": answered.vote.votes}
+    if len(answered.completions) > 1:
+        row["samples"] = [_sample(c) for c in answered.completions]
+    if len(rounds) > 1:
+        row["rounds"] = [done.completions[0].text for done in rounds]
+    if answered.extra:
+        row["kept"] = dict(answered.extra)
+    return row | {"key": answered.key}
+
+
+def _sample(completion: Completion) -> Row:
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "completion_tokens": len(completion.tokens),
+        "entropy": summarize(completion.draws).as_json(),
+    }
+
+
+def openai_row(answered: Answered) -> Row:
+    """A line as OpenAI's batch output has it; what it has no place for is under "emlocal"."""
+    own = own_row(answered)
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": c.text},
+            "finish_reason": _ENDINGS[c.finish_reason],
+            "logprobs": None,
+        }
+        for i, c in enumerate(answered.completions)
+    ]
+    body = {
+        "id": f"emlocal-{answered.key}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": answered.model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": own["prompt_tokens"],
+            "completion_tokens": own["completion_tokens"],
+            "total_tokens": own["prompt_tokens"] + own["completion_tokens"],
+        },
+        "emlocal": {
+            name: own[name]
+            for name in ("entropy", "method", "seed", "forward_passes", "seconds", "answer", "votes", "kept")
+            if name in own
+        },
+    }
+    response = {"status_code": 200, "request_id": f"emlocal-{answered.key}", "body": body}
+    return {"id": answered.key, "custom_id": answered.custom_id, "response": response, "error": None}
+
+
+def error_row(key: str, custom_id: str | None, line: int, message: str, *, openai: bool) -> Row:
+    """A line that could not be answered."""
+    if openai:
+        error = {"code": "invalid_request", "message": message, "line": line}
+        return {"id": key, "custom_id": custom_id, "response": None, "error": error}
+    return {"custom_id": custom_id, "error": message, "line": line, "key": key}
+
+
+def key_of(row: Mapping[str, object]) -> str:
+    """The key of a row of either form; raises KeyError where it has none."""
+    key = row["id"] if "response" in row else row["key"]
+    if not isinstance(key, str):
+        raise KeyError("key")
+    return key
+
+
+def is_error(row: Mapping[str, object]) -> bool:
+    """Whether a row of either form stands for a failure."""
+    return row.get("error") is not None
