@@ -1,8 +1,7 @@
 """`emlocal bench`: how fast a model runs here, and what EM costs on it."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 _SAMPLED_ROWS = 48
 _PROMPT_TOKENS = 256
-_PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
 
 
 @with_options
@@ -51,7 +49,11 @@ def bench(
     em = _with_em(em, config.em)
     precedence.sampling(SamplingOptions(), em, config, {})  # what contradicts itself fails before loading
     options = precedence.merged(engine, config.engine)
-    with _progress() as say:
+    with console.progress() as progress:
+
+        def say(text: str) -> None:
+            progress(text, 0, None)
+
         say("loading the model")
         started = time.perf_counter()
         with open_backend(options, sequences=2, quiet=as_json) as backend:
@@ -168,24 +170,6 @@ def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[st
     }
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A callback that says on stderr what is being measured."""
-    if console.err().is_terminal:
-        with console.err().status("") as status:
-            yield status.update
-        return
-    last = float("-inf")
-
-    def say(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PLAIN_SECONDS:
-            last = time.monotonic()
-            console.note(text)
-
-    yield say
-
-
 def _show(measured: dict[str, Any]) -> None:
     """The same for people."""
     from rich.table import Table
@@ -232,7 +216,7 @@ def _show(measured: dict[str, Any]) -> None:
     ]
     for name, text in rows:
         table.add_row(name, text)
-    console.out().print(table, width=None if console.out().is_terminal else 200)  # a pipe has no width
+    console.out().print(table)
 
 
 def _speed(tokens_per_second: float | None) -> str:
