@@ -14,7 +14,6 @@ from emlocal.generation import Completion, Generator, Request
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.templates import render
 from emlocal.sampling import SamplingParams, Uniforms
-from tests.conftest import SMOLLM2
 from tests.tiny_gguf import u32, write_tiny_gguf
 
 GREEDY = SamplingParams(temperature=0)
@@ -62,9 +61,9 @@ def complete(backend: LlamaCppBackend, prompt: list[int], n: int) -> Completion:
 
 
 @pytest.mark.real
-def test_greedy_is_llama_cpp_pythons_greedy(smollm: LlamaCppBackend) -> None:
+def test_greedy_is_llama_cpp_pythons_greedy(smollm: LlamaCppBackend, smollm2: LocalModel) -> None:
     theirs = llama_cpp.Llama(
-        str(SMOLLM2), n_ctx=512, n_threads=1, verbose=False, flash_attn=True, logits_all=False
+        str(smollm2.path), n_ctx=512, n_threads=1, verbose=False, flash_attn=True, logits_all=False
     )
     for prompt in PROMPTS:
         ids = smollm.encode(prompt, add_special=True, parse_special=True)
