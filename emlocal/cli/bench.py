@@ -42,6 +42,7 @@ def bench(
     """
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
+    from emlocal.generation import interruptible
 
     if tokens < 1 or rounds < 1:
         raise UsageError("--tokens and --rounds must be at least 1")
@@ -49,9 +50,12 @@ def bench(
     em = _with_em(em, config.em)
     precedence.sampling(SamplingOptions(), em, config, {})  # what contradicts itself fails before loading
     options = precedence.merged(engine, config.engine)
-    with console.progress() as progress:
+    # An exception in the callback of a prefill would be lost; the flag is seen between two measurements.
+    with interruptible() as cancelled, console.progress() as progress:
 
         def say(text: str) -> None:
+            if cancelled():
+                raise KeyboardInterrupt
             progress(text, 0, None)
 
         say("loading the model")
