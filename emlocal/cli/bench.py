@@ -37,8 +37,9 @@ def bench(
 
     Decoding runs in rounds. In each, a bare llama.cpp loop (llama_decode and argmax), emlocal with EM off and
     emlocal with EM on decode as many tokens at the same positions after the same prompt, with the same draws,
-    end tokens ignored. A ratio is the median over the rounds, with its 95 % interval. A token's time includes
-    the forward pass, the sampler, and the assembly of text; not the prompt, and not the terminal.
+    end tokens ignored. A ratio is the median over the rounds, with its 95 % interval, or with the range of
+    the rounds if they are fewer than six. A token's time includes the forward pass, the sampler, and the
+    assembly of text; not the prompt, and not the terminal.
     """
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
@@ -228,6 +229,6 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:
-    if ratio is None:
-        return "not measured"
-    return f"{ratio['median']:.3f}  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['n']} rounds)"
+    from emlocal.benchmark.statistics import Ratio
+
+    return "not measured" if ratio is None else str(Ratio(**ratio))
