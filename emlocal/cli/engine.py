@@ -6,16 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from emlocal import console
-from emlocal.backends.base import DEFAULT_CONTEXT, Backend, LoadOptions
+from emlocal.backends.base import Backend, LoadOptions
+from emlocal.backends.context import context_length
 from emlocal.backends.select import load_backend, select_backend
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.generation import interruptible
 from emlocal.models.gguf import read_adapter_header
-from emlocal.models.memory import check_memory
+from emlocal.models.memory import KV_TYPE_BYTES, check_memory
 from emlocal.models.resolve import LocalModel, resolve
-
-_KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 
 @contextmanager
@@ -31,9 +30,9 @@ def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iter
     with console.progress(quiet) as progress:
         model = resolve(options.model, offline=bool(options.offline), progress=progress)
     adapters = tuple(_adapter(text, model) for text in options.adapter or [])
-    context = options.context or min(model.header.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    context = context_length(options.context, model.header.context_length)
     kv_type = str(options.kv_type or "f16")
-    check_memory(model.header, context, kv_type_bytes=_KV_BYTES[kv_type])
+    check_memory(model.header, context, kv_type_bytes=KV_TYPE_BYTES[kv_type])
     load = LoadOptions(
         context=context,
         sequences=sequences,

@@ -266,7 +266,7 @@ def size_of(folder: Path) -> int:
 
 def model() -> Finding:
     """The model that is used when none is named."""
-    from emlocal.backends.base import DEFAULT_CONTEXT
+    from emlocal.backends.context import context_length
     from emlocal.models import resolve, starter
     from emlocal.models.memory import check_memory
 
@@ -274,8 +274,7 @@ def model() -> Finding:
     facts: dict[str, Any] = {"name": name, "reason": why, "on_disk": starter.is_present()}
     if starter.is_present():
         local = resolve.resolve(name, offline=True)
-        context = min(local.header.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        needs = check_memory(local.header, context)
+        needs = check_memory(local.header, context_length(None, local.header.context_length))
         facts |= {"path": str(local.path), "needs_bytes": needs}
         text = f"{name}: {why}; {local.path}, about {human_size(needs)} in memory"
         return Finding("model", "ok", text, facts=facts)

@@ -235,6 +235,20 @@ def test_kv_types(smollm2: LocalModel, kv_type) -> None:
     backend.close()
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_memory_counts_the_whole_kv_cache(smollm2: LocalModel, kv_type) -> None:
+    """llama.cpp tells the size of a saved state, which holds the cells in use: here all of them."""
+    backend = LlamaCppBackend(smollm2, LoadOptions(context=256, sequences=1, threads=1, kv_type=kv_type))
+    empty = backend.memory_bytes()
+    backend.forward([Feed(backend.open(), [5] * 256)])
+    assert backend.memory_bytes() == empty
+    state = backend._lib.llama_state_get_size(backend._context)
+    cache = empty - backend._lib.llama_model_size(backend._model)
+    assert cache == pytest.approx(state, rel=0.01)
+    backend.close()
+
+
 def test_a_missing_model_is_one_line(tmp_path) -> None:
     with pytest.raises((ModelError, UsageError)) as caught:
         LlamaCppBackend(resolve(str(tmp_path / "none.gguf")))
