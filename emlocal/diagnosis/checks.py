@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import emlocal
 from emlocal.diagnosis import install, machine
-from emlocal.models.storage import human_size
+from emlocal.models.storage import human_size, nearest
 
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60
@@ -233,11 +233,6 @@ def hub_cache() -> Finding:
     return place(
         "hub cache", Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE", "models of the hub cannot be fetched"
     )
-
-
-def nearest(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def unwritable(path: Path) -> str | None:
