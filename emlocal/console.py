@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
 from emlocal.models.storage import Progress, human_size, silent
+from emlocal.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +105,7 @@ def working(label: str) -> Iterator[Callable[[], None]]:
         def tick() -> None:
             nonlocal count
             count += 1
-            status.update(f"{label}: {count} tokens")
+            status.update(f"{label}: {counted(count, 'token')}")
 
         yield tick
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from emlocal.words import counted
+
 CONFIDENCE = 0.95
 _FEWEST_PAIRS = 6  # of five, even the least and the largest enclose the median with 93.75 % only
 
@@ -26,7 +28,7 @@ class Ratio:
     def __str__(self) -> str:
         ends = f"{self.low:.3f} to {self.high:.3f}"
         if self.bounds == "range":
-            return f"{self.median:.3f}  ({self.n} round{'s' * (self.n > 1)}: {ends})"
+            return f"{self.median:.3f}  ({counted(self.n, 'round')}: {ends})"
         return f"{self.median:.3f}  (95 %: {ends}, {self.n} rounds)"
 
 

@@ -180,6 +180,7 @@ def _show(measured: dict[str, Any]) -> None:
     from rich.table import Table
 
     from emlocal.models.storage import human_size
+    from emlocal.words import counted
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
     first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]
@@ -201,7 +202,10 @@ def _show(measured: dict[str, Any]) -> None:
         ("", ""),
         ("sampler, EM off", f"{sampler['off_microseconds']:.0f} µs a row of {measured['vocabulary']:,}"),
         ("sampler, EM on", f"{sampler['on_microseconds']:.0f} µs"),
-        *((f"  {p['name']}", f"{p['microseconds']:.0f} µs ({p['rows']} rows)") for p in sampler["paths"]),
+        *(
+            (f"  {p['name']}", f"{p['microseconds']:.0f} µs ({counted(p['rows'], 'row')})")
+            for p in sampler["paths"]
+        ),
         ("plain numpy", f"{sampler['numpy_microseconds']:.0f} µs (softmax, cumulative sum, search)"),
         ("", ""),
         (

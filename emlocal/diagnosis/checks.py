@@ -23,6 +23,7 @@ from typing import Any, Literal
 import emlocal
 from emlocal.diagnosis import install, machine
 from emlocal.models.storage import human_size, nearest
+from emlocal.words import counted
 
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60
@@ -72,7 +73,7 @@ def system() -> Finding:
 def processor() -> Finding:
     """The processor and the cores that may be used."""
     cpu = machine.cpu()
-    cores = f"{cpu.logical} logical cores, {cpu.physical} threads for emlocal"
+    cores = f"{counted(cpu.logical, 'logical core')}, {counted(cpu.physical, 'thread')} for emlocal"
     text = f"{cpu.model}, {cores}; {' '.join(cpu.features) or 'features unknown'}"
     x86 = cpu.architecture.lower() in ("x86_64", "amd64")
     slow = x86 and bool(cpu.features) and "AVX2" not in cpu.features

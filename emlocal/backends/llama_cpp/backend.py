@@ -23,6 +23,7 @@ from emlocal.errors import BackendError, CancelledError, ContextFullError, Model
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import LocalModel
 from emlocal.sampling import Draw, Sampler
+from emlocal.words import counted
 
 BATCH = 512  # tokens per llama_decode
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
@@ -161,8 +162,8 @@ class LlamaCppBackend(Backend):
             held = self._lengths[feed.sequence]
             if held + len(feed.tokens) > self.context:  # llama.cpp rounds its own length up
                 raise ContextFullError(
-                    f"{len(feed.tokens):,} more tokens do not fit: the sequence holds {held:,} of"
-                    f" {self.context:,}",
+                    f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
+                    f" holds {held:,} of {self.context:,}",
                     "give a larger --context",
                 )
         try:
@@ -198,7 +199,8 @@ class LlamaCppBackend(Backend):
         if answer == _NO_SLOT:
             held = sum(self._lengths.values())
             raise ContextFullError(
-                f"{self._batch.size} more tokens do not fit: the context holds {held:,} of {self.context:,}",
+                f"{counted(self._batch.size, 'more token')} cannot be added: the context"
+                f" holds {held:,} of {self.context:,}",
                 "give a larger --context",
             )
         if answer != 0:
@@ -225,8 +227,8 @@ class LlamaCppBackend(Backend):
         return self._rows[sequence].copy()
 
     def describe(self) -> str:
-        adapters = f", {len(self._adapters)} adapters" if self._adapters else ""
-        return f"context {self.context:,} tokens, {self.threads} threads{adapters}"
+        adapters = f", {counted(len(self._adapters), 'adapter')}" if self._adapters else ""
+        return f"context {counted(self.context, 'token')}, {counted(self.threads, 'thread')}{adapters}"
 
     def memory_bytes(self) -> int:
         # the compute buffers it does not tell
