@@ -16,6 +16,7 @@ from emlocal.files import atomic_writer
 from emlocal.generation import Completion, Timings
 from emlocal.generation.entropy import summarize
 from emlocal.sampling import Draw
+from emlocal.words import change, counted
 
 _ENOUGH_TO_TIME = 16  # tokens
 # Upper bounds in nats and 256-colour codes: from sure to guessing.
@@ -45,18 +46,13 @@ def stats_line(
     # a handful of tokens says nothing of the speed
     speed = f", {rate(read, timings.prompt_seconds)} tok/s" if read >= _ENOUGH_TO_TIME else ""
     parts = [
-        f"prompt {timings.prompt_tokens} tokens{cached}{speed}",
-        f"answer {sum(len(c.tokens) for c in completions)} tokens,"
+        f"prompt {counted(timings.prompt_tokens, 'token')}{cached}{speed}",
+        f"answer {counted(sum(len(c.tokens) for c in completions), 'token')},"
         f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
-        f"entropy {entropy.before:.2f}",
+        f"entropy {change(entropy.before, entropy.after, em)} nats",
     ]
     if em:
-        parts[-1] += (
-            f" → {entropy.after:.2f} nats (EM touched {entropy.touched:.0%} of tokens,"
-            f" changed {entropy.changed:.0%})"
-        )
-    else:
-        parts[-1] += " nats"
+        parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
     endings = Counter(_ending(c, context) for c in completions)
     parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
     parts.append(f"seed {seed}")

@@ -10,11 +10,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
+from emlocal.models.storage import Progress, human_size, silent
+from emlocal.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
+_NO_WIDTH = 1000  # a pipe has no columns; no table of ours is wider
 
 
 @cache
@@ -30,7 +33,8 @@ def out() -> "Console":
     """The console of stdout, for tables; an answer's text is written with `write`."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
 
 
 def note(text: str) -> None:
@@ -101,49 +105,59 @@ def working(label: str) -> Iterator[Callable[[], None]]:
         def tick() -> None:
             nonlocal count
             count += 1
-            status.update(f"{label}: {count} tokens")
+            status.update(f"{label}: {counted(count, 'token')}")
 
         yield tick
 
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A callback (label, bytes done, bytes in all or None) that draws a bar, or prints lines."""
+def progress(quiet: bool = False) -> Iterator[Progress]:
+    """A Progress on stderr: a bar (a spinner where nothing is counted) on a terminal, lines elsewhere."""
     if quiet:
-        yield lambda label, done, total: None
+        yield silent
     elif err().is_terminal:
         yield from _bar()
     else:
-        yield _plain_progress()
+        yield _plain_lines()
 
 
-def _bar() -> Iterator[Callable[[str, int, int | None], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+def _bar() -> Iterator[Progress]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err(), transient=True) as bar:
-        tasks: dict[str, Any] = {}
+    label_column = TextColumn("{task.description}", markup=False)
+    uncounted = (SpinnerColumn(), label_column)
+    counted = (label_column, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars(*uncounted, console=err(), transient=True) as bars:
+        task = bars.add_task("", total=None)
 
-        def update(label: str, done: int, total: int | None) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done, total=total)
+        def report(label: str, done: int, total: int | None) -> None:
+            bars.columns = counted if done or total else uncounted
+            bars.update(task, description=label, completed=done, total=total)
 
-        yield update
+        yield report
 
 
-def _plain_progress() -> Callable[[str, int, int | None], None]:
-    last = 0.0
+def _plain_lines() -> Progress:
+    """A line every few seconds for each thing that is counted, and for all that is not counted together."""
+    last: dict[str, float] = {}
 
-    def update(label: str, done: int, total: int | None) -> None:
-        nonlocal last
+    def report(label: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if now - last >= _PLAIN_SECONDS or done == total:
-            last = now
-            of = f" of {total / 1e6:.0f}" if total else ""
-            err().print(f"{label}: {done / 1e6:.0f}{of} MB", markup=False)
+        key = label if done or total else ""
+        if now - last.get(key, -_PLAIN_SECONDS) >= _PLAIN_SECONDS:
+            last[key] = now
+            of = f" of {human_size(total)}" if total else ""
+            err().print(f"{label} {human_size(done)}{of}" if key else label, markup=False)
 
-    return update
+    return report
 
 
 def colours_allowed(stream: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What tests of several rooms share: recorded logits, the tiny model, and the two real ones where present."""
+"""What tests of several rooms share: recorded logits, the tiny model, and a real one."""
 
 from pathlib import Path
 
@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from emlocal.models import starter
 from emlocal.models.resolve import LocalModel, resolve
 from tests.tiny_gguf import write_tiny_gguf
 
 DATA = Path(__file__).parent / "data"
-BENCH = Path.home() / ".cache" / "emlocal-bench"
-SMOLLM2 = BENCH / "smollm2-135m-instruct-q4_1.gguf"
-QWEN = BENCH / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+SMOLLM2 = Path.home() / ".cache" / "emlocal-bench" / "smollm2-135m-instruct-q4_1.gguf"
 RECORDED = ("smollm2", "qwen2.5-coder")
 
 
@@ -34,22 +33,10 @@ def smollm2_rows() -> NDArray[np.float32]:
     return _recorded("smollm2")
 
 
-def _bench_model(path: Path) -> LocalModel:
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return resolve(str(path))
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> LocalModel:
-    """SmolLM2-135M-Instruct, a real model; skips where it is missing."""
-    return _bench_model(SMOLLM2)
-
-
-@pytest.fixture(scope="session")
-def qwen() -> LocalModel:
-    """Qwen2.5-Coder-0.5B-Instruct, a real model; skips where it is missing."""
-    return _bench_model(QWEN)
+    """SmolLM2-135M-Instruct, a real model: the bench models' copy, else the starter model (the same file)."""
+    return resolve(str(SMOLLM2 if SMOLLM2.exists() else starter.fetch()))
 
 
 @pytest.fixture(scope="session")

@@ -29,13 +29,40 @@ def _linux_cores() -> int:
     return min(len(siblings), _cgroup_quota() or len(siblings))
 
 
-def _cgroup_quota() -> int | None:
-    """Whole CPUs that cgroup v2 grants (a container's --cpus), or None."""
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if not limit.exists():
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Whole CPUs that the control groups of this process grant (a container's --cpus), or None for all.
+
+    Version 1 mounts controllers in folders of their own, version 2 all in one; both may be there.
+    """
+    quotas = []
+    for line in own.read_text("ascii").splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for top in {root / controllers, root / "cpu"} if controllers else (root,):
+            group = top / path.lstrip("/")
+            # Inside a container the path may be the host's; then the quota is at the top.
+            for folder in (group, *(p for p in group.parents if p.is_relative_to(top))):
+                quotas.append(_version_1(folder) if controllers else _version_2(folder))
+    granted = [quota for quota in quotas if quota is not None]
+    return max(1, int(min(granted))) if granted else None
+
+
+def _version_1(folder: Path) -> float | None:
+    """CPUs that one group of cgroup v1 grants."""
+    quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
+    if not quota.is_file() or not period.is_file() or int(quota.read_text("ascii")) < 0:
         return None
-    quota, period = limit.read_text().split()
-    return None if quota == "max" else max(1, int(quota) // int(period))
+    return int(quota.read_text("ascii")) / int(period.read_text("ascii"))
+
+
+def _version_2(folder: Path) -> float | None:
+    """CPUs that one group of cgroup v2 grants."""
+    limit = folder / "cpu.max"
+    if not limit.is_file():
+        return None
+    quota, period = limit.read_text("ascii").split()
+    return None if quota == "max" else int(quota) / int(period)
 
 
 def _sysctl(name: str) -> int:

@@ -59,7 +59,7 @@ class Tally:
 
 
 @dataclass
-class _Task:
+class Task:
     """A line on its way."""
 
     key: str
@@ -71,7 +71,7 @@ class _Task:
     messages: Sequence[Message] | None = None
     prompt: str = ""
     extra: dict[str, object] = field(default_factory=dict)
-    rounds: list[Finished["_Task"]] = field(default_factory=list)
+    rounds: list[Finished["Task"]] = field(default_factory=list)
 
 
 class Batch:
@@ -87,14 +87,14 @@ class Batch:
         done: Keys | None = None,
     ) -> None:
         """`done`: keys of rows that exist; their lines are passed over."""
-        self.scheduler: Scheduler[_Task] = Scheduler(backend, parallel)
+        self.scheduler: Scheduler[Task] = Scheduler(backend, parallel)
         self.tally = Tally()
         self._backend = backend
         self._settings = settings
         self._lines = iter(lines)
         self._done = done
         self._seen = Keys()
-        self._follow_ups: deque[Job[_Task]] = deque()
+        self._follow_ups: deque[Job[Task]] = deque()
         self._taken = self._given = 0
         self._held: dict[int, Row] = {}  # with `ordered`: rows that wait for earlier ones
 
@@ -113,7 +113,14 @@ class Batch:
                     self._given += 1
                     yield self._held.pop(self._given - 1)
 
-    def _next_job(self) -> Job[_Task] | None:
+    def questions(self) -> Iterator[tuple["Task", Sequence[int]]]:
+        """Each line as it would be asked, with its prompt's tokens; nothing is run."""
+        with self._seen:
+            for line in self._lines:
+                task = self._task(line)
+                yield task, self._job(task, line).prompt
+
+    def _next_job(self) -> Job[Task] | None:
         if self._follow_ups:
             return self._follow_ups.popleft()
         if self._settings.ordered and self._taken - self._given > AHEAD:
@@ -127,7 +134,7 @@ class Batch:
             return self._job(task, line)
         return None
 
-    def _task(self, line: Item | BadLine) -> _Task:
+    def _task(self, line: Item | BadLine) -> Task:
         """The line under its name; a name given twice makes it an error."""
         bad = isinstance(line, BadLine)
         content = line.content if isinstance(line, BadLine) else line.content()
@@ -136,14 +143,14 @@ class Batch:
         times = self._seen.add(f"id {named}" if named is not None else f"content {own}")
         custom_id = named if named is not None else own if times == 1 else f"{own}-{times}"
         key = digest(custom_id, content, str(times), self._settings.fingerprint)
-        task = _Task(key, line.custom_id if bad else custom_id, line.line, self._taken)
+        task = Task(key, line.custom_id if bad else custom_id, line.line, self._taken)
         if isinstance(line, BadLine):
             task.error = line.message
         elif named is not None and times > 1:
             task.error = f"the custom_id {named!r} is that of an earlier line"
         return task
 
-    def _job(self, task: _Task, line: Item | BadLine) -> Job[_Task]:
+    def _job(self, task: Task, line: Item | BadLine) -> Job[Task]:
         """The line's first job; one that the scheduler refuses where there is an error."""
         if task.error or isinstance(line, BadLine):
             return Job(task, (), ())
@@ -173,7 +180,7 @@ class Batch:
             return messages
         return [{"role": "system", "content": self._settings.system}, *messages]
 
-    def _ask(self, task: _Task) -> Job[_Task]:
+    def _ask(self, task: Task) -> Job[Task]:
         """A job for the task's question as it stands. Raises UsageError, ModelError of the template."""
         plan = task.plan
         assert plan is not None
@@ -192,7 +199,7 @@ class Batch:
             ],
         )
 
-    def _row(self, finished: Finished[_Task]) -> Row | None:
+    def _row(self, finished: Finished[Task]) -> Row | None:
         """The row of a finished job; None where the line goes on."""
         task, settings = finished.job.tag, self._settings
         error = finished.error
@@ -221,7 +228,7 @@ class Batch:
         self.tally.votes_lost += answered.vote is not None and answered.vote.index is None
         return openai_row(answered) if settings.openai else own_row(answered)
 
-    def _revise(self, task: _Task) -> bool:
+    def _revise(self, task: Task) -> bool:
         """Ask for a better answer; False where the template does not take the longer conversation."""
         answer = task.rounds[-1].completions[0].text
         if task.messages is not None:

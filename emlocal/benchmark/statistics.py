@@ -4,8 +4,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from emlocal.words import counted
 
 CONFIDENCE = 0.95
+_FEWEST_PAIRS = 6  # of five, even the least and the largest enclose the median with 93.75 % only
 
 
 @dataclass(frozen=True)
@@ -14,13 +18,18 @@ class Ratio:
 
     median: float
     low: float
-    """Ends of the 95 % interval of the median; for fewer than six pairs the least and the largest ratio."""
     high: float
     n: int
     """Pairs."""
+    bounds: Literal["95% interval", "range"]
+    """What `low` and `high` are: the ends of the median's interval, or, where the pairs are too few for
+    one, the least and the largest ratio."""
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        ends = f"{self.low:.3f} to {self.high:.3f}"
+        if self.bounds == "range":
+            return f"{self.median:.3f}  ({counted(self.n, 'round')}: {ends})"
+        return f"{self.median:.3f}  (95 %: {ends}, {self.n} rounds)"
 
 
 def speed_ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
@@ -29,11 +38,12 @@ def speed_ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
 
 
 def ratio(pairs: Sequence[float]) -> Ratio:
-    """The median of ratios, with its interval."""
+    """The median of ratios, with its interval; with their range where they are too few for one."""
     ordered = sorted(pairs)
     n = len(ordered)
     skip = _ranks_outside(n)
-    return Ratio(statistics.median(ordered), ordered[skip], ordered[n - 1 - skip], n)
+    bounds: Literal["95% interval", "range"] = "range" if n < _FEWEST_PAIRS else "95% interval"
+    return Ratio(statistics.median(ordered), ordered[skip], ordered[n - 1 - skip], n, bounds)
 
 
 def _ranks_outside(n: int) -> int:

@@ -4,6 +4,7 @@ from emlocal import answers, console
 from emlocal.backends.base import Backend
 from emlocal.generation import Completion
 from emlocal.generation.entropy import summarize
+from emlocal.words import change, counted
 
 
 def parting(off: Completion, on: Completion) -> int | None:
@@ -20,9 +21,8 @@ def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
     """Both answers on stdout, each under a heading; where they part on stderr."""
     for title, answer in (("EM off", off), ("EM on", on)):
         entropy = summarize(answer.draws)
-        console.heading(
-            f"{title}: {entropy.tokens} tokens, entropy {entropy.before:.2f} → {entropy.after:.2f} nats"
-        )
+        nats = change(entropy.before, entropy.after, answer is on)
+        console.heading(f"{title}: {counted(entropy.tokens, 'token')}, entropy {nats} nats")
         writer = answers.AnswerWriter(show_entropy=False)
         writer.piece(answer.text.strip("\n"), 0.0)
         writer.end()
@@ -39,7 +39,8 @@ def _where(off: Completion, on: Completion, backend: Backend) -> str:
             return "is cut off"
         draw = answer.draws[at]
         piece = backend.token_bytes(draw.token).decode(errors="replace")
-        return f"goes on {piece!r} (p {draw.p_before:.2f} → {draw.p_after:.2f})" if piece else "ends"
+        p = change(draw.p_before, draw.p_after, draw.steps > 0)
+        return f"goes on {piece!r} (p {p})" if piece else "ends"
 
-    before = "at the first token" if at == 0 else f"after {at} tokens"
+    before = "at the first token" if at == 0 else f"after {counted(at, 'token')}"
     return f"they part {before}: EM off {says(off)}, EM on {says(on)}"

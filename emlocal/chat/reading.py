@@ -36,11 +36,18 @@ class PipeReader:
         raise UsageError(f"the text that began with {FENCE} never ended")
 
     def _decoded(self) -> Iterator[str]:
+        before = 0
         for number, raw in enumerate(sys.stdin.buffer, 1):
             try:
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as why:
-                raise UsageError(f"line {number} of stdin is not UTF-8 text: {why.reason}") from why
+                offset = before + len(raw) - len(why.object) + why.start  # `object` lacks the BOM
+                raise UsageError(
+                    f"line {number} of stdin is not UTF-8 text: byte 0x{why.object[why.start]:02x}"
+                    f" at offset {offset:,}",
+                    "convert it first, with iconv -f LATIN1 -t UTF-8 for example",
+                ) from why
+            before += len(raw)
 
 
 class TerminalReader:

@@ -12,6 +12,7 @@ from emlocal.errors import EmlocalError, UsageError
 from emlocal.generation import CancelledError, Completion, interruptible
 from emlocal.generation.decode import Event
 from emlocal.sampling import Draw
+from emlocal.words import change, counted
 
 HELP = """\
 /help              this list
@@ -140,10 +141,12 @@ class Repl:
                 return
         self.writer.end()
         if not self.quiet:
-            self._stats_line(turn)
+            self._stats_line()
 
-    def _stats_line(self, turn: Turn) -> None:
+    def _stats_line(self) -> None:
+        turn = self.session.last_turn
         assert self.session.last is not None
+        assert turn is not None
         last, context = [self.session.last], self.session.backend.context
         em = turn.params.em is not None
         console.note(answers.stats_line(last, self.session.last_timings, turn.seed, context, em=em))
@@ -189,13 +192,14 @@ class Repl:
     def _stats(self, _: str) -> None:
         if self.session.last is None:
             raise UsageError("nothing has been answered yet")
-        self._stats_line(self.settings.turn())
+        self._stats_line()
         totals = self.session.totals
         speed = answers.rate(totals.generated_tokens, totals.generation_seconds)
         console.note(
-            f"chat: {totals.answers} answers, {totals.generated_tokens:,} tokens at {speed} tok/s; prompts"
-            f" {totals.prompt_tokens:,} tokens, {totals.cached_tokens:,} of them cached; context"
-            f" {self.session.context_used():,} of {self.session.backend.context:,}"
+            f"chat: {counted(totals.answers, 'answer')}, {counted(totals.generated_tokens, 'token')}"
+            f" at {speed} tok/s; prompts {counted(totals.prompt_tokens, 'token')},"
+            f" {totals.cached_tokens:,} of them cached;"
+            f" context {self.session.context_used():,} of {self.session.backend.context:,}"
         )
 
     def _entropy(self, argument: str) -> None:
@@ -222,12 +226,13 @@ class Repl:
             return repr(piece(token).decode(errors="replace")) if piece(token) else "(end)"
 
         def line(draw: Draw) -> str:
+            em = draw.steps > 0
             instead = (
                 "" if draw.token == draw.token_without_em else f", without EM {text(draw.token_without_em)}"
             )
             return (
-                f"  {text(draw.token):<16} entropy {draw.entropy_before:.2f} → {draw.entropy_after:.2f},"
-                f" p {draw.p_before:.2f} → {draw.p_after:.2f}{instead}"
+                f"  {text(draw.token):<16} entropy {change(draw.entropy_before, draw.entropy_after, em)},"
+                f" p {change(draw.p_before, draw.p_after, em)}{instead}"
             )
 
         for draw in sorted(answer.draws, key=lambda d: -d.entropy_before)[:5]:
@@ -279,13 +284,13 @@ class Repl:
     def _save(self, name: str) -> None:
         path = chat_file(name or "last")
         self.session.conversation.save(path, self.session.backend.info.name)
-        console.note(f"saved {len(self.session.conversation.exchanges)} exchanges to {path}")
+        console.note(f"saved {counted(len(self.session.conversation.exchanges), 'exchange')} to {path}")
 
     def _load(self, name: str) -> None:
         path = chat_file(name or "last")
         self.session.conversation = Conversation.load(path)
         self.session.last = None
-        console.note(f"loaded {len(self.session.conversation.exchanges)} exchanges from {path}")
+        console.note(f"loaded {counted(len(self.session.conversation.exchanges), 'exchange')} from {path}")
 
 
 def _shortened(text: str) -> str:

@@ -56,7 +56,9 @@ class ChatSession:
         self.last: Completion | None = None
         """The last answer, with its draws …"""
         self.last_timings = Timings()
-        """… and what it took."""
+        """… what it took …"""
+        self.last_turn: Turn | None = None
+        """… and its settings, which may have changed since."""
         self.totals = Totals()
         self._generator = Generator(backend)
         self._attempt = 0
@@ -82,7 +84,7 @@ class ChatSession:
         request = self._request(turn)
         for event in self._generator.run(prompt, [request], cancelled):
             if isinstance(event, Completion):
-                self.last, self.last_timings = event, self.timings
+                self.last, self.last_timings, self.last_turn = event, self.timings, turn
                 self.conversation.exchanges.append((question, event.text))
                 self.totals.add(self.timings)
                 self._attempt = 0

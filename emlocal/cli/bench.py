@@ -1,8 +1,7 @@
 """`emlocal bench`: how fast a model runs here, and what EM costs on it."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 _SAMPLED_ROWS = 48
 _PROMPT_TOKENS = 256
-_PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
 
 
 @with_options
@@ -39,11 +37,13 @@ def bench(
 
     Decoding runs in rounds. In each, a bare llama.cpp loop (llama_decode and argmax), emlocal with EM off and
     emlocal with EM on decode as many tokens at the same positions after the same prompt, with the same draws,
-    end tokens ignored. A ratio is the median over the rounds, with its 95 % interval. A token's time includes
-    the forward pass, the sampler, and the assembly of text; not the prompt, and not the terminal.
+    end tokens ignored. A ratio is the median over the rounds, with its 95 % interval, or with the range of
+    the rounds if they are fewer than six. A token's time includes the forward pass, the sampler, and the
+    assembly of text; not the prompt, and not the terminal.
     """
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
+    from emlocal.generation import interruptible
 
     if tokens < 1 or rounds < 1:
         raise UsageError("--tokens and --rounds must be at least 1")
@@ -51,7 +51,14 @@ def bench(
     em = _with_em(em, config.em)
     precedence.sampling(SamplingOptions(), em, config, {})  # what contradicts itself fails before loading
     options = precedence.merged(engine, config.engine)
-    with _progress() as say:
+    # An exception in the callback of a prefill would be lost; the flag is seen between two measurements.
+    with interruptible() as cancelled, console.progress() as progress:
+
+        def say(text: str) -> None:
+            if cancelled():
+                raise KeyboardInterrupt
+            progress(text, 0, None)
+
         say("loading the model")
         started = time.perf_counter()
         with open_backend(options, sequences=2, quiet=as_json) as backend:
@@ -168,29 +175,12 @@ def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[st
     }
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A callback that says on stderr what is being measured."""
-    if console.err().is_terminal:
-        with console.err().status("") as status:
-            yield status.update
-        return
-    last = float("-inf")
-
-    def say(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PLAIN_SECONDS:
-            last = time.monotonic()
-            console.note(text)
-
-    yield say
-
-
 def _show(measured: dict[str, Any]) -> None:
     """The same for people."""
     from rich.table import Table
 
     from emlocal.models.storage import human_size
+    from emlocal.words import counted
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
     first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]
@@ -212,7 +202,10 @@ def _show(measured: dict[str, Any]) -> None:
         ("", ""),
         ("sampler, EM off", f"{sampler['off_microseconds']:.0f} µs a row of {measured['vocabulary']:,}"),
         ("sampler, EM on", f"{sampler['on_microseconds']:.0f} µs"),
-        *((f"  {p['name']}", f"{p['microseconds']:.0f} µs ({p['rows']} rows)") for p in sampler["paths"]),
+        *(
+            (f"  {p['name']}", f"{p['microseconds']:.0f} µs ({counted(p['rows'], 'row')})")
+            for p in sampler["paths"]
+        ),
         ("plain numpy", f"{sampler['numpy_microseconds']:.0f} µs (softmax, cumulative sum, search)"),
         ("", ""),
         (
@@ -232,7 +225,7 @@ def _show(measured: dict[str, Any]) -> None:
     ]
     for name, text in rows:
         table.add_row(name, text)
-    console.out().print(table, width=None if console.out().is_terminal else 200)  # a pipe has no width
+    console.out().print(table)
 
 
 def _speed(tokens_per_second: float | None) -> str:
@@ -240,6 +233,6 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:
-    if ratio is None:
-        return "not measured"
-    return f"{ratio['median']:.3f}  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['n']} rounds)"
+    from emlocal.benchmark.statistics import Ratio
+
+    return "not measured" if ratio is None else str(Ratio(**ratio))

@@ -1,5 +1,6 @@
 """`emlocal chat`: a conversation in a terminal or a pipe."""
 
+import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -96,16 +97,19 @@ class ChatSettings:
             names = [*precedence.flag_names(SamplingOptions), *precedence.flag_names(EMOptions)]
             raise precedence.unknown_setting(name, names)
         sampling, em = sampling or self._sampling, em or self._em
-        self._resolve(sampling, em)
-        precedence.limits(sampling, self._config.sampling)
-        precedence.seed(sampling, self._config.sampling)
+        try:
+            self._resolve(sampling, em)
+            precedence.limits(sampling, self._config.sampling)
+            precedence.seed(sampling, self._config.sampling)
+        except UsageError as error:
+            raise _in_words_of_set(error) from None
         self._sampling, self._em = sampling, em
 
     def em(self, choice: str) -> None:
         if choice == "off":
             self._em = EMOptions(em_inf=False)
-        elif choice == "on":
-            self._em = replace(self._em, em_inf=True, adaptive_temperature=None)
+        elif choice == "on":  # what belongs to adaptive temperature goes with it
+            self._em = replace(self._em, em_inf=True, adaptive_temperature=None, em_ratio=None)
         elif choice in list(Preset):
             self._em = EMOptions(em_preset=Preset(choice))
         else:
@@ -129,3 +133,12 @@ class ChatSettings:
         rows += [("max-tokens", str(turn.max_tokens), ""), ("seed", str(turn.seed), "")]
         rows += [("stop", repr(text), "") for text in turn.stop]
         return [*rows, ("em", self.em_text(), "")]
+
+
+def _in_words_of_set(error: UsageError) -> UsageError:
+    """An error that speaks of flags, as /set has it: names without dashes, and no --no-."""
+
+    def named(text: str) -> str:
+        return re.sub(r"--([a-z][a-z-]*)", r"\1", re.sub(r"--no-([a-z-]+)", r"\1 false", text))
+
+    return UsageError(named(error.message), named(re.sub(r"^add --([a-z-]+)$", r"/set \1 true", error.hint)))

@@ -3,27 +3,60 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal import console
-from emlocal.backends.base import DEFAULT_CONTEXT, Backend, LoadOptions
+from emlocal.backends.base import Backend, LoadOptions
+from emlocal.backends.context import context_length
 from emlocal.backends.select import load_backend, select_backend
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.generation import interruptible
+from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.gguf import read_adapter_header
-from emlocal.models.memory import check_memory
+from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.memory import KV_TYPE_BYTES, available, check_memory, estimate
 from emlocal.models.resolve import LocalModel, resolve
 
-_KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+BATCH_CONTEXT = 2048
+"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
+MOST_PARALLEL = 16
+"""Sequences in a batch, where nobody says: on CPUs more gain little (docs/performance.md)."""
+_LEFT_FREE = 0.9  # of the free memory, a batch takes no more than this without being asked
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded model, and the file that it came from."""
+
+    backend: Backend
+    model: LocalModel
+    adapters: tuple[tuple[Path, float], ...]
 
 
 @contextmanager
 def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iterator[Backend]:
-    """Resolve, check and load the model; free it at the end.
+    """Resolve, check and load the model, for one prompt at a time; free it at the end.
 
     Raises UsageError for settings out of range, ModelError for a model or adapter that cannot be used.
     """
+    with _opened(options, sequences, True, quiet) as opened:
+        yield opened.backend
+
+
+@contextmanager
+def open_for_batch(options: EngineOptions, parallel: int | None, *, quiet: bool) -> Iterator[Opened]:
+    """The same for many sequences, each with room of its own: `parallel`, or as memory allows."""
+    if parallel is not None and not 1 <= parallel <= 256:
+        raise UsageError(f"--parallel is {parallel}; it must be between 1 and 256")
+    with _opened(options, parallel, False, quiet) as opened:
+        yield opened
+
+
+@contextmanager
+def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: bool) -> Iterator[Opened]:
     _check(options)
     name, reason = select_backend(str(options.backend or "auto"))
     if options.offline:
@@ -31,12 +64,18 @@ def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iter
     with console.progress(quiet) as progress:
         model = resolve(options.model, offline=bool(options.offline), progress=progress)
     adapters = tuple(_adapter(text, model) for text in options.adapter or [])
-    context = options.context or min(model.header.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    trained = model.header.context_length
+    context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
     kv_type = str(options.kv_type or "f16")
-    check_memory(model.header, context, kv_type_bytes=_KV_BYTES[kv_type])
+    bytes_each = KV_TYPE_BYTES[kv_type]
+    if not shared:
+        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, bytes_each))
+    assert sequences is not None
+    check_memory(model.header, context, kv_type_bytes=bytes_each, n_seqs=1 if shared else sequences)
     load = LoadOptions(
         context=context,
         sequences=sequences,
+        shared=shared,
         threads=options.threads,
         kv_type=kv_type,  # type: ignore[arg-type]  # KVChoice has the same words
         adapters=adapters,
@@ -51,9 +90,18 @@ def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iter
             f"{backend.info.name} ({model.header.quantization}) on {name}, {reason}; {backend.describe()}"
         )
     try:
-        yield backend
+        yield Opened(backend, model, adapters)
     finally:
         backend.close()
+
+
+def _as_many_as_fit(header: GGUFHeader, context: int, bytes_each: float) -> int:
+    """Parallel sequences for which there is memory, at least 1."""
+    for n in range(MOST_PARALLEL, 1, -1):
+        needed = estimate(header, context, kv_type_bytes=bytes_each, n_seqs=n + SPARE_SEQUENCES)
+        if needed <= _LEFT_FREE * available():
+            return n
+    return 1
 
 
 def _check(options: EngineOptions) -> None:

@@ -1,22 +1,17 @@
 """`emlocal models`: what there is, fetching, looking at and removing models."""
 
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from emlocal import console
 from emlocal.errors import ModelError, UsageError
 from emlocal.models import catalog, hub, starter
 from emlocal.models.gguf_header import shown
 from emlocal.models.resolve import HubName, LocalModel, local_path, meaning, on_disk, resolve
-from emlocal.models.storage import Progress, human_size
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from emlocal.models.storage import human_size
 
 app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
 
@@ -51,7 +46,7 @@ def list_models(as_json: Json = False) -> None:
             "yes" if row["on_disk"] else "",
             row["license"],
         )
-    _stdout().print(table)
+    console.out().print(table)
 
 
 def _catalog_rows() -> Iterator[dict[str, Any]]:
@@ -82,9 +77,9 @@ def _cached_rows() -> Iterator[dict[str, Any]]:
 @app.command()
 def pull(name: Name) -> None:
     """Fetch a model, unless it is there already, and print where it is."""
-    with _progress() as progress:
+    with console.progress() as progress:
         model = resolve(name, progress=progress)
-    _stderr().print(_summary(model), highlight=False, markup=False)
+    console.err().print(_summary(model), markup=False)
     typer.echo(model.path)
 
 
@@ -112,9 +107,9 @@ def show(name: Name, as_json: Json = False) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), Text(_plain(key, value), overflow="fold"))
-    _stdout().print(table)
+    console.out().print(table)
     if not facts["on_disk"]:
-        _stderr().print(f"Not on this machine yet. Fetch it: emlocal models pull {name}", highlight=False)
+        console.err().print(f"Not on this machine yet. Fetch it: emlocal models pull {name}", markup=False)
 
 
 @app.command("rm")
@@ -140,7 +135,7 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do
         hub.remove(meant.repo)
     else:
         starter.remove()
-    _stderr().print(f"Removed {what}: {size} freed", highlight=False, markup=False)
+    console.err().print(f"Removed {what}: {size} freed", markup=False)
 
 
 @app.command("path")
@@ -206,54 +201,3 @@ def _summary(model: LocalModel) -> str:
         f"{model.name}: {header.architecture}, {header.parameters / 1e6:,.0f} million parameters, "
         f"{header.quantization}, {human_size(header.file_size)}"
     )
-
-
-def _stdout() -> "Console":
-    from rich.console import Console
-
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
-
-
-def _stderr() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A Progress on stderr: a bar on a terminal, else a line every few seconds."""
-    console = _stderr()
-    if not console.is_terminal:
-        yield _plain_lines(console)
-        return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    with Bars(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as bars:
-        task = bars.add_task("", total=None)
-
-        def report(label: str, done: int, total: int | None) -> None:
-            bars.update(task, description=label, completed=done, total=total)
-
-        yield report
-
-
-def _plain_lines(console: "Console") -> Progress:
-    last: dict[str, float] = {}
-
-    def report(label: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if now - last.get(label, -PLAIN_LINE_SECONDS) >= PLAIN_LINE_SECONDS:
-            last[label] = now
-            amount = (
-                f" {human_size(done)}" + (f" of {human_size(total)}" if total else "")
-                if done or total
-                else ""
-            )
-            console.print(f"{label}{amount}", highlight=False, markup=False)
-
-    return report

@@ -8,6 +8,7 @@ import secrets
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,6 +23,7 @@ from emlocal.settings import EM_PRESETS, settings_of
 Group = TypeVar("Group", EngineOptions, SamplingOptions, EMOptions)
 DEFAULT_MAX_TOKENS = 1024
 _EM_INF_ONLY = ("em_steps", "em_learning_rate", "em_optimizer", "em_kl_weight")
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _MODEL_NAMES = {"penalty_repeat": "repeat_penalty", "penalty_last_n": "repeat_last_n"}  # GGUF's → ours
 
 
@@ -89,7 +91,7 @@ def with_text(group: Group, name: str, text: str) -> Group | None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    return replace(group, **{field_name: _typed(type(group), field_name, value, f"--{name}")})
+    return replace(group, **{field_name: _typed(type(group), field_name, value, name)})
 
 
 def _typed(group: type, name: str, value: Any, where: str) -> Any:
@@ -103,12 +105,14 @@ def _typed(group: type, name: str, value: Any, where: str) -> Any:
     if isinstance(value, bool) == (kind is bool):
         if isinstance(value, kind):
             return value
-        if issubclass(kind, str) and isinstance(value, str):
-            try:
-                return kind(value)
-            except ValueError:
-                raise UsageError(f"{where} is {value!r}; it must be one of {', '.join(kind)}") from None
-    raise UsageError(f"{where} is {value!r}; it must be a {kind.__name__}")
+        if issubclass(kind, StrEnum) and value in list(kind):
+            return kind(value)
+    raise UsageError(f"{where} is {value!r}; it must be {_described(kind)}")
+
+
+def _described(kind: type) -> str:
+    """What a value of this type is, for people."""
+    return f"one of {', '.join(kind)}" if issubclass(kind, StrEnum) else _KINDS[kind]
 
 
 def merged(flags: Group, config: Group) -> Group:

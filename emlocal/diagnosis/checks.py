@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import emlocal
 from emlocal.diagnosis import install, machine
-from emlocal.models.storage import human_size
+from emlocal.models.storage import human_size, nearest
+from emlocal.words import counted
 
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60
@@ -72,7 +73,7 @@ def system() -> Finding:
 def processor() -> Finding:
     """The processor and the cores that may be used."""
     cpu = machine.cpu()
-    cores = f"{cpu.logical} logical cores, {cpu.physical} threads for emlocal"
+    cores = f"{counted(cpu.logical, 'logical core')}, {counted(cpu.physical, 'thread')} for emlocal"
     text = f"{cpu.model}, {cores}; {' '.join(cpu.features) or 'features unknown'}"
     x86 = cpu.architecture.lower() in ("x86_64", "amd64")
     slow = x86 and bool(cpu.features) and "AVX2" not in cpu.features
@@ -235,11 +236,6 @@ def hub_cache() -> Finding:
     )
 
 
-def nearest(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
 def unwritable(path: Path) -> str | None:
     """Why nothing can be written below `path` (which need not exist); None where it can."""
     there = nearest(path)
@@ -266,7 +262,7 @@ def size_of(folder: Path) -> int:
 
 def model() -> Finding:
     """The model that is used when none is named."""
-    from emlocal.backends.base import DEFAULT_CONTEXT
+    from emlocal.backends.context import context_length
     from emlocal.models import resolve, starter
     from emlocal.models.memory import check_memory
 
@@ -274,8 +270,7 @@ def model() -> Finding:
     facts: dict[str, Any] = {"name": name, "reason": why, "on_disk": starter.is_present()}
     if starter.is_present():
         local = resolve.resolve(name, offline=True)
-        context = min(local.header.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        needs = check_memory(local.header, context)
+        needs = check_memory(local.header, context_length(None, local.header.context_length))
         facts |= {"path": str(local.path), "needs_bytes": needs}
         text = f"{name}: {why}; {local.path}, about {human_size(needs)} in memory"
         return Finding("model", "ok", text, facts=facts)

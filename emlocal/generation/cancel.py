@@ -1,4 +1,4 @@
-"""Ctrl-C that stops an answer, not the program."""
+"""Ctrl-C that stops an answer, not the program; SIGTERM that waits until the answer has stopped."""
 
 import signal
 import threading
@@ -21,21 +21,52 @@ class Cancellation:
 def interruptible() -> Iterator[Cancellation]:
     """Within this block the first Ctrl-C sets the flag, and the second raises KeyboardInterrupt.
 
+    So does SIGTERM, which is handed on when the block has ended: to a block around it, or to what ends the
+    program. A second one is handed on at once.
+
     An exception out of a signal handler could tear llama.cpp's state apart midway; a flag cannot. Outside
     the main thread signals cannot be caught, and nothing is.
     """
     cancellation = Cancellation()
+    if threading.current_thread() is not threading.main_thread():
+        yield cancellation
+        return
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         if cancellation.requested:
             raise KeyboardInterrupt
         cancellation.requested = True
 
-    if threading.current_thread() is not threading.main_thread():
-        yield cancellation
-        return
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        yield cancellation
+        with _termination_waits(cancellation):
+            yield cancellation
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _termination_waits(cancellation: Cancellation) -> Iterator[None]:
+    """Within this block the first SIGTERM sets the flag and is raised again at the end."""
+    outer = signal.getsignal(signal.SIGTERM)
+    if outer is None or outer is signal.SIG_IGN:  # not ours to put back, or not wanted
+        yield
+        return
+    pending = False
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        if cancellation.requested:
+            pending = False
+            signal.signal(number, outer)
+            signal.raise_signal(number)
+        else:
+            cancellation.requested = pending = True
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, outer)
+        if pending:
+            signal.raise_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ class Speed(NamedTuple):
 
 
 def measure(backend: Backend, most: int, *, seconds: float = 4.0) -> list[Speed]:
-    """Decode a few tokens of 1, 2, 4, … up to `most` sequences; stops where more do not help, or time is up."""
+    """Decode a few tokens of 1, 2, 4, … `most` sequences; stops where more do not help, or time is up."""
     started, speeds = time.perf_counter(), list[Speed]()
     most = min(most, backend.max_sequences - SPARE_SEQUENCES)
     token = min(100, backend.info.vocabulary - 1)

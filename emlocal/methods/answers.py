@@ -67,7 +67,7 @@ def extract(text: str, how: Extraction, pattern: str | None = None) -> str | Non
 
     `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
     not stand in for it. `last-number`: the number of the last "#### 18", else the last number, with its $ or
-    %. `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
+    %. `regex`: the first group that took part in the pattern's last match, else that match. `none`: all.
     """
     if how == "boxed":
         found = _boxed(text)

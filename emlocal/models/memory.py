@@ -11,7 +11,8 @@ from emlocal.errors import ModelError
 from emlocal.models.gguf_header import GGUFHeader, shown
 from emlocal.models.storage import human_size
 
-F16_BYTES = 2.0  # of one number in the KV cache; q8_0 has 34/32, f32 4
+KV_TYPE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of one number in the KV cache
+F16_BYTES = KV_TYPE_BYTES["f16"]
 PROCESS_BYTES = 80_000_000  # Python, numpy and llama.cpp before any model: measured on Linux
 DEFAULT_BATCH = 512  # tokens llama.cpp computes at once (n_ubatch)
 _NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63 for "no limit"

@@ -26,10 +26,14 @@ def human_size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def nearest(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Raise ModelError if `folder` (which need not exist yet) has fewer than `needed` bytes free."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest(folder)).free
     if free < needed:
         raise ModelError(
             f"{what} needs {human_size(needed)} of disk, but {folder} has {human_size(free)} free",

@@ -1,6 +1,7 @@
 """The chat's commands, driven as a pipe drives them."""
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_answers_go_to_stdout_and_all_else_to_stderr(chat) -> None:  # type: ign
     done = chat("hi\n/stats\n/show\n/help\n", saying("Guten Tag"))
     assert done.out == "Guten Tag\n"
     assert "answer 9 tokens" in done.err
-    assert "chat: 1 answers" in done.err
+    assert "chat: 1 answer, " in done.err
     assert "seed 3" in done.err
     assert done.repl.failures == 0
 
@@ -112,6 +113,46 @@ def test_set_changes_what_follows(chat) -> None:  # type: ignore[no-untyped-def]
     assert (turn.params.temperature, turn.params.top_k, turn.stop) == (0, 5, ("xyz",))
 
 
+@pytest.mark.parametrize(
+    ("command", "says", "fix"),
+    [
+        ("temp -1", "error: temp is -1; it must be between 0 and 100\n", ""),
+        ("temp hot", "error: temp is 'hot'; it must be a number\n", ""),
+        ("top-k 1.5", "error: top-k is 1.5; it must be a whole number\n", ""),
+        ("em-inf 1", "error: em-inf is 1; it must be true or false\n", ""),
+        ("em-optimizer 3", "error: em-optimizer is 3; it must be one of sgd, adam\n", ""),
+        ("em-ratio 0.5", "error: em-ratio belongs to adaptive-temp\n", "fix: /set adaptive-temp true\n"),
+        ("adaptive-temp true", "error: em-inf and adaptive-temp contradict each other", ""),
+        ("max-tokens 0", "error: max-tokens is 0; it must be at least 1\n", ""),
+    ],
+)
+def test_what_set_says_can_be_typed_after_it(chat, command: str, says: str, fix: str) -> None:  # type: ignore[no-untyped-def]
+    done = chat(f"/set {command}\n")
+    assert says in done.err
+    assert fix in done.err
+    assert "--" not in done.err
+
+
+def test_no_em_inf_is_em_inf_false_to_set(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("/em off\n/set em-preset paper\n")
+    assert "error: em-inf false and em-preset contradict each other" in done.err
+
+
+def test_em_on_after_adaptive_temperature(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("/set em-inf false\n/set adaptive-temp true\n/set em-ratio 0.4\n/em on\n/em\n")
+    assert done.repl.failures == 0
+    assert "EM: δ 0.3" in done.err.splitlines()[-1]
+
+
+def test_figures_are_those_of_the_answer_and_single_without_em(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("/em off\nhi\n/em on\n/set seed 9\n/stats\n/entropy\n")
+    lines = [line for line in done.err.splitlines() if "entropy " in line and not line.startswith("EM:")]
+    assert len(lines) == 2 + 5
+    assert lines[0] == lines[1]  # the answer's own line, and /stats
+    assert "seed 3" in lines[1]
+    assert not any("→" in line for line in lines)
+
+
 def test_em_on_off_and_presets(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("/em\n/em off\n/em em-pt\n/em on\n/set em-steps 2\n/em\n")
     lines = [line for line in done.err.splitlines() if line.startswith("EM:")]
@@ -125,8 +166,8 @@ def test_em_on_off_and_presets(chat) -> None:  # type: ignore[no-untyped-def]
 def test_compare_shows_both_and_where_they_part(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("hi\n/compare\n")
     assert done.repl.failures == 0
-    assert "EM off: " in done.out
-    assert "EM on: " in done.out
+    assert re.search(r"^EM off: \d+ tokens, entropy \d\.\d\d nats$", done.out, re.M)
+    assert re.search(r"^EM on: \d+ tokens, entropy \d\.\d\d → \d\.\d\d nats$", done.out, re.M)
     assert "they part " in done.err or "the answers are the same" in done.err
 
 
@@ -164,7 +205,11 @@ def test_entropy_lists_the_least_certain_tokens(chat) -> None:  # type: ignore[n
 def test_stdin_that_is_not_utf8_ends_with_the_line_number(chat) -> None:  # type: ignore[no-untyped-def]
     from emlocal.errors import UsageError
 
-    with pytest.raises(UsageError, match="line 2 of stdin"):
-        chat(b"hi\n\xff\n", saying("ho"))
+    for bom in (b"", b"\xef\xbb\xbf"):
+        with pytest.raises(UsageError, match=rf"line 2 of stdin .* 0xff at offset {len(bom) + 4}$") as caught:
+            chat(bom + b"hi\na\xff\n", saying("ho"))
+        assert "iconv" in caught.value.hint
+    with pytest.raises(UsageError, match=r"line 1 of stdin .* 0xff at offset 5$"):
+        chat(b"\xef\xbb\xbfhi\xff\n", saying("ho"))
     with pytest.raises(UsageError, match="never ended"):
         chat('"""\nabc\n', saying("ho"))

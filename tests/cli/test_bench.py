@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def test_json_has_every_figure(model: str) -> None:
         assert decode[f"{side}_tokens_per_second"] > 0
     for ratio in ("on_over_off", "off_over_bare", "on_over_bare"):
         found = decode[ratio]
-        assert found["n"] == 2
+        assert (found["n"], found["bounds"]) == (2, "range")
         assert 0 < found["low"] <= found["median"] <= found["high"]
     assert 0 <= decode["touched"] <= 1
     assert said["sampler"]["rows"] == sum(path["rows"] for path in said["sampler"]["paths"])
@@ -86,6 +87,8 @@ def test_a_table_for_people(model: str) -> None:
     assert result.exit_code == 0
     for name in ("decode, EM off", "decode, EM on", "bare llama.cpp", "EM on / off", "plain numpy", "memory"):
         assert name in result.stdout
+    assert re.search(r"^EM on / off +\d\.\d{3}  \(2 rounds: \d\.\d{3} to \d\.\d{3}\)", result.stdout, re.M)
+    assert "95 %" not in result.stdout
     assert "loading the model" in result.stderr
     assert "\x1b" not in result.stdout
 
@@ -179,10 +182,18 @@ def test_plain_sampling_draws_from_the_softmax() -> None:
 
 
 def test_the_interval_of_a_median() -> None:
-    assert statistics.ratio([1.0, 2.0, 4.0]) == statistics.Ratio(2.0, 1.0, 4.0, 3)
+    assert statistics.ratio([1.0, 2.0, 4.0]) == statistics.Ratio(2.0, 1.0, 4.0, 3, "range")
     # n = 10: the 2nd and 9th values have coverage 97.9 %, the 3rd and 8th only 89.1 %
-    assert statistics.ratio([float(i) for i in range(1, 11)]) == statistics.Ratio(5.5, 2.0, 9.0, 10)
+    ten = statistics.ratio([float(i) for i in range(1, 11)])
+    assert ten == statistics.Ratio(5.5, 2.0, 9.0, 10, "95% interval")
     assert statistics.speed_ratio([1.0], [2.0]).median == 2.0
+
+
+def test_too_few_rounds_for_an_interval_show_their_range() -> None:
+    assert str(statistics.ratio([0.991, 0.971])) == "0.981  (2 rounds: 0.971 to 0.991)"
+    assert str(statistics.ratio([0.97])) == "0.970  (1 round: 0.970 to 0.970)"
+    six = statistics.ratio([0.97, 0.98, 0.98, 0.98, 0.98, 0.99])
+    assert str(six) == "0.980  (95 %: 0.970 to 0.990, 6 rounds)"
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 20, 101])
@@ -193,8 +204,9 @@ def test_the_interval_covers_what_it_says(n: int) -> None:
     def coverage(skip: int) -> float:
         return 1 - 2 * sum(math.comb(n, k) for k in range(skip)) / 2**n
 
-    if n < 6:
+    if found.bounds == "range":
         assert (found.low, found.high) == (0.0, float(n - 1))
+        assert coverage(1) < statistics.CONFIDENCE  # no interval could have covered enough
         return
     # P(the median lies outside) is P(at most skipped - 1 … values below it), on either side
     assert coverage(skipped + 1) >= statistics.CONFIDENCE

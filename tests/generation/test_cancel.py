@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import FrameType
 
 import pytest
 
@@ -78,3 +79,39 @@ print("alive")
         rest, _ = process.communicate(timeout=30)
     assert rest == "cancelled True\nalive\n"
     assert process.returncode == 0
+
+
+def test_termination_sets_the_flag_and_is_handed_on_at_the_end() -> None:
+    seen: list[str] = []
+
+    def outermost(number: int, frame: FrameType | None) -> None:
+        seen.append("outermost")
+
+    before = signal.signal(signal.SIGTERM, outermost)
+    try:
+        with interruptible() as outer:
+            with interruptible() as inner:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert inner()
+                assert not outer()
+            assert outer()
+            assert seen == []
+        assert seen == ["outermost"]
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == ["outermost"] * 2  # at once: somebody is in a hurry
+        assert seen == ["outermost"] * 2
+        assert signal.getsignal(signal.SIGTERM) is outermost
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_termination_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with interruptible() as cancelled:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not cancelled()
+    finally:
+        signal.signal(signal.SIGTERM, before)

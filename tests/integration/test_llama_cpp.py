@@ -14,7 +14,6 @@ from emlocal.generation import Completion, Generator, Request
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.templates import render
 from emlocal.sampling import SamplingParams, Uniforms
-from tests.conftest import SMOLLM2
 from tests.tiny_gguf import u32, write_tiny_gguf
 
 GREEDY = SamplingParams(temperature=0)
@@ -62,9 +61,9 @@ def complete(backend: LlamaCppBackend, prompt: list[int], n: int) -> Completion:
 
 
 @pytest.mark.real
-def test_greedy_is_llama_cpp_pythons_greedy(smollm: LlamaCppBackend) -> None:
+def test_greedy_is_llama_cpp_pythons_greedy(smollm: LlamaCppBackend, smollm2: LocalModel) -> None:
     theirs = llama_cpp.Llama(
-        str(SMOLLM2), n_ctx=512, n_threads=1, verbose=False, flash_attn=True, logits_all=False
+        str(smollm2.path), n_ctx=512, n_threads=1, verbose=False, flash_attn=True, logits_all=False
     )
     for prompt in PROMPTS:
         ids = smollm.encode(prompt, add_special=True, parse_special=True)
@@ -233,6 +232,20 @@ def test_kv_types(smollm2: LocalModel, kv_type) -> None:
     backend.forward([Feed(sequence, ids)])
     token = backend.sample([Row(sequence, GREEDY, 0)])[0].token
     assert backend.token_bytes(token) == b" Paris"
+    backend.close()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_memory_counts_the_whole_kv_cache(smollm2: LocalModel, kv_type) -> None:
+    """llama.cpp tells the size of a saved state, which holds the cells in use: here all of them."""
+    backend = LlamaCppBackend(smollm2, LoadOptions(context=256, sequences=1, threads=1, kv_type=kv_type))
+    empty = backend.memory_bytes()
+    backend.forward([Feed(backend.open(), [5] * 256)])
+    assert backend.memory_bytes() == empty
+    state = backend._lib.llama_state_get_size(backend._context)
+    cache = empty - backend._lib.llama_model_size(backend._model)
+    assert cache == pytest.approx(state, rel=0.01)
     backend.close()
 
 

@@ -14,20 +14,16 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import (
-    DEFAULT_CONTEXT,
-    Backend,
-    Feed,
-    KVType,
-    LoadOptions,
-    Row,
-)
+from emlocal.backends.base import Backend, Feed, KVType, LoadOptions, Row
+from emlocal.backends.context import context_length
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
 from emlocal.backends.llama_cpp.library import control_texts, last_error, load_library, load_model, model_info
-from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError, UsageError
+from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
+from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import LocalModel
 from emlocal.sampling import Draw, Sampler
+from emlocal.words import counted
 
 BATCH = 512  # tokens per llama_decode
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
@@ -45,11 +41,13 @@ class LlamaCppBackend(Backend):
         shown = model.path.name if model.source == "path" else model.name
         self.info = model_info(self._lib, self._model, shown, model.header)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.context = _context_length(options.context, self.info.trained_context)
+        self.context = context_length(options.context, self.info.trained_context)
         self.max_sequences = options.sequences
         self.threads = options.threads or physical_cores()
         self._context = self._new_context(options)
         self._memory = self._lib.llama_get_memory(self._context)
+        allocated = self._lib.llama_n_ctx(self._context)  # more than was asked for: a multiple of 256
+        self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[options.kv_type])
         self._adapters = [self._load_adapter(path, scale) for path, scale in options.adapters]
         self._apply_adapters()
         self._batch = Batch(self._lib, min(BATCH, self.context))
@@ -164,8 +162,8 @@ class LlamaCppBackend(Backend):
             held = self._lengths[feed.sequence]
             if held + len(feed.tokens) > self.context:  # llama.cpp rounds its own length up
                 raise ContextFullError(
-                    f"{len(feed.tokens):,} more tokens do not fit: the sequence holds {held:,} of"
-                    f" {self.context:,}",
+                    f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
+                    f" holds {held:,} of {self.context:,}",
                     "give a larger --context",
                 )
         try:
@@ -202,7 +200,8 @@ class LlamaCppBackend(Backend):
         if answer == _NO_SLOT:
             held = sum(self._lengths.values())
             raise ContextFullError(
-                f"{self._batch.size} more tokens do not fit: the context holds {held:,} of {self.context:,}",
+                f"{counted(self._batch.size, 'more token')} cannot be added: the context"
+                f" holds {held:,} of {self.context:,}",
                 "give a larger --context",
             )
         if answer != 0:
@@ -229,24 +228,14 @@ class LlamaCppBackend(Backend):
         return self._rows[sequence].copy()
 
     def describe(self) -> str:
-        adapters = f", {len(self._adapters)} adapters" if self._adapters else ""
-        return f"context {self.context:,} tokens, {self.threads} threads{adapters}"
+        adapters = f", {counted(len(self._adapters), 'adapter')}" if self._adapters else ""
+        return f"context {counted(self.context, 'token')}, {counted(self.threads, 'thread')}{adapters}"
 
     def memory_bytes(self) -> int:
-        return int(self._lib.llama_model_size(self._model) + self._lib.llama_state_get_size(self._context))
+        # the compute buffers it does not tell
+        return int(self._lib.llama_model_size(self._model)) + self._kv_bytes
 
     def close(self) -> None:
         self._rows, self._views = {}, {}
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
-
-
-def _context_length(asked: int | None, trained: int) -> int:
-    if asked is None:
-        return min(trained, DEFAULT_CONTEXT)
-    if asked > trained:
-        raise UsageError(
-            f"--context {asked:,} is longer than the {trained:,} tokens the model was trained for",
-            f"use at most --context {trained}",
-        )
-    return asked

@@ -1,0 +1,396 @@
+"""`emlocal batch`: a file of prompts in, a file of completions out."""
+
+import hashlib
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+from emlocal import console
+from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.errors import CancelledError, UsageError
+from emlocal.settings import SamplingParams, describe_em, settings_of
+from emlocal.words import counted
+
+if TYPE_CHECKING:
+    from emlocal.batch.run import Batch, BatchSettings
+    from emlocal.cli.engine import Opened
+    from emlocal.cli.precedence import Config
+    from emlocal.generation.parallel import Speed
+    from emlocal.methods.method import Method
+
+_END_BYTES = 1 << 20  # of a model file, from either end
+_PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
+
+MethodChoice = StrEnum(  # type: ignore[misc]  # methods.method.METHODS, which a test compares
+    "MethodChoice",
+    [
+        "sample",
+        "greedy",
+        "em-inf",
+        "adaptive-temperature",
+        "self-consistency",
+        "sequential-refinement",
+        "min-p",
+        "dynamic-temperature",
+    ],
+)
+
+
+class Format(StrEnum):
+    emlocal = "emlocal"
+    openai = "openai"
+
+
+class Extract(StrEnum):
+    boxed = "boxed"
+    last_number = "last-number"
+    regex = "regex"
+    none = "none"
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How each prompt is answered."""
+
+    method: Annotated[
+        MethodChoice | None,
+        typer.Option("--method", help="How to answer; without it, as the sampling and EM flags say."),
+    ] = None
+    samples: Annotated[
+        int | None,
+        typer.Option("-n", "--samples", help="Answers to each prompt. (default: 1; 8 to vote)", metavar="N"),
+    ] = None
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Revisions of sequential-refinement. (default: 2)")
+    ] = None
+    extract: Annotated[
+        Extract | None, typer.Option("--extract", help="What self-consistency votes on.")
+    ] = None
+    pattern: Annotated[
+        str | None,
+        typer.Option("--extract-pattern", help="For --extract regex; its first group.", metavar="REGEX"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What becomes of the rows."""
+
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with an output that exists, or empty it.")
+    ] = True
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Try lines again that are error rows in the output.")
+    ] = False
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first error row.")] = False
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Rows in the order of the lines, not as they are finished.")
+    ] = False
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Carry a line's other fields through, under 'kept'.")
+    ] = False
+    form: Annotated[
+        Format, typer.Option("--format", help="emlocal's rows, or OpenAI's batch output.")
+    ] = Format.emlocal
+    parallel: Annotated[
+        int | None,
+        typer.Option("--parallel", help="Sequences at once. (default: measured)", metavar="N"),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every line, count tokens, estimate time; run nothing.")
+    ] = False
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message of lines without one.", metavar="TEXT")
+    ] = None
+    raw: Annotated[bool, typer.Option("--raw", help="Send prompts as they are, without chat template.")] = (
+        False
+    )
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = False
+
+
+@with_options
+def batch(
+    input_: Annotated[str, typer.Argument(help="JSONL file, or - for stdin.", metavar="INPUT")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="JSONL file; stdout without it.", metavar="OUTPUT")
+    ] = "-",
+    run: RunOptions = RunOptions(),
+    how: MethodOptions = MethodOptions(),
+    em: EMOptions = EMOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    engine: EngineOptions = EngineOptions(),
+) -> None:
+    """Answer a file of prompts.
+
+    A line is {"prompt": …}, {"messages": […]} or a line of OpenAI's batch files, and may set any sampling or EM
+    value for itself. The run can be killed and started again: finished rows are neither lost nor repeated.
+    """
+    from emlocal.cli import precedence
+    from emlocal.cli.engine import open_for_batch
+
+    _check(input_, output, run)
+    config = precedence.read_config()
+    precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
+    method = _method(how)
+    with ExitStack() as opened:
+        source = opened.enter_context(_source(input_))
+        options = precedence.merged(engine, config.engine)
+        model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
+        settings = _settings(model, (sampling, em, config), method, run)
+        speed = _speed(model, run)
+        if run.dry_run:
+            code = _dry_run(model, source, settings, speed)
+        else:
+            code = _run(model, source, output, settings, speed, run)
+    if code:
+        raise typer.Exit(code)
+
+
+def _check(input_: str, output: str, run: RunOptions) -> None:
+    """Raise UsageError for what cannot be meant, before anything is loaded."""
+    if run.retry_errors and (output == "-" or not run.resume):
+        raise UsageError("--retry-errors needs an output to go on with (-o OUTPUT, without --restart)")
+    both = input_ != "-" and output != "-" and Path(output).exists() and Path(input_).exists()
+    if both and Path(input_).samefile(output):
+        raise UsageError(f"{output} is the input: the output would overwrite it", "give -o another file")
+    if input_ == "-" and sys.stdin.isatty():
+        raise UsageError("the input is the terminal", "give a JSONL file, or pipe one in")
+
+
+def _source(input_: str) -> BinaryIO:
+    if input_ == "-":
+        return sys.stdin.buffer
+    try:
+        return Path(input_).open("rb")
+    except OSError as why:
+        raise UsageError(f"cannot read {input_}: {why.strerror}") from why
+
+
+def _method(how: MethodOptions) -> "Method":
+    from emlocal.methods.method import Method
+
+    name = None if how.method is None else str(how.method)
+    extraction = None if how.extract is None else str(how.extract)
+    return Method(name, how.samples, how.rounds, extraction, how.pattern)  # type: ignore[arg-type]
+
+
+def _settings(
+    model: "Opened", flags: tuple[SamplingOptions, EMOptions, "Config"], method: "Method", run: RunOptions
+) -> "BatchSettings":
+    """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
+    from emlocal.batch.lines import canonical
+    from emlocal.batch.overrides import Plan
+    from emlocal.batch.run import BatchSettings
+    from emlocal.cli import precedence
+
+    sampling, em, config = flags
+    resolved = precedence.sampling(sampling, em, config, model.backend.info.sampling)
+    chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
+    seed = precedence.merged(sampling, config.sampling).seed
+    max_tokens, stop = precedence.limits(sampling, config.sampling)
+    params = method.params(resolved.params, chosen)
+    plan = Plan(params, max_tokens, stop, 0 if seed is None else precedence.seed(sampling, config.sampling),
+                method.samples_per_prompt)
+    settings = BatchSettings(plan, method, chosen, run.system, run.raw, run.keep,
+                             run.form is Format.openai, run.ordered)
+    return replace(settings, fingerprint=canonical(_identity(settings, model)))
+
+
+def _identity(settings: "BatchSettings", model: "Opened") -> dict[str, object]:
+    """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
+    plan = settings.plan
+    method = settings.method
+    return {
+        "model": _fingerprint(*model.model.files),
+        "adapters": [[_fingerprint(path), scale] for path, scale in model.adapters],
+        "method": method.name,
+        "rounds": method.revisions,
+        "extract": method.extraction,
+        "extract-pattern": method.pattern,
+        "system": settings.system,
+        "raw": settings.raw,
+        "keep": settings.keep,
+        "format": "openai" if settings.openai else "emlocal",
+        "context": model.backend.context,
+        "samples": plan.samples,
+        "seed": plan.seed,
+        "max-tokens": plan.max_tokens,
+        "stop": list(plan.stop),
+        "em": describe_em(plan.params.em),
+        "sampling": {name: vars(plan.params)[name] for name in settings_of(SamplingParams)},
+        "logit-bias": [list(pair) for pair in plan.params.logit_bias],
+    }
+
+
+def _fingerprint(*files: Path) -> str:
+    """A file's name, size, and a digest of its ends: enough to tell models apart, at once."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            hashed.update(file.read(_END_BYTES))
+            file.seek(-min(_END_BYTES, path.stat().st_size), os.SEEK_END)
+            hashed.update(file.read())
+    return f"{files[0].name}, {sum(f.stat().st_size for f in files):,} bytes, {hashed.hexdigest()}"
+
+
+def _speed(model: "Opened", run: RunOptions) -> "Speed":
+    """How many sequences at once, and how fast they are."""
+    from emlocal.cli.engine import MOST_PARALLEL
+    from emlocal.generation import parallel
+    from emlocal.generation.parallel import Speed
+
+    with console.progress(run.quiet) as progress:
+        progress("measuring how many sequences to run at once", 0, None)
+        speeds = parallel.measure(model.backend, run.parallel or MOST_PARALLEL)
+    chosen = run.parallel or parallel.best(speeds)
+    speed = min(speeds, key=lambda s: abs(s.sequences - chosen))
+    if not run.quiet:
+        why = "as asked" if run.parallel else "the fewest that are nearly the fastest"
+        console.note(f"{counted(chosen, 'sequence')} at once, {why}: {speed.tokens_per_second:.0f} tok/s")
+    return Speed(chosen, speed.tokens_per_second)
+
+
+def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", speed: "Speed") -> int:
+    """Say what the run would be, on stdout; 1 where a line is bad."""
+    from emlocal.batch.dry_run import survey
+    from emlocal.batch.lines import read_lines
+
+    with _Display(False, None, lambda n: f"{n:,} lines checked") as display:
+        found = survey(model.backend, read_lines(source), settings, speed=speed, progress=display.update)
+    good = sum(found.prompts.values())
+    half, most = found.quantile(0.5), found.quantile(1.0)
+    rows = [
+        ("lines", f"{found.lines:,}"),
+        ("bad lines", f"{found.bad_lines:,}"),
+        ("do not fit the context", f"{found.refused:,} (of {model.backend.context:,} tokens)"),
+        ("may be cut off", f"{found.may_be_cut_off:,} (less than --max-tokens fit after the prompt)"),
+        ("prompt tokens", f"{found.prompt_tokens:,} (median {half:,}, longest {most:,})"),
+        ("generated at most", f"{found.most_generated:,} tokens"),
+        ("time", f"{_duration(found.reading_seconds)} to {_duration(found.longest_seconds)}"),
+        ("memory", human_size(model.backend.memory_bytes())),
+    ]
+    for name, value in rows:
+        console.out().print(f"{name:<24}{value}", markup=False)
+    for line, message in found.bad:
+        console.out().print(f"line {line:,}: {message}", markup=False)
+    more = found.bad_lines - len(found.bad)
+    if more:
+        console.out().print(f"… and {counted(more, 'more bad line')}", markup=False)
+    return 1 if found.bad_lines or found.refused or not good else 0
+
+
+def _run(
+    model: "Opened", source: BinaryIO, output: str, settings: "BatchSettings", speed: "Speed", run: RunOptions
+) -> int:
+    """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
+    from emlocal.batch.journal import Journal
+    from emlocal.batch.lines import read_lines
+    from emlocal.batch.rows import is_error, key_of
+    from emlocal.batch.run import Batch
+    from emlocal.generation import interruptible
+
+    journal: Journal | None = None
+    with ExitStack() as opened:
+        if output != "-":
+            journal = opened.enter_context(
+                Journal.open(
+                    Path(output),
+                    _identity(settings, model),
+                    key_of=key_of,
+                    is_error=is_error,
+                    restart=not run.resume,
+                    retry_errors=run.retry_errors,
+                )
+            )
+            _say_what_is_there(journal, run)
+        total = _count_lines(source)
+        batch = Batch(
+            model.backend,
+            read_lines(source),
+            settings,
+            parallel=speed.sequences,
+            done=journal.done if journal else None,
+        )
+        began = time.perf_counter()
+        cancelled = opened.enter_context(interruptible())
+        quiet = run.quiet or not total and output == "-"
+        display = opened.enter_context(_Display(quiet, total, lambda n: _progress_text(batch, began)))
+        stopped = False
+        try:
+            for row in batch.rows(cancelled):
+                if journal is not None:
+                    journal.append(row)
+                else:
+                    console.write(json.dumps(row, ensure_ascii=False) + "\n")
+                tally = batch.tally
+                display.update(tally.answered + tally.errors + tally.skipped)
+                if run.fail_fast and is_error(row):
+                    stopped = True
+                    break
+        except CancelledError:
+            stopped = True
+    if not run.quiet:
+        _say_what_came_of_it(batch, time.perf_counter() - began, journal is not None, cancelled.requested)
+    if cancelled.requested:
+        return 130
+    return 1 if stopped or batch.tally.errors or (journal is not None and journal.errors) else 0
+
+
+def _say_what_is_there(journal: "Journal", run: RunOptions) -> None:
+    if run.quiet:
+        return
+    if journal.repaired:
+        console.note(f"{journal.path} ended in a torn row: {journal.repaired:,} bytes were cut off")
+    if journal.rows:
+        errors = f", {counted(journal.errors, 'error')} among them" if journal.errors else ""
+        console.note(f"{journal.path} has {counted(journal.rows, 'row')}{errors}; going on from there")
+
+
+def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, stopped: bool) -> None:
+    tally, counters = batch.tally, batch.scheduler.counters
+    parts = [f"{counted(tally.answered, 'answer')} in {_duration(seconds)}"]
+    if tally.skipped:
+        parts.append(f"{tally.skipped:,} were there already")
+    if tally.cut_off:
+        parts.append(f"{tally.cut_off:,} cut off (--max-tokens, --context)")
+    if tally.votes_lost:
+        parts.append(f"{tally.votes_lost:,} without any answer to vote on")
+    if counters.generated_tokens:
+        speed = counters.generated_tokens / max(seconds, 1e-9)
+        parts.append(f"{counters.generated_tokens:,} tokens, {speed:.1f} tok/s")
+        parts.append(f"{counters.prompt_tokens:,} prompt tokens read, {counters.steps:,} forward passes")
+    console.note(" · ".join(parts))
+    if tally.errors:
+        mend = "; after mending the input or the flags, --retry-errors tries them again" if kept else ""
+        console.warn(f"{counted(tally.errors, 'line')} could not be answered: see the error rows{mend}")
+    if stopped and kept:
+        console.note("stopped; the same command goes on where it stopped")
+
+
+def _progress_text(batch: "Batch", began: float) -> str:
+    generated = batch.scheduler.counters.generated_tokens
+    errors = f", {counted(batch.tally.errors, 'error')}" if batch.tally.errors else ""
+    return f"{generated / max(time.perf_counter() - began, 1e-9):.0f} tok/s{errors}"
+
+
+def _count_lines(source: BinaryIO) -> int | None:
+    """How many lines a file has; None for a stream."""
+    if not source.seekable():
+        return None
+    lines = sum(chunk.count(b"\n") for chunk in iter(lambda: source.read(1 << 20), b""))
+    source.seek(0)
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    """For people: "8 s", "12 min", "3.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
