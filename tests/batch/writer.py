@@ -33,13 +33,21 @@ def is_error(row: Mapping[str, object]) -> bool:
     return row["error"] is not None
 
 
-def opened(path: Path, settings: Mapping[str, object] = SETTINGS, **options: bool) -> Journal:
-    return Journal.open(path, settings, key_of=key_of, is_error=is_error, **options)
+def opened(
+    path: Path,
+    settings: Mapping[str, object] = SETTINGS,
+    *,
+    restart: bool = False,
+    retry_errors: bool = False,
+) -> Journal:
+    return Journal.open(
+        path, settings, key_of=key_of, is_error=is_error, restart=restart, retry_errors=retry_errors
+    )
 
 
-def run(path: Path, rows: int, size: int = 0, **options: bool) -> None:
+def run(path: Path, rows: int, size: int = 0, *, restart: bool = False, retry_errors: bool = False) -> None:
     """Open and write what is missing."""
-    with opened(path, **options) as journal:
+    with opened(path, restart=restart, retry_errors=retry_errors) as journal:
         print("open", journal.rows, journal.repaired, journal.retried, flush=True)
         for number in range(rows):
             if f"row-{number}" not in journal.done:
