@@ -293,7 +293,7 @@ def test_a_decimal_is_itself_in_all_its_forms(value: Any) -> None:
         f"{value:,}",
         f"${value:,}",
         f"{value}00",
-        f"{value:.10e}",
+        f"{value:.20e}",
         f"{value}%",
         rf"{value}^\circ",
     ]
