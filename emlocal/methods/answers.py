@@ -206,7 +206,8 @@ def _bracketed(opening: str, inside: str, closing: str, depth: int) -> Hashable:
 
 def _expression(text: str) -> Hashable:
     """Its terms without their order; an equation or inequality as it stands."""
-    text = re.sub(r"(?<![0-9])[ *]+|[ *]+(?![0-9])", "", re.sub(r" ?\* ?", "*", text))
+    text = re.sub(r" ?\* ?", "*", text)
+    text = re.sub(r"(?<![0-9])[ *]+|[ *]+(?![0-9])", "", text)  # those between digits stay
     if _RELATION.search(text):
         return "text", text
     cuts = [0, *(sign.start() for sign in _outside(text, _SIGN)), len(text)]
