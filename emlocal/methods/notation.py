@@ -64,7 +64,8 @@ _TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _LAST_TEXT = re.compile(r"(?<=[^ ]) ?((?:\\text ?\{[^{}]*\} ?(?:\^ ?\{?[0-9]\}?)? ?)+)$")
 _LAST_WORDS = re.compile(
     r"(?: |(?=[ckm]?m\b|[km]?g\b|mph\b|ft\b|lbs?\b))"
-    r"((?:[A-Za-z]{3,}|[ckm]m|kg|mg|ml|ft|in|lb|hr|oz|of|to|am|pm)(?:[. -]+[A-Za-z]{2,}| ?/ ?[A-Za-z]+|\^[23])*\.?)$"
+    r"((?:[A-Za-z]{3,}|[ckm]m|kg|mg|ml|ft|in|lb|hr|oz|of|to|am|pm)"
+    r"(?:[. -]+[A-Za-z]{2,}| ?/ ?[A-Za-z]+|\^[23])*\.?)$"
 )
 _NO_WORD = re.compile(r"^[A-Za-z] ?=|\\[A-Za-z]+")  # `x =` and LaTeX's commands
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
