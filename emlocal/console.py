@@ -145,6 +145,55 @@ def _bar() -> Iterator[Progress]:
         yield report
 
 
+@contextmanager
+def counting(total: int | None, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
+    """A callback (how many are done, what to say beside) that draws a bar, or prints a line now and then."""
+    if quiet:
+        yield lambda done, text: None
+    elif err().is_terminal:
+        yield from _counting_bar(total)
+    else:
+        yield _counting_lines(total)
+
+
+def _counting_bar(total: int | None) -> Iterator[Callable[[int, str], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    text = TextColumn("{task.description}", markup=False)
+    with Bars(
+        MofNCompleteColumn(),
+        BarColumn(),
+        text,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err(),
+        transient=True,
+    ) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda done, said: bars.update(task, completed=done, description=said)
+
+
+def _counting_lines(total: int | None) -> Callable[[int, str], None]:
+    last = time.monotonic()
+    of = f" of {total:,}" if total else ""
+
+    def show(done: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PLAIN_SECONDS:
+            last = now
+            err().print(f"{done:,}{of}, {text}", markup=False)
+
+    return show
+
+
 def _plain_lines() -> Progress:
     """A line every few seconds for each thing that is counted, and for all that is not counted together."""
     last: dict[str, float] = {}

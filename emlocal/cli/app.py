@@ -13,6 +13,7 @@ from emlocal.errors import CancelledError, EmlocalError
 VERBS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model. /help inside lists the commands.",
+    "batch": "Answer a file of prompts; killed runs go on where they stopped.",
     "models": "List, fetch, inspect and remove models.",
     "doctor": "Check this machine: engine, model, folders, settings.",
     "bench": "Measure speed on this machine, and what entropy minimization costs.",

@@ -1,24 +1,27 @@
 """`emlocal batch`: a file of prompts in, a file of completions out."""
 
 import hashlib
+import json
 import os
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from emlocal import console
+from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
 from emlocal.errors import CancelledError, UsageError
+from emlocal.models.storage import human_size
 from emlocal.settings import SamplingParams, describe_em, settings_of
 from emlocal.words import counted
 
 if TYPE_CHECKING:
+    from emlocal.batch.journal import Journal
     from emlocal.batch.run import Batch, BatchSettings
     from emlocal.cli.engine import Opened
     from emlocal.cli.precedence import Config
@@ -26,93 +29,6 @@ if TYPE_CHECKING:
     from emlocal.methods.method import Method
 
 _END_BYTES = 1 << 20  # of a model file, from either end
-_PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
-
-MethodChoice = StrEnum(  # type: ignore[misc]  # methods.method.METHODS, which a test compares
-    "MethodChoice",
-    [
-        "sample",
-        "greedy",
-        "em-inf",
-        "adaptive-temperature",
-        "self-consistency",
-        "sequential-refinement",
-        "min-p",
-        "dynamic-temperature",
-    ],
-)
-
-
-class Format(StrEnum):
-    emlocal = "emlocal"
-    openai = "openai"
-
-
-class Extract(StrEnum):
-    boxed = "boxed"
-    last_number = "last-number"
-    regex = "regex"
-    none = "none"
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """How each prompt is answered."""
-
-    method: Annotated[
-        MethodChoice | None,
-        typer.Option("--method", help="How to answer; without it, as the sampling and EM flags say."),
-    ] = None
-    samples: Annotated[
-        int | None,
-        typer.Option("-n", "--samples", help="Answers to each prompt. (default: 1; 8 to vote)", metavar="N"),
-    ] = None
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", help="Revisions of sequential-refinement. (default: 2)")
-    ] = None
-    extract: Annotated[
-        Extract | None, typer.Option("--extract", help="What self-consistency votes on.")
-    ] = None
-    pattern: Annotated[
-        str | None,
-        typer.Option("--extract-pattern", help="For --extract regex; its first group.", metavar="REGEX"),
-    ] = None
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What becomes of the rows."""
-
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with an output that exists, or empty it.")
-    ] = True
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Try lines again that are error rows in the output.")
-    ] = False
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first error row.")] = False
-    ordered: Annotated[
-        bool, typer.Option("--ordered", help="Rows in the order of the lines, not as they are finished.")
-    ] = False
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Carry a line's other fields through, under 'kept'.")
-    ] = False
-    form: Annotated[
-        Format, typer.Option("--format", help="emlocal's rows, or OpenAI's batch output.")
-    ] = Format.emlocal
-    parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", help="Sequences at once. (default: measured)", metavar="N"),
-    ] = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every line, count tokens, estimate time; run nothing.")
-    ] = False
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message of lines without one.", metavar="TEXT")
-    ] = None
-    raw: Annotated[bool, typer.Option("--raw", help="Send prompts as they are, without chat template.")] = (
-        False
-    )
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = False
 
 
 @with_options
@@ -129,8 +45,8 @@ def batch(
 ) -> None:
     """Answer a file of prompts.
 
-    A line is {"prompt": …}, {"messages": […]} or a line of OpenAI's batch files, and may set any sampling or EM
-    value for itself. The run can be killed and started again: finished rows are neither lost nor repeated.
+    A line is {"prompt": …}, {"messages": […]} or a line of OpenAI's batch files, and may set any sampling or
+    EM value for itself. The run can be killed and started again: finished rows are neither lost nor repeated.
     """
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_for_batch
@@ -196,10 +112,16 @@ def _settings(
     seed = precedence.merged(sampling, config.sampling).seed
     max_tokens, stop = precedence.limits(sampling, config.sampling)
     params = method.params(resolved.params, chosen)
-    plan = Plan(params, max_tokens, stop, 0 if seed is None else precedence.seed(sampling, config.sampling),
-                method.samples_per_prompt)
-    settings = BatchSettings(plan, method, chosen, run.system, run.raw, run.keep,
-                             run.form is Format.openai, run.ordered)
+    plan = Plan(
+        params,
+        max_tokens,
+        stop,
+        0 if seed is None else precedence.seed(sampling, config.sampling),
+        method.samples_per_prompt,
+    )
+    settings = BatchSettings(
+        plan, method, chosen, run.system, run.raw, run.keep, run.form is Format.openai, run.ordered
+    )
     return replace(settings, fingerprint=canonical(_identity(settings, model)))
 
 
@@ -262,8 +184,14 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", speed
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
 
-    with _Display(False, None, lambda n: f"{n:,} lines checked") as display:
-        found = survey(model.backend, read_lines(source), settings, speed=speed, progress=display.update)
+    with console.counting(None) as show:
+        found = survey(
+            model.backend,
+            read_lines(source),
+            settings,
+            speed=speed,
+            progress=lambda n: show(n, "lines checked"),
+        )
     good = sum(found.prompts.values())
     half, most = found.quantile(0.5), found.quantile(1.0)
     rows = [
@@ -320,8 +248,7 @@ def _run(
         )
         began = time.perf_counter()
         cancelled = opened.enter_context(interruptible())
-        quiet = run.quiet or not total and output == "-"
-        display = opened.enter_context(_Display(quiet, total, lambda n: _progress_text(batch, began)))
+        show = opened.enter_context(console.counting(total, run.quiet))
         stopped = False
         try:
             for row in batch.rows(cancelled):
@@ -330,7 +257,7 @@ def _run(
                 else:
                     console.write(json.dumps(row, ensure_ascii=False) + "\n")
                 tally = batch.tally
-                display.update(tally.answered + tally.errors + tally.skipped)
+                show(tally.answered + tally.errors + tally.skipped, _progress_text(batch, began))
                 if run.fail_fast and is_error(row):
                     stopped = True
                     break

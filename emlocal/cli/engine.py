@@ -19,7 +19,6 @@ from emlocal.models.gguf_header import GGUFHeader
 from emlocal.models.memory import KV_TYPE_BYTES, available, check_memory, estimate
 from emlocal.models.resolve import LocalModel, resolve
 
-
 BATCH_CONTEXT = 2048
 """Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
 MOST_PARALLEL = 16

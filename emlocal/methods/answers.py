@@ -13,20 +13,21 @@ Nothing is evaluated, and no integer longer than `LONGEST_NUMERAL` digits is bui
 answer longer than `LONGEST_ANSWER`, are compared as texts.
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal
 
 from emlocal.errors import UsageError
+from emlocal.methods.notation import plain
 
 Extraction = Literal["boxed", "last-number", "regex", "none"]
 
 LONGEST_ANSWER = 1000
 LONGEST_NUMERAL = 200
-DEEPEST = 8  # brackets within brackets; LaTeX groups within groups have twice as many
+DEEPEST = 8  # brackets within brackets that are compared element by element
 
 # ---------------------------------------------------------------------------------------------- extraction
 
@@ -49,10 +50,8 @@ def check_pattern(how: Extraction, pattern: str | None) -> None:
     """Raise `UsageError` unless there is a pattern exactly where one is used, and it compiles."""
     if how != "regex":
         if pattern is not None:
-            raise UsageError(
-                f"--extract-pattern has no use with --extract {how}",
-                "say --extract regex, or leave the pattern out",
-            )
+            message = f"--extract-pattern has no use with --extract {how}"
+            raise UsageError(message, "say --extract regex, or leave the pattern out")
         return
     if pattern is None:
         raise UsageError("--extract regex needs a pattern", "give one: --extract-pattern 'answer: (.+)'")
@@ -66,8 +65,8 @@ def extract(text: str, how: Extraction, pattern: str | None = None) -> str | Non
     """The answer in a completion, stripped; None where there is none, or an empty one.
 
     `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
-    not stand in for it. `last-number`: the number of the last "#### 18", else the last number, with its $ or
-    %. `regex`: the first group that took part in the pattern's last match, else that match. `none`: all.
+    not stand in for it. `last-number`: the number of the last "#### 18", else the last number, with $ or %.
+    `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
     """
     if how == "boxed":
         found = _boxed(text)
@@ -138,9 +137,7 @@ def majority(answers: Sequence[str | None]) -> int | None:
             key = canonical(answer)
             first.setdefault(key, index)
             votes[key] += 1
-    return max(
-        first.values(), key=lambda index: (votes[canonical(answers[index] or "")], -index), default=None
-    )
+    return first[max(votes, key=votes.__getitem__)] if votes else None  # max: the earliest of equals
 
 
 def canonical(answer: str) -> Hashable:
@@ -148,171 +145,8 @@ def canonical(answer: str) -> Hashable:
     text = " ".join(answer.split())
     if len(text) > LONGEST_ANSWER:
         return "text", text
-    return _whole(_plain(text), 0)
+    return _whole(plain(text), 0)
 
-
-# ------------------------------------------------------------------------------------- one notation for all
-
-_UNICODE = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "×": "*",
-        "·": "*",
-        "±": r"\pm ",
-        "∪": r"\cup ",
-        "°": "",
-    }
-    | {
-        "∈": r"\in ",
-        "≤": r"\leq ",
-        "≥": r"\geq ",
-        "≠": r"\neq ",
-        "²": "^2",
-        "³": "^3",
-        "€": "",
-        "£": "",
-        "⁄": "/",
-    }
-)
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"^[*`]+|[*`]+$", ""),  # Markdown
-        (r"\*\*", "^"),
-        (r"(?<=[0-9])(?:\{,\}|,\\!|\\,) ?(?=[0-9]{3}(?![0-9]))", ""),  # 10,\!080
-        (r"\\\\(?:\[[^\]]*\])?", ";"),  # the end of a matrix row
-        (r"\\begin ?\{[bpB]?matrix\}", "\\\\matrix("),
-        (r"\\end ?\{[bpB]?matrix\}", ")"),
-        (r"\\?\$|\\?%|\\[()\[\]!]", ""),
-        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
-        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (
-            r"\\(?:mbox|textrm|textbf|textit|textnormal|mathrm|mathbf|mathit|operatorname)(?![A-Za-z])",
-            r"\\text",
-        ),
-        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", ""),
-        (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
-        (r"\\le(?![A-Za-z])|<=", r"\\leq "),
-        (r"\\ge(?![A-Za-z])|>=", r"\\geq "),
-        (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
-        (r"√ ?([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"√|\\?sqrt ?(?=\()", "sqrt"),
-        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-        (r"\\\{", "⟦"),
-        (r"\\\}", "⟧"),
-        (r"\\text ?\{ ?(?:and|or),? ?\}", ","),
-        (r"(?<=[0-9)}]),? (?:and|or) (?=[-0-9\\(A-Za-z])", ","),
-    ]
-]
-
-
-def _plain(text: str) -> str:
-    """The answer without LaTeX's spacing, styles, units and braces: `\\frac{\\sqrt 3}{2}` is `sqrt(3)/2`."""
-    text = text.translate(_UNICODE)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = _without_words(_without_text(" ".join(text.split()).rstrip(". ")))
-    for _ in range(2 * DEEPEST):  # from the inside out
-        before = text
-        for group, rewrite in _GROUPS:
-            text = group.sub(rewrite, text)
-        if text == before or len(text) > 2 * LONGEST_ANSWER:
-            break
-    return " ".join(text.split())
-
-
-_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
-_LAST_TEXT = re.compile(r"(?<=[^ ]) ?((?:\\text ?\{[^{}]*\} ?(?:\^ ?\{?[0-9]\}?)? ?)+)$")
-_LAST_WORDS = re.compile(
-    r"(?: |(?=[ckm]?m\b|[km]?g\b|mph\b|ft\b|lbs?\b))"
-    r"((?:[A-Za-z]{3,}|[ckm]m|kg|mg|ml|ft|in|lb|hr|oz|of|to|am|pm)(?:[. /-]+(?:[A-Za-z]{2,})|\^[23])*\.?)$"
-)
-_NO_WORD = re.compile(r"^[A-Za-z] ?=|\\[A-Za-z]+")  # `x =` and LaTeX's commands
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_MEANT = {
-    "am",
-    "pm",
-    "mod",
-    "base",
-    "choose",
-    "plus",
-    "minus",
-    "times",
-    "sqrt",
-    "sin",
-    "cos",
-    "tan",
-    "log",
-    "exp",
-}
-
-
-def _without_text(text: str) -> str:
-    """Drop a \\text{unit} at the end, unwrap all others."""
-    if last := _LAST_TEXT.search(text):
-        words = _TEXT.sub(r"\1", last[1])
-        meant = _MEANT.union(_SCALES).intersection(re.findall("[a-z]+", words.lower()))
-        text = text[: last.start()] + (" " + words.strip() if meant else "")
-    return _TEXT.sub(r" \1 ", text)
-
-
-def _without_words(text: str) -> str:
-    """Drop words after a number, unless they count (`5 million`) or mean something (`5 pm`)."""
-    last = _LAST_WORDS.search(text := " ".join(text.split()))
-    head = text[: last.start()] if last else ""
-    if last is None or not re.search(r"[0-9})]$", head) or re.search("[A-Za-z]", _NO_WORD.sub("", head)):
-        return text
-    words = re.findall("[a-z]+", last[1].lower())
-    if words[0] in _SCALES:
-        return f"{head}*10^{_SCALES[words[0]]}"
-    return text if _MEANT.intersection(words) else head
-
-
-_ATOM = r"\{[^{}]*\}|[0-9]|[A-Za-z]|\\[A-Za-z]+"
-_SINGLE = re.compile(r"-?[0-9.]+|[A-Za-z]|\\[A-Za-z]+|sqrt\([^()]*\)")
-_PRODUCT = re.compile(r"-?(?:[0-9A-Za-z.,\\*]|sqrt\([^()]*\))+")
-
-
-def _inside(group: str) -> str:
-    return group.removeprefix("{").removesuffix("}").strip()
-
-
-def _fraction(match: re.Match[str]) -> str:
-    """a/b, with the parentheses that the braces stood for, and apart from what is multiplied with it."""
-    over, under = _inside(match[1]), _inside(match[2])
-    over = over if _PRODUCT.fullmatch(over) else f"({over})"
-    under = under if _SINGLE.fullmatch(under) else f"({under})"
-    before, after = match.string[: match.start()].rstrip(), match.string[match.end() :].lstrip()
-    text = f"{over}/{under}"
-    multiplied = re.match(r"[\w\\(^{]", after) and not re.match(r"\\(?:pm|cup|in|leq|geq|neq)\b", after)
-    if multiplied or before.endswith(("^", "_", "/")):
-        text = f"({text})"
-    if before[-1:].isdigit() and re.fullmatch(r"[0-9]+/[0-9]+", text):
-        return " " + text  # a mixed number
-    glued = re.search(r"[\w)]$", before) and not re.search(r"\\[A-Za-z]+$", before)
-    return ("*" if glued else "") + text
-
-
-def _group(match: re.Match[str]) -> str:
-    """Braces that are left: a single thing needs none, commas make a set, else they are parentheses."""
-    inside = _inside(match[0])
-    if not inside or _SINGLE.fullmatch(inside):
-        return inside
-    return f"⟦{inside}⟧" if "," in inside else f"({inside})"
-
-
-_GROUPS = [
-    (re.compile(rf"\\sqrt ?\[([^\[\]{{}}]*)\] ?({_ATOM})"), lambda m: f"root[{m[1]}]({_inside(m[2])})"),
-    (re.compile(rf"\\sqrt ?({_ATOM})"), lambda m: f"sqrt({_inside(m[1])})"),
-    (re.compile(rf"\\frac ?({_ATOM}) ?({_ATOM})"), _fraction),
-    (re.compile(r"(?<=[\^_])[{(] ?(-?[0-9]+|[A-Za-z]) ?[)}](?! ?[0-9])"), lambda m: m[1]),
-    (re.compile(r"(?<=[\^_])\{([^{}]*)\}"), lambda m: f"({m[1].strip()})"),
-    (re.compile(r"(?<!frac)(?<!frac )(?<!sqrt)(?<!sqrt )(?<!\})(?<!\} )\{[^{}]*\}"), _group),
-]
 
 # ---------------------------------------------------------------------------------------------------- keys
 
@@ -326,6 +160,7 @@ _LIST_COMMA = re.compile(  # or a number with commas in it, to be stepped over
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _SIGN = re.compile(r"(?<=[^\^*/_+-])[-+]")
 _NAME = re.compile(r"((?:[A-Za-z]|\\[a-z]+)(?:_\w)?(?:\([A-Za-z]\))?) ?(?:=|\\in(?![A-Za-z]))(?=[^=]*$)")
+_PLUS_MINUS = re.compile(r"(?=[^,⟦]*$).*\\pm(?![A-Za-z])")
 _RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in|pm|mp|equiv)(?![A-Za-z])")
 _WORDS = re.compile(r"[A-Za-z]|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
 
@@ -371,11 +206,12 @@ def _bracketed(opening: str, inside: str, closing: str, depth: int) -> Hashable:
 
 def _expression(text: str) -> Hashable:
     """Its terms without their order; an equation or inequality as it stands."""
-    text = re.sub(r"(?<![0-9])[ *]+|[ *]+(?![0-9 *])", "", text)
+    text = re.sub(r" ?\* ?", "*", text)
+    text = re.sub(r"(?<![0-9])[ *]+|[ *]+(?![0-9])", "", text)  # those between digits stay
     if _RELATION.search(text):
         return "text", text
     cuts = [0, *(sign.start() for sign in _outside(text, _SIGN)), len(text)]
-    terms = [text[a:b].removeprefix("+") for a, b in itertools.pairwise(cuts)]
+    terms = [text[a:b].removeprefix("+") for a, b in pairwise(cuts)]
     numbers = [_number(term) for term in terms]
     return "sum", _unordered(t if n is None else n for t, n in zip(terms, numbers, strict=True))
 
@@ -426,11 +262,9 @@ def _unnamed(parts: list[str]) -> list[str]:
 
 
 def _both_signs(parts: list[str]) -> list[str]:
-    """`1 \\pm x` as `1 + x` and `1 - x`."""
-    signed = [
-        [part.replace("\\pm", "+"), part.replace("\\pm", "-")] if "\\pm" in part else [part] for part in parts
-    ]
-    return [part for both in signed for part in both]
+    """`1 \\pm x` as `1 + x` and `1 - x`; a set or tuple of such is left to its own elements."""
+    signs = [("+", "-") if _PLUS_MINUS.match(part) else (r"\pm",) for part in parts]
+    return [part.replace(r"\pm", sign) for part, both in zip(parts, signs, strict=True) for sign in both]
 
 
 def _parts(text: str, separator: re.Pattern[str]) -> Iterator[str]:
