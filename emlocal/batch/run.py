@@ -16,7 +16,7 @@ from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Request
 from emlocal.generation.prompt import chat_tokens
 from emlocal.generation.scheduler import Finished, Job, Scheduler
-from emlocal.methods.method import REVISE, Method
+from emlocal.methods.method import REVISE, Method, name_of
 from emlocal.models.templates import Message
 from emlocal.sampling import Uniforms
 from emlocal.sampling.draw import request_key
@@ -217,7 +217,7 @@ class Batch:
             task.key,
             task.custom_id or "",
             self._backend.info.name,
-            settings.method.name or ("sample" if task.plan.params.em is None else "em"),
+            settings.method.name or name_of(task.plan.params),
             task.plan.seed,
             task.rounds,
             settings.method.pick([c.text for c in completions]),

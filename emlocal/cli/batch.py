@@ -60,11 +60,10 @@ def batch(
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, (sampling, em, config), method, run)
-        speed = _speed(model, run)
         if run.dry_run:
-            code = _dry_run(model, source, settings, speed)
+            code = _dry_run(model, source, settings, run)
         else:
-            code = _run(model, source, output, settings, speed, run)
+            code = _run(model, source, output, settings, run)
     if code:
         raise typer.Exit(code)
 
@@ -179,11 +178,12 @@ def _speed(model: "Opened", run: RunOptions) -> "Speed":
     return Speed(chosen, speed.tokens_per_second)
 
 
-def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", speed: "Speed") -> int:
+def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: RunOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
 
+    speed = _speed(model, run)
     with console.counting(None) as show:
         found = survey(
             model.backend,
@@ -214,9 +214,7 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", speed
     return 1 if found.bad_lines or found.refused or not good else 0
 
 
-def _run(
-    model: "Opened", source: BinaryIO, output: str, settings: "BatchSettings", speed: "Speed", run: RunOptions
-) -> int:
+def _run(model: "Opened", source: BinaryIO, output: str, settings: "BatchSettings", run: RunOptions) -> int:
     """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
     from emlocal.batch.journal import Journal
     from emlocal.batch.lines import read_lines
@@ -239,6 +237,7 @@ def _run(
             )
             _say_what_is_there(journal, run)
         total = _count_lines(source)
+        speed = _speed(model, run)
         batch = Batch(
             model.backend,
             read_lines(source),

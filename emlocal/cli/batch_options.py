@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-MethodChoice = StrEnum(  # type: ignore[misc]  # methods.method.METHODS, which a test compares
+MethodChoice = StrEnum(  # methods.method.METHODS, which a test compares
     "MethodChoice",
     [
         "sample",

@@ -8,6 +8,7 @@ from emlocal.generation.scheduler import SPARE_SEQUENCES
 
 ENOUGH = 0.95
 """The fewest sequences that reach this share of the best speed are chosen: they need less memory."""
+_FALLING = 0.7  # of the best speed: more sequences will not help. Two are often no faster than one.
 _STEPS = 2  # timed for each number, after one that is not
 
 
@@ -35,9 +36,9 @@ def measure(backend: Backend, most: int, *, seconds: float = 4.0) -> list[Speed]
                 backend.forward(feeds)
             took = time.perf_counter() - began
             speeds.append(Speed(n, _STEPS * n / took))
-            best_before = max((s.tokens_per_second for s in speeds[:-1]), default=0.0)
-            slower = speeds[-1].tokens_per_second < best_before
-            if n == most or slower or time.perf_counter() - started + 2 * took > seconds:
+            fastest = max(s.tokens_per_second for s in speeds)
+            falling = speeds[-1].tokens_per_second < _FALLING * fastest
+            if n == most or falling or time.perf_counter() - started + 2 * took > seconds:
                 return speeds
             n = min(2 * n, most)
     finally:

@@ -127,6 +127,15 @@ class Method:
         return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": REVISE}]
 
 
+def name_of(params: SamplingParams) -> MethodName:
+    """The method that these settings are."""
+    if isinstance(params.em, EMInf):
+        return "em-inf"
+    if params.em is not None:
+        return "adaptive-temperature"
+    return "greedy" if params.temperature == 0 else "sample"
+
+
 @dataclass(frozen=True)
 class Vote:
     """What self-consistency decided."""
