@@ -58,7 +58,7 @@ def test_chat_through_a_pipe_in_a_process_of_its_own(tiny: str) -> None:
     assert done.returncode == 0
     assert b"EM off: " in done.stdout
     assert b"EM on: " in done.stdout
-    assert b"chat: 1 answers" in done.stderr
+    assert b"chat: 1 answer, 8 tokens" in done.stderr
     assert b"\x1b" not in done.stderr
 
 
