@@ -1,3 +1,34 @@
-"""emlocal: entropy minimization for language models on people's own machines (arXiv 2505.15134)."""
+"""emlocal: entropy minimization for language models on people's own machines (arXiv 2505.15134).
+
+From Python: `emlocal.load("smollm2:135m")` can generate, stream and batch; see emlocal.api.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emlocal.api import Answer, Model, load
+    from emlocal.methods.method import Method
+    from emlocal.settings import AdaptiveTemperature, EMInf
 
 __version__ = "0.1.0"
+__all__ = ["AdaptiveTemperature", "Answer", "EMInf", "Method", "Model", "load"]
+
+_WHERE = {
+    "AdaptiveTemperature": "emlocal.settings",
+    "Answer": "emlocal.api",
+    "EMInf": "emlocal.settings",
+    "Method": "emlocal.methods.method",
+    "Model": "emlocal.api",
+    "load": "emlocal.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The public names, imported when first used: `import emlocal` loads neither numpy nor an engine."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'emlocal' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = vars(import_module(_WHERE[name]))[name]
+    globals()[name] = value
+    return value

@@ -99,8 +99,9 @@ class _Stream(Generic[Tag]):
 class Scheduler(Generic[Tag]):
     """Runs jobs on a backend whose sequences each have room of their own (`LoadOptions.shared` off).
 
-    `parallel` samples are decoded at once at most; the backend must hold `SPARE_SEQUENCES` more. Not for use
-    from two threads at once.
+    One at a time also runs where they share it; an answer then ends when that is full. `parallel` samples
+    are decoded at once at most; the backend must hold `SPARE_SEQUENCES` more. Not for use from two threads at
+    once.
     """
 
     def __init__(self, backend: Backend, parallel: int) -> None:
@@ -228,7 +229,11 @@ class Scheduler(Generic[Tag]):
         """One forward pass, and what it brings to an end."""
         feeds = [Feed(stream.sequence, (stream.next_token,)) for stream in self._streams]
         feeds += self._parts_of_prompts()
-        self._forward(feeds, cancelled)
+        try:
+            self._forward(feeds, cancelled)
+        except ContextFullError as error:
+            yield from self._give_up(error)
+            return
         started = time.perf_counter()
         draws = self._draw()
         self.counters.sampling_seconds += time.perf_counter() - started
@@ -240,6 +245,18 @@ class Scheduler(Generic[Tag]):
         self._streams = going
         for stream in ended:
             yield from self._finish(stream)
+
+    def _give_up(self, error: ContextFullError) -> Iterator[Finished[Tag]]:
+        """There is no room for another step: possible only where sequences share it."""
+        ended, self._streams = self._streams, []
+        for stream in ended:
+            stream.sample.end("context")
+            yield from self._finish(stream)
+        unread, self._reading = self._reading, []
+        for group in unread:
+            if group.sequence is not None:
+                self.backend.release(group.sequence)
+            yield Finished(group.job, [], error, group.cached, group.passes)
 
     def _parts_of_prompts(self) -> list[Feed]:
         room, feeds = PROMPT_TOKENS_PER_STEP, []
@@ -254,7 +271,14 @@ class Scheduler(Generic[Tag]):
 
     def _forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool]) -> None:
         started = time.perf_counter()
-        self.backend.forward(feeds, cancelled)
+        try:
+            self.backend.forward(feeds, cancelled)
+        except ContextFullError:
+            if self._root is None:
+                raise
+            self.backend.release(self._root)  # what nobody may need goes first
+            self._root, self._prefix = None, ()
+            self.backend.forward(feeds, cancelled)
         seconds = time.perf_counter() - started
         read = sum(len(feed.tokens) for feed in feeds if not feed.wanted)
         self.counters.steps += 1

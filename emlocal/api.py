@@ -1,0 +1,238 @@
+"""emlocal from Python: load a model, then generate, stream or run a batch.
+
+    import emlocal
+
+    with emlocal.load("smollm2:135m", parallel=8) as model:
+        print(model.generate("Why is the sky blue?", em=True).text)
+        for piece in model.stream("Tell me a story.", em="paper", seed=7):
+            print(piece, end="")
+        for row in model.batch(["2+2?", {"prompt": "3+3?", "temperature": 0}], em=True):
+            print(row["text"])
+
+Settings have the names of SamplingParams and EMInf; what is not given comes from the model's file and then
+from emlocal's defaults. The config file is the command line's and is not read here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+from emlocal.backends.base import Backend, KVType, LoadOptions
+from emlocal.backends.context import context_length
+from emlocal.backends.select import load_backend, select_backend
+from emlocal.batch.lines import parse_object
+from emlocal.batch.overrides import Plan
+from emlocal.batch.rows import Row
+from emlocal.batch.run import Batch, BatchSettings
+from emlocal.errors import UsageError
+from emlocal.generation import Completion, Generator, Piece, Request, Timings
+from emlocal.generation.decode import Event
+from emlocal.generation.entropy import EntropySummary, summarize
+from emlocal.generation.prompt import chat_tokens
+from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.methods.method import Method
+from emlocal.models.memory import KV_TYPE_BYTES, check_memory
+from emlocal.models.resolve import resolve
+from emlocal.models.templates import Message
+from emlocal.sampling import Draw, EMStep, SamplingParams, Uniforms
+from emlocal.settings import EM_PRESETS, EMInf, settings_of
+
+_MAX_TOKENS = 1024
+_PARALLEL_CONTEXT = 2048
+_NUMBERS = frozenset(settings_of(SamplingParams))
+
+Prompt = str | Sequence[Message]
+"""A question, or messages of a conversation ({"role", "content"}), the last of them the user's."""
+
+
+class Settings(TypedDict, total=False):
+    """What `generate`, `stream` and `batch` take by keyword."""
+
+    em: bool | str | EMStep | None
+    """True: EM-INF; a preset's name; EMInf(...) or AdaptiveTemperature(...); None or False: off."""
+    seed: int
+    """Of the draws; 0 where it is not given: the same call gives the same answer."""
+    max_tokens: int
+    stop: str | Sequence[str]
+    system: str
+    raw: bool
+    """The prompt goes to the model as it is, without its chat template."""
+    temperature: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a prompt."""
+
+    text: str
+    finish_reason: str
+    """"stop", "length" (max_tokens) or "context" (full)."""
+    tokens: list[int]
+    draws: list[Draw]
+    """One a token: entropies, EM steps, probabilities. Nats."""
+    timings: Timings
+
+    @property
+    def entropy(self) -> EntropySummary:
+        """What EM did, over the answer."""
+        return summarize(self.draws)
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    parallel: int = 1,
+    backend: str = "auto",
+    context: int | None = None,
+    threads: int | None = None,
+    kv_type: KVType = "f16",
+    adapters: Sequence[tuple[Path, float]] = (),
+    offline: bool = False,
+) -> "Model":
+    """Load a model; None is the starter model, fetched where it is missing.
+
+    Args:
+        name: as on the command line: "smollm2:135m", a .gguf file, "org/name:QUANT".
+        parallel: how many prompts `batch` answers at once; each takes the memory of a whole context.
+        context: tokens of a sequence; None: the model's own length, at most 8,192, and 2,048 in parallel.
+        adapters: (GGUF LoRA adapter, scale).
+    Raises:
+        ModelError: there is no such model, or it cannot be used.
+        UsageError: an engine or a context that does not exist.
+    """
+    engine, _ = select_backend(backend)
+    if not 1 <= parallel <= 256:
+        raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
+    model = resolve(None if name is None else str(name), offline=offline)
+    trained = model.header.context_length
+    asked = min(trained, _PARALLEL_CONTEXT) if context is None and parallel > 1 else context
+    length = context_length(asked, trained)
+    sequences = parallel + SPARE_SEQUENCES + 1  # the last is the generator's
+    check_memory(model.header, length, kv_type_bytes=KV_TYPE_BYTES[kv_type], n_seqs=sequences)
+    options = LoadOptions(length, sequences, parallel == 1, threads, kv_type, tuple(adapters))
+    return Model(load_backend(engine, model, options), parallel)
+
+
+class Model:
+    """A loaded model. Not for use from two threads at once. A context manager: `close` frees its memory."""
+
+    def __init__(self, backend: Backend, parallel: int) -> None:
+        """For `load`. `backend` holds `SPARE_SEQUENCES` + 1 sequences more than `parallel`."""
+        self.backend = backend
+        self.parallel = parallel
+        self._generator = Generator(backend)
+
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Answer:
+        """Answer a prompt.
+
+        Raises UsageError for settings out of range, ContextFullError for a prompt that does not fit.
+        """
+        events = self._run(prompt, settings)
+        done = next(event for event in events if isinstance(event, Completion))
+        return Answer(done.text, done.finish_reason, done.tokens, done.draws, self._generator.timings)
+
+    def stream(self, prompt: Prompt, **settings: Unpack[Settings]) -> Iterator[str]:
+        """The answer's text, piece by piece as it becomes certain. Raises as `generate` does."""
+        for event in self._run(prompt, settings):
+            text = event.text if isinstance(event, Piece) else event.tail
+            if text:
+                yield text
+
+    def batch(
+        self,
+        lines: Iterable[str | Mapping[str, Any]],
+        *,
+        method: Method | None = None,
+        ordered: bool = True,
+        keep: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Row]:
+        """Answer many prompts, `parallel` of them at once; the rows are those of `emlocal batch`.
+
+        Args:
+            lines: prompts, or objects as in a line of `emlocal batch`'s input; read as they are needed.
+            method: samples, votes, revisions: `Method("self-consistency", samples=8)`.
+            ordered: rows in the order of the lines; otherwise as they are finished.
+            keep: carry a line's other fields through, under "kept".
+        A line that cannot be answered becomes a row with "error". Raises UsageError for bad settings.
+        """
+        method = method or Method()
+        plan, chosen = self._plan(settings), frozenset(settings)
+        plan = replace(plan, params=method.params(plan.params, chosen), samples=method.samples_per_prompt)
+        shared = BatchSettings(
+            plan,
+            method,
+            chosen,
+            settings.get("system"),
+            settings.get("raw", False),
+            keep=keep,
+            ordered=ordered,
+        )
+        self._generator.forget()  # where all share one room, it is needed
+        items = (parse_object(number, line) for number, line in enumerate(lines, start=1))
+        return Batch(self.backend, items, shared, parallel=self.parallel).rows()
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, prompt: Prompt, settings: Settings) -> Iterator[Event]:
+        plan = self._plan(settings)
+        request = Request(plan.params, Uniforms(plan.seed), plan.max_tokens, plan.stop)
+        return self._generator.run(self._tokens(prompt, settings), [request])
+
+    def _tokens(self, prompt: Prompt, settings: Settings) -> list[int]:
+        system = settings.get("system")
+        if settings.get("raw", False):
+            if not isinstance(prompt, str) or system is not None:
+                raise UsageError("a raw prompt is one text, without roles")
+            return self.backend.encode(prompt, add_special=True, parse_special=True)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        return chat_tokens(self.backend, messages)
+
+    def _plan(self, settings: Settings) -> Plan:
+        """The settings over the model's own. Raises UsageError for what there is not."""
+        unknown = settings.keys() - Settings.__annotations__.keys()
+        if unknown:
+            raise UsageError(f"there is no setting {', '.join(sorted(unknown))}")
+        em = settings.get("em")
+        own = {name: value for name, value in self.backend.info.sampling.items() if name in _NUMBERS}
+        preset: Mapping[str, Any] = {}
+        if isinstance(em, str):
+            if em not in EM_PRESETS:
+                raise UsageError(f"em is {em!r}; it must be one of {', '.join(EM_PRESETS)}")
+            em, preset = EM_PRESETS[em]
+        step = EMInf() if em is True else em or None
+        given = {name: settings[name] for name in _NUMBERS & settings.keys()}  # type: ignore[literal-required]
+        bias = tuple((int(token), float(b)) for token, b in settings.get("logit_bias", {}).items())
+        params = SamplingParams(**{**own, **preset, **given}, em=step, logit_bias=bias)
+        stop = settings.get("stop", ())
+        return Plan(
+            params,
+            settings.get("max_tokens", _MAX_TOKENS),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            settings.get("seed", 0),
+            1,
+        )

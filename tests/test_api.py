@@ -1,0 +1,111 @@
+"""emlocal from Python, on the tiny model and the starter model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emlocal
+from emlocal.errors import ContextFullError, ModelError, UsageError
+from emlocal.models.resolve import LocalModel
+from emlocal.sampling import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: LocalModel) -> emlocal.Model:
+    with emlocal.load(tiny_model.path, parallel=3, context=200, threads=1) as loaded:
+        yield loaded
+
+
+def test_generate_repeats_itself(model: emlocal.Model) -> None:
+    answer = model.generate("the cat", raw=True, em=True, max_tokens=12)
+    assert model.generate("the cat", raw=True, em=True, max_tokens=12).text == answer.text
+    hot = [model.generate("the cat", raw=True, temperature=3, max_tokens=12, seed=s).tokens for s in (0, 1)]
+    assert hot[0] != hot[1]
+    assert answer.finish_reason == "length"
+    assert len(answer.tokens) == len(answer.draws) == 12
+    assert answer.entropy.after < answer.entropy.before
+    assert answer.timings.generated_tokens == 12
+
+
+def test_stream_is_generate_in_pieces(model: emlocal.Model) -> None:
+    pieces = list(model.stream("the cat", raw=True, em="paper", max_tokens=12, seed=3))
+    assert len(pieces) > 3
+    assert "".join(pieces) == model.generate("the cat", raw=True, em="paper", max_tokens=12, seed=3).text
+
+
+def test_batch_in_order_and_with_settings_of_the_lines_own(model: emlocal.Model) -> None:
+    lines = [
+        "one",
+        {"prompt": "two", "max_tokens": 3, "id": 7},
+        {"prompt": ""},
+        {"prompt": "four", "temp": 0},
+    ]
+    rows = list(model.batch(lines, raw=True, max_tokens=6, keep=True))
+    assert [row.get("completion_tokens") for row in rows] == [6, 3, None, 6]
+    assert rows[1]["kept"] == {"id": 7}
+    assert "empty" in rows[2]["error"]
+    again = list(model.batch(lines, raw=True, max_tokens=6, keep=True))
+    assert [row.get("text") for row in again] == [row.get("text") for row in rows]
+
+
+def test_batch_with_a_method(model: emlocal.Model) -> None:
+    method = emlocal.Method("self-consistency", samples=4, extraction="none")
+    (row,) = model.batch(["a"], method=method, raw=True, max_tokens=4)
+    assert len(row["samples"]) == 4
+    assert len({s["text"] for s in row["samples"]}) > 1  # draws of their own
+    assert row["votes"] >= 1
+
+
+def test_one_at_a_time_in_shared_room(tiny_model: LocalModel) -> None:
+    with emlocal.load(tiny_model.path, context=64, threads=1) as one:
+        one.generate("x" * 20, raw=True, max_tokens=30)  # holds some of the room
+        rows = list(one.batch(["y" * 30, "y" * 40, "z"], raw=True, max_tokens=100))
+        assert all("error" not in row for row in rows)
+        assert {row["finish_reason"] for row in rows} <= {"context", "stop"}
+
+
+def test_settings_that_cannot_be_meant(model: emlocal.Model) -> None:
+    for bad, message in (
+        ({"temprature": 1}, "temprature"),
+        ({"temperature": -1}, "--temp is -1"),
+        ({"em": "strong"}, "strong"),
+        ({"raw": True, "system": "be brief"}, "raw"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            model.generate("x", **bad)
+    with pytest.raises(ContextFullError):
+        model.generate("x " * 500, raw=True)
+    with pytest.raises(ModelError):
+        emlocal.load(Path("nowhere.gguf"))
+    with pytest.raises(UsageError, match="parallel"):
+        emlocal.load(parallel=0)
+
+
+def test_every_sampling_setting_can_be_given(model: emlocal.Model) -> None:
+    given = {
+        name: value for name, value in vars(SamplingParams()).items() if name not in ("em", "logit_bias")
+    }
+    model.generate("x", raw=True, max_tokens=1, logit_bias={5: -1.0}, **given)
+
+
+@pytest.mark.real
+def test_the_starter_model_answers_a_conversation(smollm2: LocalModel) -> None:
+    with emlocal.load(smollm2.path, parallel=2, context=512) as real:
+        said = [
+            {"role": "user", "content": "What is the capital of Italy?"},
+            {"role": "assistant", "content": "The capital of Italy is Rome."},
+            {"role": "user", "content": "What is the capital of France?"},
+        ]
+        assert "Paris" in real.generate(said, temperature=0, max_tokens=20).text
+        rows = list(
+            real.batch(["Name a colour.", {"messages": said, "temperature": 0}], max_tokens=20, em=True)
+        )
+        assert "Paris" in rows[1]["text"]
+
+
+def test_importing_emlocal_imports_little() -> None:
+    code = "import sys, emlocal; print(sys.modules.keys() & {'numpy', 'llama_cpp'}, emlocal.load.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "load"]
