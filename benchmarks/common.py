@@ -29,14 +29,18 @@ QUIET = 0.05
 """Others may use so much of the processor while something is measured."""
 
 
-def arguments(description: str, **extra: int) -> argparse.Namespace:
-    """--json, --model, and the script's own numbers."""
+def arguments(description: str, parts: Sequence[str] = (), **extra: int) -> argparse.Namespace:
+    """--json, --model, and the script's own parts and numbers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     parser.add_argument("--model", choices=MODELS, action="append", help="only this model; repeatable")
     for name, default in extra.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    if parts:
+        parser.add_argument("--part", choices=parts, action="append", help="only this part; repeatable")
     chosen = parser.parse_args()
+    if parts:
+        chosen.part = chosen.part or list(parts)
     chosen.model = chosen.model or list(MODELS)
     return chosen
 
@@ -67,7 +71,7 @@ def report(
     """Print the circumstances and the table, or everything as JSON."""
     around = circumstances()
     if as_json:
-        print(json.dumps({**around, "results": results}, indent=2))
+        print(json.dumps({**around, "results": results}, indent=2, default=vars))
         return
     machine = around["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in around["versions"].items())

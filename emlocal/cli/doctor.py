@@ -48,6 +48,7 @@ def _examine() -> Iterator["Finding"]:
     yield from _safely("python", checks.python)
     yield from checks.variables()
     yield from _safely("numpy", checks.numpy)
+    yield from _safely("sampler", checks.sampler)
     yield from _safely("llama.cpp", checks.llama_cpp)
     yield from checks.other_engines()
     yield from _safely("compiler", checks.compiler)

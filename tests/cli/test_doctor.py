@@ -45,7 +45,18 @@ def test_a_machine_that_works() -> None:
     code, said = examined()
     assert (code, said["ok"]) == (0, True)
     assert set(said["checks"]) >= {
-        *("system", "processor", "memory", "python", "numpy", "llama.cpp", "mlx", "torch", "compiler"),
+        *(
+            "system",
+            "processor",
+            "memory",
+            "python",
+            "numpy",
+            "sampler",
+            "llama.cpp",
+            "mlx",
+            "torch",
+            "compiler",
+        ),
         *("cache", "data", "hub cache", "model", "config"),
     }
     assert all({"status", "text", "fix"} <= set(check) for check in said["checks"].values())

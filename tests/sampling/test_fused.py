@@ -1,11 +1,16 @@
 """The compiled sampler beside the numpy one: what it takes, that it says the same, and bad arguments."""
 
 import math
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import emlocal
 from emlocal.em import AdaptiveTemperature, EMInf
 from emlocal.sampling import Sampler, SamplingParams, Uniforms, _fused
 from emlocal.sampling.fused import BUILT, Fused
@@ -108,3 +113,23 @@ def test_arguments_that_cannot_be_meant_raise() -> None:
         _fused.draw(row[:0], scratch, *step, *sampling)
     with pytest.raises(ValueError, match="contiguous"):
         _fused.draw(np.zeros((8, 8), dtype=np.float32)[:, 0], scratch, *step, *sampling)
+
+
+def test_without_it_numpy_does_the_work_and_doctor_says_so(tmp_path: Path) -> None:
+    """The package as it is installed where nothing could be compiled."""
+    package = Path(emlocal.__file__).parent
+    compiled = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(package, tmp_path / "emlocal", ignore=compiled)
+    code = (
+        "import numpy as np, emlocal\n"
+        "from emlocal.sampling import Sampler, SamplingParams\n"
+        "from emlocal.diagnosis.checks import sampler\n"
+        "draw = Sampler(3).sample(np.float32([0, 9, 0]), SamplingParams(), 0.5)\n"
+        "print(emlocal.__file__, sampler().status, draw.token)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    where, status, token = done.stdout.split()
+    assert where.startswith(str(tmp_path))
+    assert (status, token) == ("warn", "1")
