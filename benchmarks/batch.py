@@ -1,6 +1,6 @@
 """Batches: 16 sequences beside a bare llama.cpp loop and one stream; ragged and shared prompts; memory.
 
-`--part` chooses: full, ragged, shared, memory (default: all). Times of a part are ratios within one run.
+`--part` chooses: full, ragged, shared, same, memory (default: all). Times of a part are ratios within one run.
 """
 
 import json
@@ -19,7 +19,7 @@ from common import MODELS, ROOT, Noise, arguments, report, say, wait_until_quiet
 
 GSM8K = Path(os.environ.get("EMLOCAL_GSM8K", ROOT.parent / "shared/data/gsm8k/test.jsonl"))
 AT_ONCE, CONTEXT, PROMPT = 16, 768, 100
-PARTS = ("full", "ragged", "shared", "memory")
+PARTS = ("full", "ragged", "shared", "same", "memory")
 
 
 @contextmanager
@@ -200,6 +200,34 @@ def shared(model: str, samples: int, length: int, tokens: int) -> dict[str, Any]
         }
 
 
+def same(model: str, n: int, tokens: int) -> dict[str, Any]:
+    """How much of n answers is the same at 1, 4 and 16 at once: kernels add up in another order."""
+    from emlocal.generation.prompt import chat_tokens
+    from emlocal.generation.scheduler import Job, Scheduler
+
+    said: dict[int, dict[int, list[int]]] = {}
+    with many(model) as backend:
+        prompts = [chat_tokens(backend, [{"role": "user", "content": q}]) for q in questions(n)]
+        for parallel in (1, 4, AT_ONCE):
+            jobs = deque(Job(i, prompt, [em_request(i, tokens)]) for i, prompt in enumerate(prompts))
+            running: Any = Scheduler(backend, parallel).run(
+                lambda jobs=jobs: jobs.popleft() if jobs else None
+            )
+            said[parallel] = {f.job.tag: f.completions[0].tokens for f in running}
+    shares = {}
+    for parallel in (4, AT_ONCE):
+        pairs = [(said[1][i], said[parallel][i]) for i in range(n)]
+        alike = [
+            next((k for k, (a, b) in enumerate(zip(*p, strict=False)) if a != b), len(p[0])) for p in pairs
+        ]
+        total = sum(len(a) for a, _ in pairs)
+        shares[parallel] = {
+            "answers": sum(a == b for a, b in pairs) / n,
+            "tokens before they part": sum(alike) / total,
+        }
+    return shares
+
+
 _MEMORY = """
 import resource, sys
 from emlocal.backends.fake import END, FakeBackend
@@ -260,6 +288,11 @@ def main() -> None:
             ratio = one["separate"] / one["together"]
             text = f"{one['together']:.1f} s, {one['separate']:.1f} s separately: {ratio:.2f} ×"
             rows.append((model, "8 samples of a 600-token prompt", 1, text))
+        if "same" in chosen.part:
+            found["same"] = one = same(model, 32, 128)
+            for parallel, shares in one.items():
+                text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+                rows.append((model, f"the same at {parallel} at once as alone", 32, text))
         results[model] = found | {"others_used": noise.share()}
     if "memory" in chosen.part:
         sizes = [s for s in (1_000, 100_000, 1_000_000) if s <= chosen.lines]

@@ -161,16 +161,19 @@ def _fingerprint(*files: Path) -> str:
     return f"{files[0].name}, {sum(f.stat().st_size for f in files):,} bytes, {hashed.hexdigest()}"
 
 
-def _speed(model: "Opened", run: RunOptions) -> "Speed":
-    """How many sequences at once, and how fast they are."""
+def _speed(model: "Opened", run: RunOptions, answers: int | None) -> "Speed":
+    """How many sequences at once, for so many answers at most, and how fast they are."""
     from emlocal.cli.engine import MOST_PARALLEL
     from emlocal.generation import parallel
     from emlocal.generation.parallel import Speed
 
+    most = run.parallel or MOST_PARALLEL
+    if answers is not None:
+        most = max(1, min(most, answers))
     with console.progress(run.quiet) as progress:
         progress("measuring how many sequences to run at once", 0, None)
-        speeds = parallel.measure(model.backend, run.parallel or MOST_PARALLEL)
-    chosen = run.parallel or parallel.best(speeds)
+        speeds = parallel.measure(model.backend, most)
+    chosen = most if run.parallel else parallel.best(speeds)
     speed = min(speeds, key=lambda s: abs(s.sequences - chosen))
     if not run.quiet:
         why = "as asked" if run.parallel else "the fewest that are nearly the fastest"
@@ -183,7 +186,7 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: 
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
 
-    speed = _speed(model, run)
+    speed = _speed(model, run, None)
     with console.counting(None) as show:
         found = survey(
             model.backend,
@@ -192,7 +195,6 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: 
             speed=speed,
             progress=lambda n: show(n, "lines checked"),
         )
-    good = sum(found.prompts.values())
     half, most = found.quantile(0.5), found.quantile(1.0)
     rows = [
         ("lines", f"{found.lines:,}"),
@@ -211,7 +213,7 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: 
     more = found.bad_lines - len(found.bad)
     if more:
         console.out().print(f"… and {counted(more, 'more bad line')}", markup=False)
-    return 1 if found.bad_lines or found.refused or not good else 0
+    return 1 if found.bad_lines or found.refused else 0
 
 
 def _run(model: "Opened", source: BinaryIO, output: str, settings: "BatchSettings", run: RunOptions) -> int:
@@ -237,7 +239,8 @@ def _run(model: "Opened", source: BinaryIO, output: str, settings: "BatchSetting
             )
             _say_what_is_there(journal, run)
         total = _count_lines(source)
-        speed = _speed(model, run)
+        left = None if total is None else (total - (journal.rows if journal else 0)) * settings.plan.samples
+        speed = _speed(model, run, left)
         batch = Batch(
             model.backend,
             read_lines(source),
@@ -310,9 +313,11 @@ def _count_lines(source: BinaryIO) -> int | None:
     """How many lines a file has; None for a stream."""
     if not source.seekable():
         return None
-    lines = sum(chunk.count(b"\n") for chunk in iter(lambda: source.read(1 << 20), b""))
+    lines, last = 0, b"\n"
+    while chunk := source.read(1 << 20):
+        lines, last = lines + chunk.count(b"\n"), chunk[-1:]
     source.seek(0)
-    return lines
+    return lines + (last != b"\n")
 
 
 def _duration(seconds: float) -> str:
