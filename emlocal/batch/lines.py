@@ -147,10 +147,14 @@ def parse_object(number: int, value: Any) -> Item | BadLine:
         value = {"prompt": value}
     if not isinstance(value, dict):
         return BadLine(number, None, f"{_kind(value)} where an object is expected", canonical(value))
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as why:  # from Python: a NaN, a set, a list in itself
+        return BadLine(number, None, f"this cannot be written as JSON: {why}", f"line {number}")
     given = value.get("custom_id")
     custom_id = given if isinstance(given, str) and given and _half_character(given) is None else None
     try:
-        half = _half_character(json.dumps(value, ensure_ascii=False))
+        half = _half_character(text)
         if half is not None:
             raise UsageError(f"the text has half a character ({half})")
         if given is not None and custom_id is None:
