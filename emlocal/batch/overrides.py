@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ _OTHERS = frozenset(
     {"max_tokens", "stop", "seed", "samples", "logit_bias", "em_inf", "em_preset", "em_optimizer"}
     | {"adaptive_temp"}
 )
-_LARGEST = 1e300  # beyond it an integer is no float
+_LARGEST_BIAS = 1e30  # logits are float32: what is infinite there makes a row no distribution
 _LONGEST_TOKEN_ID = 18  # digits
 NAMES = frozenset(_NUMBERS | _EM_NUMBERS.keys() | _OTHERS | _ALIASES.keys())
 """Everything that a line may set."""
@@ -96,7 +97,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(settings: Any, field: str, said: str, value: Any) -> Any:
     """`settings` with one number changed; the error speaks of it as the line does, not of a flag."""
     known = settings_of(type(settings))[field]
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > sys.float_info.max:
         number = "whole number" if known.whole else "number"
         raise UsageError(f"{said} is {shown(value)}; it must be a {number} {known.span()}")
     try:
@@ -167,6 +168,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     for token, bias in value.items():
         if not (token.isascii() and token.isdecimal() and len(token) <= _LONGEST_TOKEN_ID):
             raise UsageError(f"logit_bias names {shown(token)}; it must be a token id, 0 or more")
-        if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= _LARGEST:
-            raise UsageError(f"logit_bias of token {token} is {shown(bias)}; it must be a number")
+        if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= _LARGEST_BIAS:
+            span = f"a number between {-_LARGEST_BIAS:g} and {_LARGEST_BIAS:g}"
+            raise UsageError(f"logit_bias of token {token} is {shown(bias)}; it must be {span}")
     return tuple((int(token), float(bias)) for token, bias in value.items())

@@ -127,6 +127,7 @@ def test_a_preset_brings_its_sampling_along_unless_the_line_says_otherwise() -> 
         ({"logit_bias": {"9" * 5000: 1}}, 'logit_bias names "999'),
         ({"logit_bias": {"5": "1"}}, 'logit_bias of token 5 is "1"; it must be a number'),
         ({"logit_bias": {"5": True}}, "logit_bias of token 5 is true; it must be a number"),
+        ({"logit_bias": {"5": 1e300}}, "logit_bias of token 5 is 1e+300; it must be a number between"),
         ({"logit_bias": {"5": HUGE}}, "logit_bias of token 5 is 1000"),
         ({"temp": 1, "temperature": 0.5}, "temp and temperature are the same setting"),
         ({"top-k": 1, "top_k": 1}, "top-k and top_k are the same setting"),
