@@ -5,17 +5,22 @@ Three forms are read, line by line: {"prompt": text}, {"messages": [...]}, and a
 What is wrong with a line becomes a BadLine; the others go on.
 """
 
+import codecs
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from emlocal.batch.overrides import known_name, meant
+from emlocal.batch.overrides import known_name, meant, shown
 from emlocal.errors import UsageError
 from emlocal.models.templates import Message
 
 MAX_LINE_BYTES = 64 << 20
+_DEEPEST = 100
+_MOST_DIGITS = 600  # Python itself refuses more than 4300, or as few as 640
+_TOO_DEEP = f"lists and objects are nested more than {_DEEPEST} deep"
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _IGNORED_IN_BODY = frozenset({"model", "user", "metadata", "store", "service_tier"})
 _ONLY_FALSE_IN_BODY = frozenset({"stream", "logprobs", "echo"})
@@ -42,7 +47,7 @@ class Item:
     def content(self) -> str:
         """What identifies the line's content: its question and its own settings, not its other fields."""
         return canonical(
-            [self.messages and [dict(m) for m in self.messages], self.prompt, dict(self.overrides)]
+            [self.messages and [dict(m) for m in self.messages], self.prompt, self.raw, dict(self.overrides)]
         )
 
 
@@ -81,9 +86,10 @@ def read_lines(stream: BinaryIO) -> Iterator[Item | BadLine]:
                 raw = stream.readline(MAX_LINE_BYTES)
             said = f"the line has more than {MAX_LINE_BYTES:,} bytes"
             yield BadLine(number, None, said, f"line {number}")
-        elif number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-            yield parse_line(number, raw[3:])
-        elif raw.strip():
+            continue
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if raw.strip():
             yield parse_line(number, raw)
 
 
@@ -95,17 +101,44 @@ def parse_line(number: int, raw: bytes) -> Item | BadLine:
         said = f"byte 0x{raw[why.start]:02x} at column {why.start + 1:,} is not UTF-8"
         return BadLine(number, None, said, hashlib.blake2b(raw, digest_size=16).hexdigest())
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer)
     except json.JSONDecodeError as why:
         return BadLine(number, None, f"not JSON: {why.msg} at column {why.colno:,}", text)
     except (RecursionError, ValueError) as why:
-        said = "nested too deeply" if isinstance(why, RecursionError) else str(why)
-        return BadLine(number, None, f"not JSON: {said}", text)
+        said = _TOO_DEEP if isinstance(why, RecursionError) else f"not JSON: {why}"
+        return BadLine(number, None, said, text)
+    if _is_too_deep(value):
+        return BadLine(number, None, _TOO_DEEP, text)
     return parse_object(number, value)
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    """What is larger than any float would be read as infinity, which no row can hold."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits is too long")
+    return int(text)
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether it is nested so deeply that writing it again might fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        if not inner:
+            return False
+        level = [v for each in inner for v in each]
+    return True
 
 
 def parse_object(number: int, value: Any) -> Item | BadLine:
@@ -114,11 +147,18 @@ def parse_object(number: int, value: Any) -> Item | BadLine:
         value = {"prompt": value}
     if not isinstance(value, dict):
         return BadLine(number, None, f"{_kind(value)} where an object is expected", canonical(value))
-    given = value.get("custom_id")
-    custom_id = given if isinstance(given, str) and given else None
     try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as why:  # from Python: a NaN, a set, a list in itself
+        return BadLine(number, None, f"this cannot be written as JSON: {why}", f"line {number}")
+    given = value.get("custom_id")
+    custom_id = given if isinstance(given, str) and given and _half_character(given) is None else None
+    try:
+        half = _half_character(text)
+        if half is not None:
+            raise UsageError(f"the text has half a character ({half})")
         if given is not None and custom_id is None:
-            raise UsageError(f"custom_id is {_shown(given)}; it must be a text, and not empty")
+            raise UsageError(f"custom_id is {shown(given)}; it must be a text, and not empty")
         return _openai(number, value) if "body" in value else _own(number, value)
     except UsageError as error:
         said = error.message + (f" ({error.hint})" if error.hint else "")
@@ -132,11 +172,11 @@ def _own(number: int, value: Mapping[str, Any]) -> Item:
         if name in overrides or name in ("prompt", "messages", "custom_id", "raw"):
             continue
         if meant(name):
-            raise UsageError(f"there is no parameter {_shown(name)}", f"did you mean {meant(name)}?")
+            raise UsageError(f"there is no parameter {shown(name)}", f"did you mean {meant(name)}?")
         extra[name] = v
     raw = value.get("raw", False)
     if not isinstance(raw, bool):
-        raise UsageError(f"raw is {_shown(raw)}; it must be true or false")
+        raise UsageError(f"raw is {shown(raw)}; it must be true or false")
     messages, prompt = _question(value)
     return Item(number, value.get("custom_id"), messages, prompt, raw, overrides, extra)
 
@@ -146,17 +186,23 @@ def _openai(number: int, value: Mapping[str, Any]) -> Item:
     if not isinstance(body, dict):
         raise UsageError(f"body is {_kind(body)}; it must be an object")
     if url not in _URLS or value.get("method", "POST") != "POST":
-        raise UsageError(f"only POST to {' or '.join(_URLS)} is answered, not {_shown(url)}")
+        asked = f"{value.get('method', 'POST')} to {url}"
+        raise UsageError(f"only POST to {' or '.join(_URLS)} is answered, not {shown(asked)}")
+    for name in value:
+        if known_name(name) or name in ("messages", "prompt", "raw"):
+            raise UsageError(f"{name} stands beside the body", "put it into the body, or leave it out")
     overrides = {}
     for name, v in body.items():
         if name in ("messages", "prompt") or name in _IGNORED_IN_BODY or v is None:
             continue
-        if name in _ONLY_FALSE_IN_BODY and v is False:
+        if name in _ONLY_FALSE_IN_BODY:
+            if v is not False:
+                raise UsageError(f"{name} is {shown(v)}; here it can only be false")
             continue
         if not known_name(name):
             near = meant(name)
             raise UsageError(
-                f"there is no parameter {_shown(name)} here", f"did you mean {near}?" if near else ""
+                f"there is no parameter {shown(name)} here", f"did you mean {near}?" if near else ""
             )
         overrides[name] = v
     messages, prompt = _question(body)
@@ -165,18 +211,18 @@ def _openai(number: int, value: Mapping[str, Any]) -> Item:
 
 
 def _question(value: Mapping[str, Any]) -> tuple[tuple[Message, ...] | None, str | None]:
-    if ("prompt" in value) == ("messages" in value):
-        raise UsageError("a line needs a prompt, or messages" + (", not both" if "prompt" in value else ""))
-    if "prompt" in value:
-        prompt = value["prompt"]
+    prompt, messages = value.get("prompt"), value.get("messages")
+    if (prompt is None) == (messages is None):
+        raise UsageError("a line needs a prompt, or messages" + ("" if prompt is None else ", not both"))
+    if prompt is not None:
         if not isinstance(prompt, str):
             raise UsageError(f"prompt is {_kind(prompt)}; it must be a text")
         if not prompt.strip():
             raise UsageError("the prompt is empty")
-        return None, _speakable(prompt)
-    messages = value["messages"]
+        return None, prompt
     if not isinstance(messages, list) or not messages:
-        raise UsageError(f"messages is {_kind(messages)}; it must be a list with at least one message")
+        found = "empty" if messages == [] else _kind(messages)
+        raise UsageError(f"messages is {found}; it must be a list with at least one message")
     return tuple(_message(i, m) for i, m in enumerate(messages)), None
 
 
@@ -186,7 +232,7 @@ def _message(index: int, value: Any) -> Message:
         raise UsageError(f"{where} is {_kind(value)}; it must be an object with role and content")
     role, content = value.get("role"), value.get("content")
     if role not in _ROLES:
-        raise UsageError(f"{where}.role is {_shown(role)}; it must be one of {', '.join(_ROLES)}")
+        raise UsageError(f"{where}.role is {shown(role)}; it must be one of {', '.join(_ROLES)}")
     if isinstance(content, list):  # OpenAI's parts
         parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
         content = "".join(p for p in parts if isinstance(p, str))
@@ -194,23 +240,18 @@ def _message(index: int, value: Any) -> Message:
             raise UsageError(f"{where}.content has parts that are not text, and the model reads only text")
     if not isinstance(content, str):
         raise UsageError(f"{where}.content is {_kind(content)}; it must be a text")
-    return {"role": "system" if role == "developer" else role, "content": _speakable(content)}
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
-def _speakable(text: str) -> str:
-    """Raises UsageError for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+def _half_character(text: str) -> str | None:
+    """Half a surrogate pair, if there is one: JSON can spell it and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as why:
-        raise UsageError(f"the text has half a character (\\u{ord(text[why.start]):x})") from None
-    return text
+        return f"\\u{ord(text[why.start]):x}"
+    return None
 
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"

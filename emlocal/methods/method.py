@@ -35,6 +35,7 @@ _SETTINGS: Mapping[MethodName, Mapping[str, float]] = {
     "min-p": {"min_p": 0.1, "temperature": 1.0},  # the settings of its paper, arXiv 2407.01082
     "dynamic-temperature": {"dynatemp_range": 0.5},
 }
+_EM_SWITCHES = frozenset({"em_inf", "adaptive_temp"})  # of a line, in `chosen`
 _SAMPLES = 8  # of self-consistency, where nobody says how many
 _ROUNDS = 2  # of refinement
 
@@ -98,6 +99,8 @@ class Method:
         wrong_step = (self.name == "em-inf" and not isinstance(em, EMInf)) or (
             self.name == "adaptive-temperature" and not isinstance(em, AdaptiveTemperature)
         )
+        if self.name in ("em-inf", "adaptive-temperature") and given.em is None and chosen & _EM_SWITCHES:
+            wrong_step = True  # switched off on purpose
         without = self.name in ("sample", "greedy", "min-p", "dynamic-temperature")
         if wrong_step or (without and em is not None):
             raise UsageError(f"--method {self.name} and the EM flags contradict each other")

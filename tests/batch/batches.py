@@ -1,0 +1,72 @@
+"""Runs of a batch on the engine without a model, for the tests beside this file."""
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from emlocal.backends.fake import FakeBackend, hashed
+from emlocal.batch.lines import read_lines
+from emlocal.batch.overrides import Plan
+from emlocal.batch.run import Batch, BatchSettings
+from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.methods.method import Method
+from emlocal.settings import SamplingParams
+
+Row = dict[str, Any]
+
+
+def engine(parallel: int, script: Callable = hashed, **options: Any) -> FakeBackend:
+    return FakeBackend(script, sequences=parallel + SPARE_SEQUENCES, shared=False, **options)
+
+
+def settings(
+    method: Method | None = None, params: SamplingParams | None = None, **more: Any
+) -> BatchSettings:
+    """As the command line makes them."""
+    method = method or Method()
+    plan = Plan(
+        method.params(params or SamplingParams(temperature=1.0)),
+        more.pop("max_tokens", 24),
+        more.pop("stop", ()),
+        more.pop("seed", 0),
+        method.samples_per_prompt,
+    )
+    return BatchSettings(plan, method, **more)
+
+
+def batch(
+    lines: Iterable[Any],
+    how: BatchSettings | None = None,
+    *,
+    parallel: int = 3,
+    script: Callable = hashed,
+    done: Any = None,
+    **options: Any,
+) -> Batch:
+    """A run over lines, each a value to be written as JSON, or bytes as they are."""
+    raw = b"".join((v if isinstance(v, bytes) else json.dumps(v).encode()) + b"\n" for v in lines)
+    backend = engine(parallel, script, **options)
+    return Batch(backend, read_lines(io.BytesIO(raw)), how or settings(), parallel=parallel, done=done)
+
+
+def rows(*args: Any, **kwargs: Any) -> list[Row]:
+    """All rows of a run, which leaves no sequence in use, and none with a NaN."""
+    running = batch(*args, **kwargs)
+    found = list(running.rows())
+    assert running.scheduler.backend.open() == 0
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def row(*args: Any, **kwargs: Any) -> Row:
+    """The only row."""
+    (only,) = rows(*args, **kwargs)
+    return only
+
+
+def timeless(found: Iterable[Row]) -> list[Row]:
+    """Rows by name, without what differs from run to run."""
+    left_out = ("seconds", "cached_tokens", "forward_passes")  # of these the last two depend on the company
+    kept = [{k: v for k, v in each.items() if k not in left_out} for each in found]
+    return sorted(kept, key=lambda each: each["key"])

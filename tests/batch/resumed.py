@@ -1,0 +1,106 @@
+"""A process that runs a batch into an output, and kills itself where it is told to.
+
+    python -m tests.batch.resumed INPUT OUTPUT [PLACE COUNT]...
+
+For each PLACE and COUNT a child of this process resumes the run and is killed with SIGKILL at the COUNT-th
+time that it comes to this place; without them, or after them, the run goes on to its end. Children are
+forked: a hundred kills must not mean a hundred starts of Python.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from emlocal.batch import journal as journal_module
+from emlocal.batch.journal import Journal
+from emlocal.batch.lines import read_lines
+from emlocal.batch.rows import is_error, key_of
+from emlocal.batch.run import Batch
+from emlocal.methods.method import Method
+from tests.batch.batches import engine, settings
+
+PLACES = ("step", "write", "torn", "written", "fsync", "synced", "open")
+PARALLEL = 4
+
+
+class Killer:
+    """Kills this process at the given visit of the given place."""
+
+    def __init__(self, place: str, count: int) -> None:
+        self.place, self.left = place, count
+
+    def visit(self, place: str, before: Callable[[], object] = lambda: None) -> None:
+        if place != self.place:
+            return
+        self.left -= 1
+        if self.left == 0:
+            before()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(source: Path, output: Path, killer: Killer) -> None:
+    """Resume it, dying on the way or not."""
+    write, fsync = os.write, os.fsync
+
+    def watched_write(descriptor: int, data: bytes) -> int:
+        killer.visit("write")
+        killer.visit("torn", lambda: write(descriptor, data[: len(data) // 2]))
+        written = write(descriptor, data)
+        killer.visit("written")
+        return written
+
+    def watched_fsync(descriptor: int) -> None:
+        killer.visit("fsync")
+        fsync(descriptor)
+        killer.visit("synced")
+
+    os.write, os.fsync = watched_write, watched_fsync  # type: ignore[assignment]
+    journal_module._SECONDS_BETWEEN_SYNCS = 0.0  # each row is synced, so that there is a between
+    how = settings(Method("self-consistency", samples=2), keep=True, fingerprint="x")
+    with (
+        source.open("rb") as lines,
+        Journal.open(output, {"seed": 0}, key_of=key_of, is_error=is_error) as journal,
+    ):
+        killer.visit("open")
+        batch = Batch(engine(PARALLEL), read_lines(lines), how, parallel=PARALLEL, done=journal.done)
+
+        def stepped() -> bool:
+            killer.visit("step")
+            return False
+
+        for row in batch.rows(stepped):
+            journal.append(row)
+
+
+def killed(source: Path, output: Path, place: str, count: int) -> bool:
+    """Whether a child of this process died as it should; it may have come to the end before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run(source, output, Killer(place, count))
+        except BaseException as error:  # noqa: BLE001
+            print(f"{place} {count}: {error!r}", file=sys.stderr, flush=True)
+            os._exit(3)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) == signal.SIGKILL
+    if os.WEXITSTATUS(status):
+        sys.exit("a resumed run failed")
+    return False
+
+
+def main(source: Path, output: Path, *moments: str) -> None:
+    deaths = sum(
+        killed(source, output, place, int(count))
+        for place, count in zip(moments[::2], moments[1::2], strict=True)
+    )
+    print("killed", deaths, flush=True)
+    run(source, output, Killer("", 0))
+    print("end", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
