@@ -72,11 +72,19 @@ def _check(input_: str, output: str, run: RunOptions) -> None:
     """Raise UsageError for what cannot be meant, before anything is loaded."""
     if run.retry_errors and (output == "-" or not run.resume):
         raise UsageError("--retry-errors needs an output to go on with (-o OUTPUT, without --restart)")
-    both = input_ != "-" and output != "-" and Path(output).exists() and Path(input_).exists()
-    if both and Path(input_).samefile(output):
+    if output != "-" and Path(output).exists() and _is_input(Path(output), input_):
         raise UsageError(f"{output} is the input: the output would overwrite it", "give -o another file")
+    if run.raw and run.system is not None:
+        raise UsageError("--raw and --system contradict each other: without a template there are no roles")
     if input_ == "-" and sys.stdin.isatty():
         raise UsageError("the input is the terminal", "give a JSONL file, or pipe one in")
+
+
+def _is_input(output: Path, input_: str) -> bool:
+    """Whether both are one file, under whatever names, or redirected."""
+    if input_ == "-":
+        return os.path.samestat(os.fstat(sys.stdin.fileno()), output.stat())
+    return Path(input_).exists() and Path(input_).samefile(output)
 
 
 def _source(input_: str) -> BinaryIO:
@@ -108,6 +116,8 @@ def _settings(
     sampling, em, config = flags
     resolved = precedence.sampling(sampling, em, config, model.backend.info.sampling)
     chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
+    if em.em_inf is False:
+        chosen |= {"em_inf"}
     seed = precedence.merged(sampling, config.sampling).seed
     max_tokens, stop = precedence.limits(sampling, config.sampling)
     params = method.params(resolved.params, chosen)

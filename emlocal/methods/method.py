@@ -63,6 +63,8 @@ class Method:
             raise UsageError("--rounds belongs to --method sequential-refinement")
         if self.rounds is not None and not 1 <= self.rounds <= 100:
             raise UsageError(f"--rounds is {self.rounds}; it must be between 1 and 100")
+        if self.name == "sequential-refinement" and (self.samples or 1) > 1:
+            raise UsageError("--samples and --method sequential-refinement contradict each other")
         if (self.extraction or self.pattern) and self.name != "self-consistency":
             raise UsageError("--extract belongs to --method self-consistency")
         if self.name == "self-consistency" and self.samples == 1:
