@@ -1,6 +1,6 @@
 """Batches: 16 sequences beside a bare llama.cpp loop and one stream; ragged and shared prompts; memory.
 
-`--part` chooses: full, ragged, shared, same, memory (default: all). Times of a part are ratios within one run.
+`--part` chooses: full, ragged, shared, same, memory (default: all). Ratios are of times within one run.
 """
 
 import json

@@ -43,10 +43,10 @@ def batch(
     sampling: SamplingOptions = SamplingOptions(),
     engine: EngineOptions = EngineOptions(),
 ) -> None:
-    """Answer a file of prompts.
+    """Answer a file of prompts; killed runs go on where they stopped.
 
     A line is {"prompt": …}, {"messages": […]} or a line of OpenAI's batch files, and may set any sampling or
-    EM value for itself. The run can be killed and started again: finished rows are neither lost nor repeated.
+    EM value for itself. Finished rows are neither lost nor repeated, whatever stopped the run.
     """
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_for_batch

@@ -22,6 +22,7 @@ from emlocal.settings import EM_PRESETS, settings_of
 
 Group = TypeVar("Group", EngineOptions, SamplingOptions, EMOptions)
 DEFAULT_MAX_TOKENS = 1024
+_LONG_NAMES = {"temperature": "temp", "dynatemp-exponent": "dynatemp-exp"}  # what people write → the flag
 _EM_INF_ONLY = ("em_steps", "em_learning_rate", "em_optimizer", "em_kl_weight")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _MODEL_NAMES = {"penalty_repeat": "repeat_penalty", "penalty_last_n": "repeat_last_n"}  # GGUF's → ours
@@ -74,7 +75,8 @@ def flag_names(group: type) -> dict[str, str]:
 
 def unknown_setting(name: str, known: list[str], where: str = "") -> UsageError:
     """The error for a setting that does not exist, with those that it may be meant to be."""
-    near = difflib.get_close_matches(name, known, 3, cutoff=0.57)
+    close = difflib.get_close_matches(name, [*known, *_LONG_NAMES], 3, cutoff=0.57)
+    near = list(dict.fromkeys(_LONG_NAMES.get(one, one) for one in close))
     hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
     return UsageError(f"{where}there is no setting {name!r}", hint)
 

@@ -1,6 +1,7 @@
 """The compiled sampler beside the numpy one: what it takes, that it says the same, and bad arguments."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,12 @@ def test_without_it_numpy_does_the_work_and_doctor_says_so(tmp_path: Path) -> No
         "print(emlocal.__file__, sampler().status, draw.token)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     where, status, token = done.stdout.split()
     assert where.startswith(str(tmp_path))
