@@ -250,12 +250,12 @@ def _run(model: "Opened", source: BinaryIO, output: str, settings: "BatchSetting
             _say_what_is_there(journal, run)
         total = _count_lines(source)
         left = None if total is None else (total - (journal.rows if journal else 0)) * settings.plan.samples
-        speed = _speed(model, run, left)
+        parallel = run.parallel or _speed(model, run, left).sequences
         batch = Batch(
             model.backend,
             read_lines(source),
             settings,
-            parallel=speed.sequences,
+            parallel=parallel,
             done=journal.done if journal else None,
         )
         began = time.perf_counter()
@@ -296,7 +296,7 @@ def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, stopped: bo
     tally, counters = batch.tally, batch.scheduler.counters
     parts = [f"{counted(tally.answered, 'answer')} in {_duration(seconds)}"]
     if tally.skipped:
-        parts.append(f"{tally.skipped:,} were there already")
+        parts.append(f"{tally.skipped:,} already there")
     if tally.cut_off:
         parts.append(f"{tally.cut_off:,} cut off (--max-tokens, --context)")
     if tally.votes_lost:

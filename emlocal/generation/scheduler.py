@@ -116,6 +116,7 @@ class Scheduler(Generic[Tag]):
         self._new: list[_Group[Tag]] = []  # admitted in this step, without a sequence as yet
         self._reading: list[_Group[Tag]] = []  # some samples have not begun
         self._streams: list[_Stream[Tag]] = []
+        self._freed: list[int] = []  # sequences released since the last step
         self._root: int | None = None
         self._prefix: Sequence[int] = ()  # what the root holds
         self._previous: Sequence[int] = ()  # the prompt admitted last, less its last token
@@ -131,11 +132,14 @@ class Scheduler(Generic[Tag]):
 
         Raises CancelledError. Nothing is held afterwards.
         """
+        # the first to be opened: engines like the numbers of those that are decoded to follow in order
+        self._root = self.backend.open()
         try:
             while True:
                 yield from self._admit(source, cancelled)
                 self._attach()
                 self._begin()
+                self._close_ranks()
                 if not self._streams and not self._reading:
                     return
                 if cancelled():
@@ -183,7 +187,7 @@ class Scheduler(Generic[Tag]):
                 self.backend.release(self._root)
             self._root, held = self.backend.fork(donor), common
         elif self._root is None:
-            self._root, held = self.backend.open(), 0
+            self._root, held = self.backend.open(), 0  # it had been given up
         kept = self.backend.trim(self._root, held)
         if kept < common:
             self._forward([Feed(self._root, tokens[kept:common], wanted=False)], cancelled)
@@ -224,6 +228,23 @@ class Scheduler(Generic[Tag]):
                 stream = _Stream(group, group.waiting.popleft(), sequence, group.job.prompt[-1])
                 self._streams.append(stream)
         self._reading = [group for group in self._reading if group.waiting]
+
+    def _close_ranks(self) -> None:
+        """Move streams into places that nobody has taken: engines like numbers that follow in order.
+
+        Without it the last samples of a run, with gaps between them, would take a pass each.
+        """
+        held = {stream.sequence for stream in self._streams}
+        held |= {group.sequence for group in self._reading if group.sequence is not None}
+        for gap in self._freed:
+            last = max(self._streams, key=lambda stream: stream.sequence, default=None)
+            if gap in held or last is None or last.sequence < gap:
+                continue
+            copy = self.backend.fork(last.sequence)
+            if copy < last.sequence:
+                last.sequence, copy = copy, last.sequence
+            self.backend.release(copy)
+        self._freed.clear()
 
     def _step(self, cancelled: Callable[[], bool]) -> Iterator[Finished[Tag]]:
         """One forward pass, and what it brings to an end."""
@@ -317,6 +338,7 @@ class Scheduler(Generic[Tag]):
         """Free an ended stream's place; its job is yielded with the last of its samples."""
         group = stream.group
         self.backend.release(stream.sequence)
+        self._freed.append(stream.sequence)
         group.completions.append(stream.sample.completion)
         if len(group.completions) < len(group.job.requests):
             return
@@ -331,7 +353,7 @@ class Scheduler(Generic[Tag]):
         held += [] if self._root is None else [self._root]
         for sequence in held:
             self.backend.release(sequence)
-        self._streams, self._reading, self._new = [], [], []
+        self._streams, self._reading, self._new, self._freed = [], [], [], []
         self._root, self._prefix, self._previous = None, (), ()
 
 

@@ -93,7 +93,7 @@ def test_a_second_run_goes_on(batch: Emlocal, tmp_path: Path, out: Path) -> None
     done = batch(source, "-o", str(out))
     assert done.code == 0
     assert "has 3 rows; going on from there" in done.err
-    assert "3 were there already" in done.err
+    assert "3 already there" in done.err
     assert out.read_bytes().startswith(before)
     assert len(named(read(out))) == 5
     whole = out.read_bytes()

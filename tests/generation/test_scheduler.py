@@ -184,3 +184,18 @@ def test_jobs_are_taken_as_they_are_needed() -> None:
 def test_too_many_places_for_the_backend() -> None:
     with pytest.raises(UsageError, match="sequences"):
         Scheduler[int](backend(4), 5)
+
+
+def test_what_is_decoded_together_has_numbers_that_follow_in_order() -> None:
+    """llama.cpp computes sequences in one pass only then; gaps close when there is nothing left to fill them."""
+    together: list[list[int]] = []
+
+    class Watched(FakeBackend):
+        def forward(self, feeds, cancelled=lambda: False) -> None:
+            together.append(sorted(feed.sequence for feed in feeds if feed.wanted))
+            super().forward(feeds, cancelled)
+
+    engine = Watched(sequences=8 + SPARE_SEQUENCES, shared=False)
+    run(engine, [job(i, f"{i}", 1 + i % 3, 3 + i * 11 % 37) for i in range(30)], 8)
+    gaps = sum(ids[-1] - ids[0] + 1 != len(ids) for ids in together if ids)
+    assert gaps <= 0.1 * len(together)  # a sample that begins later than its neighbours leaves one for a step

@@ -43,6 +43,7 @@ class LlamaCppBackend(Backend):
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.context = context_length(options.context, self.info.trained_context)
         self.max_sequences = options.sequences
+        self._shared = options.shared
         self.threads = options.threads or physical_cores()
         self._context = self._new_context(options)
         self._memory = self._lib.llama_get_memory(self._context)
@@ -158,6 +159,8 @@ class LlamaCppBackend(Backend):
             self._lib.llama_set_abort_callback(self._context, callback, ctypes.c_void_p(0))
             self._abortable = long
         self._rows = {}
+        if not self._shared:  # llama.cpp computes sequences together only where their numbers follow in order
+            feeds = sorted(feeds)
         for feed in feeds:
             held = self._lengths[feed.sequence]
             if held + len(feed.tokens) > self.context:  # llama.cpp rounds its own length up
