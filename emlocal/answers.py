@@ -140,6 +140,7 @@ class AnswerWriter:
         self.colours = show_entropy and console.colours_allowed(sys.stdout)
         self._terminal = sys.stdout.isatty()
         self._word: list[tuple[str, float]] = []  # pieces of the word in hand
+        self._gap = ""  # the white space before the next one
         self._column = 0
         if show_entropy:
             if self.colours:
@@ -156,13 +157,15 @@ class AnswerWriter:
         for part in re.split(r"(\s+)", text.translate(console.CONTROLS)):
             if part.isspace():
                 self._end_word()
-                self._space(part)
+                self._gap += part
             elif part:
+                self._end_gap()
                 self._word.append((part, entropy))
 
     def end(self) -> None:
         """Show what is held back, and end the line."""
         self._end_word()
+        self._end_gap()
         console.write("\n")
         self._column = 0
 
@@ -175,12 +178,15 @@ class AnswerWriter:
         for text, entropy in self._word:
             console.write(coloured(text, entropy) if self.colours else text)
         filled = self._column + width
-        self._column = (
-            filled if filled <= columns else filled % columns
-        )  # a full line: the cursor waits at its end
+        # at the end of a full line the cursor waits there
+        self._column = filled if filled <= columns else filled % columns
         self._word = []
 
-    def _space(self, space: str) -> None:
+    def _end_gap(self) -> None:
+        """The white space between two words, once it is known whole."""
+        space, self._gap = self._gap, ""
+        if not space:
+            return
         if "\n" in space:
             self._column = 0
             space_width = len(space) - space.rindex("\n") - 1
