@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import stat
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 
 import typer
 
@@ -72,19 +73,29 @@ def _check(input_: str, output: str, run: RunOptions) -> None:
     """Raise UsageError for what cannot be meant, before anything is loaded."""
     if run.retry_errors and (output == "-" or not run.resume):
         raise UsageError("--retry-errors needs an output to go on with (-o OUTPUT, without --restart)")
-    if output != "-" and Path(output).exists() and _is_input(Path(output), input_):
-        raise UsageError(f"{output} is the input: the output would overwrite it", "give -o another file")
+    if _is_input(output, input_):
+        shown = "the output" if output == "-" else output
+        raise UsageError(f"{shown} is the input: it would be overwritten", "give -o another file")
     if run.raw and run.system is not None:
         raise UsageError("--raw and --system contradict each other: without a template there are no roles")
     if input_ == "-" and sys.stdin.isatty():
         raise UsageError("the input is the terminal", "give a JSONL file, or pipe one in")
 
 
-def _is_input(output: Path, input_: str) -> bool:
-    """Whether both are one file, under whatever names, or redirected."""
-    if input_ == "-":
-        return os.path.samestat(os.fstat(sys.stdin.fileno()), output.stat())
-    return Path(input_).exists() and Path(input_).samefile(output)
+def _is_input(output: str, input_: str) -> bool:
+    """Whether both are one regular file, under whatever names, or redirected (`>> INPUT` would never end)."""
+    written, read = _status(output, sys.stdout), _status(input_, sys.stdin)
+    if written is None or read is None:
+        return False
+    return stat.S_ISREG(written.st_mode) and os.path.samestat(written, read)
+
+
+def _status(name: str, stream: TextIO) -> os.stat_result | None:
+    """Of a file, or of what "-" is redirected to; None where there is none."""
+    try:
+        return os.fstat(stream.fileno()) if name == "-" else Path(name).stat()
+    except OSError:  # not there; or a stream without a file, in tests
+        return None
 
 
 def _source(input_: str) -> BinaryIO:

@@ -248,7 +248,7 @@ def test_self_consistency(batch: Emlocal, good: str) -> None:
         (["--seed", "-1"], "--seed is -1"),
         (["--retry-errors"], "--retry-errors needs an output"),
         (["--retry-errors", "--restart", "-o", "OUT"], "--retry-errors needs an output"),
-        (["-o", "IN"], "is the input: the output would overwrite it"),
+        (["-o", "IN"], "is the input: it would be overwritten"),
         (["-o", "/"], "is a folder"),
         (["-o", "/no/such/folder/out.jsonl"], "there is no folder /no/such/folder"),
     ],
