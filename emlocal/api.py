@@ -32,7 +32,7 @@ from emlocal.generation.decode import Event
 from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.generation.prompt import chat_tokens
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.methods.method import Method
+from emlocal.methods.method import Method, MethodName
 from emlocal.models.memory import KV_TYPE_BYTES, check_memory
 from emlocal.models.resolve import resolve
 from emlocal.models.templates import Message
@@ -133,6 +133,7 @@ class Model:
         self.backend = backend
         self.parallel = parallel
         self._generator = Generator(backend)
+        self._open = True
 
     def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Answer:
         """Answer a prompt.
@@ -154,7 +155,7 @@ class Model:
         self,
         lines: Iterable[str | Mapping[str, Any]],
         *,
-        method: Method | None = None,
+        method: Method | MethodName | None = None,
         ordered: bool = True,
         keep: bool = False,
         **settings: Unpack[Settings],
@@ -163,12 +164,15 @@ class Model:
 
         Args:
             lines: prompts, or objects as in a line of `emlocal batch`'s input; read as they are needed.
-            method: samples, votes, revisions: `Method("self-consistency", samples=8)`.
+            method: a name, or with samples and more: `Method("self-consistency", samples=8)`.
             ordered: rows in the order of the lines; otherwise as they are finished.
             keep: carry a line's other fields through, under "kept".
         A line that cannot be answered becomes a row with "error". Raises UsageError for bad settings.
         """
-        method = method or Method()
+        self._check_open()
+        if isinstance(lines, str):
+            raise UsageError("lines is one text; a batch takes a list of them")
+        method = Method(method) if isinstance(method, str) else method or Method()
         plan, chosen = self._plan(settings), frozenset(settings)
         plan = replace(plan, params=method.params(plan.params, chosen), samples=method.samples_per_prompt)
         shared = BatchSettings(
@@ -185,8 +189,10 @@ class Model:
         return Batch(self.backend, items, shared, parallel=self.parallel).rows()
 
     def close(self) -> None:
-        """Free the model's memory."""
-        self.backend.close()
+        """Free the model's memory; it cannot be used afterwards."""
+        if self._open:
+            self._open = False
+            self.backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +202,12 @@ class Model:
     ) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UsageError("the model is closed", "load it again")
+
     def _run(self, prompt: Prompt, settings: Settings) -> Iterator[Event]:
+        self._check_open()
         plan = self._plan(settings)
         request = Request(plan.params, Uniforms(plan.seed), plan.max_tokens, plan.stop)
         return self._generator.run(self._tokens(prompt, settings), [request])

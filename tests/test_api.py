@@ -66,6 +66,24 @@ def test_one_at_a_time_in_shared_room(tiny_model: LocalModel) -> None:
         assert {row["finish_reason"] for row in rows} <= {"context", "stop"}
 
 
+def test_a_batch_that_nobody_listens_to_any_more_holds_nothing(model: emlocal.Model) -> None:
+    for _ in range(5):
+        rows = model.batch([f"prompt {i}" for i in range(20)], raw=True, max_tokens=4)
+        next(rows)
+        rows.close()
+    assert len(list(model.batch(["a"] * 6, raw=True, max_tokens=4, method="greedy"))) == 6
+
+
+def test_a_closed_model_says_so(tiny_model: LocalModel) -> None:
+    with emlocal.load(tiny_model.path, context=64) as gone:
+        pass
+    gone.close()
+    with pytest.raises(UsageError, match="closed"):
+        gone.generate("x", raw=True)
+    with pytest.raises(UsageError, match="closed"):
+        gone.batch(["x"], raw=True)
+
+
 def test_settings_that_cannot_be_meant(model: emlocal.Model) -> None:
     for bad, message in (
         ({"temprature": 1}, "temprature"),
@@ -79,6 +97,10 @@ def test_settings_that_cannot_be_meant(model: emlocal.Model) -> None:
         model.generate("x " * 500, raw=True)
     with pytest.raises(ModelError):
         emlocal.load(Path("nowhere.gguf"))
+    with pytest.raises(UsageError, match="one text"):
+        model.batch("abc")
+    with pytest.raises(UsageError, match="--method"):
+        model.batch(["abc"], method="nope")
     with pytest.raises(UsageError, match="parallel"):
         emlocal.load(parallel=0)
 

@@ -207,7 +207,8 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: 
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
 
-    speed = _speed(model, run, None)
+    lines = _count_lines(source)
+    speed = _speed(model, run, None if lines is None else lines * settings.plan.samples)
     with console.counting(None) as show:
         found = survey(
             model.backend,
@@ -287,7 +288,9 @@ def _run(model: "Opened", source: BinaryIO, output: str, settings: "BatchSetting
         except CancelledError:
             stopped = True
     if not run.quiet:
-        _say_what_came_of_it(batch, time.perf_counter() - began, journal is not None, cancelled.requested)
+        errors = journal.errors if journal else 0
+        seconds = time.perf_counter() - began
+        _say_what_came_of_it(batch, seconds, journal is not None, errors, cancelled.requested)
     if cancelled.requested:
         return 130
     return 1 if stopped or batch.tally.errors or (journal is not None and journal.errors) else 0
@@ -303,7 +306,8 @@ def _say_what_is_there(journal: "Journal", run: RunOptions) -> None:
         console.note(f"{journal.path} has {counted(journal.rows, 'row')}{errors}; going on from there")
 
 
-def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, stopped: bool) -> None:
+def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, errors: int, stopped: bool) -> None:
+    """`errors`: in the output, those of earlier runs among them."""
     tally, counters = batch.tally, batch.scheduler.counters
     parts = [f"{counted(tally.answered, 'answer')} in {_duration(seconds)}"]
     if tally.skipped:
@@ -320,6 +324,8 @@ def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, stopped: bo
     if tally.errors:
         mend = "; after mending the input or the flags, --retry-errors tries them again" if kept else ""
         console.warn(f"{counted(tally.errors, 'line')} could not be answered: see the error rows{mend}")
+    elif errors:
+        console.warn(f"the output has {counted(errors, 'error row')}: --retry-errors tries them again")
     if stopped and kept:
         console.note("stopped; the same command goes on where it stopped")
 

@@ -95,7 +95,7 @@ class EngineOptions:
             ENGINE,
             "-c",
             "--context",
-            help="Tokens of context. (default: the model's, at most 8192)",
+            help="Tokens of context. (default: the model's, at most 8192; 2048 in a batch)",
             metavar="N",
         ),
     ] = None
@@ -134,7 +134,13 @@ class SamplingOptions:
     ] = None
     seed: Annotated[
         int | None,
-        _flag(SAMPLING, "-s", "--seed", help="Seed of the draws. (default: random, and shown)", metavar="N"),
+        _flag(
+            SAMPLING,
+            "-s",
+            "--seed",
+            help="Seed of the draws. (default: random, and shown; 0 in a batch)",
+            metavar="N",
+        ),
     ] = None
     max_tokens: Annotated[
         int | None,

@@ -264,8 +264,8 @@ class Scheduler(Generic[Tag]):
         for stream, draw in zip(self._streams, draws, strict=True):
             (ended if self._is_over(stream, draw) else going).append(stream)
         self._streams = going
-        for stream in ended:
-            yield from self._finish(stream)
+        # all of them, before anything is yielded: who listens may stop listening
+        yield from [finished for stream in ended for finished in self._finish(stream)]
 
     def _give_up(self, error: ContextFullError) -> Iterator[Finished[Tag]]:
         """There is no room for another step: possible only where sequences share it."""
