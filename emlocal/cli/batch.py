@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def batch(
     A line is {"prompt": …}, {"messages": […]} or a line of OpenAI's batch files, and may set any sampling or
     EM value for itself. Finished rows are neither lost nor repeated, whatever stopped the run.
     """
+    from emlocal.batch.lines import canonical
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_for_batch
 
@@ -61,10 +63,13 @@ def batch(
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, (sampling, em, config), method, run)
+        identity = _identity(settings, model)
+        settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
             code = _dry_run(model, source, settings, run)
         else:
-            code = _run(model, source, output, settings, run)
+            journal = None if output == "-" else opened.enter_context(_journal(output, identity, run))
+            code = _run(model, source, journal, settings, run)
     if code:
         raise typer.Exit(code)
 
@@ -119,7 +124,6 @@ def _settings(
     model: "Opened", flags: tuple[SamplingOptions, EMOptions, "Config"], method: "Method", run: RunOptions
 ) -> "BatchSettings":
     """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
-    from emlocal.batch.lines import canonical
     from emlocal.batch.overrides import Plan
     from emlocal.batch.run import BatchSettings
     from emlocal.cli import precedence
@@ -139,10 +143,9 @@ def _settings(
         0 if seed is None else precedence.seed(sampling, config.sampling),
         method.samples_per_prompt,
     )
-    settings = BatchSettings(
+    return BatchSettings(
         plan, method, chosen, run.system, run.raw, run.keep, run.form is Format.openai, run.ordered
     )
-    return replace(settings, fingerprint=canonical(_identity(settings, model)))
 
 
 def _identity(settings: "BatchSettings", model: "Opened") -> dict[str, object]:
@@ -238,28 +241,37 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: 
     return 1 if found.bad_lines or found.refused else 0
 
 
-def _run(model: "Opened", source: BinaryIO, output: str, settings: "BatchSettings", run: RunOptions) -> int:
-    """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
+def _journal(output: str, identity: Mapping[str, object], run: RunOptions) -> "Journal":
+    """The output file, with a word on what it holds already."""
     from emlocal.batch.journal import Journal
-    from emlocal.batch.lines import read_lines
     from emlocal.batch.rows import is_error, key_of
+
+    journal = Journal.open(
+        Path(output),
+        identity,
+        key_of=key_of,
+        is_error=is_error,
+        restart=not run.resume,
+        retry_errors=run.retry_errors,
+    )
+    _say_what_is_there(journal, run)
+    return journal
+
+
+def _run(
+    model: "Opened",
+    source: BinaryIO,
+    journal: "Journal | None",
+    settings: "BatchSettings",
+    run: RunOptions,
+) -> int:
+    """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
+    from emlocal.batch.lines import read_lines
+    from emlocal.batch.rows import is_error
     from emlocal.batch.run import Batch
     from emlocal.generation import interruptible
 
-    journal: Journal | None = None
     with ExitStack() as opened:
-        if output != "-":
-            journal = opened.enter_context(
-                Journal.open(
-                    Path(output),
-                    _identity(settings, model),
-                    key_of=key_of,
-                    is_error=is_error,
-                    restart=not run.resume,
-                    retry_errors=run.retry_errors,
-                )
-            )
-            _say_what_is_there(journal, run)
         total = _count_lines(source)
         left = None if total is None else (total - (journal.rows if journal else 0)) * settings.plan.samples
         parallel = run.parallel or _speed(model, run, left).sequences

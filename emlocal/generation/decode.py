@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from emlocal.backends.base import Backend, Feed
-from emlocal.errors import ContextFullError, UsageError
-from emlocal.generation.sample import Completion, FinishReason, Piece, Request, Sample
+from emlocal.errors import ContextFullError
+from emlocal.generation.sample import Completion, FinishReason, Piece, Request, Sample, check_prompt
 
 
 @dataclass
@@ -92,14 +92,7 @@ class Generator:
 
     def _read(self, prompt: Sequence[int], cancelled: Callable[[], bool]) -> None:
         """Bring the root sequence to exactly this prompt, reusing what it holds."""
-        if not prompt:
-            raise UsageError("the prompt is empty", "give some text as an argument, with -f FILE or on stdin")
-        if len(prompt) >= self.backend.context:
-            raise ContextFullError(
-                f"the prompt has {len(prompt):,} tokens; the context holds {self.backend.context:,},"
-                " one of them for the answer",
-                "shorten the prompt or give a larger --context",
-            )
+        check_prompt(prompt, self.backend.context)
         common = 0
         for ours, theirs in zip(self._held, prompt, strict=False):
             if ours != theirs:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from emlocal.backends.base import Backend, Row
+from emlocal.errors import ContextFullError, UsageError
 from emlocal.generation.text import TextStream
 from emlocal.sampling import Draw, SamplingParams, Uniforms
 
@@ -45,6 +46,18 @@ class Completion:
     """The stop string that ended it, if one did."""
     tail: str = ""
     """The end of `text` that was held back until now and came with no Piece."""
+
+
+def check_prompt(prompt: Sequence[int], context: int) -> None:
+    """Raise UsageError for an empty prompt, ContextFullError for one that leaves no room for a token."""
+    if not prompt:
+        raise UsageError("the prompt is empty", "give some text as an argument, with -f FILE or on stdin")
+    if len(prompt) >= context:
+        raise ContextFullError(
+            f"the prompt has {len(prompt):,} tokens;"
+            f" the context holds {context:,}, one of them for the answer",
+            "shorten the prompt or give a larger --context",
+        )
 
 
 class Sample:

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from emlocal.backends.base import Backend, Feed, Row
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, LogitsError, UsageError
-from emlocal.generation.sample import Completion, Request, Sample
+from emlocal.generation.sample import Completion, Request, Sample, check_prompt
 from emlocal.sampling import Draw
 
 Tag = TypeVar("Tag")
@@ -165,15 +165,11 @@ class Scheduler(Generic[Tag]):
             self._new.append(_Group(job, samples, time.perf_counter()))
 
     def _refusal(self, job: Job[Tag]) -> EmlocalError | None:
-        if not job.prompt or not job.requests:
-            return UsageError("the prompt is empty" if not job.prompt else "no samples are asked for")
-        if len(job.prompt) >= self.backend.context:
-            return ContextFullError(
-                f"the prompt has {len(job.prompt):,} tokens; the context holds {self.backend.context:,},"
-                " one of them for the answer",
-                "shorten the prompt or give a larger --context",
-            )
-        return None
+        try:
+            check_prompt(job.prompt, self.backend.context)
+        except (UsageError, ContextFullError) as error:
+            return error
+        return None if job.requests else UsageError("no samples are asked for")
 
     def _hold_common_prefix(self, tokens: Sequence[int], cancelled: Callable[[], bool]) -> None:
         """Bring into the root what this prompt and the one before it begin with, if that is much."""
@@ -270,13 +266,14 @@ class Scheduler(Generic[Tag]):
     def _give_up(self, error: ContextFullError) -> Iterator[Finished[Tag]]:
         """There is no room for another step: possible only where sequences share it."""
         ended, self._streams = self._streams, []
+        unread, self._reading = self._reading, []
         for stream in ended:
             stream.sample.end("context")
-            yield from self._finish(stream)
-        unread, self._reading = self._reading, []
         for group in unread:
             if group.sequence is not None:
                 self.backend.release(group.sequence)
+        yield from [finished for stream in ended for finished in self._finish(stream)]
+        for group in unread:
             yield Finished(group.job, [], error, group.cached, group.passes)
 
     def _parts_of_prompts(self) -> list[Feed]:

@@ -16,7 +16,6 @@ from emlocal.errors import EmlocalError
 from tests.batch.writer import opened, row, run
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and resource limits are POSIX")
 
 
 def child(path: Path, rows: int, what: str = "") -> subprocess.Popen[str]:

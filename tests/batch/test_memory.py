@@ -29,7 +29,6 @@ print(sum(1 for row in Batch(engine(8, script), lines, how, parallel=8).rows()),
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no peak of a process's memory to read")
 def test_memory_does_not_grow_with_the_input() -> None:
     peaks = []
     for lines in (1_000, 100_000):

@@ -17,7 +17,6 @@ from tests.batch.resumed import PLACES
 
 REPOSITORY = Path(__file__).parents[2]
 BAD = [b"broken", b'{"prompt": 5}', b'{"prompt": "caf\xe9"}', b'{"prompt": "x", "temprature": 1}', b"broken"]
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are POSIX")
 
 
 def _lines() -> list[bytes]:
