@@ -1,0 +1,1 @@
+"""The torch engine: CUDA, and any CPU. Generates and trains."""
