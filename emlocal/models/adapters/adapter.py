@@ -21,7 +21,7 @@ class LoraPair:
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return self.a.shape[0]
+        return len(self.a)
 
 
 @dataclass(frozen=True)
