@@ -184,7 +184,7 @@ def check_no_pickle(folder: Path) -> None:
     for name in ("adapter_model.bin", "adapter_model.pt", "adapters.npz"):
         if (folder / name).exists():
             raise ModelError(
-                f"the weights of {folder} are in {name}; emlocal reads only safetensors, since pickles can run"
-                " code",
+                f"the weights of {folder} are in {name}; emlocal reads only safetensors, for pickles can"
+                " run code",
                 "save the adapter again with safe_serialization=True (PEFT) or a current mlx-lm",
             )
