@@ -35,7 +35,7 @@ class LoadOptions:
     """None: one per physical core."""
     kv_type: KVType = "f16"
     adapters: tuple[tuple[Path, float], ...] = ()
-    """(LoRA adapter, scale)."""
+    """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
 
 
 DEFAULT_CONTEXT = 8192

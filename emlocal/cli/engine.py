@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from emlocal import console
@@ -14,7 +15,7 @@ from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.generation import interruptible
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.models.gguf import read_adapter_header
+from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.gguf_header import GGUFHeader
 from emlocal.models.memory import KV_TYPE_BYTES, available, check_memory, estimate
 from emlocal.models.resolve import LocalModel, resolve
@@ -112,7 +113,14 @@ def _check(options: EngineOptions) -> None:
 
 
 def _adapter(text: str, model: LocalModel) -> tuple[Path, float]:
-    """FILE or FILE=SCALE, the file checked against the model."""
+    """PATH or PATH=SCALE, the adapter checked against the model."""
+    path, scale = adapter_and_scale(text)
+    with as_gguf(path, model.header):  # what is wrong with it is said before the model is loaded
+        return path, scale
+
+
+def adapter_and_scale(text: str) -> tuple[Path, float]:
+    """What --adapter says: PATH or PATH=SCALE. Raises UsageError."""
     path, scale = Path(text), 1.0
     if not path.exists() and "=" in text:
         name, _, number = text.rpartition("=")
@@ -120,9 +128,8 @@ def _adapter(text: str, model: LocalModel) -> tuple[Path, float]:
             path, scale = Path(name), float(number)
         except ValueError:
             raise UsageError(f"--adapter is {text!r}; after '=' comes the scale, a number") from None
+        if not isfinite(scale):
+            raise UsageError(f"--adapter is {text!r}; a scale is finite")
     if not path.exists():
         raise UsageError(f"there is no adapter {path}")
-    if path.is_dir() or path.suffix != ".gguf":
-        raise UsageError(f"{path} is no GGUF adapter, and the llama.cpp engine loads no other kind")
-    read_adapter_header(path, model.header)
     return path, scale
