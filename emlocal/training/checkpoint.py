@@ -65,7 +65,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with those that are newer."""
-    damaged = []
+    damaged: list[str] = []
     for path in _all(folder):
         try:
             return _read(path), damaged

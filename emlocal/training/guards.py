@@ -42,8 +42,8 @@ class Guards:
             )
         if now["repetition"] > first["repetition"] + limits.max_repetition:
             return (
-                f"{now['repetition']:.0%} of the answers' text is repeated, {first['repetition']:.0%} at first"
-                f" (--max-repetition {limits.max_repetition:g})"
+                f"{now['repetition']:.0%} of the answers' text is repeated,"
+                f" {first['repetition']:.0%} at first (--max-repetition {limits.max_repetition:g})"
             )
         change = now["length"] / first["length"]
         if not 1 / limits.max_length_change <= change <= limits.max_length_change:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from emlocal.backends.learner import Answer, Learner, Objective, OutOfMemoryError, State, Terms
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
@@ -39,7 +40,7 @@ class TorchLearner(Learner):
         attach(model, adapter)
         self._layers = lora_layers(model)
         self._body = model.get_submodule("model")
-        self._head = _head(model)
+        self._head = _head(model, self._body)
         self._parameters = [p for layer in self._layers.values() for p in (layer.a, layer.b)]
         self.parameters = sum(p.numel() for p in self._parameters)
         self._optimizer = torch.optim.AdamW(
@@ -50,11 +51,14 @@ class TorchLearner(Learner):
             foreach=True,
         )
         self._device = self._head.device
+        model.eval()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            model.train()  # which is what makes it act; the models of these families have no dropout
-        else:
-            model.eval()
+            model.activation_checkpointing_enable()  # type: ignore[operator]
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = (
+                        True  # of itself alone, which makes it act: its children drop nothing out
+                    )
 
     def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
         try:
@@ -161,16 +165,24 @@ class TorchLearner(Learner):
             yield f"{name}.lora_B", layer.b
 
 
-def _head(model: nn.Module) -> Tensor:
+def _head(model: nn.Module, body: nn.Module) -> Tensor:
     """The weights that turn hidden states into logits, [V, H].
 
     On a CPU in float32, whatever the model is: a product of bfloat16 there has bfloat16 logits, whose
     entropy is off by percents, and oneDNN multiplies float32 in bfloat16 as fast (docs/decisions.md).
+
+    Raises ModelError where the logits are not their plain product: some models scale or bend them.
     """
     head = model.get_submodule("lm_head")
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ModelError("the model's head is not a plain linear layer: EM-FT cannot train it")
+    if not isinstance(head, nn.Linear):
+        raise ModelError("the model's head is no linear layer: EM-FT cannot train it")
     weight = head.weight.detach()
+    with torch.no_grad():
+        tokens = torch.arange(min(4, len(weight)), device=weight.device).unsqueeze(0)
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        ours = body(input_ids=tokens, use_cache=False).last_hidden_state.float() @ weight.float().T
+    if (logits - ours).abs().max() > 0.02 * logits.abs().max():  # what bfloat16 rounds is less
+        raise ModelError("the model's logits are no plain product of its head: EM-FT cannot train it")
     return weight.float() if weight.device.type == "cpu" else weight
 
 
