@@ -52,7 +52,7 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         try:
             tokenizer = FastTokenizer.from_file(str(path))
-        except Exception as why:  # noqa: BLE001  # the package raises plain Exceptions
+        except Exception as why:  # the package raises plain Exceptions
             raise ModelError(f"{path} is not a usable tokenizer: {shown(str(why))}", "get it again") from why
         tokenizer.no_truncation()
         tokenizer.no_padding()

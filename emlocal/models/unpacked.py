@@ -68,7 +68,7 @@ def identity(header: GGUFHeader) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all of it is there, as it was written: its manifest, the sizes in it, and the weights' header."""
+    """Whether all of it is there as it was written: the manifest, the sizes in it, the weights' header."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
@@ -141,4 +141,3 @@ def _make(model: LocalModel, folder: Path, progress: Progress) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-

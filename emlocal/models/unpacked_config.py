@@ -44,6 +44,7 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_HEAD_NORMS = ("attn_q_norm", "attn_k_norm")  # Qwen3's alone
 _BLOCK = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<what>weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 _SAMPLING_NAMES = {"penalty_repeat": "repetition_penalty"}  # general.sampling.* -> generation_config.json
@@ -69,9 +70,8 @@ class Unpacked(NamedTuple):
 def check_architecture(header: GGUFHeader) -> None:
     """Raise ModelError for a model that cannot be unpacked."""
     if header.architecture not in ARCHITECTURES:
-        raise _cannot(
-            header, f"its architecture is {shown(header.architecture)}; {_listed(ARCHITECTURES)} can be unpacked"
-        )
+        known = _listed(ARCHITECTURES)
+        raise _cannot(header, f"its architecture is {shown(header.architecture)}; {known} can be unpacked")
     for name in _FOREIGN:
         if header.value(name):
             raise _cannot(header, f"{header.architecture}.{name} is {shown(str(header.value(name)))}")
@@ -89,8 +89,8 @@ def tensors(header: GGUFHeader) -> list[Unpacked]:
     found = [_unpacked(header, t) for t in header.tensors.values() if t.name != _ROPE_FACTORS]
     have = {t.name for t in found}
     layers = [f"model.layers.{n}" for n in range(header.block_count)]
-    needed = [p for p in _PARTS.values() if header.architecture == "qwen3" or not p.endswith(("q_norm", "k_norm"))]
-    want = {f"{layer}.{part}.weight" for layer in layers for part in needed}
+    needed = {part for part in _PARTS if header.architecture == "qwen3" or part not in _HEAD_NORMS}
+    want = {f"{layer}.{_PARTS[part]}.weight" for layer in layers for part in needed}
     lost = sorted((want | {"model.embed_tokens.weight", "model.norm.weight"}) - have)
     if lost:
         raise _cannot(header, f"{len(lost)} of its tensors are missing, such as {lost[0]}")
@@ -99,10 +99,10 @@ def tensors(header: GGUFHeader) -> list[Unpacked]:
 
 def _unpacked(header: GGUFHeader, tensor: TensorInfo) -> Unpacked:
     match = _BLOCK.fullmatch(tensor.name)
-    norms = header.architecture == "qwen3"
-    part = match["part"] if match and (norms or match["part"] not in ("attn_q_norm", "attn_k_norm")) else ""
+    part = match["part"] if match else ""
     name = _TOP.get(tensor.name)
-    if match and part in _PARTS and int(match["layer"]) < header.block_count:
+    known = part in _PARTS and (header.architecture == "qwen3" or part not in _HEAD_NORMS)
+    if match and known and int(match["layer"]) < header.block_count:
         name = f"model.layers.{int(match['layer'])}.{_PARTS[part]}.{match['what']}"
     if name is None:
         raise _cannot(header, f"emlocal does not know its tensor {shown(tensor.name)}")
@@ -114,7 +114,9 @@ def _unpacked(header: GGUFHeader, tensor: TensorInfo) -> Unpacked:
     return Unpacked(name, tensor, "F32" if len(tensor.shape) == 1 else "F16", heads)
 
 
-def model_config(header: GGUFHeader, vocabulary: Vocabulary, plan: list[Unpacked], factors: list[float]) -> Json:
+def model_config(
+    header: GGUFHeader, vocabulary: Vocabulary, plan: list[Unpacked], factors: list[float]
+) -> Json:
     """config.json. `factors` are the values of rope_freqs.weight, if the model has it."""
     name, model_type = ARCHITECTURES[header.architecture]
     have = {t.name for t in plan}
@@ -154,10 +156,10 @@ def model_config(header: GGUFHeader, vocabulary: Vocabulary, plan: list[Unpacked
 def _check_biases(header: GGUFHeader, have: set[str], config: Json) -> None:
     """The classes have all biases of a kind or none, in every layer."""
     qkv = config["model_type"] == "qwen2" or config["attention_bias"]
-    kinds = {p: qkv for p in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
-    kinds["self_attn.o_proj"] = config["model_type"] != "qwen2" and config["attention_bias"]
-    kinds |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), config.get("mlp_bias", False))
-    want = {f"model.layers.{n}.{p}.bias" for n in range(header.block_count) for p, has in kinds.items() if has}
+    kinds = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] if qkv else []
+    kinds += ["self_attn.o_proj"] if qkv and config["model_type"] != "qwen2" else []
+    kinds += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if config.get("mlp_bias") else []
+    want = {f"model.layers.{n}.{kind}.bias" for n in range(header.block_count) for kind in kinds}
     odd = sorted({t for t in have if t.endswith(".bias")} ^ want)
     if odd:
         there = "is" if odd[0] in have else "is not"
@@ -213,7 +215,8 @@ def _llama3_scaling(header: GGUFHeader, theta: float, factors: list[float]) -> J
         blend = min(max(smooth, 0.0), 1.0)
         divisor = 1 / ((1 - blend) / factor + blend)
         if abs(divisor - said) > 1e-4 * divisor:
-            raise _cannot(header, f"its rope_freqs.weight[{number}] is {said:g}, by Llama 3's rule {divisor:g}")
+            at = f"rope_freqs.weight[{number}]"
+            raise _cannot(header, f"its {at} is {said:g}, by Llama 3's rule {divisor:g}")
     return {
         "rope_type": "llama3",
         "factor": factor,

@@ -7,8 +7,9 @@ Patterns and flags are those of llama-vocab.cpp:281-560 and 2180-2330 (llama-cpp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf_header import GGUFHeader, shown
@@ -139,42 +140,76 @@ def _merges_by_score(
     have equal scores (llama.cpp then goes from left to right). Raises ModelError where that can happen.
     """
     ids = vocabulary.ids
-    ranked: list[tuple[float, int, str, str]] = []
+    ranked: list[_Merge] = []
     for number, text in enumerate(vocabulary.texts):
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             known = (left in ids) + (right in ids)
             if known == 2:
-                ranked.append((-scores[number], number, left, right))
+                ranked.append(_Merge(-scores[number], left, right, number))
             elif all(len(part) == 1 or part in ids for part in (left, right)):
                 raise _inexact(header, f"the token {shown(text)} is made of a character that is no token")
-    ranked.sort(key=lambda merge: (merge[0], merge[1], -len(merge[2])))
-    _check_ties(header, ranked)
-    return [(left, right) for _, _, left, right in ranked]
+    ranked.sort(key=lambda merge: (merge.cost, -len(merge.left), len(merge.right), merge.token))
+    for _, group in groupby(ranked, key=lambda merge: merge.cost):
+        _check_ties(header, list(group))
+    return [(merge.left, merge.right) for merge in ranked]
 
 
-def _check_ties(header: GGUFHeader, ranked: list[tuple[float, int, str, str]]) -> None:
-    """Different tokens with equal scores must not be able to overlap."""
-    for (score, first, _, right), (other_score, second, left, _) in _neighbours(ranked):
-        if score == other_score and first != second and right == left:
-            raise _inexact(header, f"tokens {first:,} and {second:,} have the same score and can compete")
+class _Merge(NamedTuple):
+    cost: float
+    left: str
+    right: str
+    token: int
 
 
-def _neighbours(
-    ranked: list[tuple[float, int, str, str]],
-) -> Iterator[tuple[tuple[float, int, str, str], tuple[float, int, str, str]]]:
-    """Pairs of merges of one score of which one ends with what the other begins with."""
-    start = 0
-    while start < len(ranked):
-        end = start
-        begins: dict[str, list[tuple[float, int, str, str]]] = {}
-        while end < len(ranked) and ranked[end][0] == ranked[start][0]:
-            begins.setdefault(ranked[end][2], []).append(ranked[end])
-            end += 1
-        if ranked[start][1] != ranked[end - 1][1]:  # more than one token
-            for merge in ranked[start:end]:
-                yield from ((merge, other) for other in begins.get(merge[3], ()))
-        start = end
+def _check_ties(header: GGUFHeader, group: list[_Merge]) -> None:
+    """Of tokens with one score, only runs of one character may overlap, and those must come out alike.
+
+    Mistral's vocabularies have runs of 2 to 16 spaces with one score. From left to right, 40 spaces become
+    16 + 16 + 8, and so they do when the longest left part comes first.
+    """
+    begins: dict[str, list[_Merge]] = {}
+    for merge in group:
+        begins.setdefault(merge.left, []).append(merge)
+    runs: dict[str, set[int]] = {}
+    for merge in group:
+        text = merge.left + merge.right
+        if len(set(text)) == 1:
+            runs.setdefault(text[0], set()).add(len(text))
+    alike = {letter for letter, lengths in runs.items() if _runs_come_out_alike(lengths)}
+    for merge in group:
+        for other in begins.get(merge.right, ()):
+            letters = set(merge.left + merge.right + other.right)
+            if merge.token != other.token and not (len(letters) == 1 and letters <= alike):
+                raise _inexact(
+                    header, f"tokens {merge.token:,} and {other.token:,} have the same score and can compete"
+                )
+
+
+def _runs_come_out_alike(lengths: set[int]) -> bool:
+    """Whether joining from left to right, and the longest left part first, cut every run of a letter alike.
+
+    `lengths` are those of the runs that are tokens. Tried for runs up to four times the longest: what is
+    behind a longest token is a shorter run again.
+    """
+    longest = max(lengths)
+    if longest > 64:
+        return False
+    orders: tuple[Callable[[tuple[int, int, int]], tuple[int, ...]], ...] = (
+        lambda pair: (pair[2],),
+        lambda pair: (-pair[0], pair[1], pair[2]),
+    )
+    for length in range(2, 4 * longest + 1):
+        results = []
+        for order in orders:
+            parts = [1] * length
+            while pairs := [(a, b, at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in lengths]:
+                at = min(pairs, key=order)[2]
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            results.append(parts)
+        if results[0] != results[1]:
+            return False
+    return True
 
 
 def _finish(tokenizer: Tokenizer, vocabulary: Vocabulary, header: GGUFHeader) -> None:
@@ -205,7 +240,7 @@ def _name(vocabulary: Vocabulary, token: int | None) -> list[str]:
     return [] if token is None else [vocabulary.texts[token]]
 
 
-def _refused(header: GGUFHeader, what: str, known: str | Iterable[str]) -> ModelError:
+def _refused(header: GGUFHeader, what: str, known: str) -> ModelError:
     return ModelError(
         f"{header.path.name} has {what}; emlocal can unpack {known}",
         hint="run it with llama.cpp: --backend llama.cpp",

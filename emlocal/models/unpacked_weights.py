@@ -66,7 +66,8 @@ def _header(tensors: Sequence[Unpacked]) -> bytes:
     end = 0
     for tensor in tensors:
         start, end = end, end + _nbytes(tensor)
-        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        shape, offsets = list(tensor.shape), [start, end]
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

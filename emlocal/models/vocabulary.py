@@ -108,10 +108,12 @@ def read_vocabulary(header: GGUFHeader, *, adds_bos: bool) -> Vocabulary:
     eos = special("eos")
     ends = end_tokens(ids.get, (eos, special("eot"), special("eom"), *(named[name] for name in _FIM_ENDS)))
     # A token that was found by its text is a control token, whatever the file says.
-    controls = {_first(ids.get, texts_) for n, texts_ in (_FIM_ENDS | _FIM_OTHERS).items() if named[n] is None}
-    controls |= {ids[text] for text in _END_TEXTS if ids.get(text) in ends}
-    for token in controls - {None}:
-        kinds[token] = CONTROL  # type: ignore[index]  # None was taken out
+    unnamed = [spellings for name, spellings in (_FIM_ENDS | _FIM_OTHERS).items() if named[name] is None]
+    controls = [_first(ids.get, spellings) for spellings in unnamed]
+    controls += [ids[text] for text in _END_TEXTS if ids.get(text) in ends]
+    for token in controls:
+        if token is not None:
+            kinds[token] = CONTROL
     for text in _ALWAYS_SHOWN:
         if text in ids:
             kinds[ids[text]] = USER_DEFINED
