@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from emlocal.models import starter
 from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
 
 DATA = Path(__file__).parent / "data"
@@ -43,3 +44,11 @@ def smollm2() -> LocalModel:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     """An 80 kB model with random weights that llama.cpp loads, context 256."""
     return resolve(str(write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")))
+
+
+@pytest.fixture(scope="session")
+def unpacked_smollm2(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face model folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return unpack(smollm2)

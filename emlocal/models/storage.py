@@ -59,9 +59,14 @@ def sync_into_place(partial: Path, target: Path) -> None:
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(target)
-    if os.name == "posix":  # Windows cannot open a folder, and journals the rename itself
-        folder = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names in `folder` to the disk."""
+    if os.name == "posix":  # Windows cannot open a folder, and journals renames itself
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)

@@ -1,0 +1,179 @@
+"""The tokenizer of a Hugging Face model folder, for the engines that run such folders.
+
+    tokenizer = Tokenizer(Path("folder"))
+    tokenizer.encode("Hello", add_special=True, parse_special=False)
+
+It stands on the `tokenizers` package alone. The files' own code (`auto_map`) is never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emlocal.errors import ModelError
+from emlocal.models.gguf_header import shown
+from emlocal.models.unpacked_tokenizer import byte_letters
+from emlocal.models.vocabulary import end_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as FastTokenizer
+
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json known (Gemma 3) has 33 MB
+_BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
+
+
+class Tokenizer:
+    """Text to tokens and back. The small files are read at once, tokenizer.json when it is first needed.
+
+    Not for use from two threads at once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelError where the folder has no config.json or no tokenizer.json, or one is broken."""
+        self.folder = folder
+        self._config = read_json(folder / "config.json")
+        self._generation = read_json(folder / "generation_config.json", required=False)
+        self._own = read_json(folder / "tokenizer_config.json", required=False)
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{folder} has no tokenizer.json", hint="get that file too: emlocal reads no other tokenizer"
+            )
+        self._pieces: dict[int, bytes] = {}
+
+    @cached_property
+    def _fast(self) -> FastTokenizer:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        path = self.folder / "tokenizer.json"
+        try:
+            tokenizer = FastTokenizer.from_file(str(path))
+        except Exception as why:  # the package raises plain Exceptions
+            raise ModelError(f"{path} is not a usable tokenizer: {shown(str(why))}", "get it again") from why
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self._fast.get_added_tokens_decoder()
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether its tokens are spelt in GPT-2's letters for bytes; else with "▁" and <0x0A>."""
+        return "ByteLevel" in repr(self._fast.decoder)
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids. `add_special`: with the model's BOS and the like; `parse_special`: read "<|im_end|>"
+        and its kind as the tokens that they name. A lone surrogate becomes "?"."""
+        clean = text.encode("utf-8", errors="replace").decode()
+        self._fast.encode_special_tokens = not parse_special
+        return self._fast.encode(clean, add_special_tokens=add_special).ids
+
+    def control_texts(self) -> Sequence[str]:
+        """The texts that `encode` reads as control tokens, if it is asked to parse special ones."""
+        return tuple(token.content for token in self._added.values() if token.special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token, possibly a part of a character; empty for control tokens and for ids
+        that have no token (a model may have more rows than its tokenizer has tokens)."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._piece(token)
+        return piece
+
+    def _piece(self, token: int) -> bytes:
+        added = self._added.get(token)
+        if added is not None:
+            return b"" if added.special else added.content.encode()
+        text = self._fast.id_to_token(token)
+        if text is None:
+            return b""
+        if self._byte_level:
+            return b"".join(
+                bytes([_BYTE_OF[letter]]) if letter in _BYTE_OF else letter.encode() for letter in text
+            )
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("▁", " ").encode()
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the model's logits, which may be more than there are tokens."""
+        size = self._config.get("vocab_size")
+        if not isinstance(size, int) or size < 1:
+            raise ModelError(f"{self.folder / 'config.json'} does not say its vocab_size", "get it again")
+        return size
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Every token that ends a generation: what the folder names, and what llama.cpp knows by its text."""
+        said = [t for config in (self._generation, self._config) for t in _ids(config.get("eos_token_id"))]
+        return end_tokens(self._fast.token_to_id, [*said, self._fast.token_to_id(self.eos)])
+
+    @property
+    def bos(self) -> str:
+        """The text of the token that begins a text; "" if there is none."""
+        return _token_text(self._own.get("bos_token"))
+
+    @property
+    def eos(self) -> str:
+        """The text of the token that ends one; "" if there is none."""
+        return _token_text(self._own.get("eos_token"))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template. It is untrusted: render it in a sandbox."""
+        return read_chat_template(self.folder, self._own)
+
+
+def read_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else the `chat_template` (the one called "default", of several) of the config."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return _read(path).decode("utf-8", "replace") or None
+    said = tokenizer_config.get("chat_template")
+    if isinstance(said, list):
+        named = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
+        said = named.get("default")
+    return said if isinstance(said, str) and said else None
+
+
+def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """A JSON table; empty if the file is not there and not required. Raises ModelError."""
+    if not required and not path.is_file():
+        return {}
+    try:
+        table = json.loads(_read(path))
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path} is not JSON", hint="get the file again") from None
+    if not isinstance(table, dict):
+        raise ModelError(f"{path} is not a JSON table", hint="get the file again")
+    return table
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} has {size:,} bytes; more than {MAX_JSON_BYTES:,} are not read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} has no {path.name}", hint="get that file too") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _ids(value: object) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _token_text(value: object) -> str:
+    """A token is written as its text, or as a table with its `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""

@@ -1,0 +1,127 @@
+"""A GGUF model's weights as one safetensors file, tensor by tensor, in little memory."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.errors import ModelError
+from emlocal.models.gguf_header import GGUFHeader, TensorInfo, unusable
+from emlocal.models.gguf_types import TENSOR_TYPES
+from emlocal.models.storage import Progress
+from emlocal.models.unpacked_config import Unpacked
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_CHUNK_ELEMENTS = 1 << 22  # 16 MB as float32; dequantizing takes a few times that
+_BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}  # moved as they are, NaN and all
+
+
+def file_bytes(tensors: Sequence[Unpacked]) -> int:
+    """Bytes that `write_safetensors` writes."""
+    return len(_header(tensors)) + sum(_nbytes(t) for t in tensors)
+
+
+def write_safetensors(path: Path, tensors: Sequence[Unpacked], label: str, progress: Progress) -> None:
+    """Write the tensors, dequantized and in Hugging Face's order of rows, one after the other.
+
+    Raises OSError, and ModelError if the model's file is cut short meanwhile.
+    """
+    total, done = sum(_nbytes(t) for t in tensors), 0
+    with path.open("wb") as file:
+        file.write(_header(tensors))
+        for tensor in tensors:
+            for block in _converted(tensor):
+                file.write(block.data)
+                done += block.nbytes
+                progress(label, done, total)
+
+
+def read_vector(tensor: TensorInfo) -> list[float]:
+    """The values of a float32 tensor."""
+    with tensor.file.open("rb") as file:
+        return _read(file, tensor, 0, tensor.nbytes).view("<f4").tolist()  # type: ignore[no-any-return]
+
+
+def check_types(header: GGUFHeader, tensors: Sequence[Unpacked]) -> None:
+    """Raise ModelError, before anything is written, for a quantization that numpy code cannot undo."""
+    for type_ in sorted({t.source.type for t in tensors} - _BITS.keys()):
+        _, _, block_bytes = next(t for t in TENSOR_TYPES.values() if t[0] == type_)
+        try:
+            _dequantized(np.zeros(block_bytes, np.uint8), type_)
+        except (NotImplementedError, KeyError):
+            raise ModelError(
+                f"{header.path.name} cannot be unpacked: it has tensors of type {type_}",
+                hint="use another quantization of it, such as Q4_K_M or Q8_0",
+            ) from None
+
+
+def _header(tensors: Sequence[Unpacked]) -> bytes:
+    """Length and JSON, padded so that the data begin on a multiple of 8."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on the format
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + _nbytes(tensor)
+        shape, offsets = list(tensor.shape), [start, end]
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _nbytes(tensor: Unpacked) -> int:
+    return prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+def _converted(tensor: Unpacked) -> Iterator[NDArray[np.generic]]:
+    """Contiguous blocks of whole rows (whole heads, where these are put back in order)."""
+    source = tensor.source
+    columns, rows = source.shape[0], prod(source.shape[1:])
+    if len(source.shape) == 1 and tensor.heads:  # a bias: its elements are the rows
+        columns, rows = 1, source.shape[0]
+    unit = rows // tensor.heads if tensor.heads else 1
+    step = max(_CHUNK_ELEMENTS // (columns * unit), 1) * unit
+    convert = partial(np.frombuffer, dtype=_BITS[tensor.dtype]) if source.type in _BITS else None
+    with source.file.open("rb") as file:
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            raw = _read(file, source, source.nbytes * first // rows, source.nbytes * last // rows)
+            if convert is not None:
+                block: NDArray[np.generic] = convert(raw)
+            else:
+                values = _dequantized(raw, source.type)
+                with np.errstate(over="ignore"):
+                    block = values.astype("<f4" if tensor.dtype == "F32" else "<f2")
+            block = block.reshape(last - first, columns)
+            yield unpermuted(block, (last - first) // unit) if tensor.heads else np.ascontiguousarray(block)
+
+
+def unpermuted(rows: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
+    """Rows [heads · d, columns] of a query or key matrix in Hugging Face's order.
+
+    llama.cpp rotates neighbours (2i, 2i+1) of a head, Hugging Face the halves (i, i + d/2), so the converter
+    interleaves the halves (LlamaModel.permute in convert_hf_to_gguf.py); this takes them apart.
+    """
+    n, columns = rows.shape
+    halves = rows.reshape(heads, n // heads // 2, 2, columns).swapaxes(1, 2)
+    return np.ascontiguousarray(halves).reshape(n, columns)
+
+
+def _read(file: BinaryIO, tensor: TensorInfo, start: int, end: int) -> NDArray[np.uint8]:
+    file.seek(tensor.offset + start)
+    raw = np.fromfile(file, np.uint8, end - start)
+    if len(raw) != end - start:
+        raise unusable(tensor.file, "it became shorter while it was being read")
+    return raw
+
+
+def _dequantized(raw: NDArray[np.uint8], type_: str) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file may be anything
+        return dequantize(raw, GGMLQuantizationType[type_])
