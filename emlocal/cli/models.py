@@ -9,8 +9,9 @@ import typer
 from emlocal import console
 from emlocal.errors import ModelError, UsageError
 from emlocal.models import catalog, hub, starter
+from emlocal.models.folder import needed_files
 from emlocal.models.gguf_header import shown
-from emlocal.models.resolve import HubName, LocalModel, local_path, meaning, on_disk, resolve
+from emlocal.models.resolve import Format, HubName, Model, local_path, meaning, on_disk, resolve
 from emlocal.models.storage import human_size
 
 app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
@@ -18,11 +19,13 @@ app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_hel
 Name = Annotated[
     str,
     typer.Argument(
-        help="A short name (see list), a .gguf file, or org/name:QUANT of the hub.", metavar="NAME"
+        help="A short name (see list), a .gguf file, a model folder, or org/name:QUANT of the hub.",
+        metavar="NAME",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
+FORMATS: tuple[Format, ...] = ("gguf", "safetensors")  # of two that are there, the one any machine runs
 PLAIN_LINE_SECONDS = 5.0  # between lines of progress when stderr is no terminal
 
 
@@ -72,13 +75,17 @@ def _cached_rows() -> Iterator[dict[str, Any]]:
             if name not in known:
                 size = sum(files[f].stat().st_size for f in shards)
                 yield {"name": str(name), "parameters": "", "bytes": size, "on_disk": True, "license": ""}
+        weights = [files[name] for name in needed_files(files)]
+        if weights:
+            size = sum(f.stat().st_size for f in weights)
+            yield {"name": repo, "parameters": "", "bytes": size, "on_disk": True, "license": ""}
 
 
 @app.command()
 def pull(name: Name) -> None:
     """Fetch a model, unless it is there already, and print where it is."""
     with console.progress() as progress:
-        model = resolve(name, progress=progress)
+        model = resolve(name, formats=FORMATS, progress=progress)
     console.err().print(_summary(model), markup=False)
     typer.echo(model.path)
 
@@ -87,7 +94,7 @@ def pull(name: Name) -> None:
 def show(name: Name, as_json: Json = False) -> None:
     """Show what a model is and the sampling settings its authors give. Fetches nothing."""
     entry = catalog.find(name)
-    if entry is not None and local_path(name) is None and not on_disk(meaning(name)):
+    if entry is not None and local_path(name, FORMATS) is None and not on_disk(meaning(name)):
         facts: dict[str, Any] = {
             "name": entry.alias,
             "on_disk": False,
@@ -97,7 +104,7 @@ def show(name: Name, as_json: Json = False) -> None:
             "download_bytes": entry.bytes,
         }
     else:
-        facts = _facts(resolve(name, download=False))
+        facts = _facts(resolve(name, formats=FORMATS, download=False))
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -115,10 +122,10 @@ def show(name: Name, as_json: Json = False) -> None:
 @app.command("rm")
 def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
     """Remove a fetched model from this machine."""
-    path = local_path(name)
+    path = local_path(name, FORMATS)
     if path is not None:
         raise UsageError(
-            f"{path} is a file of yours; emlocal removes only what it fetched", hint=f"delete it: rm {path}"
+            f"{path} is a file of yours; emlocal removes only what it fetched", hint=f"delete it: rm {'-r ' if path.is_dir() else ''}{path}"
         )
     meant = meaning(name)
     files = (
@@ -140,11 +147,11 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do
 
 @app.command("path")
 def print_path(name: Name) -> None:
-    """Print the file of a model that is on this machine, for scripts."""
-    typer.echo(resolve(name, download=False).path)
+    """Print the file (or folder) of a model that is on this machine, for scripts."""
+    typer.echo(resolve(name, formats=FORMATS, download=False).path)
 
 
-def _facts(model: LocalModel) -> dict[str, Any]:
+def _facts(model: Model) -> dict[str, Any]:
     header, entry = model.header, catalog.find(model.name)
     return {
         "name": model.name,
@@ -195,7 +202,7 @@ def _plain(key: str, value: object) -> str:
     return "not given" if value is None else str(value)
 
 
-def _summary(model: LocalModel) -> str:
+def _summary(model: Model) -> str:
     header = model.header
     return (
         f"{model.name}: {header.architecture}, {header.parameters / 1e6:,.0f} million parameters, "

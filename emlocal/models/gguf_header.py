@@ -98,6 +98,25 @@ class GGUFHeader:
         return self.per_layer("attention.head_count_kv") or self.head_count
 
     @property
+    def key_length(self) -> int:
+        """Numbers in a head's key."""
+        return self.integer("attention.key_length") or self._head_size
+
+    @property
+    def value_length(self) -> int:
+        """Numbers in a head's value."""
+        return self.integer("attention.value_length") or self._head_size
+
+    @property
+    def _head_size(self) -> int:
+        return self.embedding_length // max(self.head_count) if any(self.head_count) else 0
+
+    @property
+    def feed_forward_length(self) -> int:
+        """Width of the widest layer."""
+        return max(self.per_layer("feed_forward_length"), default=0)
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens."""
         tokens = self.metadata.get("tokenizer.ggml.tokens")

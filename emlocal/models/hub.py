@@ -1,4 +1,4 @@
-"""GGUF files of the Hugging Face hub: which a repository has, which are cached, fetching and removing them.
+"""Models of the Hugging Face hub: which files a repository has, which are cached, fetching and removing them.
 
 The hub's own cache is the store, so files are shared with llama.cpp, mlx-lm and transformers, and HF_HOME,
 HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. What is cached is used without a request.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import ModelError
+from emlocal.models.folder import weight_files
 from emlocal.models.gguf import shard_paths
 from emlocal.models.storage import Progress, check_space, disk_errors
 
@@ -54,9 +55,10 @@ def choose(repo: str, files: Iterable[str], wanted: str | None) -> tuple[str, ..
     """
     models = models_among(files)
     if not models:
+        torch = " (the torch engine can run it as it is: --backend torch)" if weight_files(files) else ""
         raise ModelError(
             f"{repo} has no GGUF model",
-            hint="look for a repository whose name ends in -GGUF, or see: emlocal models list",
+            hint=f"look for a repository whose name ends in -GGUF, or see: emlocal models list{torch}",
         )
     if wanted and wanted.lower().endswith(".gguf"):
         found = [shards for shards in models.values() if wanted in shards]
@@ -103,7 +105,7 @@ def cached_repos() -> list[str]:
 
 
 def cached_files(repo: str) -> dict[str, Path]:
-    """GGUF files of the newest cached snapshot: name in the repository -> path. No request is made."""
+    """Files of the newest cached snapshot: name in the repository -> path. No request is made."""
     from huggingface_hub.file_download import repo_folder_name
 
     folder = _cache() / repo_folder_name(repo_id=repo, repo_type="model")
@@ -112,7 +114,7 @@ def cached_files(repo: str) -> dict[str, Path]:
         return {}
     snapshot = folder / "snapshots" / reference.read_text("ascii", "replace").strip()
     # is_file() is false for a link whose blob is gone
-    return {p.relative_to(snapshot).as_posix(): p for p in snapshot.rglob("*.gguf") if p.is_file()}
+    return {p.relative_to(snapshot).as_posix(): p for p in snapshot.rglob("*") if p.is_file()}
 
 
 def remote_files(repo: str) -> dict[str, int]:

@@ -8,7 +8,8 @@ from math import ceil
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, shown
+from emlocal.models.gguf_header import shown
+from emlocal.models.header import ModelHeader
 from emlocal.models.storage import human_size
 
 KV_TYPE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of one number in the KV cache
@@ -19,7 +20,7 @@ _NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63 for "no li
 
 
 def estimate(
-    header: GGUFHeader,
+    header: ModelHeader,
     n_ctx: int,
     *,
     kv_type_bytes: float = F16_BYTES,
@@ -35,17 +36,15 @@ def estimate(
     return header.weights_bytes + cache + _compute_bytes(header, n_seqs, n_batch) + PROCESS_BYTES
 
 
-def kv_bytes(header: GGUFHeader, tokens: int, kv_type_bytes: float = F16_BYTES) -> int:
+def kv_bytes(header: ModelHeader, tokens: int, kv_type_bytes: float = F16_BYTES) -> int:
     """Bytes of the KV cache for so many tokens."""
-    head_size = header.embedding_length // max(header.head_count, default=0) if any(header.head_count) else 0
-    keys = header.integer("attention.key_length") or head_size
-    values = header.integer("attention.value_length") or head_size
-    return ceil(tokens * sum(header.head_count_kv) * (keys + values) * kv_type_bytes)
+    numbers = sum(header.head_count_kv) * (header.key_length + header.value_length)
+    return ceil(tokens * numbers * kv_type_bytes)
 
 
-def _compute_bytes(header: GGUFHeader, n_seqs: int, n_batch: int) -> int:
-    widest = max(header.per_layer("feed_forward_length"), default=0)
-    return 4 * (n_batch * (2 * widest + 4 * header.embedding_length) + n_seqs * header.vocab_size)
+def _compute_bytes(header: ModelHeader, n_seqs: int, n_batch: int) -> int:
+    state = 2 * header.feed_forward_length + 4 * header.embedding_length
+    return 4 * (n_batch * state + n_seqs * header.vocab_size)
 
 
 def available() -> int:
@@ -58,7 +57,9 @@ def available() -> int:
     return min(_available_linux(), _cgroup_left())
 
 
-def check_memory(header: GGUFHeader, n_ctx: int, *, kv_type_bytes: float = F16_BYTES, n_seqs: int = 1) -> int:
+def check_memory(
+    header: ModelHeader, n_ctx: int, *, kv_type_bytes: float = F16_BYTES, n_seqs: int = 1
+) -> int:
     """The estimate; raises ModelError, with both numbers and what would fit, if there is less memory."""
     needed, free = estimate(header, n_ctx, kv_type_bytes=kv_type_bytes, n_seqs=n_seqs), available()
     if needed <= free:

@@ -8,14 +8,14 @@ It stands on the `tokenizers` package alone. The files' own code (`auto_map`) is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf_header import shown
+from emlocal.models.json_file import read_chat_template, read_json
 from emlocal.models.unpacked_tokenizer import byte_letters
 from emlocal.models.vocabulary import end_tokens
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as FastTokenizer
 
-MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json known (Gemma 3) has 33 MB
 _BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
@@ -125,47 +124,10 @@ class Tokenizer:
         """The text of the token that ends one; "" if there is none."""
         return _token_text(self._own.get("eos_token"))
 
-    @property
+    @cached_property
     def chat_template(self) -> str | None:
         """The Jinja source of the chat template. It is untrusted: render it in a sandbox."""
-        return read_chat_template(self.folder, self._own)
-
-
-def read_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the `chat_template` (the one called "default", of several) of the config."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read(path).decode("utf-8", "replace") or None
-    said = tokenizer_config.get("chat_template")
-    if isinstance(said, list):
-        named = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
-        said = named.get("default")
-    return said if isinstance(said, str) and said else None
-
-
-def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON table; empty if the file is not there and not required. Raises ModelError."""
-    if not required and not path.is_file():
-        return {}
-    try:
-        table = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path} is not JSON", hint="get the file again") from None
-    if not isinstance(table, dict):
-        raise ModelError(f"{path} is not a JSON table", hint="get the file again")
-    return table
-
-
-def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ModelError(f"{path} has {size:,} bytes; more than {MAX_JSON_BYTES:,} are not read")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}", hint="get that file too") from None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+        return read_chat_template(self.folder)
 
 
 def _ids(value: object) -> list[int]:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,19 @@ HEAD = EMBEDDING // HEADS
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(3, len(TOKENS), 150)]
 
 
+class Exact(LlamaCppBackend):
+    """llama.cpp without flash attention, whose rounding to 16 bits moves the tiny models' logits by 0.005."""
+
+    def _new_context(self, options: LoadOptions) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = self.context
+        params.n_threads = params.n_threads_batch = 1
+        params.type_k = params.type_v = params.flash_attn_type = 0  # float32, and off
+        return self._lib.llama_init_from_model(self._model, params)
+
+
 def llama_cpp_logits(model: LocalModel, tokens: list[int]) -> NDArray[np.float32]:
-    backend = LlamaCppBackend(model, LoadOptions(context=256, kv_type="f32", sequences=1, threads=1))
+    backend = Exact(model, LoadOptions(context=256, kv_type="f32", sequences=1, threads=1))
     sequence = backend.open()
     backend.forward([Feed(sequence, tokens)])
     logits = backend.logits(sequence)
@@ -59,7 +71,7 @@ def assert_the_same(model: LocalModel) -> None:
     for length in (1, 2, len(PROMPT)):
         there, here = llama_cpp_logits(model, PROMPT[:length]), transformers_logits(folder, PROMPT[:length])
         assert np.abs(there).max() > 0.5
-        np.testing.assert_allclose(here, there, atol=1e-3, rtol=0)
+        np.testing.assert_allclose(here, there, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -134,17 +146,22 @@ def test_half_precision_tensors_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_smollm2_is_greedy_alike(smollm2: LocalModel, unpacked_smollm2: Path) -> None:
+    """llama.cpp multiplies quantized weights with activations of 8 bits: where two tokens are near, it may
+    choose the other one."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=128, kv_type="f32", sequences=1))
     model = AutoModelForCausalLM.from_pretrained(unpacked_smollm2, dtype=torch.float32)
     tokens = backend.encode("The capital of France is", add_special=True, parse_special=False)
-    sequence, feed = backend.open(), tokens
-    for _ in range(12):
+    sequence, feed, equal = backend.open(), tokens, 0
+    for _ in range(16):
         backend.forward([Feed(sequence, feed)])
         there = backend.logits(sequence)
         with torch.inference_mode():
             here = model(torch.tensor([tokens])).logits[0, -1].numpy()
-        assert here.argmax() == there.argmax()
-        assert np.abs(here - there).max() < 1.0  # llama.cpp multiplies with 8-bit activations
+        assert np.corrcoef(here, there)[0, 1] > 0.99
+        near = there.max() - np.sort(there)[-2] < 0.5
+        equal += here.argmax() == there.argmax()
+        assert near or here.argmax() == there.argmax()
         feed = [int(there.argmax())]
         tokens += feed
     backend.close()
+    assert equal >= 13

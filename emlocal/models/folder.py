@@ -1,0 +1,234 @@
+"""Hugging Face model folders: config.json, safetensors and a tokenizer. Only these are ever read.
+
+Weights in .bin, .pt or .pth files are pickles, which run code as they are loaded: a folder that has no others
+is refused. Code that a folder brings along (`auto_map` in its config) is never run.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from emlocal.errors import ModelError
+from emlocal.models.gguf_header import shown
+from emlocal.models.json_file import read_chat_template, read_json
+from emlocal.models.safetensors import SafeTensor, read_safetensors_header
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# In the order in which they are fetched: weights last, so that who finds these finds all.
+_SMALL_FILES = (
+    *("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("tokenizer.json", CONFIG, INDEX),
+)
+_SHARD = re.compile(r"model-\d{5}-of-(?P<count>\d{5})\.safetensors")
+_PICKLES = re.compile(r".+\.(?:bin|pt|pth|ckpt|pkl)")
+_SAMPLING = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p")},
+    "repetition_penalty": "repeat_penalty",
+}
+
+
+@dataclass(frozen=True)
+class FolderHeader:
+    """What a model folder says of itself. `files` are its weights."""
+
+    path: Path
+    files: tuple[Path, ...]
+    file_size: int
+    """Bytes of the weights' files."""
+    config: Mapping[str, Any]
+    """config.json; the part on the language model, where it has several."""
+    tensors: Mapping[str, SafeTensor]
+
+    @property
+    def architecture(self) -> str:
+        """`model_type`, such as "llama" or "qwen2"."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def name(self) -> str:
+        """The folder's name; of one in the Hugging Face cache, the repository's."""
+        if self.path.parent.name == "snapshots":
+            return self.path.parent.parent.name.rpartition("--")[2]
+        return self.path.resolve().name
+
+    @property
+    def license(self) -> str | None:
+        return None
+
+    @property
+    def context_length(self) -> int:
+        return self._number("max_position_embeddings")
+
+    @property
+    def embedding_length(self) -> int:
+        return self._number("hidden_size")
+
+    @property
+    def block_count(self) -> int:
+        return self._number("num_hidden_layers")
+
+    @property
+    def head_count(self) -> tuple[int, ...]:
+        return (self._number("num_attention_heads"),) * self.block_count
+
+    @property
+    def head_count_kv(self) -> tuple[int, ...]:
+        return (
+            self._number("num_key_value_heads") or self._number("num_attention_heads"),
+        ) * self.block_count
+
+    @property
+    def key_length(self) -> int:
+        return self._number("head_dim") or self.embedding_length // max(
+            self._number("num_attention_heads"), 1
+        )
+
+    @property
+    def value_length(self) -> int:
+        return self.key_length
+
+    @property
+    def feed_forward_length(self) -> int:
+        return self._number("intermediate_size")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._number("vocab_size")
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template. It is untrusted: render it in a sandbox."""
+        return read_chat_template(self.path)
+
+    @cached_property
+    def sampling(self) -> dict[str, float]:
+        """The authors' sampling settings out of generation_config.json, by SamplingParams field."""
+        said = read_json(self.path / "generation_config.json", required=False)
+        found = {ours: said.get(theirs) for theirs, ours in _SAMPLING.items()}
+        return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights. Of packed weights (MLX's 4-bit ones) their containers are counted."""
+        return sum(prod(t.shape) for t in self.tensors.values())
+
+    @property
+    def quantization(self) -> str:
+        """Such as "BF16": what most bytes are. "4-bit" and the like, where the config says so."""
+        packed = self.config.get("quantization") or self.config.get("quantization_config")
+        if isinstance(packed, dict):
+            bits, method = packed.get("bits"), packed.get("quant_method")
+            return f"{bits}-bit" if isinstance(bits, int) else shown(str(method or "quantized"))
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        return sizes.most_common(1)[0][0]
+
+    def _number(self, name: str) -> int:
+        value = self.config.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def has_folder_model(names: Iterable[str]) -> bool:
+    """Whether files with these names look like a model folder, with weights of any kind."""
+    found = set(names)
+    return CONFIG in found and (bool(weight_files(found)) or bool(_pickles(found)))
+
+
+def weight_files(names: Iterable[str]) -> tuple[str, ...]:
+    """The weights among the files of a folder: the single file, else all shards; empty if none or not all."""
+    found = set(names)
+    if WEIGHTS in found:
+        return (WEIGHTS,)
+    shards = sorted(n for n in found if _SHARD.fullmatch(n))
+    counts = {int(match["count"]) for n in shards if (match := _SHARD.fullmatch(n))}
+    return tuple(shards) if INDEX in found and counts == {len(shards)} else ()
+
+
+def needed_files(names: Iterable[str]) -> tuple[str, ...]:
+    """What is needed of a repository, weights last; empty if it has no model in safetensors."""
+    found = set(names)
+    weights = weight_files(found)
+    if not weights or not {CONFIG, "tokenizer.json"} <= found:
+        return ()
+    return (*(n for n in _SMALL_FILES if n in found and (n != INDEX or len(weights) > 1)), *weights)
+
+
+def why_not(names: Iterable[str]) -> str:
+    """Why the files with these names are no model that emlocal could use from safetensors."""
+    found = set(names)
+    if _pickles(found) and not weight_files(found):
+        return (
+            f"its weights are in {_pickles(found)[0]} only, a format that runs code as it is loaded;"
+            " emlocal loads safetensors"
+        )
+    for name in (CONFIG, "tokenizer.json"):
+        if weight_files(found) and name not in found:
+            return f"it has no {name}"
+    return "it has no safetensors, or not all of them"
+
+
+def _pickles(names: Iterable[str]) -> list[str]:
+    return sorted(n for n in names if _PICKLES.fullmatch(n) and "/" not in n)
+
+
+def read_folder_header(folder: Path) -> FolderHeader:
+    """Read and check a model folder: its config, and the header of every file of its weights.
+
+    Raises ModelError, in one line, where a file is missing or broken, or the files contradict each other.
+    """
+    try:
+        names = {p.name for p in folder.iterdir() if p.is_file()}
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}") from error
+    weights = weight_files(names)
+    if not weights or not {CONFIG, "tokenizer.json"} <= names:
+        raise ModelError(f"{folder} is no model that emlocal can use: {why_not(names)}", hint="get it again")
+    config = read_json(folder / CONFIG)
+    inner = config.get("text_config")
+    config = {**inner, "model_type": config.get("model_type")} if isinstance(inner, dict) else config
+    headers = {name: read_safetensors_header(folder / name) for name in weights}
+    if len(weights) > 1:
+        _check_index(folder, {name: set(h.tensors) for name, h in headers.items()})
+    tensors = {name: t for h in headers.values() for name, t in h.tensors.items()}
+    files = tuple(folder / name for name in weights)
+    header = FolderHeader(folder, files, sum(f.stat().st_size for f in files), config, tensors)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise ModelError(
+                f"{folder / CONFIG} says {name} is {shown(str(value))}, not a number from 1",
+                hint="emlocal runs models that write text, of the kinds transformers and mlx-lm know",
+            )
+    if not tensors:
+        raise ModelError(f"{files[0]} has no tensors", hint="get it again")
+    return header
+
+
+def _check_index(folder: Path, tensors_of: Mapping[str, set[str]]) -> None:
+    """The index must name every tensor of every shard, in the shard that has it, and nothing else."""
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict):
+        raise ModelError(f"{folder / INDEX} has no weight_map", hint="get it again")
+    real = [(tensor, file) for file, tensors in tensors_of.items() for tensor in tensors]
+    twice = [tensor for tensor, count in Counter(t for t, _ in real).items() if count > 1]
+    if twice:
+        raise ModelError(
+            f"{folder}: the tensor {shown(twice[0])} is in two of its files", hint="get it again"
+        )
+    odd = sorted(map(str, set(real) ^ {(t, str(f)) for t, f in index.items()}))
+    if odd:
+        raise ModelError(
+            f"{folder / INDEX} and the {len(tensors_of)} files beside it differ in {len(odd):,} places,"
+            f" such as {shown(odd[0])}",
+            hint="get them again, all from one place",
+        )

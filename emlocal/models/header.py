@@ -1,0 +1,59 @@
+"""What emlocal asks of a model before it is loaded, whichever format its weights are in."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+
+class ModelHeader(Protocol):
+    """What a model says of itself: a `GGUFHeader`, or the `FolderHeader` of a Hugging Face model folder.
+
+    Where it does not say, numbers are 0 and tuples empty. Sizes are in bytes, lengths in tokens.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def file_size(self) -> int: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def license(self) -> str | None: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def embedding_length(self) -> int: ...
+    @property
+    def block_count(self) -> int: ...
+    @property
+    def head_count(self) -> tuple[int, ...]: ...
+    @property
+    def head_count_kv(self) -> tuple[int, ...]: ...
+    @property
+    def key_length(self) -> int:
+        """Numbers in a head's key."""
+
+    @property
+    def value_length(self) -> int:
+        """Numbers in a head's value."""
+
+    @property
+    def feed_forward_length(self) -> int:
+        """Width of the widest layer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def sampling(self) -> Mapping[str, float]: ...
+    @property
+    def weights_bytes(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def quantization(self) -> str: ...
