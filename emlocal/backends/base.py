@@ -33,7 +33,8 @@ class LoadOptions:
     their number times the memory, and decoding many at once is faster (docs/decisions.md)."""
     threads: int | None = None
     """None: one per physical core."""
-    kv_type: KVType = "f16"
+    kv_type: KVType | None = None
+    """None: f16 in llama.cpp, the model's own in torch."""
     adapters: tuple[tuple[Path, float], ...] = ()
     """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
 

@@ -9,6 +9,8 @@ import pytest
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.torch.backend import TorchBackend
+from emlocal.backends.torch.opening import open_folder
 from emlocal.em import EMInf
 from emlocal.errors import BackendError, CancelledError, ContextFullError
 from emlocal.sampling import SamplingParams, Uniforms
@@ -27,14 +29,26 @@ EM = SamplingParams(em=EMInf(0.1, 5, 1.0), temperature=1.0, min_p=0.0)
 
 @pytest.fixture(
     scope="module",
-    params=["fake", "llama.cpp tiny", pytest.param("llama.cpp smollm2", marks=pytest.mark.real)],
+    params=[
+        "fake",
+        "llama.cpp tiny",
+        "torch tiny",
+        "torch tiny, sampling on the device",
+        pytest.param("llama.cpp smollm2", marks=pytest.mark.real),
+        pytest.param("torch smollm2", marks=pytest.mark.real),
+    ],
 )
 def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    options = LoadOptions(context=CONTEXT, sequences=SEQUENCES, threads=1)
     if request.param == "fake":
         backend: Backend = FakeBackend(context=CONTEXT, sequences=SEQUENCES)
+    elif "torch" in request.param:
+        folder = request.getfixturevalue("tiny_folder" if "tiny" in request.param else "smollm2_folder")
+        on_device = "device" in request.param
+        backend = open_folder(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
     else:
         model = request.getfixturevalue("tiny_model" if "tiny" in request.param else "smollm2")
-        backend = LlamaCppBackend(model, LoadOptions(context=CONTEXT, sequences=SEQUENCES, threads=1))
+        backend = LlamaCppBackend(model, options)
     yield backend
     backend.close()
 
@@ -73,6 +87,8 @@ def same(backend: Backend) -> float:
     four-bit weights round activations to eight bits in one and not in another."""
     if isinstance(backend, FakeBackend):
         return 0.0
+    if isinstance(backend, TorchBackend):
+        return 1e-4
     return 0.002 if backend.info.vocabulary < 1000 else 0.1
 
 
@@ -135,7 +151,7 @@ class TestInfo:
         assert backend.max_sequences == SEQUENCES
         assert info.chat_template
         assert info.name
-        assert backend.name in ("fake", "llama.cpp")
+        assert backend.name in ("fake", "llama.cpp", "torch")
 
     def test_memory(self, backend) -> None:
         assert backend.memory_bytes() > 0

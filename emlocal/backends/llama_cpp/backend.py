@@ -47,10 +47,11 @@ class LlamaCppBackend(Backend):
         self.max_sequences = options.sequences
         self._shared = options.shared
         self.threads = options.threads or physical_cores()
+        self._kv_type = options.kv_type or "f16"
         self._context = self._new_context(options)
         self._memory = self._lib.llama_get_memory(self._context)
         allocated = self._lib.llama_n_ctx(self._context)  # more than was asked for: a multiple of 256
-        self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[options.kv_type])
+        self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[self._kv_type])
         self._header = model.header
         self._adapters: list[tuple[Any, float]] = []
         self._put_adapters(options.adapters)
@@ -74,12 +75,12 @@ class LlamaCppBackend(Backend):
         params.n_seq_max = options.sequences
         params.kv_unified = options.shared
         params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = _KV_TYPES[options.kv_type]
+        params.type_k = params.type_v = _KV_TYPES[self._kv_type]
         params.no_perf = True
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise BackendError(
-                f"llama.cpp cannot make a context of {self.context:,} tokens with {options.kv_type} keys and"
+                f"llama.cpp cannot make a context of {self.context:,} tokens with {self._kv_type} keys and"
                 f" values: {last_error() or 'no reason given'}",
                 "try a smaller --context",
             )

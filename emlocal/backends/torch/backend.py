@@ -1,0 +1,243 @@
+"""The contract of `backends/base.py` on torch: CUDA devices, and any CPU.
+
+Each sequence is a slot of the cache. Feeds are cut into passes of similar length (passes.py); logits stay on
+the device, and so does sampling.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence, Set
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from emlocal.backends.base import Backend, Feed, KVType, LoadOptions, ModelInfo, Row
+from emlocal.backends.context import context_length
+from emlocal.backends.torch.decoder import Decoder
+from emlocal.backends.torch.device import Place
+from emlocal.backends.torch.passes import passes
+from emlocal.backends.torch.sampler import TorchSampler
+from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
+from emlocal.sampling import Draw, Sampler
+from emlocal.words import counted
+
+CPU_BUDGET, CUDA_BUDGET = 512, 4096
+"""Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""
+_KV_TYPES: dict[KVType, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer; `emlocal.models.tokenizer.Tokenizer` is one."""
+
+    @property
+    def end_tokens(self) -> Set[int]: ...
+    @property
+    def bos(self) -> str: ...
+    @property
+    def eos(self) -> str: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+    def control_texts(self) -> Sequence[str]: ...
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class TorchBackend(Backend):
+    """A transformers model in torch."""
+
+    name: ClassVar[str] = "torch"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        options: LoadOptions,
+        place: Place,
+        *,
+        on_device_sampler: bool | None = None,
+    ) -> None:
+        """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens.
+
+        Raises ModelError for a model that the decoder cannot run, UsageError for options that it cannot.
+        """
+        _check_kv_type(options.kv_type, place.dtype)
+        if place.device.type == "cpu" and options.threads:
+            torch.set_num_threads(options.threads)
+        self.info = info
+        self.context = context_length(options.context, info.trained_context)
+        self.max_sequences = options.sequences
+        self.place = place
+        self._model: Any = model
+        self._tokenizer = tokenizer
+        self._shared = options.shared
+        self._decoder = Decoder(model, place.device)
+        self._decoder.check()
+        if not options.shared:  # all at once: better to fail now than in the middle of a batch
+            self._reserve(options.sequences, self.context)
+        self._budget = CPU_BUDGET if place.device.type == "cpu" else CUDA_BUDGET
+        self._lengths: dict[int, int] = {}
+        self._logits: Tensor | None = None  # float32 [rows, V], of the last call
+        self._rows: dict[int, int] = {}
+        if on_device_sampler is None:
+            on_device_sampler = place.device.type != "cpu"
+        self._sampler = TorchSampler(info.vocabulary, place.device) if on_device_sampler else None
+        self._host_sampler = Sampler(info.vocabulary)
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def control_texts(self) -> Sequence[str]:
+        return self._tokenizer.control_texts()
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token)
+
+    def open(self) -> int:
+        free = next((s for s in range(self.max_sequences) if s not in self._lengths), None)
+        if free is None:
+            raise BackendError(f"all {self.max_sequences} sequences are in use")
+        self._lengths[free] = 0
+        return free
+
+    @torch.inference_mode()
+    def release(self, sequence: int) -> None:
+        self._decoder.cache.clear(sequence, 0, self._lengths.pop(sequence))
+        self._rows.pop(sequence, None)
+
+    def length(self, sequence: int) -> int:
+        return self._lengths[sequence]
+
+    @torch.inference_mode()
+    def fork(self, sequence: int) -> int:
+        length = self._lengths[sequence]
+        copy = self.open()
+        if length:
+            try:
+                self._reserve(copy + 1, length)
+            except BackendError:
+                del self._lengths[copy]
+                raise
+            self._decoder.cache.copy(sequence, copy, length)
+        self._lengths[copy] = length
+        return copy
+
+    @torch.inference_mode()
+    def trim(self, sequence: int, length: int) -> int:
+        held = self._lengths[sequence]
+        if length < held:
+            self._decoder.cache.clear(sequence, length, held)
+            self._lengths[sequence] = length
+        return self._lengths[sequence]
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        self._rows, self._logits = {}, None
+        lengths = [self._lengths[feed.sequence] for feed in feeds]
+        self._check_room(feeds, lengths)
+        longest = max(held + len(feed.tokens) for feed, held in zip(feeds, lengths, strict=True))
+        self._reserve(max(feed.sequence for feed in feeds) + 1, longest)
+        try:
+            self._compute(feeds, lengths, cancelled)
+        except BaseException as error:
+            self._rows, self._logits = {}, None
+            for feed, held in zip(feeds, lengths, strict=True):  # what was computed of this call goes again
+                self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
+            if isinstance(error, torch.OutOfMemoryError):
+                raise BackendError(
+                    f"{self.place.device} has no memory for {counted(len(feeds), 'sequence')} at once",
+                    "try a smaller --parallel or --context",
+                ) from None
+            raise
+        for feed in feeds:
+            self._lengths[feed.sequence] += len(feed.tokens)
+
+    def _compute(self, feeds: Sequence[Feed], lengths: Sequence[int], cancelled: Callable[[], bool]) -> None:
+        """Run the passes and keep the rows that are wanted."""
+        rows: list[Tensor] = []
+        for chunks in passes(feeds, lengths, self._budget):
+            # a step is over before anybody could cancel it
+            single = all(len(chunk.tokens) == 1 for chunk in chunks)
+            logits = self._decoder.run(chunks, (lambda: False) if single else cancelled)
+            if logits is not None:
+                rows.append(logits)
+                wanted = [chunk.slot for chunk in chunks if chunk.wanted]
+                self._rows.update(zip(wanted, itertools.count(len(self._rows)), strict=False))
+        if cancelled():
+            raise CancelledError
+        if rows:
+            self._logits = rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _check_room(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
+        new = sum(len(feed.tokens) for feed in feeds)
+        if self._shared and (held := sum(self._lengths.values())) + new > self.context:
+            raise ContextFullError(
+                f"{counted(new, 'more token')} cannot be added: the context holds {held:,} of {self.context:,}",
+                "give a larger --context",
+            )
+        for feed, held in zip(feeds, lengths, strict=True):
+            if held + len(feed.tokens) > self.context:
+                raise ContextFullError(
+                    f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
+                    f" holds {held:,} of {self.context:,}",
+                    "give a larger --context",
+                )
+
+    def _reserve(self, slots: int, tokens: int) -> None:
+        try:
+            with torch.inference_mode():
+                self._decoder.cache.reserve(slots, tokens, self.context)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            raise BackendError(
+                f"{self.place.device} has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens",
+                "try a smaller --context or --parallel",
+            ) from None
+
+    @torch.inference_mode()
+    def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        at = [self._rows[row.sequence] for row in rows]
+        assert self._logits is not None
+        if self._sampler is not None:
+            return self._sampler.sample(self._logits, at, rows)
+        logits = self._logits.numpy()
+        return [
+            self._host_sampler.sample(logits[i], row.params, row.u, row.seen)
+            for i, row in zip(at, rows, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def logits(self, sequence: int) -> NDArray[np.float32]:
+        at = self._rows[sequence]
+        assert self._logits is not None
+        row: NDArray[np.float32] = self._logits[at].to("cpu", copy=True).numpy()
+        return row
+
+    def describe(self) -> str:
+        threads = f", {counted(torch.get_num_threads(), 'thread')}" if self.place.device.type == "cpu" else ""
+        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}"
+
+    def memory_bytes(self) -> int:
+        weights = sum(p.nbytes for p in self._model.parameters())
+        logits = 0 if self._logits is None else self._logits.nbytes
+        return weights + self._decoder.cache.nbytes + logits
+
+    def close(self) -> None:
+        self._decoder.cache.drop()
+        self._rows, self._logits, self._lengths = {}, None, {}
+        del self._model, self._decoder
+        if self.place.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
+    """Raise UsageError unless the keys and values that are asked for have the model's own format."""
+    if asked is not None and _KV_TYPES.get(asked) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--kv-type is {asked}; the torch engine keeps keys and values as the model computes them, in {name}",
+            "leave --kv-type out",
+        )

@@ -1,0 +1,148 @@
+"""Keys and values by slots: one slot for each sequence of the contract.
+
+A layer's keys are one tensor [slots, kv_heads, capacity + 1, head_dim], its values another. Rows of a forward
+pass are a range of slots, which attention reads as a view; nothing is copied in a decoding step. Cells at and
+beyond a sequence's length are zero. The last cell of a slot, never read, takes what padding and rows
+that only fill a gap would write.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from emlocal.errors import CancelledError
+
+BLOCK = 256
+"""Tokens; capacity is a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one forward pass reads and writes."""
+
+    rows: Tensor
+    """Slots, int64 [B, 1], ascending."""
+    adjacent: bool
+    """Whether they follow in order, so that a view holds them."""
+    cells: Tensor
+    """Where each token is written, int64 [B, T]; the slot's last cell for those that are not kept."""
+    span: tuple[int, int] | None
+    """First cell and the one past the last, where all rows write the same ones in order."""
+    first: int
+    """The lowest slot."""
+    length: int
+    """Cells to be read."""
+
+
+class SlotCache(Cache):
+    """Stands where transformers expects its cache: the model's attention calls `update`."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.slots = 0
+        self.capacity = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._window: Window | None = None
+        self._cancelled: Callable[[], bool] = lambda: False
+
+    def begin(self, window: Window, cancelled: Callable[[], bool]) -> None:
+        """Say what the next pass reads and writes; `cancelled` is asked at each layer."""
+        self._window, self._cancelled = window, cancelled
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values, [B, kv_heads, T, head_dim]; all up to the window's length.
+
+        Raises CancelledError.
+        """
+        if self._cancelled():
+            raise CancelledError
+        assert self._window is not None
+        while len(self._keys) <= layer_idx:  # the first pass: only now are the shapes known
+            self._keys.append(self._zeros(key_states))
+            self._values.append(self._zeros(value_states))
+        return (
+            _store(self._keys[layer_idx], key_states, self._window),
+            _store(self._values[layer_idx], value_states, self._window),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cells held before the pass; meaningful, and asked for, where no explicit mask is given."""
+        assert self._window is not None
+        return self._window.length - self._window.cells.shape[1]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The position of the pass's first token, where no explicit mask is given."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of what attention reads."""
+        assert self._window is not None
+        return self._window.length, 0
+
+    @property
+    def layers_held(self) -> int:
+        """Layers that have stored something."""
+        return len(self._keys)
+
+    def reserve(self, slots: int, tokens: int, limit: int) -> None:
+        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens."""
+        if tokens > self.capacity:
+            tokens = max(tokens, min(self.capacity * 3 // 2, limit))
+            tokens = (tokens + BLOCK - 1) // BLOCK * BLOCK
+        slots, tokens = max(slots, self.slots), max(tokens, self.capacity)
+        if (slots, tokens) == (self.slots, self.capacity):
+            return
+        old_slots, old_tokens = self.slots, self.capacity
+        self.slots, self.capacity = slots, tokens
+        for tensors in (self._keys, self._values):
+            for i, old in enumerate(tensors):
+                grown = self._zeros(old)
+                grown[:old_slots, :, :old_tokens] = old[:, :, :old_tokens]
+                tensors[i] = grown
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` cells of one slot into another, empty one."""
+        for tensor in (*self._keys, *self._values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """Zero these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
+        if slot < self.slots:
+            for tensor in (*self._keys, *self._values):
+                tensor[slot, :, start : min(stop, self.capacity)] = 0
+
+    def drop(self) -> None:
+        """Free everything."""
+        self._keys, self._values, self.slots, self.capacity = [], [], 0, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """An empty store for states with these heads and dimensions."""
+        return like.new_zeros(self.slots, like.shape[1], self.capacity + 1, like.shape[3])
+
+
+def _store(store: Tensor, new: Tensor, window: Window) -> Tensor:
+    """Write [B, kv_heads, T, head_dim] where it belongs; what attention reads, [B, kv_heads, length, head_dim]."""
+    low, high = window.first, window.first + len(new)
+    if window.adjacent and window.span is not None:
+        store[low:high, :, window.span[0] : window.span[1]] = new
+    else:
+        store[window.rows, :, window.cells] = new.transpose(1, 2)
+    if window.adjacent:
+        return store[low:high, :, : window.length]
+    return store[:, :, : window.length].index_select(0, window.rows[:, 0])
+
+
+def is_range(slots: Sequence[int]) -> bool:
+    """Whether ascending slots follow in order."""
+    return slots[-1] - slots[0] + 1 == len(slots)

@@ -1,0 +1,116 @@
+"""Loading a Hugging Face folder: safetensors only, no code from the folder, no network, no chatter."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from emlocal.backends.torch.decoder import attention_windows
+from emlocal.errors import ModelError
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The causal language model in `folder`, ready to be run.
+
+    Raises ModelError for a folder that is no such model, is incomplete, or has layers other than
+    full or sliding attention.
+    """
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+        check_architecture(config.to_dict())
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise ModelError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+        if missing := sorted(loading["missing_keys"]):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelError(
+                f"{folder} has no weights for {missing[0]}{more}", "fetch the model again; a file may be missing"
+            )
+        try:
+            return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            size = sum(p.nbytes for p in model.parameters()) / 1e9
+            raise ModelError(f"{folder} needs {size:.1f} GB; {device} has less free", "use --device cpu") from None
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a configuration (config.json) that is no decoder of attention layers alone."""
+    name = config.get("model_type") or "?"
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{name} is an encoder and a decoder; the torch engine runs decoders only")
+    if config.get("vision_config") or config.get("audio_config"):
+        raise ModelError(f"{name} also takes pictures or sound; the torch engine runs text models only")
+    attention_windows(config)
+
+
+def trained_context(config: Mapping[str, Any]) -> int:
+    """The tokens that the model was trained for; without stretching of positions that changes with length.
+
+    Raises ModelError where the configuration does not tell.
+    """
+    length = config.get("max_position_embeddings")
+    if not isinstance(length, int) or length < 1:
+        raise ModelError(f"{config.get('model_type')}'s config.json has no max_position_embeddings")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # these choose the frequencies by the longest row: rows of a batch would depend on each other
+        original = rope.get("original_max_position_embeddings") or config.get(
+            "original_max_position_embeddings"
+        )
+        length = min(length, original or length)
+    return length
+
+
+def sampling_settings(folder: Path) -> dict[str, float]:
+    """The authors' settings from generation_config.json, by SamplingParams field."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise ModelError(f"{path} is not JSON") from None
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    names |= {"repetition_penalty": "repeat_penalty"}
+    return {ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within this block transformers shows no bars and no warnings; what it was set to comes back."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
