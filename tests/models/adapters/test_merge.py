@@ -96,10 +96,8 @@ def test_large_matrices_go_block_by_block(
 def test_rounding_is_torchs(dtype: str) -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 1 << 32, 200_000, dtype=np.uint32)
-    values = np.append(
-        values, [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, 1e-45, 65519.9, 65520.0, 1.00390625]
-    )
-    values = values.astype(np.float32)
+    odd = [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, 1e-45, 65519.9, 65520.0, 1.00390625]
+    values = np.concatenate([bits, np.array(odd, np.float32).view(np.uint32)]).view(np.float32)
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     wanted = torch.from_numpy(values).to(kind).float().numpy()
     found = widened(narrowed(values, dtype), dtype)

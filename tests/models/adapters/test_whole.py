@@ -38,7 +38,7 @@ def test_kill_9_leaves_whole_adapters(tmp_path: Path) -> None:
     """Eight folders and files replaced in turn, the writer killed at a random moment, four times."""
     base = read_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
     wanted = [random_adapter(layers=1, rank=64, scale=s, seed=s) for s in (1, 2)]
-    rng, seen = random.Random(0), 0
+    rng, seen, complaints = random.Random(0), 0, set()
     for _ in range(4):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -51,7 +51,7 @@ def test_kill_9_leaves_whole_adapters(tmp_path: Path) -> None:
             try:
                 found = read_adapter(tmp_path / "peft-0")
             except ModelError as error:  # in the moment between the old folder and the new one
-                assert "there is no adapter" in error.message or "cannot read" in error.message
+                complaints.add(error.message)
             else:
                 assert_same(found, wanted[int(found.pairs["model.layers.0.mlp.up_proj"].scale) - 1])
         writer.kill()
@@ -62,6 +62,7 @@ def test_kill_9_leaves_whole_adapters(tmp_path: Path) -> None:
             assert_same(found, wanted[int(found.pairs["model.layers.0.mlp.up_proj"].scale) - 1])
             seen += 1
     assert seen > 8
+    assert all("there is no adapter" in c or "cannot read" in c for c in complaints)
 
 
 def test_replacing(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_folder_with_other_things_is_never_replaced(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     base = read_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
-    with pytest.raises(ModelError, match="layers.1"):
+    with pytest.raises(ModelError, match=r"layers\.1"):
         write_gguf(random_adapter(layers=2), tmp_path / "a.gguf", base)
     (tmp_path / "file").write_text("")
     with pytest.raises(EmlocalError, match="cannot write"):
