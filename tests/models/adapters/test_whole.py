@@ -45,7 +45,10 @@ def test_kill_9_leaves_whole_adapters(tmp_path: Path) -> None:
         )
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.05, 0.6))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "peft-1").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.5))
         # while it writes: no mixture, and nothing half written
         for _ in range(20):
             try:
