@@ -54,7 +54,11 @@ class LlamaCppBackend(Backend):
         self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[self._kv_type])
         self._header = model.header
         self._adapters: list[tuple[Any, float]] = []
-        self._put_adapters(options.adapters)
+        try:
+            self._put_adapters(options.adapters)
+        except BaseException:
+            self.close()
+            raise
         self._batch = Batch(self._lib, min(BATCH, self.context))
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}

@@ -47,11 +47,12 @@ def halves(
     """
     where = header.path.parent.name
     layers: dict[str, dict[str, str]] = {}
+    for part, why in known.items():
+        name = next((n for n in header.tensors if part in n), None)
+        if name is not None:
+            raise unsupported(where, f"{why} ({shown(name)})")
     for name in header.tensors:
         suffix = next((s for s in suffixes if name.endswith(s)), None)
-        reason = next((why for part, why in known.items() if part in name), None)
-        if reason is not None:
-            raise unsupported(where, f"{reason} ({shown(name)})")
         if suffix is None or not name.startswith(prefix):
             raise unusable(where, f"it has a tensor {shown(name)}, which is no half of a LoRA pair")
         layers.setdefault(name[len(prefix) : -len(suffix)], {})[suffix] = name

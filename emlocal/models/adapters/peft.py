@@ -27,6 +27,7 @@ _UNSUPPORTED_TENSORS = {
     "lora_embedding_": "LoRA on embeddings",
     "modules_to_save": "modules_to_save (whole layers beside LoRA)",
     "lora_B.bias": "biases on LoRA layers",
+    ".base_layer.": "weights of the model itself beside LoRA (save_embedding_layers)",
 }
 _UNSUPPORTED = {
     "modules_to_save": "modules_to_save (whole layers beside LoRA)",

@@ -1,6 +1,6 @@
 """Adapters by their path, whatever the format."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,10 +54,34 @@ def read_adapter(path: Path, base: GGUFHeader | None = None) -> Adapter:
     kind = format_of(path)
     if kind == "gguf":
         return read_gguf(path, base)
-    adapter = read_peft(path) if kind == "peft" else read_mlx(path)
+    adapter = _read_folder(path, read_peft if kind == "peft" else read_mlx)
     if base is not None:
         check_fits(adapter, linear_shapes(base), base.path.name)
     return adapter
+
+
+def _read_folder(folder: Path, read: Callable[[Path], Adapter]) -> Adapter:
+    """Both files of a folder, which belong together even where another folder takes its place meanwhile."""
+    while True:
+        before = _identity(folder)
+        try:
+            adapter = read(folder)
+        except (ModelError, OSError) as error:
+            if _identity(folder) != before:
+                continue
+            if isinstance(error, OSError):
+                raise ModelError(f"cannot read {folder}: {error.strerror}", "make it readable") from error
+            raise
+        if _identity(folder) == before:
+            return adapter
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}", "give an existing adapter") from error
+    return status.st_ino, status.st_mtime_ns
 
 
 @contextmanager

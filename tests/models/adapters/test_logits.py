@@ -1,4 +1,4 @@
-"""The same adapter computes the same in llama.cpp and in transformers: the proof of names, order and scale."""
+"""The same adapter computes the same in llama.cpp and in transformers: names, order, scale."""
 
 from dataclasses import replace
 from pathlib import Path
