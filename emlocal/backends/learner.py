@@ -89,6 +89,10 @@ class Learner(ABC):
         """A copy of the adapter."""
 
     @abstractmethod
+    def put(self, adapter: Adapter) -> None:
+        """Take these weights; the optimizer is left as it is."""
+
+    @abstractmethod
     def state(self) -> State:
         """A copy of all that the next steps depend on: adapter and optimizer."""
 

@@ -154,6 +154,11 @@ class FineTune:
             if step % self.plan.save_every == 0:
                 self._save(step, self._now.as_json())
 
+    @property
+    def kept(self) -> Adapter:
+        """The last adapter whose answers passed the guards."""
+        return self._now.good
+
     def _restore(self, start: Checkpoint | None) -> int:
         guards = Guards(self.settings)
         self._now = _Progress(guards, self.learner.adapter(), token_budget=self.plan.token_budget)

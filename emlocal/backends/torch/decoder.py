@@ -155,9 +155,7 @@ def attention_windows(config: Mapping[str, Any]) -> dict[str, int | None]:
     size: int | None = config.get("sliding_window")
     if config.get("use_sliding_window") is False:
         size = None
-    kinds = dict.fromkeys(
-        config.get("layer_types") or ("sliding_attention" if size else "full_attention",)
-    )
+    kinds = dict.fromkeys(config.get("layer_types") or ("sliding_attention" if size else "full_attention",))
     windows = {"full_attention": None, "sliding_attention": size}
     for kind in kinds:
         if kind not in windows:

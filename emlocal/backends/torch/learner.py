@@ -134,6 +134,12 @@ class TorchLearner(Learner):
     def adapter(self) -> Adapter:
         return Adapter({name: layer.pair() for name, layer in self._layers.items()})
 
+    def put(self, adapter: Adapter) -> None:
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                layer.a.copy_(_tensor(adapter.pairs[name].a))
+                layer.b.copy_(_tensor(adapter.pairs[name].b))
+
     def state(self) -> State:
         state: dict[str, np.ndarray] = {}
         for name, parameter in self._named():

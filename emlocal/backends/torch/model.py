@@ -45,13 +45,16 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
         if missing := sorted(loading["missing_keys"]):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ModelError(
-                f"{folder} has no weights for {missing[0]}{more}", "fetch the model again; a file may be missing"
+                f"{folder} has no weights for {missing[0]}{more}",
+                "fetch the model again; a file may be missing",
             )
         try:
             return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
         except torch.OutOfMemoryError:
             size = sum(p.nbytes for p in model.parameters()) / 1e9
-            raise ModelError(f"{folder} needs {size:.1f} GB; {device} has less free", "use --device cpu") from None
+            raise ModelError(
+                f"{folder} needs {size:.1f} GB; {device} has less free", "use --device cpu"
+            ) from None
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -93,7 +96,9 @@ def sampling_settings(folder: Path) -> dict[str, float]:
         raise ModelError(f"{path} is not JSON") from None
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names |= {"repetition_penalty": "repeat_penalty"}
-    return {ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)}
+    return {
+        ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)
+    }
 
 
 @contextmanager

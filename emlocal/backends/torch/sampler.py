@@ -71,7 +71,9 @@ class TorchSampler:
     ) -> Tensor:
         """float32 [R, V] → float64 [R, 7]: the fields of Draw, or a fault in place of the token."""
         top = raw.amax(-1, keepdim=True)  # NaN wins every max
-        fault = torch.where(top.isnan(), -1, torch.where(top.isposinf(), -2, torch.where(top.isneginf(), -3, 0)))
+        fault = torch.where(
+            top.isnan(), -1, torch.where(top.isposinf(), -2, torch.where(top.isneginf(), -3, 0))
+        )
         z0 = torch.where(fault < 0, 0.0, raw).double()
         z0 = (z0 - z0.amax(-1, keepdim=True)).clamp_min(em.FLOOR)
         if self._padded > self.vocabulary:
@@ -116,7 +118,9 @@ class Compiled:
         self._step: em.Step = torch.compile(em.descend, dynamic=False)
         self._proven = False
 
-    def __call__(self, z: Tensor, threshold: Tensor, allowed: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, z: Tensor, threshold: Tensor, allowed: Tensor, rate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self._proven:
             return self._step(z, threshold, allowed, rate)
         try:
