@@ -6,6 +6,10 @@ and an adapter's B has to follow. Sources: conversion/llama.py (`undo_permute`) 
 llama.cpp. An architecture that is in neither set below is refused: a guess would be garbage that loads.
 """
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,7 +42,8 @@ def _unknown(architecture: str) -> ModelError:
     )
 
 
-def gguf_names(architecture: str, layers: int) -> dict[str, str]:
+@cache  # 10 ms and more, and training writes an adapter at each step
+def gguf_names(architecture: str, layers: int) -> Mapping[str, str]:
     """GGUF's name of each linear layer by transformers' name: "blk.0.attn_q.weight".
 
     Raises ModelError for an architecture that is not known.
@@ -53,7 +58,7 @@ def gguf_names(architecture: str, layers: int) -> dict[str, str]:
     modules = _FUSED if architecture == "phi3" else _SEPARATE
     names = [f"model.layers.{i}.{module}" for i in range(layers) for module in modules]
     found = {name: table.get_name(name) for name in (*names, "lm_head")}
-    return {name: f"{there}.weight" for name, there in found.items() if there is not None}
+    return MappingProxyType({name: f"{there}.weight" for name, there in found.items() if there is not None})
 
 
 def linear_shapes(base: GGUFHeader) -> dict[str, tuple[int, int]]:
