@@ -124,9 +124,9 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do
     """Remove a fetched model from this machine."""
     path = local_path(name, FORMATS)
     if path is not None:
+        how = "rm -r" if path.is_dir() else "rm"
         raise UsageError(
-            f"{path} is a file of yours; emlocal removes only what it fetched",
-            hint=f"delete it: rm {'-r ' if path.is_dir() else ''}{path}",
+            f"{path} is yours; emlocal removes only what it fetched", hint=f"delete it: {how} {path}"
         )
     meant = meaning(name)
     files = (

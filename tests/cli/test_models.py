@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from typer.testing import CliRunner, Result
 from emlocal.cli.models import app
 from emlocal.errors import ModelError, UsageError
 from emlocal.models import starter
+from emlocal.models.resolve import resolve
+from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
 
 
@@ -164,3 +167,29 @@ def test_importing_the_verb_imports_nothing_heavy() -> None:
         "assert not {'huggingface_hub', 'numpy', 'rich.table', 'filelock', 'llama_cpp'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.cwd())
+
+
+def test_model_folders(tmp_path: Path) -> None:
+    made = unpack(resolve(str(write_tiny_gguf(tmp_path / "tiny.gguf"))))
+    facts = json.loads(run("show", str(made), "--json").stdout)
+    assert (facts["architecture"], facts["quantization"], facts["context_length"]) == ("llama", "F32", 256)
+    assert facts["sampling"] == {"temperature": 0.5, "top_k": 20}
+    assert facts["sampling_in_effect"]["top_k"] == {"value": 20, "from": "model"}
+    assert facts["chat_template"] is True
+    assert facts["files"] == [str(made / "model.safetensors")]
+    assert run("path", str(made)).stdout == f"{made}\n"
+    error = run("rm", str(made), "--yes").exception
+    assert isinstance(error, UsageError)
+    assert error.hint == f"delete it: rm -r {made}"
+
+
+def test_cached_folders_are_listed_and_removed(tmp_path: Path) -> None:
+    made = unpack(resolve(str(write_tiny_gguf(tmp_path / "tiny.gguf"))))
+    cached = cache_model(tmp_path, "someone/Tiny")
+    for path in made.iterdir():
+        shutil.copy(path, cached / "snapshots" / ("a" * 40))
+    rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
+    assert rows["someone/Tiny"]["bytes"] == (made / "model.safetensors").stat().st_size
+    assert json.loads(run("show", "someone/Tiny", "--json").stdout)["source"] == "hub"
+    assert run("rm", "someone/Tiny", "--yes").exit_code == 0
+    assert "someone/Tiny" not in run("list", "--json").stdout
