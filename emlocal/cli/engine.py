@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal import console
-from emlocal.backends.base import Backend, LoadOptions
+from emlocal.backends.base import Backend, KVType, LoadOptions
 from emlocal.backends.context import context_length
-from emlocal.backends.select import load_backend, select_backend
+from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.generation import interruptible
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.gguf import read_adapter_header
-from emlocal.models.gguf_header import GGUFHeader
-from emlocal.models.memory import KV_TYPE_BYTES, available, check_memory, estimate
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.header import ModelHeader
+from emlocal.models.memory import Terms, check_memory, estimate
+from emlocal.models.resolve import FolderModel, Model, resolve
 
 BATCH_CONTEXT = 2048
 """Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
@@ -31,7 +31,7 @@ class Opened:
     """A loaded model, and the file that it came from."""
 
     backend: Backend
-    model: LocalModel
+    model: Model
     adapters: tuple[tuple[Path, float], ...]
 
 
@@ -61,26 +61,29 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
-        model = resolve(options.model, offline=bool(options.offline), progress=progress)
+        model = resolve(
+            options.model, formats=formats_of(name), offline=bool(options.offline), progress=progress
+        )
     adapters = tuple(_adapter(text, model) for text in options.adapter or [])
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
-    kv_type = str(options.kv_type or "f16")
-    bytes_each = KV_TYPE_BYTES[kv_type]
+    kv_type: KVType | None = str(options.kv_type) if options.kv_type else None  # type: ignore[assignment]
+    terms = memory_terms(name, model.header, kv_type)
     if not shared:
-        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, bytes_each))
+        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, terms))
     assert sequences is not None
-    check_memory(model.header, context, kv_type_bytes=bytes_each, n_seqs=1 if shared else sequences)
+    check_memory(model.header, context, terms, n_seqs=1 if shared else sequences)
     load = LoadOptions(
         context=context,
         sequences=sequences,
         shared=shared,
         threads=options.threads,
-        kv_type=kv_type,  # type: ignore[arg-type]  # KVChoice has the same words
+        kv_type=kv_type,
         adapters=adapters,
     )
-    with interruptible() as cancelled:  # llama.cpp calls back while it loads: nothing may be raised there
-        backend = load_backend(name, model, load)
+    # llama.cpp calls back while it loads: nothing may be raised there
+    with interruptible() as cancelled, console.progress(quiet) as progress:
+        backend = load_backend(name, model, load, progress)
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt
@@ -94,11 +97,10 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         backend.close()
 
 
-def _as_many_as_fit(header: GGUFHeader, context: int, bytes_each: float) -> int:
+def _as_many_as_fit(header: ModelHeader, context: int, terms: Terms) -> int:
     """Parallel sequences for which there is memory, at least 1."""
     for n in range(MOST_PARALLEL, 1, -1):
-        needed = estimate(header, context, kv_type_bytes=bytes_each, n_seqs=n + SPARE_SEQUENCES)
-        if needed <= _LEFT_FREE * available():
+        if estimate(header, context, terms, n_seqs=n + SPARE_SEQUENCES) <= _LEFT_FREE * terms.free:
             return n
     return 1
 
@@ -111,7 +113,7 @@ def _check(options: EngineOptions) -> None:
         raise UsageError(f"--threads is {options.threads}; it must be between 1 and {4 * cores} here")
 
 
-def _adapter(text: str, model: LocalModel) -> tuple[Path, float]:
+def _adapter(text: str, model: Model) -> tuple[Path, float]:
     """FILE or FILE=SCALE, the file checked against the model."""
     path, scale = Path(text), 1.0
     if not path.exists() and "=" in text:
@@ -124,5 +126,7 @@ def _adapter(text: str, model: LocalModel) -> tuple[Path, float]:
         raise UsageError(f"there is no adapter {path}")
     if path.is_dir() or path.suffix != ".gguf":
         raise UsageError(f"{path} is no GGUF adapter, and the llama.cpp engine loads no other kind")
+    if isinstance(model, FolderModel):
+        raise UsageError("the torch engine of this version loads no adapters", "use --backend llama.cpp")
     read_adapter_header(path, model.header)
     return path, scale

@@ -125,7 +125,8 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do
     path = local_path(name, FORMATS)
     if path is not None:
         raise UsageError(
-            f"{path} is a file of yours; emlocal removes only what it fetched", hint=f"delete it: rm {'-r ' if path.is_dir() else ''}{path}"
+            f"{path} is a file of yours; emlocal removes only what it fetched",
+            hint=f"delete it: rm {'-r ' if path.is_dir() else ''}{path}",
         )
     meant = meaning(name)
     files = (

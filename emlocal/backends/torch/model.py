@@ -30,7 +30,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
             raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
         check_architecture(config.to_dict())
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loader: Any = AutoModelForCausalLM
+            model, loading = loader.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -45,13 +46,18 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
         if missing := sorted(loading["missing_keys"]):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ModelError(
-                f"{folder} has no weights for {missing[0]}{more}", "fetch the model again; a file may be missing"
+                f"{folder} has no weights for {missing[0]}{more}",
+                "fetch the model again; a file may be missing",
             )
         try:
-            return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+            model = model.eval().requires_grad_(False).to(device)
         except torch.OutOfMemoryError:
             size = sum(p.nbytes for p in model.parameters()) / 1e9
-            raise ModelError(f"{folder} needs {size:.1f} GB; {device} has less free", "use --device cpu") from None
+            raise ModelError(
+                f"{folder} needs {size:.1f} GB; {device} has less free", "use a smaller model"
+            ) from None
+    loaded: nn.Module = model
+    return loaded
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -93,15 +99,17 @@ def sampling_settings(folder: Path) -> dict[str, float]:
         raise ModelError(f"{path} is not JSON") from None
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names |= {"repetition_penalty": "repeat_penalty"}
-    return {ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)}
+    return {
+        ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)
+    }
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within this block transformers shows no bars and no warnings; what it was set to comes back."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    logging.set_verbosity(50)  # CRITICAL
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -109,7 +117,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,8 @@ from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.device import choose_place
 from emlocal.backends.torch.model import load_model, sampling_settings, trained_context
 from emlocal.errors import UsageError
-from emlocal.models.tokenizer import Tokenizer, read_json
+from emlocal.models.json_file import read_json
+from emlocal.models.tokenizer import Tokenizer
 
 
 def open_folder(

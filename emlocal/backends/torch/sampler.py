@@ -71,7 +71,9 @@ class TorchSampler:
     ) -> Tensor:
         """float32 [R, V] → float64 [R, 7]: the fields of Draw, or a fault in place of the token."""
         top = raw.amax(-1, keepdim=True)  # NaN wins every max
-        fault = torch.where(top.isnan(), -1, torch.where(top.isposinf(), -2, torch.where(top.isneginf(), -3, 0)))
+        fault = torch.where(
+            top.isnan(), -1, torch.where(top.isposinf(), -2, torch.where(top.isneginf(), -3, 0))
+        )
         z0 = torch.where(fault < 0, 0.0, raw).double()
         z0 = (z0 - z0.amax(-1, keepdim=True)).clamp_min(em.FLOOR)
         if self._padded > self.vocabulary:
@@ -116,7 +118,9 @@ class Compiled:
         self._step: em.Step = torch.compile(em.descend, dynamic=False)
         self._proven = False
 
-    def __call__(self, z: Tensor, threshold: Tensor, allowed: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, z: Tensor, threshold: Tensor, allowed: Tensor, rate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self._proven:
             return self._step(z, threshold, allowed, rate)
         try:
@@ -167,7 +171,7 @@ def _settings(rows: Sequence[Row]) -> NDArray[np.float64]:
 
 
 def adjusted(block: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties, then biases, on the first rows of a block, float32 [R, V], in place; as sampling.penalties."""
+    """Penalties, then biases, on the first rows of a block, float32 [R, V], in place."""
     entries = [(i, token, times, row.params) for i, row in enumerate(rows) for token, times in _seen(row)]
     if entries:
         where = torch.tensor([(i, token) for i, token, _, _ in entries], device=block.device).T
