@@ -27,7 +27,7 @@ def has_torch() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether there is an NVIDIA device and a torch built for it, as far as files tell (an import takes 1 s)."""
+    """Whether there is an NVIDIA device and a torch built for it, by files: an import takes 1 s."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False

@@ -36,11 +36,11 @@ MODELS = {
     "qwen2": {},
     "mistral": {"sliding_window": 7, "head_dim": 8},
     "qwen3": {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "gemma2": {
+    "gemma3_text": {
         "head_dim": 8,
         "sliding_window": 6,
-        "attn_logit_softcapping": None,
-        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "final_logit_softcapping": 0.5,
     },
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.2},
@@ -141,6 +141,7 @@ def test_growing_keeps_what_is_held(unpacked_tiny) -> None:
     for start in range(0, 250, 50):
         engine.forward([Feed(sequence, list(range(start, start + 50)))])
     got = engine.logits(sequence)
+    engine.release(sequence)
     other = engine.open()
     engine.forward([Feed(other, list(range(250)))])
     np.testing.assert_allclose(engine.logits(other), got, atol=1e-4)
@@ -236,7 +237,7 @@ def test_sampling_settings(tmp_path) -> None:
 
 
 def test_options_that_it_cannot_do(unpacked_tiny) -> None:
-    with pytest.raises(UsageError, match="--kv-type is q8_0.*float32"):
+    with pytest.raises(UsageError, match=r"--kv-type is q8_0.*float32"):
         open_folder(unpacked_tiny, LoadOptions(kv_type="q8_0"), device="cpu", dtype="float32")
     with pytest.raises(UsageError, match="no adapters"):
         open_folder(unpacked_tiny, LoadOptions(adapters=((Path("a"), 1.0),)), device="cpu")
