@@ -4,4 +4,5 @@ import os
 
 # GNU OpenMP's threads wait by spinning; where others want the cores too, that takes them from the one that
 # works (docs/decisions.md). Read when torch loads its library.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"
