@@ -107,9 +107,9 @@ def load(
         name: as on the command line: "smollm2:135m", a .gguf file, "org/name:QUANT".
         parallel: how many prompts `batch` answers at once; each takes the memory of a whole context.
         context: tokens of a sequence; None: the model's own length, at most 8,192, and 2,048 in parallel.
-        adapters: (GGUF LoRA adapter, scale).
+        adapters: (LoRA adapter, scale): GGUF files, PEFT or MLX folders.
     Raises:
-        ModelError: there is no such model, or it cannot be used.
+        ModelError: there is no such model or adapter, or it cannot be used.
         UsageError: an engine or a context that does not exist.
     """
     engine, _ = select_backend(backend)

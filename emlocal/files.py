@@ -1,7 +1,8 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import errno
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,78 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A file beside `path` for someone else's code to write, which gets the name `path` when the block ends.
+
+    If the block raises there is no trace of it, and what `path` was it still is. A symbolic link is followed.
+
+    Raises EmlocalError where the file cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        target = path.resolve()
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        temporary = Path(name)
+        os.close(descriptor)
+        yield temporary
+        _sync_file(temporary)
+        temporary.chmod(_usual_mode())
+        temporary.replace(target)
+        sync_folder(target.parent)
+    except OSError as why:
+        raise EmlocalError(f"cannot write {path}: {why.strerror or why}") from why
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder beside `folder` to put files into, which gets the name `folder` when the block ends.
+
+    If the block raises there is no trace of it. With `replace` a folder that is there already is moved out
+    of the way in the same moment and removed; a process killed in that moment leaves it under a name that
+    ends in `.old`, never a mixture of the two. The folders above are made.
+
+    Raises EmlocalError where `folder` exists and is not to be replaced, or where nothing can be written.
+    """
+    temporary: Path | None = None
+    try:
+        target = folder.resolve()
+        if target.exists() and not (replace and target.is_dir()):
+            raise EmlocalError(f"{folder} exists already", "choose another name, or remove it first")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            _sync_file(file)
+            file.chmod(_usual_mode())
+        temporary.chmod(_usual_mode(0o777))
+        sync_folder(temporary)
+        old = temporary.with_suffix(".old")
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as why:
+        raise EmlocalError(f"cannot write {folder}: {why.strerror or why}") from why
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make durable which files the folder has: a new name can be lost in a power failure until then."""
     if sys.platform != "win32":  # which opens no folders, and whose file system journals names by itself
@@ -56,8 +129,8 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _usual_mode() -> int:
+def _usual_mode(wanted: int = 0o666) -> int:
     """The permissions that a new file gets; the system tells its mask only to who sets it."""
     mask = os.umask(0o077)
     os.umask(mask)
-    return 0o666 & ~mask
+    return wanted & ~mask

@@ -131,3 +131,19 @@ def test_importing_emlocal_imports_little() -> None:
     code = "import sys, emlocal; print(sys.modules.keys() & {'numpy', 'llama_cpp'}, emlocal.load.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "load"]
+
+
+def test_adapters_of_any_format(tiny_model: LocalModel, tmp_path: Path) -> None:
+    from emlocal.models.adapters.peft import write_peft
+    from tests.tiny_pair import random_adapter
+
+    write_peft(random_adapter(layers=1), tmp_path / "good")
+    write_peft(random_adapter(layers=2), tmp_path / "wrong")
+
+    def answer(*adapters: tuple[Path, float]) -> str:
+        with emlocal.load(tiny_model.path, context=64, adapters=adapters) as loaded:
+            return loaded.generate("the cat", raw=True, temperature=0, max_tokens=8).text
+
+    assert answer((tmp_path / "good", 1.0)) != answer() == answer((tmp_path / "good", 0.0))
+    with pytest.raises(ModelError, match=r"tiny\.gguf does not have"):
+        answer((tmp_path / "wrong", 1.0))

@@ -55,6 +55,8 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.cli.app", HEAVY | {"numpy", "jinja2", "prompt_toolkit"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['chat', '--help'])", HEAVY | {"numpy", "jinja2"}),
+        ("import emlocal.cli.app; emlocal.cli.app.run(['adapter', '--help'])", HEAVY | {"numpy", "gguf"}),
+        ("import emlocal.models.adapters.reading", HEAVY | {"gguf", "safetensors"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['--version'])", HEAVY | {"numpy", "jinja2"}),
     ],
 )

@@ -36,7 +36,7 @@ class LoadOptions:
     kv_type: KVType | None = None
     """None: f16 in llama.cpp, the model's own in torch."""
     adapters: tuple[tuple[Path, float], ...] = ()
-    """(LoRA adapter, scale)."""
+    """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
 
 
 DEFAULT_CONTEXT = 8192

@@ -109,5 +109,5 @@ def load_backend(name: str, model: Model, options: LoadOptions, progress: Progre
         if isinstance(model, FolderModel):
             return open_folder(model.path, options, name=model.header.name)
         shown = model.path.name if model.source == "path" else model.name
-        return open_folder(unpack(model, progress), options, name=shown)
+        return open_folder(unpack(model, progress), options, name=shown, base=model.header)
     raise UsageError(f"there is no engine called {name}")

@@ -15,10 +15,14 @@ VERBS = {
     "chat": "Talk with a model. /help inside lists the commands.",
     "batch": "Answer a file of prompts; killed runs go on where they stopped.",
     "models": "List, fetch, inspect and remove models.",
+    "adapter": "Show, convert and merge LoRA adapters.",
     "doctor": "Check this machine: engine, model, folders, settings.",
     "bench": "Measure speed on this machine, and what entropy minimization costs.",
 }
 """Each verb is the module of its name in emlocal.cli, imported only when it is the one to run."""
+
+GROUPS = ("models", "adapter")
+"""Verbs that have verbs of their own."""
 
 
 def _show_version(asked: bool) -> None:
@@ -58,7 +62,7 @@ def build(arguments: list[str]) -> typer.Typer:
             app.command(name, help=summary)(_unused)
             continue
         module = import_module(f"emlocal.cli.{name}")
-        if name == "models":
+        if name in GROUPS:
             app.add_typer(module.app, name=name)
         else:
             app.command(name)(vars(module)[name])

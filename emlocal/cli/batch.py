@@ -150,11 +150,13 @@ def _settings(
 
 def _identity(settings: "BatchSettings", model: "Opened") -> dict[str, object]:
     """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
+    from emlocal.models.adapters.reading import adapter_files
+
     plan = settings.plan
     method = settings.method
     return {
         "model": _fingerprint(*model.model.files),
-        "adapters": [[_fingerprint(path), scale] for path, scale in model.adapters],
+        "adapters": [[_fingerprint(*adapter_files(path)), scale] for path, scale in model.adapters],
         "method": method.name,
         "rounds": method.revisions,
         "extract": method.extraction,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from emlocal import console
@@ -14,7 +15,7 @@ from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.generation import interruptible
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.models.gguf import read_adapter_header
+from emlocal.models.adapters.reading import as_gguf, read_adapter
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
 from emlocal.models.resolve import FolderModel, Model, resolve
@@ -64,7 +65,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         model = resolve(
             options.model, formats=formats_of(name), offline=bool(options.offline), progress=progress
         )
-    adapters = tuple(_adapter(text, model) for text in options.adapter or [])
+    adapters = tuple(_adapter(text, model, name) for text in options.adapter or [])
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
     kv_type: KVType | None = str(options.kv_type) if options.kv_type else None  # type: ignore[assignment]
@@ -113,8 +114,19 @@ def _check(options: EngineOptions) -> None:
         raise UsageError(f"--threads is {options.threads}; it must be between 1 and {4 * cores} here")
 
 
-def _adapter(text: str, model: Model) -> tuple[Path, float]:
-    """FILE or FILE=SCALE, the file checked against the model."""
+def _adapter(text: str, model: Model, engine: str) -> tuple[Path, float]:
+    """PATH or PATH=SCALE, the adapter checked against the model before that is loaded."""
+    path, scale = adapter_and_scale(text)
+    if engine == "torch":
+        read_adapter(path, None if isinstance(model, FolderModel) else model.header)
+        return path, scale
+    assert not isinstance(model, FolderModel)
+    with as_gguf(path, model.header):
+        return path, scale
+
+
+def adapter_and_scale(text: str) -> tuple[Path, float]:
+    """What --adapter says: PATH or PATH=SCALE. Raises UsageError."""
     path, scale = Path(text), 1.0
     if not path.exists() and "=" in text:
         name, _, number = text.rpartition("=")
@@ -122,11 +134,8 @@ def _adapter(text: str, model: Model) -> tuple[Path, float]:
             path, scale = Path(name), float(number)
         except ValueError:
             raise UsageError(f"--adapter is {text!r}; after '=' comes the scale, a number") from None
+        if not isfinite(scale):
+            raise UsageError(f"--adapter is {text!r}; a scale is finite")
     if not path.exists():
         raise UsageError(f"there is no adapter {path}")
-    if path.is_dir() or path.suffix != ".gguf":
-        raise UsageError(f"{path} is no GGUF adapter, and the llama.cpp engine loads no other kind")
-    if isinstance(model, FolderModel):
-        raise UsageError("the torch engine of this version loads no adapters", "use --backend llama.cpp")
-    read_adapter_header(path, model.header)
     return path, scale

@@ -85,8 +85,8 @@ class EngineOptions:
         _flag(
             ENGINE,
             "--adapter",
-            help="LoRA adapter (GGUF), optionally with a scale. Repeatable.",
-            metavar="FILE[=SCALE]",
+            help="LoRA adapter: a PEFT or MLX folder, or a GGUF file. Repeatable.",
+            metavar="PATH[=SCALE]",
         ),
     ] = None
     context: Annotated[

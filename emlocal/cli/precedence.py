@@ -57,7 +57,7 @@ def read_config() -> Config:
         if key not in known:
             raise unknown_setting(key, list(known), f"{path}: ")
         group, name = known[key]
-        groups[group][name] = _typed(group, name, value, f"{path}: {key}")
+        groups[group][name] = typed(group, name, value, f"{path}: {key}")
     return Config(*(group(**found) for group, found in groups.items()))
 
 
@@ -93,10 +93,10 @@ def with_text(group: Group, name: str, text: str) -> Group | None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    return replace(group, **{field_name: _typed(type(group), field_name, value, name)})
+    return replace(group, **{field_name: typed(type(group), field_name, value, name)})
 
 
-def _typed(group: type, name: str, value: Any, where: str) -> Any:
+def typed(group: type, name: str, value: Any, where: str) -> Any:
     """A TOML value as the field's type."""
     kinds = [k for k in get_type_hints(group)[name].__args__ if k is not type(None)]
     kind = kinds[0]

@@ -18,7 +18,15 @@ from emlocal.models.gguf_checks import check_language_model
 from emlocal.models.gguf_file import parse_file
 from emlocal.models.gguf_header import ArrayRef, GGUFHeader, TensorInfo, int_or_none, shown, unusable
 
-__all__ = ["ArrayRef", "GGUFHeader", "TensorInfo", "read_adapter_header", "read_header", "shard_paths"]
+__all__ = [
+    "ArrayRef",
+    "GGUFHeader",
+    "TensorInfo",
+    "read_adapter_header",
+    "read_adapter_pairs",
+    "read_header",
+    "shard_paths",
+]
 
 MAX_LORA_RANK = 4096  # the widest layer of the largest model in the catalog; beyond it LoRA saves nothing
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
@@ -100,25 +108,49 @@ def read_adapter_header(path: Path, base: GGUFHeader) -> GGUFHeader:
     weights and non-finite alphas as they come.
     """
     header = parse_file(path)
-    for key, want in (
-        ("general.type", "adapter"),
-        ("adapter.type", "lora"),
-        ("general.architecture", base.architecture),
-    ):
-        said = header.metadata.get(key)
-        if said != want or header.value_types[key] != types.STRING:
+    for key, want in (*_KIND, ("general.architecture", base.architecture)):
+        if not _says(header, key, want):
+            said = shown(str(header.metadata.get(key)))
             raise ModelError(
-                f"{path.name} does not fit {base.path.name}: its {key} is {shown(str(said))}, not {want}",
+                f"{path.name} does not fit {base.path.name}: its {key} is {said}, not {want}",
                 hint="give the model this adapter was trained on",
             )
-    alpha = header.metadata.get("adapter.lora.alpha")
-    if alpha is not None and header.value_types["adapter.lora.alpha"] != types.FLOAT32:
-        raise unusable(path, "adapter.lora.alpha is not of type float32")
-    if isinstance(alpha, float) and not isfinite(alpha):
-        raise unusable(path, f"adapter.lora.alpha is {alpha}")
+    _check_alpha(header)
     for name, (a, b) in _pairs(header).items():
         _check_pair(path, base, name, a, b)
     return header
+
+
+def read_adapter_pairs(path: Path) -> tuple[GGUFHeader, dict[str, tuple[TensorInfo, TensorInfo]]]:
+    """Read a GGUF LoRA adapter's header without a model to compare with: (A, B) by adapted tensor.
+
+    Checked are the container, the kind of file, and that each A has its B. Raises ModelError.
+    """
+    header = parse_file(path)
+    for key, want in _KIND:
+        if not _says(header, key, want):
+            said = shown(str(header.metadata.get(key)))
+            raise ModelError(
+                f"{path.name} is not a LoRA adapter: its {key} is {said}, not {want}",
+                hint="give a GGUF LoRA adapter, or a PEFT or MLX folder",
+            )
+    _check_alpha(header)
+    return header, _pairs(header)
+
+
+_KIND = (("general.type", "adapter"), ("adapter.type", "lora"))
+
+
+def _says(header: GGUFHeader, key: str, want: str) -> bool:
+    return header.metadata.get(key) == want and header.value_types[key] == types.STRING
+
+
+def _check_alpha(header: GGUFHeader) -> None:
+    alpha = header.metadata.get("adapter.lora.alpha")
+    if alpha is not None and header.value_types["adapter.lora.alpha"] != types.FLOAT32:
+        raise unusable(header.path, "adapter.lora.alpha is not of type float32")
+    if isinstance(alpha, float) and not isfinite(alpha):
+        raise unusable(header.path, f"adapter.lora.alpha is {alpha}")
 
 
 def _pairs(header: GGUFHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf_header import shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPE_BITS = {
@@ -22,6 +26,8 @@ DTYPE_BITS = {
     **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
+FLOATS = ("F32", "F16", "BF16")
+"""What `read_floats` reads."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,48 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     if end != size:
         raise _unusable(path, f"its tensors end at byte {end:,} but the file has {size:,} bytes")
     return SafetensorsHeader(path, MappingProxyType(metadata), MappingProxyType(tensors))
+
+
+def read_floats(header: SafetensorsHeader, name: str) -> "NDArray[np.float32]":
+    """One tensor as float32, exactly: F32, F16 or BF16.
+
+    Raises ModelError for another dtype, or where the file has become shorter since its header was read.
+    """
+    tensor = header.tensors[name]
+    if tensor.dtype not in FLOATS:
+        raise _unusable(header.path, f"tensor {shown(name)} is of type {tensor.dtype}, not {_any_of(FLOATS)}")
+    with header.path.open("rb") as file:
+        file.seek(tensor.offset)
+        data = file.read(tensor.nbytes)
+    if len(data) != tensor.nbytes:
+        raise _unusable(header.path, "it became shorter while it was being read")
+    return widened(data, tensor.dtype).reshape(tensor.shape)
+
+
+def widened(data: bytes, dtype: str) -> "NDArray[np.float32]":
+    """The numbers in `data`, of one of the `FLOATS`, as float32 [n]; writable."""
+    import numpy as np  # not at the top: who only looks at headers has no use for it
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+
+
+def narrowed(values: "NDArray[np.float32]", dtype: str) -> bytes:
+    """The inverse of `widened`, rounded to nearest, ties to even; what is too large becomes inf."""
+    import numpy as np
+
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # Half of the lower bits' range, and one more where the kept part is odd. NaN must not round up to inf.
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2").tobytes()
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

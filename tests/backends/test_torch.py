@@ -239,7 +239,7 @@ def test_sampling_settings(tmp_path) -> None:
 def test_options_that_it_cannot_do(unpacked_tiny) -> None:
     with pytest.raises(UsageError, match=r"--kv-type is q8_0.*float32"):
         open_folder(unpacked_tiny, LoadOptions(kv_type="q8_0"), device="cpu", dtype="float32")
-    with pytest.raises(UsageError, match="no adapters"):
+    with pytest.raises(ModelError, match="no adapter a"):
         open_folder(unpacked_tiny, LoadOptions(adapters=((Path("a"), 1.0),)), device="cpu")
     for device in ("cuda:99", "nowhere", "meta"):
         with pytest.raises(UsageError):

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from emlocal import __version__
-from emlocal.cli.app import VERBS
+from emlocal.cli.app import GROUPS, VERBS
 from tests.cli.conftest import Outcome
 
 Emlocal = Callable[..., Outcome]
@@ -17,7 +17,7 @@ Emlocal = Callable[..., Outcome]
 def test_version_and_help(emlocal: Emlocal) -> None:
     assert emlocal("--version").out == f"emlocal {__version__}\n"
     text = emlocal("--help").out
-    for verb in ("generate", "chat", "models", "doctor", "bench"):
+    for verb in VERBS:
         assert f" {verb} " in text
     assert emlocal("generate", "--help").code == 0
 
@@ -25,7 +25,7 @@ def test_version_and_help(emlocal: Emlocal) -> None:
 def test_the_list_of_verbs_says_what_the_verbs_say() -> None:
     for name, summary in VERBS.items():
         module = import_module(f"emlocal.cli.{name}")
-        said = module.app.info.help if name == "models" else vars(module)[name].__doc__
+        said = module.app.info.help if name in GROUPS else vars(module)[name].__doc__
         assert said.splitlines()[0] == summary
 
 

@@ -9,6 +9,7 @@ silent bugs: docs/decisions.md).
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from emlocal.backends.cpu import physical_cores
 from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
 from emlocal.backends.llama_cpp.library import control_texts, last_error, load_library, load_model, model_info
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
+from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import LocalModel
 from emlocal.sampling import Draw, Sampler
@@ -50,8 +52,13 @@ class LlamaCppBackend(Backend):
         self._memory = self._lib.llama_get_memory(self._context)
         allocated = self._lib.llama_n_ctx(self._context)  # more than was asked for: a multiple of 256
         self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[self._kv_type])
-        self._adapters = [self._load_adapter(path, scale) for path, scale in options.adapters]
-        self._apply_adapters()
+        self._header = model.header
+        self._adapters: list[tuple[Any, float]] = []
+        try:
+            self._put_adapters(options.adapters)
+        except BaseException:
+            self.close()
+            raise
         self._batch = Batch(self._lib, min(BATCH, self.context))
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
@@ -83,18 +90,44 @@ class LlamaCppBackend(Backend):
             )
         return context
 
-    def _load_adapter(self, path: os.PathLike[str], scale: float) -> tuple[Any, float]:
-        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
+    def set_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Compute with these adapters, (path, scale), from now on, and free those that were loaded before.
+
+        Raises BackendError while a sequence is open, whose state comes from other weights; ModelError for an
+        adapter that cannot be used, and then the ones before stay.
+        """
+        if self._lengths:
+            raise BackendError(
+                f"adapters cannot change while {counted(len(self._lengths), 'sequence')} of tokens"
+                f" {'is' if len(self._lengths) == 1 else 'are'} open",
+                "release them first",
+            )
+        self._put_adapters(adapters)
+
+    def _put_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        # The new ones are loaded before the old ones are freed: llama.cpp tells adapters apart by address.
+        loaded: list[tuple[Any, float]] = []
+        try:
+            for path, scale in adapters:
+                loaded.append((self._load_adapter(path), scale))
+        except BaseException:
+            for adapter, _ in loaded:
+                self._lib.llama_adapter_lora_free(adapter)
+            raise
+        n = len(loaded)
+        pointers = (self._lib.llama_adapter_lora_p_ctypes * n)(*(a for a, _ in loaded))
+        scales = (ctypes.c_float * n)(*(s for _, s in loaded))
+        self._lib.llama_set_adapters_lora(self._context, pointers, n, scales)
+        for adapter, _ in self._adapters:
+            self._lib.llama_adapter_lora_free(adapter)
+        self._adapters = loaded
+
+    def _load_adapter(self, path: Path) -> Any:
+        with as_gguf(path, self._header) as file:
+            adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(file))
         if not adapter:
             raise ModelError(f"llama.cpp cannot load the adapter {path}: {last_error() or 'no reason given'}")
-        return adapter, scale
-
-    def _apply_adapters(self) -> None:
-        if self._adapters:
-            n = len(self._adapters)
-            pointers = (self._lib.llama_adapter_lora_p_ctypes * n)(*(a for a, _ in self._adapters))
-            scales = (ctypes.c_float * n)(*(s for _, s in self._adapters))
-            self._lib.llama_set_adapters_lora(self._context, pointers, n, scales)
+        return adapter
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", errors="replace")

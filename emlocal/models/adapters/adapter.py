@@ -21,7 +21,7 @@ class LoraPair:
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return self.a.shape[0]
+        return int(self.a.shape[0])
 
 
 @dataclass(frozen=True)

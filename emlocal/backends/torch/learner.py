@@ -1,0 +1,216 @@
+"""EM-FT on torch: LoRA layers on a frozen model, the fused loss, AdamW."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from emlocal.backends.learner import Answer, Learner, Objective, OutOfMemoryError, State, Terms
+from emlocal.backends.torch.lora import attach, base_weights, lora_layers
+from emlocal.backends.torch.objective import em_ft_loss
+from emlocal.errors import ModelError
+from emlocal.models.adapters.adapter import Adapter
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015; Loshchilov & Hutter 2019
+
+
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear layer by its name, in the model's order."""
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+class TorchLearner(Learner):
+    """Trains a LoRA adapter on a transformers model, which is frozen and keeps the adapter attached."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, objective: Objective, *, checkpointing: bool = False
+    ) -> None:
+        """`checkpointing`: compute activations twice rather than keep them."""
+        self.model = model
+        self.objective = objective
+        model.requires_grad_(False)
+        attach(model, adapter)
+        self._layers = lora_layers(model)
+        self._body = model.get_submodule("model")
+        self._head = _head(model, self._body)
+        self._parameters = [p for layer in self._layers.values() for p in (layer.a, layer.b)]
+        self.parameters = sum(p.numel() for p in self._parameters)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=objective.weight_decay,
+            foreach=True,
+        )
+        self._device = self._head.device
+        model.eval()
+        if checkpointing:
+            model.activation_checkpointing_enable()  # type: ignore[operator]
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = (
+                        True  # of itself alone, which makes it act: its children drop nothing out
+                    )
+
+    def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
+        try:
+            with self._fast_products():
+                return self._accumulate(batch, weights)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError from error
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):  # torch's way to say it on a CPU
+                raise OutOfMemoryError from error
+            raise
+
+    def _accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
+        tokens, predicts = _padded(batch)
+        tokens, predicts = tokens.to(self._device), predicts.to(self._device)
+        of_each = torch.tensor(weights, dtype=torch.float32)
+        lengths = torch.tensor([len(each.answer) for each in batch])
+        of_tokens = of_each.repeat_interleave(lengths).to(self._device)
+        base = None
+        if self.objective.kl_beta:
+            with torch.no_grad(), base_weights(self.model):
+                base = self._states(tokens, predicts)
+        terms = em_ft_loss(
+            self._states(tokens, predicts),
+            self._head,
+            of_tokens,
+            base_hidden=base,
+            beta=self.objective.kl_beta,
+            temperature=self.objective.temperature,
+        )
+        torch.autograd.backward(terms.loss)
+        sums = torch.stack([terms.loss.detach(), terms.entropy.sum(), terms.kl.sum()]).tolist()
+        return Terms(len(of_tokens), *sums)
+
+    def _states(self, tokens: Tensor, predicts: Tensor) -> Tensor:
+        """The hidden states that predict answers' tokens, [M, H].
+
+        Rows are padded on the right, where causal attention does not look: they need no mask.
+        """
+        states: Tensor = self._body(input_ids=tokens, use_cache=False).last_hidden_state
+        return states[predicts]
+
+    @contextmanager
+    def _fast_products(self) -> Iterator[None]:
+        """With a bfloat16 model on a CPU, let the head's float32 products be made of bfloat16 numbers too.
+
+        Their sums, and so the logits, stay float32.
+        """
+        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = products.fp32_precision
+        if self._device.type == "cpu" and self._body.dtype == torch.bfloat16:
+            products.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
+
+    def forget(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def update(self, learning_rate: float) -> float:
+        norm = float(torch.nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None))
+        if math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(
+                self._parameters, self.objective.max_grad_norm, torch.tensor(norm, device=self._device)
+            )
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self.forget()
+        return norm
+
+    def adapter(self) -> Adapter:
+        return Adapter({name: layer.pair() for name, layer in self._layers.items()})
+
+    def put(self, adapter: Adapter) -> None:
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                layer.a.copy_(_tensor(adapter.pairs[name].a))
+                layer.b.copy_(_tensor(adapter.pairs[name].b))
+
+    def state(self) -> State:
+        state: dict[str, np.ndarray] = {}
+        for name, parameter in self._named():
+            state[name] = _array(parameter)
+            moments = self._optimizer.state.get(parameter)
+            if moments:
+                state[f"{name}.mean"] = _array(moments["exp_avg"])
+                state[f"{name}.square"] = _array(moments["exp_avg_sq"])
+                state[f"{name}.steps"] = _array(moments["step"])
+        return state
+
+    def restore(self, state: State) -> None:
+        for name, parameter in self._named():
+            if name not in state or state[name].shape != tuple(parameter.shape):
+                raise ValueError(f"{name} is missing or has another shape")
+            with torch.no_grad():
+                parameter.copy_(_tensor(state[name]))
+            self._optimizer.state.pop(parameter, None)
+            if f"{name}.mean" in state:
+                self._optimizer.state[parameter] = {
+                    "step": _tensor(state[f"{name}.steps"]),
+                    "exp_avg": _tensor(state[f"{name}.mean"]).to(self._device),
+                    "exp_avg_sq": _tensor(state[f"{name}.square"]).to(self._device),
+                }
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, layer in self._layers.items():
+            yield f"{name}.lora_A", layer.a
+            yield f"{name}.lora_B", layer.b
+
+
+def _head(model: nn.Module, body: nn.Module) -> Tensor:
+    """The weights that turn hidden states into logits, [V, H].
+
+    On a CPU in float32, whatever the model is: a product of bfloat16 there has bfloat16 logits, whose
+    entropy is off by percents, and oneDNN multiplies float32 in bfloat16 as fast (docs/decisions.md).
+
+    Raises ModelError where the logits are not their plain product: some models scale or bend them.
+    """
+    head = model.get_submodule("lm_head")
+    if not isinstance(head, nn.Linear):
+        raise ModelError("the model's head is no linear layer: EM-FT cannot train it")
+    weight = head.weight.detach()
+    with torch.no_grad():
+        tokens = torch.arange(min(4, len(weight)), device=weight.device).unsqueeze(0)
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        ours = body(input_ids=tokens, use_cache=False).last_hidden_state.float() @ weight.float().T
+    if (logits - ours).abs().max() > 0.02 * logits.abs().max():  # what bfloat16 rounds is less
+        raise ModelError("the model's logits are no plain product of its head: EM-FT cannot train it")
+    return weight.float() if weight.device.type == "cpu" else weight
+
+
+def _padded(batch: Sequence[Answer]) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [B, L], and bool [B, L]: whether that position predicts a token of the answer.
+
+    Position t predicts token t + 1. So an answer's first token is predicted at the prompt's last, and its
+    last token (the end token, where there is one) is not fed at all.
+    """
+    longest = max(len(each.prompt) + len(each.answer) - 1 for each in batch)
+    tokens = torch.zeros((len(batch), longest), dtype=torch.long)
+    predicts = torch.zeros((len(batch), longest), dtype=torch.bool)
+    for i, each in enumerate(batch):
+        fed = (*each.prompt, *each.answer[:-1])
+        tokens[i, : len(fed)] = torch.tensor(fed)
+        predicts[i, len(each.prompt) - 1 : len(fed)] = True
+    return tokens, predicts
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().copy()
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array))

@@ -1,0 +1,200 @@
+"""`emlocal finetune`: a LoRA adapter from the model's own, unlabelled answers (EM-FT)."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emlocal import __version__, console
+from emlocal.cli.finetune_options import (
+    AnswerOptions,
+    MachineOptions,
+    Recipe,
+    RunOptions,
+    TrainingOptions,
+)
+from emlocal.cli.options import with_options
+from emlocal.errors import CancelledError, UsageError
+from emlocal.words import counted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from emlocal.cli.finetune_engines import Engines
+    from emlocal.training.finetune import Outcome
+    from emlocal.training.prompts import Prompt
+    from emlocal.training.settings import FineTuneSettings
+
+
+@with_options
+def finetune(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", help="Prompts: .jsonl, text (one a line), or a dataset of the hub.", metavar="FILE"
+        ),
+    ],
+    output: Annotated[
+        "Path",
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for the adapter, the metrics and the checkpoints.",
+            metavar="FOLDER",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model", help="Short name, .gguf file, folder, or org/name of the hub.", metavar="MODEL"
+        ),
+    ] = None,
+    recipe: Annotated[Recipe, typer.Option("--recipe", help="Settings that others are changes to.")] = (
+        Recipe.default
+    ),
+    run: RunOptions = RunOptions(),
+    training: TrainingOptions = TrainingOptions(),
+    answers: AnswerOptions = AnswerOptions(),
+    machine: MachineOptions = MachineOptions(),
+) -> None:
+    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT). No labels are needed.
+
+    Each step answers some prompts with the model as it is, and lowers the entropy of the distributions that
+    its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
+    """
+    from emlocal.cli.finetune_engines import open_engines
+    from emlocal.cli.finetune_settings import settings_of_run
+    from emlocal.training.prompts import read_prompts
+
+    settings = settings_of_run(training, recipe, run.config)
+    _check(run, answers, machine)
+    prompts = read_prompts(data, limit=answers.limit)
+    validation = read_prompts(run.validate) if run.validate else []
+    _check_answers(validation)
+    if recipe is Recipe.one_shot and len(prompts) > 1:
+        raise UsageError(
+            f"--recipe one-shot trains on one prompt; {data} holds {len(prompts):,}", "choose one: --limit 1"
+        )
+    with ExitStack() as opened:
+        engines = opened.enter_context(open_engines(model, settings, answers, machine, quiet=run.quiet))
+        if run.dry_run:
+            from emlocal.cli.finetune_dry_run import show
+
+            show(engines, prompts, settings, answers, machine)
+            return
+        outcome = _train(engines, prompts, validation, settings, (output, recipe, run, answers, machine))
+    if not run.quiet:
+        _say(outcome, engines.model_name, output)
+    if outcome.reason != "finished":
+        raise typer.Exit(1)
+
+
+def _check(run: RunOptions, answers: AnswerOptions, machine: MachineOptions) -> None:
+    """Raise UsageError for numbers that cannot be meant."""
+    cores = os.cpu_count() or 1
+    for flag, value, low, high in (
+        ("--save-every", run.save_every, 1, 10**9),
+        ("--limit", answers.limit, 1, 10**12),
+        ("--parallel", answers.parallel, 1, 256),
+        ("--threads", machine.threads, 1, 4 * cores),
+        ("--tokens-per-batch", machine.token_budget, 1, 10**9),
+    ):
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"{flag} is {value}; it must be between {low:,} and {high:,}")
+
+
+def _check_answers(validation: Sequence["Prompt"]) -> None:
+    for prompt in validation:
+        if prompt.answer is None:
+            raise UsageError(
+                f"{prompt.where}: no answer to compare with", '--validate needs "answer" in each line'
+            )
+
+
+def _train(
+    engines: "Engines",
+    prompts: Sequence["Prompt"],
+    validation: Sequence["Prompt"],
+    settings: "FineTuneSettings",
+    asked: tuple["Path", Recipe, RunOptions, AnswerOptions, MachineOptions],
+) -> "Outcome":
+    """Open the run's folder, train, and leave the adapter there."""
+    from emlocal.cli.finetune_validation import accuracy
+    from emlocal.cli.finetune_view import View
+    from emlocal.generation import interruptible
+    from emlocal.training.finetune import FineTune, Plan
+    from emlocal.training.folder import RunFolder
+
+    output, recipe, run, answers, machine = asked
+    tokens = engines.tokens_of(prompts, answers.system, settings.max_tokens)
+    identity = _identity(engines, settings, tokens, answers)
+    folder, start = RunFolder.open(output, identity, resume=run.resume)
+    with ExitStack() as opened:
+        opened.callback(folder.close)
+        for text in folder.warnings:
+            console.warn(text)
+        cancelled = opened.enter_context(interruptible())
+        view = opened.enter_context(View(settings, run.quiet))
+        if run.report_to:
+            from emlocal.training.reporting import Reporter
+
+            view.reporter = opened.enter_context(Reporter(str(run.report_to), output, identity["settings"]))
+        view.begin(engines.describe(), len(tokens), str(recipe), start.step if start else None)
+        work = FineTune(
+            settings,
+            Plan(machine.token_budget, run.save_every),
+            tokens,
+            engines.learner,
+            engines.answerer,
+            folder,
+            view,
+            lambda: cancelled.requested,
+        )
+        check = lambda: accuracy(engines, validation, answers.system, settings, lambda: cancelled.requested)  # noqa: E731
+        before = check() if validation and start is None else None
+        try:
+            outcome = work.run(start)
+        except CancelledError:
+            view.stop()
+            console.note(f"stopped; go on with the same command and --resume ({output})")
+            raise
+        view.stop()
+        if validation:
+            engines.use(work.kept)
+            view.validated(before, check())
+    return outcome
+
+
+def _identity(
+    engines: "Engines", settings: "FineTuneSettings", tokens: Sequence[Sequence[int]], answers: AnswerOptions
+) -> dict[str, Any]:
+    """All that decides the outcome, bit for bit."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for prompt in tokens:
+        digest.update(len(prompt).to_bytes(8, "little") + b"".join(t.to_bytes(4, "little") for t in prompt))
+    return {
+        "settings": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()},
+        "prompts": {"count": len(tokens), "sha256": digest.hexdigest()},
+        **engines.identity(),
+        "versions": {"emlocal": __version__, **engines.versions()},
+    }
+
+
+def _say(outcome: "Outcome", model: str, output: "Path") -> None:
+    """How it ended, and what to do next."""
+    said = {"finished": "finished", "collapsed": "stopped", "not finite": "stopped"}[outcome.reason]
+    console.note(f"{said}: {outcome.message}")
+    first, last = outcome.first, outcome.last
+    if first and last:
+        console.note(
+            f"mean entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
+            f" length {first.length:.0f} → {last.length:.0f} tokens,"
+            f" repetition {first.repetition:.1%} → {last.repetition:.1%}"
+        )
+    console.note(f"the adapter of {counted(outcome.steps, 'step')} is in {output}; try it:")
+    console.note(f"  emlocal chat -m {model} --adapter {output}")

@@ -1,0 +1,197 @@
+"""The engines of a fine-tuning run: one that is trained, and one that answers, which may be the same."""
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from emlocal import console
+from emlocal.backends.base import LoadOptions
+from emlocal.backends.cpu import physical_cores
+from emlocal.backends.learner import Objective
+from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.select import require_torch
+from emlocal.cli.finetune_options import AnswerOptions, MachineOptions, Rollouts
+from emlocal.errors import ContextFullError, UsageError
+from emlocal.generation.prompt import chat_tokens
+from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.resolve import LocalModel, Model, resolve
+from emlocal.models.unpacked import identity, unpack
+from emlocal.training.answerers import LlamaCppModel, SameModel
+from emlocal.training.prompts import Prompt, with_system
+from emlocal.training.settings import FineTuneSettings
+from emlocal.training.start import new_adapter
+from emlocal.words import counted
+
+if TYPE_CHECKING:
+    from emlocal.backends.torch.learner import TorchLearner
+    from emlocal.backends.torch.opening import Opened
+
+PARALLEL = 16
+"""Answers at once, where nobody says."""
+LONGEST_PROMPT = 1024
+"""Tokens that are kept free for a prompt beside its answer, where the model's context has them."""
+
+
+@dataclass
+class Engines:
+    """What a run computes with."""
+
+    model: Model
+    settings: FineTuneSettings
+    threads: int
+    place: str
+    learner: "TorchLearner"
+    answerer: LlamaCppModel | SameModel
+
+    @property
+    def model_name(self) -> str:
+        """As it was typed."""
+        return self.model.name
+
+    def describe(self) -> str:
+        """For people."""
+        return (
+            f"{self.model.name}: trains on torch, {self.place};"
+            f" answers by {self.answerer.backend.name}, {self.answerer.parallel} at once;"
+            f" {self.learner.parameters / 1e6:.1f} M parameters in"
+            f" {counted(len(self.learner.adapter().pairs), 'layer')}"
+        )
+
+    def tokens_of(self, prompts: Sequence[Prompt], system: str | None, room: int) -> list[list[int]]:
+        """The prompts' tokens. Those that leave no room for an answer are left out, with a warning.
+
+        Raises ContextFullError where that is all of them.
+        """
+        backend = self.answerer.backend
+        tokens, most = [], backend.context - room
+        too_long: list[tuple[Prompt, int]] = []
+        for prompt in prompts:
+            encoded = chat_tokens(backend, with_system(prompt, system))
+            if len(encoded) > most:
+                too_long.append((prompt, len(encoded)))
+            else:
+                tokens.append(encoded)
+        if too_long:
+            prompt, length = too_long[0]
+            said = (
+                f"{counted(len(too_long), 'prompt')} of {len(prompts):,} do not fit: {prompt.where} has"
+                f" {length:,} tokens; {backend.context:,} of context less {room:,} for the answer"
+                f" leave {most:,}"
+            )
+            if not tokens:
+                raise ContextFullError(said, "shorten them, or give a smaller --max-tokens")
+            console.warn(f"{said}; left out")
+        return tokens
+
+    def use(self, adapter: Adapter) -> None:
+        """Answer with this adapter from now on."""
+        self.learner.put(adapter)
+        self.answerer.refresh(adapter)
+
+    def identity(self) -> dict[str, Any]:
+        """What of the engines decides the outcome, bit for bit."""
+        return {
+            "model": {"name": self.model.header.name, "sha256": _identity(self.model)},
+            "engines": {
+                "device": self.place,
+                "rollouts": self.answerer.backend.name,
+                "parallel": self.answerer.parallel,
+                "context": self.answerer.backend.context,
+                "threads": self.threads,
+            },
+        }
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that compute."""
+        names = ["torch", "transformers"]
+        if self.answerer.backend.name == "llama.cpp":
+            names.append("llama-cpp-python")
+        return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@contextmanager
+def open_engines(
+    name: str | None,
+    settings: FineTuneSettings,
+    answers: AnswerOptions,
+    machine: MachineOptions,
+    *,
+    quiet: bool,
+) -> Iterator[Engines]:
+    """Resolve and load the model, once for training and once for answering where that is faster.
+
+    Raises ModelError for a model that cannot be trained, BackendError where torch is missing.
+    """
+    require_torch()
+    if machine.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    with console.progress(quiet) as progress:
+        model = resolve(name, formats=("safetensors", "gguf"), offline=machine.offline, progress=progress)
+        folder = unpack(model, progress) if isinstance(model, LocalModel) else model.path
+        progress("loading torch", 0, None)
+        from emlocal.backends.torch.learner import TorchLearner, linear_layers
+        from emlocal.backends.torch.opening import open_model
+
+        threads = machine.threads or physical_cores()
+        opened = open_model(folder, model.name, machine.device, str(machine.dtype), threads)
+    layers = {n: shape for n, shape in linear_layers(opened.model).items() if n != "lm_head"}
+    objective = Objective(
+        settings.kl_beta, settings.temperature, settings.weight_decay, settings.max_grad_norm
+    )
+    learner = TorchLearner(
+        opened.model,
+        new_adapter(layers, settings),
+        objective,
+        checkpointing=machine.gradient_checkpointing,
+    )
+    parallel = min(answers.parallel or PARALLEL, settings.prompts_per_step)
+    trained = model.header.context_length
+    options = LoadOptions(
+        context=min(trained, settings.max_tokens + LONGEST_PROMPT),
+        sequences=parallel + SPARE_SEQUENCES,
+        shared=False,
+        threads=threads,
+    )
+    if settings.max_tokens >= trained:
+        raise UsageError(
+            f"--max-tokens is {settings.max_tokens:,}; the model's context holds {trained:,}",
+            "give a smaller --max-tokens",
+        )
+    answerer = _answerer(model, opened, options, answers.rollouts, parallel)
+    try:
+        yield Engines(model, settings, threads, opened.place.describe(), learner, answerer)
+    finally:
+        answerer.close()
+
+
+def _answerer(
+    model: Model, opened: "Opened", options: LoadOptions, asked: Rollouts, parallel: int
+) -> LlamaCppModel | SameModel:
+    """llama.cpp for GGUF models on CPUs, where it decodes faster; else the model that is trained."""
+    on_cpu = opened.place.device.type == "cpu"
+    if asked is Rollouts.llama_cpp and not isinstance(model, LocalModel):
+        raise UsageError(
+            f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"
+        )
+    wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and on_cpu)
+    if wanted and isinstance(model, LocalModel):
+        return LlamaCppModel(LlamaCppBackend(model, options), model.header, parallel)
+    return SameModel(opened.backend(options), parallel)
+
+
+def _identity(model: Model) -> str:
+    """Of the weights."""
+    if isinstance(model, LocalModel):
+        return identity(model.header)
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in model.files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""A GGUF LoRA file, as llama.cpp's llama-adapter.cpp reads it.
+
+Tensors are `<tensor of the model>.lora_a` [rank, in] and `.lora_b` [out, rank] (as numpy sees them); one
+`adapter.lora.alpha` is for all, and a layer's scale is alpha / rank. An alpha of 0 or none means scale 1.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.errors import ModelError
+from emlocal.files import atomic_path
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.checks import check_fits, checked_pair
+from emlocal.models.adapters.folder import unsupported
+from emlocal.models.adapters.mlx import folded
+from emlocal.models.adapters.names import (
+    from_gguf_rows,
+    gguf_names,
+    is_permuted,
+    linear_shapes,
+    to_gguf_rows,
+)
+from emlocal.models.gguf import GGUFHeader, TensorInfo, read_adapter_pairs
+from emlocal.models.gguf_header import shown, unusable
+
+_BASE_NAME = "general.base_model.0.name"
+_ALORA = "adapter.alora.invocation_tokens"
+_MOST_LAYERS = 1024
+
+
+def read_gguf(path: Path, base: GGUFHeader | None) -> Adapter:
+    """Read a GGUF LoRA file, its rows in transformers' order.
+
+    Raises ModelError for what is broken or unsupported; where `base` is needed for its numbers of heads
+    and is missing; and where the adapter does not fit it.
+    """
+    architecture, adapter = read_in_file_order(path)
+    if base is None:
+        permuted = next((name for name in adapter.pairs if is_permuted(name, architecture)), None)
+        if permuted is not None:
+            raise ModelError(
+                f"the rows of {permuted} are in GGUF's order in {path.name}; to put them into that of other"
+                " formats takes the base model's number of heads",
+                "give the base model too: --base MODEL",
+            )
+        return adapter
+    if architecture != base.architecture:
+        raise ModelError(
+            f"{path.name} is for the architecture {shown(architecture)},"
+            f" {base.path.name} is {base.architecture}",
+            "give the model this adapter was trained on",
+        )
+    check_fits(adapter, linear_shapes(base), base.path.name)
+    pairs = {n: replace(pair, b=from_gguf_rows(n, pair.b, base)) for n, pair in adapter.pairs.items()}
+    return Adapter(pairs, adapter.base_model)
+
+
+def read_in_file_order(path: Path) -> tuple[str, Adapter]:
+    """The architecture and the pairs, Q's and K's rows where the file has them.
+
+    Raises ModelError for what is broken, or is not plain LoRA on the linear layers of a known architecture.
+    """
+    header, tensors = read_adapter_pairs(path)
+    if _ALORA in header.metadata:
+        raise unsupported(path.name, "activated LoRA (adapter.alora.invocation_tokens)")
+    alone = next((n for n in header.tensors if not n.endswith((".lora_a", ".lora_b"))), None)
+    if alone is not None:
+        raise unsupported(path.name, f"weights beside LoRA ({shown(alone)})")
+    names = {there: name for name, there in gguf_names(header.architecture, _layers(path, tensors)).items()}
+    alpha = header.metadata.get("adapter.lora.alpha")
+    alpha = alpha if isinstance(alpha, float) else 0.0
+    pairs = {}
+    for there, (a_info, b_info) in tensors.items():
+        if there not in names:
+            what = "LoRA on embeddings" if there.startswith("token_embd") else "LoRA"
+            raise unsupported(path.name, f"{what} on {shown(there)}")
+        a, b = _floats(path, a_info), _floats(path, b_info)
+        scale = alpha / b.shape[-1] if alpha and b.shape[-1] else 1.0
+        pairs[names[there]] = checked_pair(path.name, names[there], a, b, scale)
+    said = header.metadata.get(_BASE_NAME)
+    return header.architecture, Adapter(pairs, said if isinstance(said, str) else "")
+
+
+def write_gguf(adapter: Adapter, path: Path, base: GGUFHeader) -> None:
+    """Write a GGUF LoRA file (F32) for the model `base`, whole or not at all, and replace what `path` was.
+
+    The commonest alpha becomes the file's; layers that need another one have the difference in their B.
+
+    Raises ModelError where the adapter does not fit `base`, or the architecture is not known, EmlocalError
+    where nothing can be written.
+    """
+    check_fits(adapter, linear_shapes(base), base.path.name)
+    import gguf  # 0.1 s
+
+    names = gguf_names(base.architecture, base.block_count)
+    alpha = _commonest_alpha(adapter)
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, base.architecture)
+        try:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            if adapter.base_model:
+                writer.add_string(_BASE_NAME, adapter.base_model)
+            for name, pair in adapter.pairs.items():
+                b = to_gguf_rows(name, folded(name, pair, alpha / pair.rank), base)
+                writer.add_tensor(f"{names[name]}.lora_a", np.ascontiguousarray(pair.a, np.float32))
+                writer.add_tensor(f"{names[name]}.lora_b", np.ascontiguousarray(b, np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _commonest_alpha(adapter: Adapter) -> float:
+    """As float32 holds it, and never 0, which would mean something else in the file."""
+    alphas = Counter(float(np.float32(p.scale * p.rank)) for p in adapter.pairs.values())
+    del alphas[0.0]
+    return alphas.most_common(1)[0][0] if alphas else 1.0
+
+
+def _layers(path: Path, tensors: dict[str, tuple[TensorInfo, TensorInfo]]) -> int:
+    """One more than the highest layer that a tensor's name mentions."""
+    numbers = [n.split(".")[1] for n in tensors if n.startswith("blk.")]
+    highest = max((int(n) for n in numbers if n.isdecimal() and len(n) < 6), default=0)
+    if highest >= _MOST_LAYERS:
+        raise unusable(path, f"it adapts layer {highest:,}; models have at most {_MOST_LAYERS:,}")
+    return highest + 1
+
+
+def _floats(path: Path, tensor: TensorInfo) -> NDArray[np.float32]:
+    """A tensor of any type as float32, in numpy's order of dimensions."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        data = file.read(tensor.nbytes)
+    if len(data) != tensor.nbytes:
+        raise unusable(path, "it became shorter while it was being read")
+    shape = tensor.shape[::-1]
+    try:
+        rows = np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1)
+        return dequantize(rows, GGMLQuantizationType[tensor.type]).reshape(shape)
+    except (NotImplementedError, KeyError):
+        raise unsupported(path.name, f"weights of type {tensor.type}") from None

@@ -1,0 +1,110 @@
+"""Adapters by their path, whatever the format."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from emlocal.errors import ModelError
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.checks import check_fits
+from emlocal.models.adapters.folder import CONFIG
+from emlocal.models.adapters.gguf_lora import read_gguf, write_gguf
+from emlocal.models.adapters.mlx import WEIGHTS as MLX_WEIGHTS
+from emlocal.models.adapters.mlx import read_mlx
+from emlocal.models.adapters.names import linear_shapes
+from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
+from emlocal.models.adapters.peft import check_no_pickle, read_peft
+from emlocal.models.gguf import GGUFHeader, read_adapter_header
+
+Format = Literal["peft", "mlx", "gguf"]
+
+
+def format_of(path: Path) -> Format:
+    """Which format a file or folder is; a folder with both PEFT's and MLX's weights is PEFT's.
+
+    Raises ModelError where it is none.
+    """
+    if path.is_file():
+        if path.suffix in (".bin", ".pt", ".pth", ".npz", ".safetensors"):
+            raise ModelError(f"{path} is not an adapter by itself", f"give its folder: {path.parent}")
+        return "gguf"
+    if not path.is_dir():
+        raise ModelError(f"there is no adapter {path}", "give a PEFT or MLX folder, or a GGUF file")
+    if (path / PEFT_WEIGHTS).exists():
+        return "peft"
+    if (path / MLX_WEIGHTS).exists():
+        return "mlx"
+    check_no_pickle(path)
+    raise ModelError(
+        f"{path} is no adapter: it has neither {PEFT_WEIGHTS} (PEFT) nor {MLX_WEIGHTS} (MLX)",
+        "give a PEFT or MLX folder, or a GGUF file",
+    )
+
+
+def read_adapter(path: Path, base: GGUFHeader | None = None) -> Adapter:
+    """Read and check an adapter. Nothing is unpickled, and no code in it is run.
+
+    With `base`, adapters of all formats must fit it. Without, GGUF files whose rows have an order of their
+    own (Q and K of the Llama family) are refused.
+
+    Raises ModelError, in one line, for whatever is wrong with it.
+    """
+    kind = format_of(path)
+    if kind == "gguf":
+        return read_gguf(path, base)
+    adapter = _read_folder(path, read_peft if kind == "peft" else read_mlx)
+    if base is not None:
+        check_fits(adapter, linear_shapes(base), base.path.name)
+    return adapter
+
+
+def _read_folder(folder: Path, read: Callable[[Path], Adapter]) -> Adapter:
+    """Both files of a folder, which belong together even where another folder takes its place meanwhile."""
+    while True:
+        before = _identity(folder)
+        try:
+            adapter = read(folder)
+        except (ModelError, OSError) as error:
+            if _identity(folder) != before:
+                continue
+            if isinstance(error, OSError):
+                raise ModelError(f"cannot read {folder}: {error.strerror}", "make it readable") from error
+            raise
+        if _identity(folder) == before:
+            return adapter
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}", "give an existing adapter") from error
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def as_gguf(path: Path, base: GGUFHeader) -> Iterator[Path]:
+    """An adapter of any format as a GGUF file that llama.cpp may load: checked against the model `base`.
+
+    A GGUF file is itself; others are converted into a private folder that goes when the block ends.
+    Raises ModelError as `read_adapter` does.
+    """
+    if format_of(path) == "gguf":
+        read_adapter_header(path, base)
+        yield path
+        return
+    adapter = read_adapter(path, base)
+    with TemporaryDirectory(prefix="emlocal-") as folder:  # only this user may enter it
+        file = Path(folder) / "adapter.gguf"
+        write_gguf(adapter, file, base)
+        yield file
+
+
+def adapter_files(path: Path) -> tuple[Path, ...]:
+    """The files that an adapter consists of: weights first, then the configuration if there is one."""
+    kind = format_of(path)
+    if kind == "gguf":
+        return (path,)
+    return (path / (PEFT_WEIGHTS if kind == "peft" else MLX_WEIGHTS), path / CONFIG)

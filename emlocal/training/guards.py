@@ -1,0 +1,60 @@
+"""When a run has to stop by itself: it may collapse, and no labels are there to show it.
+
+A model that only minimizes its entropy ends in answers that are certain and worthless: loops, one-word
+answers, text without end. These show in the answers themselves, against those of the first steps.
+"""
+
+from dataclasses import dataclass, field
+
+from emlocal.training.rollouts import RolloutStats
+from emlocal.training.settings import FineTuneSettings
+
+WINDOW = 3
+"""Steps whose mean is looked at: a single step's few answers vary."""
+
+
+@dataclass
+class Guards:
+    """Looks at each step's answers; `history` is all that it remembers."""
+
+    settings: FineTuneSettings
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def look(self, stats: RolloutStats, kl: float) -> str | None:
+        """Why the run has to stop, in words; None while it is well.
+
+        `kl`: mean KL to the base of the step before, nats a token.
+        """
+        self.history.append(
+            {
+                "entropy": stats.entropy,
+                "repetition": stats.repetition,
+                "length": stats.length,
+                "kl": kl,
+            }
+        )
+        first, now = self._mean(self.history[:WINDOW]), self._mean(self.history[-WINDOW:])
+        limits = self.settings
+        if now["entropy"] < limits.entropy_floor:
+            return (
+                f"the answers' entropy is {now['entropy']:.3f} nats a token,"
+                f" below --entropy-floor {limits.entropy_floor:g}"
+            )
+        if now["repetition"] > first["repetition"] + limits.max_repetition:
+            return (
+                f"{now['repetition']:.0%} of the answers' text is repeated,"
+                f" {first['repetition']:.0%} at first (--max-repetition {limits.max_repetition:g})"
+            )
+        change = now["length"] / first["length"]
+        if not 1 / limits.max_length_change <= change <= limits.max_length_change:
+            return (
+                f"the answers have {now['length']:.0f} tokens, {first['length']:.0f} at first"
+                f" (--max-length-change {limits.max_length_change:g})"
+            )
+        if now["kl"] > limits.max_kl:
+            return f"the KL to the base is {now['kl']:.2f} nats a token, above --max-kl {limits.max_kl:g}"
+        return None
+
+    @staticmethod
+    def _mean(steps: list[dict[str, float]]) -> dict[str, float]:
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}

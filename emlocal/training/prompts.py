@@ -1,0 +1,140 @@
+"""Prompts to train on, without labels: from JSONL, from text files, or from a dataset of the hub."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from emlocal.errors import EmlocalError, UsageError
+from emlocal.models.templates import Message
+
+FIELDS = ("prompt", "question", "problem")
+"""Where a line's prompt is looked for, after "messages"."""
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?", re.ASCII)
+_SHOWN = 3  # of the lines that are wrong
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is said to the model. `answer` is for `--validate` alone; nothing is trained on it."""
+
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    where: str = ""
+    """"train.jsonl, line 7", for messages."""
+
+
+def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a .jsonl file (objects with "prompt", "messages", "question" or "problem"), of any
+    other text file (one a line, blank lines left out), or of a dataset of the hub, NAME/NAME[:SPLIT].
+
+    Raises UsageError for a file that is missing, empty, or has a line that is no prompt; nothing of it is
+    used then.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise UsageError(f"{source} is a folder", "give a file of prompts: --data prompts.jsonl")
+    if path.exists():
+        found = list(islice(_of_file(path), limit))
+    elif _HUB_NAME.fullmatch(source) and path.suffix not in (".jsonl", ".txt", ".json"):
+        found = _of_hub(source, limit)
+    else:
+        raise UsageError(f"there is no file {source}", "give a .jsonl or text file, or ORG/NAME of the hub")
+    wrong = [what for what in found if isinstance(what, str)]
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
+        raise UsageError(
+            "; ".join(wrong[:_SHOWN]) + more,
+            'a line is {"prompt": "…"}, {"question": "…"} or'
+            ' {"messages": [{"role": "user", "content": "…"}]}',
+        )
+    prompts = [what for what in found if isinstance(what, Prompt)]
+    if not prompts:
+        raise UsageError(f"{source} holds no prompts")
+    return prompts
+
+
+def with_system(prompt: Prompt, system: str | None) -> tuple[Message, ...]:
+    """Its messages, with a system message before them where there is none."""
+    if system is None or any(message["role"] == "system" for message in prompt.messages):
+        return prompt.messages
+    return ({"role": "system", "content": system}, *prompt.messages)
+
+
+def _of_file(path: Path) -> Iterator[Prompt | str]:
+    as_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                where = f"{path.name}, line {number:,}"
+                text = _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
+                if text is None:
+                    yield f"{where}: not UTF-8"
+                elif text.strip():
+                    yield _of_json(text, where) if as_json else _of_text(text.strip(), where)
+    except OSError as why:
+        raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
+
+
+def _decoded(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _of_json(text: str, where: str) -> Prompt | str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as why:
+        return f"{where}: not JSON ({why})"
+    return _of_object(value, where) if isinstance(value, dict) else f"{where}: not a JSON object"
+
+
+def _of_object(value: Mapping[str, Any], where: str) -> Prompt | str:
+    answer = value.get("answer")
+    answer = None if answer is None else str(answer)
+    if "messages" in value:
+        messages = value["messages"]
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            said = ({"role": m["role"], "content": m["content"]} for m in messages)
+            return Prompt(tuple(said), answer, where)
+        return f'{where}: "messages" is no list of {{"role", "content"}}'
+    for name in FIELDS:
+        if name in value:
+            text = value[name]
+            if isinstance(text, str) and text.strip():
+                return _of_text(text, where, answer)
+            return f'{where}: "{name}" is no text, or empty'
+    return f"{where}: none of {', '.join(('messages', *FIELDS))} is there"
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("role") in _ROLES and isinstance(value.get("content"), str)
+
+
+def _of_text(text: str, where: str, answer: str | None = None) -> Prompt:
+    return Prompt(({"role": "user", "content": text},), answer, where)
+
+
+def _of_hub(source: str, limit: int | None) -> list[Prompt | str]:
+    name, _, split = source.partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError as why:
+        raise EmlocalError(
+            f"there is no file {source}, and datasets of the hub need the package datasets",
+            "pip install datasets",
+        ) from why
+    try:
+        rows: Iterable[Mapping[str, Any]] = load_dataset(name, split=split or "train", streaming=True)
+        taken: Sequence[Mapping[str, Any]] = list(islice(rows, limit))
+    except (OSError, ValueError, RuntimeError) as why:  # what the package raises for names and networks
+        said = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
+        raise EmlocalError(f"the dataset {source} cannot be had: {said}") from why
+    return [_of_object(row, f"{source}, row {i:,}") for i, row in enumerate(taken, 1)]

@@ -1,0 +1,45 @@
+"""Where metrics go beside metrics.jsonl: trackio, Weights & Biases, TensorBoard."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from emlocal.errors import BackendError, UsageError
+
+REPORTERS = ("trackio", "wandb", "tensorboard")
+
+
+class Reporter:
+    """Sends each step's numbers to one of the trackers. Use it in a `with` block."""
+
+    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Raises UsageError for an unknown tracker, BackendError where its package is missing."""
+        if name not in REPORTERS:
+            raise UsageError(f"--report-to is {name!r}; it must be {', '.join(REPORTERS)}")
+        try:
+            package: Any = import_module("tensorboard.summary" if name == "tensorboard" else name)
+        except ImportError as why:
+            raise BackendError(f"--report-to {name} needs its package", f"pip install {name}") from why
+        if name == "tensorboard":
+            writer = package.Writer(str(folder / "tensorboard"))
+            self._log: Any = lambda step, row: [writer.add_scalar(key, v, step) for key, v in row.items()]
+            self._finish: Any = writer.close
+        else:
+            package.init(project="emlocal", name=folder.name, config=dict(settings))
+            self._log = lambda step, row: package.log(dict(row), step=step)
+            self._finish = package.finish
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A line of metrics: its numbers, at its step."""
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        self._log(row["step"], numbers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()

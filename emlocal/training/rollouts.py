@@ -1,0 +1,110 @@
+"""Answers of the model as it is at this step: what a step trains on, and how it is judged."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from emlocal.backends.base import Backend
+from emlocal.generation.sample import Request
+from emlocal.generation.scheduler import Job, Scheduler
+from emlocal.sampling import SamplingParams, Uniforms
+from emlocal.sampling.draw import request_key
+from emlocal.training.settings import FineTuneSettings
+
+REPEATED = 4
+"""Tokens of a run that counts as repeated when it occurs again in the same answer."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer to one prompt."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """Every token that was drawn: the end token too, where one was."""
+    ended: bool
+    """Whether the model ended it, rather than a limit."""
+    text: str
+    entropy: float
+    """Summed over the answer's tokens as they were drawn, nats, at temperature 1."""
+
+    def __len__(self) -> int:
+        """Tokens that go through the model to train on it."""
+        return len(self.prompt) + len(self.answer) - 1
+
+
+@dataclass(frozen=True)
+class RolloutStats:
+    """What the answers of a step are like."""
+
+    answers: int
+    tokens: int
+    entropy: float
+    """Mean over tokens, nats."""
+    length: float
+    """Mean tokens of an answer."""
+    ended: float
+    """Share of answers that the model ended."""
+    repetition: float
+    """Mean share of an answer's runs of 4 tokens that occurred in it before."""
+
+
+def draw_rollouts(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    settings: FineTuneSettings,
+    step: int,
+    parallel: int,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Rollout]:
+    """An answer to each prompt, in their order, from the plain distribution at `rollout_temperature`.
+
+    The draws are addressed by seed, step and place, so a resumed run draws the same.
+
+    Raises CancelledError, and what the engine raises.
+    """
+    params = SamplingParams(temperature=settings.rollout_temperature, min_p=0.0)
+    waiting = deque(
+        Job(
+            i,
+            prompt,
+            [Request(params, Uniforms(settings.seed, request_key(f"{step}/{i}")), settings.max_tokens)],
+        )
+        for i, prompt in enumerate(prompts)
+    )
+    done: dict[int, Rollout] = {}
+    scheduler = Scheduler[int](backend, parallel)
+    for finished in scheduler.run(lambda: waiting.popleft() if waiting else None, cancelled):
+        if finished.error is not None:
+            raise finished.error
+        (completion,) = finished.completions
+        done[finished.job.tag] = Rollout(
+            tuple(finished.job.prompt),
+            tuple(draw.token for draw in completion.draws),
+            completion.finish_reason == "stop",
+            completion.text,
+            sum(draw.entropy_before for draw in completion.draws),
+        )
+        progress(len(done))
+    return [done[i] for i in range(len(prompts))]
+
+
+def describe(rollouts: Sequence[Rollout]) -> RolloutStats:
+    """The statistics of a step's answers."""
+    n, tokens = len(rollouts), sum(len(r.answer) for r in rollouts)
+    return RolloutStats(
+        n,
+        tokens,
+        sum(r.entropy for r in rollouts) / tokens,
+        tokens / n,
+        sum(r.ended for r in rollouts) / n,
+        sum(repetition(r.answer) for r in rollouts) / n,
+    )
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """The share of runs of 4 tokens that occurred before; 0 for fewer than 5 tokens, near 1 for a loop."""
+    runs = list(zip(*(tokens[i:] for i in range(REPEATED)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else 0.0

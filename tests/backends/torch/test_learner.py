@@ -1,0 +1,167 @@
+"""The torch learner against a loop that feeds every prefix by itself: no mask, no padding, no shift."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from emlocal.backends.learner import Objective
+from emlocal.backends.torch.learner import TorchLearner, linear_layers
+from emlocal.backends.torch.lora import attach, base_weights, lora_layers
+from emlocal.errors import ModelError
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.training.settings import FineTuneSettings
+from emlocal.training.start import new_adapter
+from tests.tiny_pair import ModelPair, random_adapter, write_pair
+
+SETTINGS = FineTuneSettings(rank=4, alpha=8)
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+BATCH = [Example((5, 6, 7), (8, 9, 10, 2)), Example((11,), (12,)), Example((3, 4, 5, 6, 7), (1, 20, 30))]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
+    return write_pair(tmp_path_factory.mktemp("pair"), request.param)
+
+
+def load(pair: ModelPair) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=torch.float32)
+    return model
+
+
+def learner(
+    pair: ModelPair, adapter: Adapter, checkpointing: bool = False, **objective: float
+) -> TorchLearner:
+    return TorchLearner(load(pair), adapter, Objective(**objective), checkpointing=checkpointing)
+
+
+def by_loop(
+    pair: ModelPair, adapter: Adapter, weights: Sequence[float], beta: float, t: float
+) -> tuple[float, list[torch.Tensor]]:
+    """The loss and its gradients, one prefix after the other."""
+    model = load(pair)
+    model.requires_grad_(False)
+    attach(model, adapter)
+    loss = torch.zeros(())
+    for example, weight in zip(BATCH, weights, strict=True):
+        for i in range(len(example.answer)):
+            prefix = torch.tensor([[*example.prompt, *example.answer[:i]]])
+            log_p = (model(prefix).logits[0, -1] / t).log_softmax(-1)
+            with torch.no_grad(), base_weights(model):
+                log_p0 = (model(prefix).logits[0, -1] / t).log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum()
+            loss = loss + weight * (entropy + beta * (log_p.exp() * (log_p - log_p0)).sum())
+    loss.backward()
+    gradients = [p.grad for layer in lora_layers(model).values() for p in (layer.a, layer.b)]
+    return loss.item(), [g for g in gradients if g is not None]
+
+
+@pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (1.5, 1.0), (0.3, 0.5)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradient_are_those_of_a_loop_over_prefixes(
+    pair: ModelPair, beta: float, temperature: float, checkpointing: bool
+) -> None:
+    adapter, weights = random_adapter(), [0.1, 0.7, 0.2]
+    ours = learner(pair, adapter, checkpointing, kl_beta=beta, temperature=temperature)
+    terms = ours.accumulate(BATCH, weights)
+    loss, gradients = by_loop(pair, adapter, weights, beta, temperature)
+    assert terms.tokens == 8
+    assert terms.loss == pytest.approx(loss, abs=1e-5)
+    found = [p.grad for layer in lora_layers(ours.model).values() for p in (layer.a, layer.b)]
+    assert len(found) == len(gradients) == 28
+    for mine, theirs in zip(found, gradients, strict=True):
+        assert mine is not None
+        assert (mine - theirs).abs().max() <= 1e-4 * max(1e-3, float(theirs.abs().max()))
+
+
+def test_micro_batches_make_the_same_gradient(pair: ModelPair) -> None:
+    whole, parts = (learner(pair, random_adapter(), kl_beta=1.0) for _ in range(2))
+    weights = [0.2, 0.3, 0.5]
+    together = whole.accumulate(BATCH, weights)
+    apart = [parts.accumulate([each], [w]) for each, w in zip(BATCH, weights, strict=True)]
+    assert sum(t.loss for t in apart) == pytest.approx(together.loss, abs=1e-5)
+    assert sum(t.kl for t in apart) == pytest.approx(together.kl, abs=1e-5)
+    assert whole.update(1e-3) == pytest.approx(parts.update(1e-3), rel=1e-4)
+
+
+def test_a_step_lowers_the_entropy(pair: ModelPair) -> None:
+    ours = learner(pair, new_adapter(linear_layers(load(pair)) | {}, SETTINGS))
+    entropies = []
+    for _ in range(5):
+        entropies.append(ours.accumulate(BATCH, [1 / 8] * 3).entropy)
+        ours.update(1e-2)
+    assert all(later < earlier for earlier, later in pairwise(entropies))
+
+
+def test_a_new_adapter_changes_nothing_and_has_no_kl(pair: ModelPair) -> None:
+    layers = linear_layers(load(pair))
+    ours = learner(pair, new_adapter(layers, SETTINGS), kl_beta=2.0)
+    assert ours.accumulate(BATCH, [1.0] * 3).kl == pytest.approx(0, abs=1e-6)
+    again = new_adapter(layers, SETTINGS)
+    for name, pair_ in ours.adapter().pairs.items():
+        assert np.array_equal(pair_.a, again.pairs[name].a)
+        assert not pair_.b.any()
+
+
+def test_a_state_goes_on_bit_for_bit(pair: ModelPair) -> None:
+    one = learner(pair, new_adapter(linear_layers(load(pair)), SETTINGS))
+    for _ in range(3):
+        one.accumulate(BATCH, [1 / 8] * 3)
+        one.update(1e-3)
+    state = one.state()
+    two = learner(pair, new_adapter(linear_layers(load(pair)), FineTuneSettings(rank=4, alpha=8, seed=7)))
+    two.restore(state)
+    for trained in (one, two):
+        trained.accumulate(BATCH, [1 / 8] * 3)
+        trained.update(1e-3)
+    assert one.state().keys() == two.state().keys()
+    for name, value in one.state().items():
+        assert np.array_equal(value, two.state()[name]), name
+    with pytest.raises(ValueError, match="lora_A"):
+        two.restore({})
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(pair: ModelPair) -> None:
+    ours = learner(pair, random_adapter())
+    before = ours.adapter()
+    ours.accumulate(BATCH, [float("nan")] * 3)
+    assert not np.isfinite(ours.update(1e-3))
+    for name, pair_ in ours.adapter().pairs.items():
+        assert np.array_equal(pair_.a, before.pairs[name].a)
+    ours.accumulate(BATCH, [1.0] * 3)
+    assert np.isfinite(ours.update(1e-3))
+
+
+def test_gradients_are_cut_to_their_greatest_length(pair: ModelPair) -> None:
+    short, long = (learner(pair, random_adapter(), max_grad_norm=n) for n in (1e-3, 1e9))
+    for ours in (short, long):
+        ours.accumulate(BATCH, [1.0] * 3)
+        ours.update(1e-3)
+    lengths = [
+        np.sqrt(
+            sum(float((s.astype("f8") ** 2).sum()) for n, s in ours.state().items() if n.endswith("mean"))
+        )
+        for ours in (short, long)
+    ]
+    assert lengths[0] == pytest.approx(1e-4, rel=1e-3)  # a tenth of the gradient: Adam's first moment
+    assert lengths[1] > 1e-3
+
+
+def test_a_head_that_bends_its_logits_is_refused(pair: ModelPair) -> None:
+    model = load(pair)
+    head = model.get_submodule("lm_head")
+    head.register_forward_hook(lambda module, inputs, output: 3 * (output / 3).tanh())
+    with pytest.raises(ModelError, match="no plain product"):
+        TorchLearner(model, random_adapter(), Objective())

@@ -1,0 +1,251 @@
+"""The loop: entropy falls, runs that are killed go on bit for bit, and what goes wrong is said."""
+
+import json
+import multiprocessing
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emlocal.backends.learner import OutOfMemoryError
+from emlocal.errors import CancelledError, EmlocalError, UsageError
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.gguf import read_header
+from emlocal.training.finetune import Plan, prompts_of_step
+from tests.tiny_pair import ModelPair
+from tests.training.runs import PROMPTS, SETTINGS, Watched, killed, prepared, run
+
+
+def adapter_in(out: Path) -> Adapter:
+    return read_adapter(out)
+
+
+def assert_equal(one: Adapter, other: Adapter) -> None:
+    assert one.pairs.keys() == other.pairs.keys()
+    for name, pair in one.pairs.items():
+        assert np.array_equal(pair.a, other.pairs[name].a), name
+        assert np.array_equal(pair.b, other.pairs[name].b), name
+
+
+@pytest.fixture(scope="module")
+def whole(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    outcome = run(pair, out, Watched())
+    assert outcome.reason == "finished"
+    return out
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_answers_entropy_falls(pair: ModelPair, out: Path) -> None:
+    settings = replace(SETTINGS, steps=12, prompts_per_step=10, learning_rate=1e-2, kl_beta=0.0)
+    watcher = Watched()
+    outcome = run(pair, out, watcher, settings)
+    assert outcome.first is not None
+    assert outcome.last is not None
+    assert outcome.last.entropy < 0.9 * outcome.first.entropy
+    assert [row["step"] for row in metrics(out)] == list(range(13))
+    assert metrics(out) == watcher.rows
+
+
+def test_the_folder_is_the_adapter(pair: ModelPair, whole: Path) -> None:
+    adapter = read_adapter(whole, read_header(pair.gguf))
+    assert len(adapter.pairs) == 14
+    assert any(pair.b.any() for pair in adapter.pairs.values())
+
+
+def test_a_second_run_is_the_same(pair: ModelPair, whole: Path, out: Path) -> None:
+    run(pair, out, Watched())
+    assert_equal(adapter_in(out), adapter_in(whole))
+
+
+def test_micro_batches_do_not_depend_on_checkpoints(pair: ModelPair, whole: Path, out: Path) -> None:
+    run(pair, out, Watched(), plan=Plan(token_budget=40, save_every=100))
+    assert_equal(adapter_in(out), adapter_in(whole))
+
+
+def test_killed_anywhere_and_resumed_the_weights_are_the_same(
+    pair: ModelPair, whole: Path, out: Path
+) -> None:
+    """Ten kills, at moments drawn at random: while answering, training, and around every write."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.runs", "torch", "transformers"])
+    random = np.random.default_rng(0)
+    kills = 0
+    for attempt in range(10):
+        event, syncs = (int(random.integers(1, 25)), -1) if attempt % 2 else (-1, int(random.integers(1, 16)))
+        process = context.Process(target=killed, args=(pair, out, event, syncs))
+        process.start()
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            break
+    assert kills >= 3
+    if process.exitcode:
+        run(pair, out, Watched(), resume=(out / "run.json").exists())
+    assert_equal(adapter_in(out), adapter_in(whole))
+    kept = [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(out)]
+    assert kept == [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(whole)]
+    assert not list(out.glob(".step-*"))
+
+
+def test_ctrl_c_writes_a_checkpoint(pair: ModelPair, whole: Path, out: Path) -> None:
+    asked = False
+
+    def ask() -> None:
+        nonlocal asked
+        asked = True
+
+    with pytest.raises(CancelledError):
+        run(pair, out, Watched(20, ask), cancelled=lambda: asked)
+    assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))][-1] != "step-000000"
+    run(pair, out, Watched(), resume=True)
+    assert_equal(adapter_in(out), adapter_in(whole))
+
+
+def test_a_finished_run_resumed_ends_at_once_with_the_same(pair: ModelPair, whole: Path) -> None:
+    before = adapter_in(whole)
+    watcher = Watched()
+    assert run(pair, whole, watcher, resume=True).reason == "finished"
+    assert len(watcher.rows) == 1
+    assert_equal(adapter_in(whole), before)
+
+
+def test_changed_settings_are_refused_with_their_differences(pair: ModelPair, whole: Path) -> None:
+    changed = replace(SETTINGS, learning_rate=1e-3, steps=7)
+    with pytest.raises(UsageError, match=r"steps was 6, is 7; learning_rate was 0.003, is 0.001"):
+        run(pair, whole, Watched(), changed, resume=True)
+
+
+def test_a_folder_that_holds_a_run_needs_resume(pair: ModelPair, whole: Path) -> None:
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(pair, whole, Watched())
+
+
+def test_a_folder_of_something_else_is_left_alone(pair: ModelPair, out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"something else: thesis.tex"):
+        run(pair, out, Watched())
+    assert [p.name for p in out.iterdir() if p.name != ".lock"] == ["thesis.tex"]
+
+
+def test_two_at_once_are_refused(pair: ModelPair, out: Path) -> None:
+    with prepared(pair, out, Watched()), pytest.raises(EmlocalError, match="another emlocal finetune"):
+        run(pair, out, Watched())
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(pair: ModelPair, whole: Path, out: Path) -> None:
+    with pytest.raises(RuntimeError, match="enough"):
+        run(pair, out, Watched(45, lambda: (_ for _ in ()).throw(RuntimeError("enough"))))  # type: ignore[arg-type]
+    newest, before = sorted((out / "checkpoints").glob("step-*"), reverse=True)[:2]
+    weights = newest / "learner.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-5] ^= 1
+    weights.write_bytes(raw)
+    with prepared(pair, out, Watched(), resume=True) as (work, start):
+        assert start.step == int(before.name.removeprefix("step-"))
+        (warning,) = work.folder.warnings
+        assert newest.name in warning
+        work.run(start)
+    assert_equal(adapter_in(out), adapter_in(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"entropy_floor": 4.5, "learning_rate": 3e-2}, "--entropy-floor"),
+        ({"max_kl": 0.3, "learning_rate": 3e-2}, "--max-kl"),
+    ],
+)
+def test_a_collapse_stops_and_keeps_the_last_good_adapter(
+    pair: ModelPair, out: Path, changes: dict[str, float], why: str
+) -> None:
+    settings = replace(SETTINGS, steps=60, kl_beta=0.01, **changes)  # type: ignore[arg-type]
+    watcher = Watched()
+    outcome = run(pair, out, watcher, settings)
+    assert outcome.reason == "collapsed"
+    assert why in outcome.message
+    assert f"step {outcome.steps} was kept" in outcome.message
+    assert 0 < outcome.steps == len(watcher.rows) - 1
+    assert any(p.b.any() for p in adapter_in(out).pairs.values())
+
+
+def test_without_memory_it_goes_on_in_smaller_batches(
+    pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emlocal.backends.torch.learner import TorchLearner
+
+    real = TorchLearner.accumulate
+
+    def cramped(self, batch, weights):  # type: ignore[no-untyped-def]
+        if len(batch) > 1:
+            raise OutOfMemoryError
+        return real(self, batch, weights)
+
+    monkeypatch.setattr(TorchLearner, "accumulate", cramped)
+    watcher = Watched()
+    assert run(pair, out, watcher).reason == "finished"
+    assert watcher.warnings == ["out of memory: going on with micro-batches of 20 tokens"]
+    assert watcher.rows[0]["token_budget"] == 20
+
+
+def test_an_answer_that_never_fits_is_said(
+    pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, batch, weights):  # type: ignore[no-untyped-def]
+        raise OutOfMemoryError
+
+    monkeypatch.setattr("emlocal.backends.torch.learner.TorchLearner.accumulate", full)
+    with pytest.raises(EmlocalError, match="does not fit into memory by itself"):
+        run(pair, out, Watched())
+
+
+def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
+    pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "emlocal.training.finetune.token_weights", lambda rollouts, how: [float("nan")] * len(rollouts)
+    )
+    watcher = Watched()
+    outcome = run(pair, out, watcher)
+    assert outcome.reason == "not finite"
+    assert len(watcher.warnings) == 3
+    assert not any(p.b.any() for p in adapter_in(out).pairs.values())
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
+    pair: ModelPair, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emlocal.training import checkpoint
+
+    real = checkpoint._write
+
+    def full_disk(path: Path, arrays: checkpoint.Arrays) -> None:
+        if "step-000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, arrays)
+
+    monkeypatch.setattr(checkpoint, "_write", full_disk)
+    with pytest.raises(EmlocalError, match="No space left on device"):
+        run(pair, out, Watched())
+    monkeypatch.undo()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
+    run(pair, out, Watched(), resume=True)
+    assert_equal(adapter_in(out), adapter_in(whole))
+
+
+def test_prompts_come_in_a_random_order_each_once_an_epoch() -> None:
+    settings = replace(SETTINGS, prompts_per_step=4)
+    drawn = [i for step in range(5) for i in prompts_of_step(10, step, settings)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:] != list(range(10))
+    assert prompts_of_step(1, 3, settings) == [0, 0, 0, 0]
+    assert len(PROMPTS) == 10
