@@ -21,7 +21,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend, KVType, LoadOptions
 from emlocal.backends.context import context_length
-from emlocal.backends.select import load_backend, select_backend
+from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.overrides import Plan
 from emlocal.batch.rows import Row
@@ -33,7 +33,7 @@ from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.generation.prompt import chat_tokens
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.methods.method import Method, MethodName
-from emlocal.models.memory import KV_TYPE_BYTES, check_memory
+from emlocal.models.memory import check_memory
 from emlocal.models.resolve import resolve
 from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams, Uniforms
@@ -97,7 +97,7 @@ def load(
     backend: str = "auto",
     context: int | None = None,
     threads: int | None = None,
-    kv_type: KVType = "f16",
+    kv_type: KVType | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     offline: bool = False,
 ) -> "Model":
@@ -115,12 +115,12 @@ def load(
     engine, _ = select_backend(backend)
     if not 1 <= parallel <= 256:
         raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
-    model = resolve(None if name is None else str(name), offline=offline)
+    model = resolve(None if name is None else str(name), formats=formats_of(engine), offline=offline)
     trained = model.header.context_length
     asked = min(trained, _PARALLEL_CONTEXT) if context is None and parallel > 1 else context
     length = context_length(asked, trained)
     sequences = parallel + SPARE_SEQUENCES + 1  # the last is the generator's
-    check_memory(model.header, length, kv_type_bytes=KV_TYPE_BYTES[kv_type], n_seqs=sequences)
+    check_memory(model.header, length, memory_terms(engine, model.header, kv_type), n_seqs=sequences)
     options = LoadOptions(length, sequences, parallel == 1, threads, kv_type, tuple(adapters))
     return Model(load_backend(engine, model, options), parallel)
 

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from emlocal.models import starter
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.unpacked import unpack
-from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
 
 DATA = Path(__file__).parent / "data"
@@ -56,18 +55,8 @@ def unpacked_smollm2(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tiny_model: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a Hugging Face folder."""
-    return _unpacked(tiny_model, tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as a Hugging Face folder."""
-    return _unpacked(smollm2, tmp_path_factory)
-
-
-def _unpacked(model: LocalModel, factory: pytest.TempPathFactory) -> Path:
+def unpacked_tiny(tiny_model: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Hugging Face model folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMLOCAL_CACHE_DIR", str(factory.mktemp("cache")))
-        return unpack(model)
+        patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return unpack(tiny_model)

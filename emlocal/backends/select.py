@@ -1,13 +1,19 @@
 """Which engine runs, and why."""
 
+import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-from emlocal.backends.base import Backend, LoadOptions
-from emlocal.errors import UsageError
-from emlocal.models.resolve import LocalModel
+from emlocal.backends.base import Backend, KVType, LoadOptions
+from emlocal.errors import BackendError, UsageError
+from emlocal.models.header import ModelHeader
+from emlocal.models.memory import KV_TYPE_BYTES, Terms, terms
+from emlocal.models.resolve import FolderModel, Format, LocalModel, Model
+from emlocal.models.storage import Progress, silent
 
 
 def on_apple_silicon() -> bool:
@@ -15,19 +21,49 @@ def on_apple_silicon() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
+def has_torch() -> bool:
+    """Whether the torch engine's packages are installed; they are not imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def has_cuda() -> bool:
+    """Whether there is an NVIDIA device and a torch built for it, by files: an import takes 1 s."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    libraries = Path(spec.origin).parent / "lib"
+    if sys.platform == "win32":
+        driver = Path(os.environ.get("SYSTEMROOT", "C:/Windows"), "System32", "nvcuda.dll")
+        return driver.exists() and (libraries / "torch_cuda.dll").exists()
+    devices = Path("/proc/driver/nvidia/gpus")
+    there = Path("/usr/lib/wsl/lib/libcuda.so.1").exists() or (devices.is_dir() and any(devices.iterdir()))
+    return there and (libraries / "libtorch_cuda.so").exists()
+
+
 def select_backend(asked: str = "auto") -> tuple[str, str]:
     """The engine to use and the reason for it.
 
-    Raises UsageError for an engine that this version does not have.
+    Raises UsageError for an engine that this version does not have, BackendError for one whose packages are
+    not installed.
     """
     if asked == "llama.cpp":
         return "llama.cpp", "asked for"
+    if asked == "torch":
+        if not has_torch():
+            raise BackendError(
+                "the torch engine needs torch and transformers, which are not installed",
+                "pip install 'emlocal[torch]' (on Linux 2 GB and more, for CUDA; for the CPU alone add"
+                " --extra-index-url https://download.pytorch.org/whl/cpu)",
+            )
+        return "torch", "asked for"
     if asked != "auto":
         raise UsageError(
             f"this version of emlocal has no {asked} engine yet", "use --backend llama.cpp, or leave it out"
         )
     if on_apple_silicon():
         return "llama.cpp", "the mlx engine is not in this version yet"
+    if has_torch() and has_cuda():
+        return "torch", "there is a CUDA device"
     return "llama.cpp", "the engine for any CPU"
 
 
@@ -45,10 +81,33 @@ def bare_loop(backend: Backend) -> Callable[[int, int, int], list[float]] | None
     return partial(bare_decode, backend)
 
 
-def load_backend(name: str, model: LocalModel, options: LoadOptions) -> Backend:
-    """Load a model. `name` is what `select_backend` answered."""
+def formats_of(name: str) -> tuple[Format, ...]:
+    """The formats of models that an engine runs, the one it likes best first."""
+    return ("safetensors", "gguf") if name == "torch" else ("gguf",)
+
+
+def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Terms:
+    """What an estimate of the memory that a model takes in an engine goes by."""
+    if name == "torch":
+        from emlocal.backends.torch.device import memory_terms as on_device
+
+        return on_device(header)
+    return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
+
+
+def load_backend(name: str, model: Model, options: LoadOptions, progress: Progress = silent) -> Backend:
+    """Load a model. `name` is what `select_backend` answered; the model has one of its formats."""
     if name == "llama.cpp":
         from emlocal.backends.llama_cpp import LlamaCppBackend
 
+        assert isinstance(model, LocalModel)
         return LlamaCppBackend(model, options)
+    if name == "torch":
+        from emlocal.backends.torch.opening import open_folder
+        from emlocal.models.unpacked import unpack
+
+        if isinstance(model, FolderModel):
+            return open_folder(model.path, options, name=model.header.name)
+        shown = model.path.name if model.source == "path" else model.name
+        return open_folder(unpack(model, progress), options, name=shown, base=model.header)
     raise UsageError(f"there is no engine called {name}")

@@ -8,17 +8,17 @@ from math import isfinite
 from pathlib import Path
 
 from emlocal import console
-from emlocal.backends.base import Backend, LoadOptions
+from emlocal.backends.base import Backend, KVType, LoadOptions
 from emlocal.backends.context import context_length
-from emlocal.backends.select import load_backend, select_backend
+from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.generation import interruptible
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.models.adapters.reading import as_gguf
-from emlocal.models.gguf_header import GGUFHeader
-from emlocal.models.memory import KV_TYPE_BYTES, available, check_memory, estimate
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.adapters.reading import as_gguf, read_adapter
+from emlocal.models.header import ModelHeader
+from emlocal.models.memory import Terms, check_memory, estimate
+from emlocal.models.resolve import FolderModel, Model, resolve
 
 BATCH_CONTEXT = 2048
 """Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
@@ -32,7 +32,7 @@ class Opened:
     """A loaded model, and the file that it came from."""
 
     backend: Backend
-    model: LocalModel
+    model: Model
     adapters: tuple[tuple[Path, float], ...]
 
 
@@ -62,26 +62,29 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
-        model = resolve(options.model, offline=bool(options.offline), progress=progress)
-    adapters = tuple(_adapter(text, model) for text in options.adapter or [])
+        model = resolve(
+            options.model, formats=formats_of(name), offline=bool(options.offline), progress=progress
+        )
+    adapters = tuple(_adapter(text, model, name) for text in options.adapter or [])
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
-    kv_type = str(options.kv_type or "f16")
-    bytes_each = KV_TYPE_BYTES[kv_type]
+    kv_type: KVType | None = str(options.kv_type) if options.kv_type else None  # type: ignore[assignment]
+    terms = memory_terms(name, model.header, kv_type)
     if not shared:
-        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, bytes_each))
+        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, terms))
     assert sequences is not None
-    check_memory(model.header, context, kv_type_bytes=bytes_each, n_seqs=1 if shared else sequences)
+    check_memory(model.header, context, terms, n_seqs=1 if shared else sequences)
     load = LoadOptions(
         context=context,
         sequences=sequences,
         shared=shared,
         threads=options.threads,
-        kv_type=kv_type,  # type: ignore[arg-type]  # KVChoice has the same words
+        kv_type=kv_type,
         adapters=adapters,
     )
-    with interruptible() as cancelled:  # llama.cpp calls back while it loads: nothing may be raised there
-        backend = load_backend(name, model, load)
+    # llama.cpp calls back while it loads: nothing may be raised there
+    with interruptible() as cancelled, console.progress(quiet) as progress:
+        backend = load_backend(name, model, load, progress)
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt
@@ -95,11 +98,10 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         backend.close()
 
 
-def _as_many_as_fit(header: GGUFHeader, context: int, bytes_each: float) -> int:
+def _as_many_as_fit(header: ModelHeader, context: int, terms: Terms) -> int:
     """Parallel sequences for which there is memory, at least 1."""
     for n in range(MOST_PARALLEL, 1, -1):
-        needed = estimate(header, context, kv_type_bytes=bytes_each, n_seqs=n + SPARE_SEQUENCES)
-        if needed <= _LEFT_FREE * available():
+        if estimate(header, context, terms, n_seqs=n + SPARE_SEQUENCES) <= _LEFT_FREE * terms.free:
             return n
     return 1
 
@@ -112,10 +114,14 @@ def _check(options: EngineOptions) -> None:
         raise UsageError(f"--threads is {options.threads}; it must be between 1 and {4 * cores} here")
 
 
-def _adapter(text: str, model: LocalModel) -> tuple[Path, float]:
-    """PATH or PATH=SCALE, the adapter checked against the model."""
+def _adapter(text: str, model: Model, engine: str) -> tuple[Path, float]:
+    """PATH or PATH=SCALE, the adapter checked against the model before that is loaded."""
     path, scale = adapter_and_scale(text)
-    with as_gguf(path, model.header):  # what is wrong with it is said before the model is loaded
+    if engine == "torch":
+        read_adapter(path, None if isinstance(model, FolderModel) else model.header)
+        return path, scale
+    assert not isinstance(model, FolderModel)
+    with as_gguf(path, model.header):
         return path, scale
 
 

@@ -200,13 +200,21 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def other_engines() -> Iterator[Finding]:
-    """The engines that this version does not have: said, so that nobody looks for a switch."""
+    """The engines beside llama.cpp: whether they are there, without importing them."""
     for name, package in (("mlx", "mlx_lm"), ("torch", "torch")):
         there = importlib.util.find_spec(package) is not None
         version = importlib.metadata.version(package.replace("_", "-")) if there else None
-        has = f"; {package} {version} is installed and not used" if there else ""
-        text = f"comes with a later version of emlocal{has}"
-        yield Finding(name, "info", text, facts={"in_this_version": False, "installed": version})
+        ours = name == "torch"
+        if ours:
+            text = (
+                f"torch {version}: --backend torch"
+                if there
+                else "not installed: pip install 'emlocal[torch]'"
+            )
+        else:
+            has = f"; {package} {version} is installed and not used" if there else ""
+            text = f"comes with a later version of emlocal{has}"
+        yield Finding(name, "info", text, facts={"in_this_version": ours, "installed": version})
 
 
 def compiler() -> Finding:

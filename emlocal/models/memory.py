@@ -6,6 +6,7 @@ import platform
 import subprocess
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf_header import shown
@@ -22,8 +23,8 @@ _NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63 for "no li
 def estimate(
     header: ModelHeader,
     n_ctx: int,
+    terms_: "Terms | None" = None,
     *,
-    kv_type_bytes: float = F16_BYTES,
     n_seqs: int = 1,
     n_batch: int = DEFAULT_BATCH,
 ) -> int:
@@ -32,8 +33,9 @@ def estimate(
     The buffers are an allowance: activations of a batch in F32 (the widest layer twice, four states) and one
     row of logits a sequence. Sliding windows are not taken off, so the estimate errs to the safe side.
     """
-    cache = kv_bytes(header, n_ctx * n_seqs, kv_type_bytes)
-    return header.weights_bytes + cache + _compute_bytes(header, n_seqs, n_batch) + PROCESS_BYTES
+    known = terms_ or terms(header)
+    cache = kv_bytes(header, n_ctx * n_seqs, known.kv_type_bytes)
+    return known.weights_bytes + cache + _compute_bytes(header, n_seqs, n_batch) + PROCESS_BYTES
 
 
 def kv_bytes(header: ModelHeader, tokens: int, kv_type_bytes: float = F16_BYTES) -> int:
@@ -57,20 +59,34 @@ def available() -> int:
     return min(_available_linux(), _cgroup_left())
 
 
-def check_memory(
-    header: ModelHeader, n_ctx: int, *, kv_type_bytes: float = F16_BYTES, n_seqs: int = 1
-) -> int:
+class Terms(NamedTuple):
+    """What an engine makes of a model's numbers."""
+
+    kv_type_bytes: float
+    """Of one number in the KV cache."""
+    weights_bytes: int
+    free: int
+    """Bytes, where the model would run."""
+
+
+def terms(header: ModelHeader, kv_type_bytes: float = F16_BYTES) -> Terms:
+    """Those of an engine that runs the weights as they are, in main memory."""
+    return Terms(kv_type_bytes, header.weights_bytes, available())
+
+
+def check_memory(header: ModelHeader, n_ctx: int, terms_: Terms | None = None, *, n_seqs: int = 1) -> int:
     """The estimate; raises ModelError, with both numbers and what would fit, if there is less memory."""
-    needed, free = estimate(header, n_ctx, kv_type_bytes=kv_type_bytes, n_seqs=n_seqs), available()
-    if needed <= free:
+    known = terms_ or terms(header)
+    needed = estimate(header, n_ctx, known, n_seqs=n_seqs)
+    if needed <= known.free:
         return needed
-    fixed = header.weights_bytes + PROCESS_BYTES + _compute_bytes(header, n_seqs, DEFAULT_BATCH)
-    per_token = kv_bytes(header, n_seqs, kv_type_bytes)
-    fitting = (free - fixed) // per_token // 256 * 256 if per_token else 0
+    fixed = known.weights_bytes + PROCESS_BYTES + _compute_bytes(header, n_seqs, DEFAULT_BATCH)
+    per_token = kv_bytes(header, n_seqs, known.kv_type_bytes)
+    fitting = (known.free - fixed) // per_token // 256 * 256 if per_token else 0
     smaller = "use a smaller model: emlocal models list"
     mend = f"a context of {fitting} tokens fits: --context {fitting}" if fitting >= 256 else smaller
     what = f"{shown(header.name)} with a context of {n_ctx:,}"
-    raise ModelError(f"{what} needs {human_size(needed)}; {human_size(free)} are free", hint=mend)
+    raise ModelError(f"{what} needs {human_size(needed)}; {human_size(known.free)} are free", hint=mend)
 
 
 def _available_linux() -> int:

@@ -43,7 +43,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if request.param == "fake":
         backend: Backend = FakeBackend(context=CONTEXT, sequences=SEQUENCES)
     elif "torch" in request.param:
-        folder = request.getfixturevalue("tiny_folder" if "tiny" in request.param else "smollm2_folder")
+        folder = request.getfixturevalue("unpacked_tiny" if "tiny" in request.param else "unpacked_smollm2")
         on_device = "device" in request.param
         backend = open_folder(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
     else:

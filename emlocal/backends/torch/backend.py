@@ -174,7 +174,8 @@ class TorchBackend(Backend):
         new = sum(len(feed.tokens) for feed in feeds)
         if self._shared and (held := sum(self._lengths.values())) + new > self.context:
             raise ContextFullError(
-                f"{counted(new, 'more token')} cannot be added: the context holds {held:,} of {self.context:,}",
+                f"{counted(new, 'more token')} cannot be added: the context"
+                f" holds {held:,} of {self.context:,}",
                 "give a larger --context",
             )
         for feed, held in zip(feeds, lengths, strict=True):
@@ -221,7 +222,7 @@ class TorchBackend(Backend):
         return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}"
 
     def memory_bytes(self) -> int:
-        weights = sum(p.nbytes for p in self._model.parameters())
+        weights: int = sum(p.nbytes for p in self._model.parameters())
         logits = 0 if self._logits is None else self._logits.nbytes
         return weights + self._decoder.cache.nbytes + logits
 
@@ -238,6 +239,7 @@ def _check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
     if asked is not None and _KV_TYPES.get(asked) != dtype:
         name = str(dtype).removeprefix("torch.")
         raise UsageError(
-            f"--kv-type is {asked}; the torch engine keeps keys and values as the model computes them, in {name}",
+            f"--kv-type is {asked}; the torch engine keeps keys and values as the model"
+            f" computes them, in {name}",
             "leave --kv-type out",
         )

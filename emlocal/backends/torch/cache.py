@@ -9,7 +9,6 @@ that only fill a gap would write.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -132,7 +131,7 @@ class SlotCache(Cache):
 
 
 def _store(store: Tensor, new: Tensor, window: Window) -> Tensor:
-    """Write [B, kv_heads, T, head_dim] where it belongs; what attention reads, [B, kv_heads, length, head_dim]."""
+    """Write [B, kv_heads, T, head_dim] where it belongs; give back all that attention reads."""
     low, high = window.first, window.first + len(new)
     if window.adjacent and window.span is not None:
         store[low:high, :, window.span[0] : window.span[1]] = new

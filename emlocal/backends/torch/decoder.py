@@ -26,10 +26,11 @@ class Decoder:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.cache = SlotCache()
         self.device = device
-        self._model: Any = model  # transformers' models have no useful static types
-        config = self._model.config.to_dict()
-        self._base = self._model.get_decoder()
-        self._head = self._model.get_output_embeddings()
+        untyped: Any = model  # transformers' models have no useful static types
+        self._model = untyped
+        config = untyped.config.to_dict()
+        self._base = untyped.get_decoder()
+        self._head = untyped.get_output_embeddings()
         self._windows = attention_windows(config)
         self._scale = 1.0 / config.get("logits_scaling", 1.0) * config.get("logit_scale", 1.0)
         self._softcap: float | None = config.get("final_logit_softcapping")
@@ -70,7 +71,7 @@ class Decoder:
         return self._logits(hidden[at[:, 0], at[:, 1]])
 
     def _with_gaps(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
-        """The chunks, with rows of nothing in between where a view of the cache is then possible and cheap."""
+        """The chunks, with rows of nothing in between where a view of the cache then does and is cheap."""
         first, last = chunks[0].slot, chunks[-1].slot
         single = all(len(chunk.tokens) == 1 for chunk in chunks)
         if is_range([chunk.slot for chunk in chunks]) or not single or last - first >= GAPS * len(chunks):

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from emlocal.errors import UsageError
+from emlocal.models.header import ModelHeader
+from emlocal.models.memory import Terms, available
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +63,15 @@ def _best_on_cuda(device: torch.device) -> torch.dtype:
 
 
 def _best_on_cpu() -> torch.dtype:
-    """bfloat16 on x86 processors with instructions for it, elsewhere untried. Linux tells; others get float32."""
+    """bfloat16 on x86 processors with instructions for it, as far as Linux tells; elsewhere it is untried."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text("utf-8", errors="replace").split() if info.is_file() else []
     return torch.bfloat16 if "avx512_bf16" in flags else torch.float32
+
+
+def memory_terms(header: ModelHeader) -> Terms:
+    """What an estimate of the memory that a model takes on the chosen device goes by."""
+    place = choose_place()
+    size = place.dtype.itemsize
+    free = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else available()
+    return Terms(size, header.parameters * size, free)

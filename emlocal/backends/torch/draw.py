@@ -79,8 +79,8 @@ def _keep_largest(weights: Tensor, settings: Truncation, m: int) -> Tensor:
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds u times the total, int64 [R, 1]: by groups, then within."""
-    grouped = weights.unflatten(-1, (-1, GROUP))
+    """The first index whose cumulative weight exceeds u · total, int64 [R, 1]: by groups, then within one."""
+    grouped = weights.view(len(weights), -1, GROUP)
     sums = grouped.sum(-1)
     cumulative = sums.cumsum(-1)
     target = u * cumulative[:, -1:]

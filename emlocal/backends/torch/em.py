@@ -97,7 +97,7 @@ def gradient_descent_with_kl(z: Tensor, settings: Descent, rounds: int) -> Sharp
 
 
 def adam(z: Tensor, settings: Descent, rounds: int) -> Sharpened:
-    """EM-INF with Adam from a fresh state, as emlocal.em.em_inf.Adam. Source: Kingma & Ba 2015, algorithm 1."""
+    """EM-INF with Adam from a fresh state. Source: Kingma & Ba 2015, algorithm 1."""
     taken = torch.zeros_like(settings.steps)
     before: Tensor | None = None
     p0: Tensor | None = None

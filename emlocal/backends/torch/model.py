@@ -30,7 +30,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
             raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
         check_architecture(config.to_dict())
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loader: Any = AutoModelForCausalLM
+            model, loading = loader.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -49,12 +50,14 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
                 "fetch the model again; a file may be missing",
             )
         try:
-            return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+            model = model.eval().requires_grad_(False).to(device)
         except torch.OutOfMemoryError:
             size = sum(p.nbytes for p in model.parameters()) / 1e9
             raise ModelError(
-                f"{folder} needs {size:.1f} GB; {device} has less free", "use --device cpu"
+                f"{folder} needs {size:.1f} GB; {device} has less free", "use a smaller model"
             ) from None
+    loaded: nn.Module = model
+    return loaded
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -105,8 +108,8 @@ def sampling_settings(folder: Path) -> dict[str, float]:
 def quiet() -> Iterator[None]:
     """Within this block transformers shows no bars and no warnings; what it was set to comes back."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    logging.set_verbosity(50)  # CRITICAL
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,7 +117,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

@@ -171,7 +171,7 @@ def _settings(rows: Sequence[Row]) -> NDArray[np.float64]:
 
 
 def adjusted(block: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties, then biases, on the first rows of a block, float32 [R, V], in place; as sampling.penalties."""
+    """Penalties, then biases, on the first rows of a block, float32 [R, V], in place."""
     entries = [(i, token, times, row.params) for i, row in enumerate(rows) for token, times in _seen(row)]
     if entries:
         where = torch.tensor([(i, token) for i, token, _, _ in entries], device=block.device).T
