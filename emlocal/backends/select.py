@@ -4,10 +4,14 @@ import platform
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-from emlocal.backends.base import Backend, LoadOptions
+from emlocal.backends.options import LoadOptions
 from emlocal.errors import UsageError
 from emlocal.models.resolve import LocalModel
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
 
 
 def on_apple_silicon() -> bool:
@@ -31,7 +35,7 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
     return "llama.cpp", "the engine for any CPU"
 
 
-def bare_loop(backend: Backend) -> Callable[[int, int, int], list[float]] | None:
+def bare_loop(backend: "Backend") -> Callable[[int, int, int], list[float]] | None:
     """The engine's decoding with an argmax and nothing else, which `emlocal bench` compares with.
 
     It takes a sequence, a token and a number of steps, and gives the seconds of each step. None where the
@@ -39,16 +43,23 @@ def bare_loop(backend: Backend) -> Callable[[int, int, int], list[float]] | None
     """
     if backend.name != "llama.cpp":
         return None
-    from emlocal.backends.llama_cpp import LlamaCppBackend, bare_decode
+    from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+    from emlocal.backends.llama_cpp.bare import bare_decode
 
     assert isinstance(backend, LlamaCppBackend)
     return partial(bare_decode, backend)
 
 
-def load_backend(name: str, model: LocalModel, options: LoadOptions) -> Backend:
-    """Load a model. `name` is what `select_backend` answered."""
+def load_backend(
+    name: str, model: LocalModel, options: LoadOptions, meanwhile: Callable[[], None] = lambda: None
+) -> "Backend":
+    """Load a model. `name` is what `select_backend` answered; `meanwhile` runs while the file is read."""
     if name == "llama.cpp":
-        from emlocal.backends.llama_cpp import LlamaCppBackend
+        from emlocal.backends.llama_cpp.loading import Loading
 
-        return LlamaCppBackend(model, options)
+        with Loading(model, options) as loading:
+            from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+
+            meanwhile()
+            return LlamaCppBackend(model, options, loading)
     raise UsageError(f"there is no engine called {name}")

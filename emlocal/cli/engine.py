@@ -4,20 +4,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emlocal import console
-from emlocal.backends.base import Backend, LoadOptions
 from emlocal.backends.context import context_length
+from emlocal.backends.options import LoadOptions
 from emlocal.backends.select import load_backend, select_backend
+from emlocal.cancel import interruptible
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
-from emlocal.generation import interruptible
-from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.gguf import read_adapter_header
 from emlocal.models.gguf_header import GGUFHeader
 from emlocal.models.memory import KV_TYPE_BYTES, available, check_memory, estimate
 from emlocal.models.resolve import LocalModel, resolve
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
 
 BATCH_CONTEXT = 2048
 """Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
@@ -30,13 +34,13 @@ _LEFT_FREE = 0.9  # of the free memory, a batch takes no more than this without 
 class Opened:
     """A loaded model, and the file that it came from."""
 
-    backend: Backend
+    backend: "Backend"
     model: LocalModel
     adapters: tuple[tuple[Path, float], ...]
 
 
 @contextmanager
-def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iterator[Backend]:
+def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iterator["Backend"]:
     """Resolve, check and load the model, for one prompt at a time; free it at the end.
 
     Raises UsageError for settings out of range, ModelError for a model or adapter that cannot be used.
@@ -68,7 +72,9 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
     kv_type = str(options.kv_type or "f16")
     bytes_each = KV_TYPE_BYTES[kv_type]
     if not shared:
-        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, bytes_each))
+        from emlocal.generation.scheduler import SPARE_SEQUENCES as SPARE
+
+        sequences = SPARE + (sequences or _as_many_as_fit(model.header, context, bytes_each, SPARE))
     assert sequences is not None
     check_memory(model.header, context, kv_type_bytes=bytes_each, n_seqs=1 if shared else sequences)
     load = LoadOptions(
@@ -80,7 +86,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         adapters=adapters,
     )
     with interruptible() as cancelled:  # llama.cpp calls back while it loads: nothing may be raised there
-        backend = load_backend(name, model, load)
+        backend = load_backend(name, model, load, meanwhile=partial(_prepare, model.header))
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt
@@ -94,10 +100,19 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         backend.close()
 
 
-def _as_many_as_fit(header: GGUFHeader, context: int, bytes_each: float) -> int:
-    """Parallel sequences for which there is memory, at least 1."""
+def _prepare(header: GGUFHeader) -> None:
+    """Import and compile what the first answer will need."""
+    import emlocal.answers
+    import emlocal.generation.prompt  # noqa: F401
+    from emlocal.models.templates import prepare
+
+    prepare(header.chat_template)
+
+
+def _as_many_as_fit(header: GGUFHeader, context: int, bytes_each: float, spare: int) -> int:
+    """Parallel sequences for which there is memory, at least 1, with `spare` ones besides."""
     for n in range(MOST_PARALLEL, 1, -1):
-        needed = estimate(header, context, kv_type_bytes=bytes_each, n_seqs=n + SPARE_SEQUENCES)
+        needed = estimate(header, context, kv_type_bytes=bytes_each, n_seqs=n + spare)
         if needed <= _LEFT_FREE * available():
             return n
     return 1

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions
-from emlocal.em import AdaptiveTemperature, EMInf
 from emlocal.errors import UsageError
 from emlocal.models.paths import config_dir
-from emlocal.sampling import EMStep, SamplingParams
-from emlocal.sampling.draw import MAX_SEED
-from emlocal.settings import EM_PRESETS, settings_of
+from emlocal.settings import (
+    EM_PRESETS,
+    MAX_SEED,
+    AdaptiveTemperature,
+    EMInf,
+    EMStep,
+    SamplingParams,
+    settings_of,
+)
 
 Group = TypeVar("Group", EngineOptions, SamplingOptions, EMOptions)
 DEFAULT_MAX_TOKENS = 1024
