@@ -37,11 +37,12 @@ def read_header(path: Path) -> GGUFHeader:
             f"{'is' if len(missing) == 1 else 'are'} missing beside it",
             hint="put all shards into one folder, or fetch the model whole: emlocal models pull NAME",
         )
-    headers = [parse_file(p) for p in shards]
+    tokens: list[bytes] = []
+    headers = [parse_file(shards[0], {"tokenizer.ggml.tokens": tokens}), *map(parse_file, shards[1:])]
     for number, header in enumerate(headers):
         _check_split(header, number, len(headers))
     header = headers[0] if len(headers) == 1 else _merge(headers)
-    check_language_model(header)
+    check_language_model(header, tokens)
     return header
 
 

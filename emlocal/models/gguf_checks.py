@@ -51,15 +51,18 @@ _VECTORS = re.compile(r"(_norm\.weight|rope_freqs\.weight|rope_factors_(long|sho
 _TOKEN_BYTE = 6  # LLAMA_TOKEN_TYPE_BYTE
 
 
-def check_language_model(header: GGUFHeader) -> None:
-    """Raise ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model."""
+def check_language_model(header: GGUFHeader, tokens: list[bytes]) -> None:
+    """Raise ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model.
+
+    `tokens`: its vocabulary, tokenizer.ggml.tokens.
+    """
     _check_kind(header)
     _check_sizes(header)
     _check_heads(header)
     _check_experts(header)
     _check_floats(header)
     _check_weights(header)
-    _check_vocabulary(header)
+    _check_vocabulary(header, tokens)
 
 
 def _check_kind(header: GGUFHeader) -> None:
@@ -202,7 +205,7 @@ def _check_weights(header: GGUFHeader) -> None:
             raise unusable(header.path, f"tensor {shown(tensor.name)} is of type {tensor.type}, not {want}")
 
 
-def _check_vocabulary(header: GGUFHeader) -> None:
+def _check_vocabulary(header: GGUFHeader, tokens: list[bytes]) -> None:
     tokenizer = header.metadata.get("tokenizer.ggml.model")
     if tokenizer not in TOKENIZERS:
         said = "has no tokenizer" if tokenizer is None else f"has a tokenizer of kind {shown(str(tokenizer))}"
@@ -218,7 +221,7 @@ def _check_vocabulary(header: GGUFHeader) -> None:
             raise unusable(header.path, f"it has {count:,} tokens but {length:,} tokenizer.ggml.{name}")
     _array_length(header, "merges", types.STRING)
     _check_special_ids(header, str(tokenizer), count)
-    _check_tokens(header, str(tokenizer))
+    _check_tokens(header, str(tokenizer), tokens)
 
 
 def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | None:
@@ -253,9 +256,8 @@ def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
             )
 
 
-def _check_tokens(header: GGUFHeader, tokenizer: str) -> None:
+def _check_tokens(header: GGUFHeader, tokenizer: str, tokens: list[bytes]) -> None:
     """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as."""
-    tokens = header.byte_strings("tokenizer.ggml.tokens")
     known = set(tokens)
     if b"" in known or b"\0" in b"".join(tokens):  # C strings there, and names for the empty ones
         texts = [t.partition(b"\0")[0] for t in tokens]

@@ -45,7 +45,7 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.size, self.pos = path, size, 0
-        self.data = bytearray()
+        self.data = b""
         self._file = file
 
     def bad(self, what: str) -> ModelError:
@@ -74,15 +74,17 @@ class _Reader:
         return start
 
     def u32(self, what: str) -> int:
-        return int(_U32.unpack_from(self.data, self.take(4, what))[0])
+        start = self.take(4, what)  # first: it may replace `data`
+        return int(_U32.unpack_from(self.data, start)[0])
 
     def u64(self, what: str) -> int:
-        return int(_U64.unpack_from(self.data, self.take(8, what))[0])
+        start = self.take(8, what)
+        return int(_U64.unpack_from(self.data, start)[0])
 
     def string(self, what: str) -> bytes:
         length = self.u64(what)
         start = self.take(length, what)
-        return bytes(self.data[start : start + length])
+        return self.data[start : start + length]
 
     def name(self, what: str, max_bytes: int) -> str:
         """A key or a tensor's name: not empty, UTF-8, without NUL (which would end it early in C)."""
@@ -97,22 +99,29 @@ class _Reader:
             raise self.bad(f"the name of {what} contains a NUL: {shown(text)}")
         return text
 
-    def skip_strings(self, count: int, what: str) -> None:
-        """Move past `count` strings, checking the length of each."""
+    def strings(self, count: int, what: str, into: list[bytes] | None) -> None:
+        """Move past `count` strings, checking the length of each; they are appended to `into`."""
         if count > MAX_STRINGS:
             raise self.bad(f"{what} has {count:,} strings; more than {MAX_STRINGS:,} are not read")
         data, unpack, pos, loaded = self.data, _U64.unpack_from, self.pos, len(self.data)
         for _ in range(count):  # hundreds of thousands of turns: nothing here that can be outside
-            if pos + 8 > loaded:
-                loaded = self.load(pos + 8, what)
-            pos += unpack(data, pos)[0] + 8
+            start = pos + 8
+            if start > loaded:
+                loaded = self.load(start, what)
+                data = self.data
+            pos = start + unpack(data, pos)[0]
             if pos > loaded:
                 loaded = self.load(pos, what)
+                data = self.data
+            if into is not None:
+                into.append(data[start:pos])
         self.pos = pos
 
 
-def parse_file(path: Path) -> GGUFHeader:
+def parse_file(path: Path, strings: Mapping[str, list[bytes]] = MappingProxyType({})) -> GGUFHeader:
     """Read and check the header of one GGUF file (one shard, if it is sharded).
+
+    The arrays of strings whose keys `strings` has are appended to its lists: to read them later takes longer.
 
     Raises ModelError, in one line, for anything that is not a sound GGUF version 2 or 3. Takes memory and
     time in proportion to the header, whatever the header claims (0.1 s for 151,936 tokens).
@@ -122,16 +131,16 @@ def parse_file(path: Path) -> GGUFHeader:
         if not S_ISREG(status.st_mode):
             raise unusable(path, "it is not a regular file")
         with path.open("rb") as file:
-            return _parse(_Reader(path, file, status.st_size))
+            return _parse(_Reader(path, file, status.st_size), strings)
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}", hint="see what is there: emlocal models list") from None
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _parse(reader: _Reader) -> GGUFHeader:
+def _parse(reader: _Reader, strings: Mapping[str, list[bytes]]) -> GGUFHeader:
     version, n_tensors, n_kv = _read_preamble(reader)
-    metadata, value_types = _read_metadata(reader, n_kv)
+    metadata, value_types = _read_metadata(reader, n_kv, strings)
     alignment = _alignment(reader, metadata, value_types)
     tensors, data_offset = _read_tensors(reader, n_tensors, alignment)
     return GGUFHeader(
@@ -149,7 +158,8 @@ def _parse(reader: _Reader) -> GGUFHeader:
 def _read_preamble(reader: _Reader) -> tuple[int, int, int]:
     if reader.size < 24:
         raise reader.bad(f"it has {reader.size} bytes, fewer than the 24 every GGUF file starts with")
-    magic = bytes(reader.data[reader.take(4, "the magic") :][:4])
+    start = reader.take(4, "the magic")
+    magic = reader.data[start : start + 4]
     if magic != b"GGUF":
         raise reader.bad(f'it starts with "{shown(magic)}", not "GGUF"')
     version = reader.u32("the version")
@@ -167,7 +177,9 @@ def _read_preamble(reader: _Reader) -> tuple[int, int, int]:
     return version, n_tensors, n_kv
 
 
-def _read_metadata(reader: _Reader, n_kv: int) -> tuple[dict[str, Value], dict[str, int]]:
+def _read_metadata(
+    reader: _Reader, n_kv: int, strings: Mapping[str, list[bytes]]
+) -> tuple[dict[str, Value], dict[str, int]]:
     metadata: dict[str, Value] = {}
     value_types: dict[str, int] = {}
     for index in range(n_kv):
@@ -175,15 +187,16 @@ def _read_metadata(reader: _Reader, n_kv: int) -> tuple[dict[str, Value], dict[s
         if key in metadata:
             raise reader.bad(f"the key {shown(key)} appears twice")
         value_types[key] = reader.u32(f"the type of {shown(key)}")
-        metadata[key] = _read_value(reader, value_types[key], f"the value of {shown(key)}")
+        what = f"the value of {shown(key)}"
+        metadata[key] = _read_value(reader, value_types[key], what, strings.get(key))
     return metadata, value_types
 
 
-def _read_value(reader: _Reader, type_: int, what: str) -> Value:
+def _read_value(reader: _Reader, type_: int, what: str, into: list[bytes] | None) -> Value:
     if type_ == types.STRING:
         return reader.string(what).decode("utf-8", "replace")
     if type_ == types.ARRAY:
-        return _read_array(reader, what)
+        return _read_array(reader, what, into)
     if type_ not in types.SCALARS:
         raise reader.bad(f"{what} has the unknown type {type_}")
     letter, size = types.SCALARS[type_]
@@ -194,7 +207,7 @@ def _read_value(reader: _Reader, type_: int, what: str) -> Value:
     return value
 
 
-def _read_array(reader: _Reader, what: str) -> tuple[Scalar, ...] | ArrayRef:
+def _read_array(reader: _Reader, what: str, into: list[bytes] | None) -> tuple[Scalar, ...] | ArrayRef:
     element_type, length = reader.u32(what), reader.u64(what)
     if element_type == types.ARRAY:
         raise reader.bad(f"{what} is an array of arrays, which llama.cpp does not read")
@@ -206,7 +219,7 @@ def _read_array(reader: _Reader, what: str) -> tuple[Scalar, ...] | ArrayRef:
         raise reader.bad(f"{what} has {length:,} elements, but only {left:,} bytes of the file are left")
     start = reader.pos
     if element_type == types.STRING:
-        reader.skip_strings(length, what)
+        reader.strings(length, what, into)
     else:
         reader.take(length * least, what)
         if length <= EAGER_ELEMENTS:
