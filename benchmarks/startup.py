@@ -33,7 +33,7 @@ code = run(sys.argv[1:])
 print(first[0], file=sys.stderr)
 sys.exit(code)
 """
-# The engine's own part of it, with nothing beside it: everything is imported before, and no other thread runs.
+# The engine's own part of it, with nothing beside it: everything is imported before.
 _ENGINE = """
 import json, os, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
