@@ -51,10 +51,10 @@ _VECTORS = re.compile(r"(_norm\.weight|rope_freqs\.weight|rope_factors_(long|sho
 _TOKEN_BYTE = 6  # LLAMA_TOKEN_TYPE_BYTE
 
 
-def check_language_model(header: GGUFHeader, tokens: list[bytes]) -> None:
+def check_language_model(header: GGUFHeader) -> None:
     """Raise ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model.
 
-    `tokens`: its vocabulary, tokenizer.ggml.tokens.
+    The tokens themselves are left to `check_tokens`.
     """
     _check_kind(header)
     _check_sizes(header)
@@ -62,7 +62,7 @@ def check_language_model(header: GGUFHeader, tokens: list[bytes]) -> None:
     _check_experts(header)
     _check_floats(header)
     _check_weights(header)
-    _check_vocabulary(header, tokens)
+    _check_vocabulary(header)
 
 
 def _check_kind(header: GGUFHeader) -> None:
@@ -205,7 +205,7 @@ def _check_weights(header: GGUFHeader) -> None:
             raise unusable(header.path, f"tensor {shown(tensor.name)} is of type {tensor.type}, not {want}")
 
 
-def _check_vocabulary(header: GGUFHeader, tokens: list[bytes]) -> None:
+def _check_vocabulary(header: GGUFHeader) -> None:
     tokenizer = header.metadata.get("tokenizer.ggml.model")
     if tokenizer not in TOKENIZERS:
         said = "has no tokenizer" if tokenizer is None else f"has a tokenizer of kind {shown(str(tokenizer))}"
@@ -221,7 +221,6 @@ def _check_vocabulary(header: GGUFHeader, tokens: list[bytes]) -> None:
             raise unusable(header.path, f"it has {count:,} tokens but {length:,} tokenizer.ggml.{name}")
     _array_length(header, "merges", types.STRING)
     _check_special_ids(header, str(tokenizer), count)
-    _check_tokens(header, str(tokenizer), tokens)
 
 
 def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | None:
@@ -256,8 +255,13 @@ def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
             )
 
 
-def _check_tokens(header: GGUFHeader, tokenizer: str, tokens: list[bytes]) -> None:
-    """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as."""
+def check_tokens(header: GGUFHeader, data: bytearray) -> None:
+    """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as.
+
+    `data`: the bytes of the header. Of a header that passed `check_language_model`, this looks at no others.
+    """
+    tokenizer = header.metadata["tokenizer.ggml.model"]
+    tokens = header.byte_strings("tokenizer.ggml.tokens", data)
     known = set(tokens)
     if b"" in known or b"\0" in b"".join(tokens):  # C strings there, and names for the empty ones
         texts = [t.partition(b"\0")[0] for t in tokens]
@@ -267,7 +271,7 @@ def _check_tokens(header: GGUFHeader, tokenizer: str, tokens: list[bytes]) -> No
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise unusable(header.path, f"the token {shown(twice)} appears twice in its vocabulary")
     if tokenizer in {"llama", "plamo2", "gemma4"} and "tokenizer.ggml.token_type" in header.metadata:
-        kinds = header.array("tokenizer.ggml.token_type")
+        kinds = header.array("tokenizer.ggml.token_type", data)
         for token, kind in zip(tokens, kinds, strict=False):
             if kind == _TOKEN_BYTE and not _BYTE_TOKEN.fullmatch(token):
                 raise unusable(

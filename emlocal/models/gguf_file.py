@@ -17,6 +17,7 @@ from typing import BinaryIO
 from emlocal.errors import ModelError
 from emlocal.models import gguf_types as types
 from emlocal.models.gguf_header import (
+    MAX_HEADER_BYTES,
     ArrayRef,
     GGUFHeader,
     Scalar,
@@ -26,8 +27,8 @@ from emlocal.models.gguf_header import (
     shown,
     unusable,
 )
+from emlocal.models.gguf_known import Known
 
-MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; the largest models have some thousands
 MAX_STRINGS = 1 << 22  # in one array; the largest vocabularies have 262k tokens
 MAX_KEY_BYTES = 65_535  # the format's own limit
@@ -43,10 +44,11 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 class _Reader:
     """Reads forward from byte 0, little-endian, never past the end of the file or the bound on headers."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int, known: Known) -> None:
         self.path, self.size, self.pos = path, size, 0
-        self.data = b""
+        self.data, self.extents = known
         self._file = file
+        file.seek(len(self.data))
 
     def bad(self, what: str) -> ModelError:
         return unusable(self.path, what)
@@ -74,17 +76,15 @@ class _Reader:
         return start
 
     def u32(self, what: str) -> int:
-        start = self.take(4, what)  # first: it may replace `data`
-        return int(_U32.unpack_from(self.data, start)[0])
+        return int(_U32.unpack_from(self.data, self.take(4, what))[0])
 
     def u64(self, what: str) -> int:
-        start = self.take(8, what)
-        return int(_U64.unpack_from(self.data, start)[0])
+        return int(_U64.unpack_from(self.data, self.take(8, what))[0])
 
     def string(self, what: str) -> bytes:
         length = self.u64(what)
         start = self.take(length, what)
-        return self.data[start : start + length]
+        return bytes(self.data[start : start + length])
 
     def name(self, what: str, max_bytes: int) -> str:
         """A key or a tensor's name: not empty, UTF-8, without NUL (which would end it early in C)."""
@@ -99,29 +99,24 @@ class _Reader:
             raise self.bad(f"the name of {what} contains a NUL: {shown(text)}")
         return text
 
-    def strings(self, count: int, what: str, into: list[bytes] | None) -> None:
-        """Move past `count` strings, checking the length of each; they are appended to `into`."""
+    def skip_strings(self, count: int, what: str) -> None:
+        """Move past `count` strings, checking the length of each."""
         if count > MAX_STRINGS:
             raise self.bad(f"{what} has {count:,} strings; more than {MAX_STRINGS:,} are not read")
         data, unpack, pos, loaded = self.data, _U64.unpack_from, self.pos, len(self.data)
         for _ in range(count):  # hundreds of thousands of turns: nothing here that can be outside
-            start = pos + 8
-            if start > loaded:
-                loaded = self.load(start, what)
-                data = self.data
-            pos = start + unpack(data, pos)[0]
+            if pos + 8 > loaded:
+                loaded = self.load(pos + 8, what)
+            pos += unpack(data, pos)[0] + 8
             if pos > loaded:
                 loaded = self.load(pos, what)
-                data = self.data
-            if into is not None:
-                into.append(data[start:pos])
         self.pos = pos
 
 
-def parse_file(path: Path, strings: Mapping[str, list[bytes]] = MappingProxyType({})) -> GGUFHeader:
+def parse_file(path: Path, known: Known | None = None) -> GGUFHeader:
     """Read and check the header of one GGUF file (one shard, if it is sharded).
 
-    The arrays of strings whose keys `strings` has are appended to its lists: to read them later takes longer.
+    `known`: what was read of it before; its `data` gets what is read now.
 
     Raises ModelError, in one line, for anything that is not a sound GGUF version 2 or 3. Takes memory and
     time in proportion to the header, whatever the header claims (0.1 s for 151,936 tokens).
@@ -131,16 +126,16 @@ def parse_file(path: Path, strings: Mapping[str, list[bytes]] = MappingProxyType
         if not S_ISREG(status.st_mode):
             raise unusable(path, "it is not a regular file")
         with path.open("rb") as file:
-            return _parse(_Reader(path, file, status.st_size), strings)
+            return _parse(_Reader(path, file, status.st_size, known or Known(bytearray(), {})))
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}", hint="see what is there: emlocal models list") from None
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _parse(reader: _Reader, strings: Mapping[str, list[bytes]]) -> GGUFHeader:
+def _parse(reader: _Reader) -> GGUFHeader:
     version, n_tensors, n_kv = _read_preamble(reader)
-    metadata, value_types = _read_metadata(reader, n_kv, strings)
+    metadata, value_types = _read_metadata(reader, n_kv)
     alignment = _alignment(reader, metadata, value_types)
     tensors, data_offset = _read_tensors(reader, n_tensors, alignment)
     return GGUFHeader(
@@ -158,8 +153,7 @@ def _parse(reader: _Reader, strings: Mapping[str, list[bytes]]) -> GGUFHeader:
 def _read_preamble(reader: _Reader) -> tuple[int, int, int]:
     if reader.size < 24:
         raise reader.bad(f"it has {reader.size} bytes, fewer than the 24 every GGUF file starts with")
-    start = reader.take(4, "the magic")
-    magic = reader.data[start : start + 4]
+    magic = bytes(reader.data[reader.take(4, "the magic") :][:4])
     if magic != b"GGUF":
         raise reader.bad(f'it starts with "{shown(magic)}", not "GGUF"')
     version = reader.u32("the version")
@@ -177,9 +171,7 @@ def _read_preamble(reader: _Reader) -> tuple[int, int, int]:
     return version, n_tensors, n_kv
 
 
-def _read_metadata(
-    reader: _Reader, n_kv: int, strings: Mapping[str, list[bytes]]
-) -> tuple[dict[str, Value], dict[str, int]]:
+def _read_metadata(reader: _Reader, n_kv: int) -> tuple[dict[str, Value], dict[str, int]]:
     metadata: dict[str, Value] = {}
     value_types: dict[str, int] = {}
     for index in range(n_kv):
@@ -187,16 +179,16 @@ def _read_metadata(
         if key in metadata:
             raise reader.bad(f"the key {shown(key)} appears twice")
         value_types[key] = reader.u32(f"the type of {shown(key)}")
-        what = f"the value of {shown(key)}"
-        metadata[key] = _read_value(reader, value_types[key], what, strings.get(key))
+        metadata[key] = _read_value(reader, value_types[key], key)
     return metadata, value_types
 
 
-def _read_value(reader: _Reader, type_: int, what: str, into: list[bytes] | None) -> Value:
+def _read_value(reader: _Reader, type_: int, key: str) -> Value:
+    what = f"the value of {shown(key)}"
     if type_ == types.STRING:
         return reader.string(what).decode("utf-8", "replace")
     if type_ == types.ARRAY:
-        return _read_array(reader, what, into)
+        return _read_array(reader, what, reader.extents.get(key))
     if type_ not in types.SCALARS:
         raise reader.bad(f"{what} has the unknown type {type_}")
     letter, size = types.SCALARS[type_]
@@ -207,7 +199,8 @@ def _read_value(reader: _Reader, type_: int, what: str, into: list[bytes] | None
     return value
 
 
-def _read_array(reader: _Reader, what: str, into: list[bytes] | None) -> tuple[Scalar, ...] | ArrayRef:
+def _read_array(reader: _Reader, what: str, extent: int | None) -> tuple[Scalar, ...] | ArrayRef:
+    """`extent`: its bytes, where its strings have been walked through before."""
     element_type, length = reader.u32(what), reader.u64(what)
     if element_type == types.ARRAY:
         raise reader.bad(f"{what} is an array of arrays, which llama.cpp does not read")
@@ -218,8 +211,10 @@ def _read_array(reader: _Reader, what: str, into: list[bytes] | None) -> tuple[S
     if length * least > left:
         raise reader.bad(f"{what} has {length:,} elements, but only {left:,} bytes of the file are left")
     start = reader.pos
-    if element_type == types.STRING:
-        reader.strings(length, what, into)
+    if element_type == types.STRING and extent is not None:
+        reader.take(extent, what)
+    elif element_type == types.STRING:
+        reader.skip_strings(length, what)
     else:
         reader.take(length * least, what)
         if length <= EAGER_ELEMENTS:
