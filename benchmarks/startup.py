@@ -1,8 +1,10 @@
 """What a person waits for before the first token, beside the model itself.
 
 `--help` and `--version`: wall time of the process. `generate`: from the start of the process to the first
-text on stdout, split into loading (llama.cpp's model and context), prefill (the forward pass over the
-prompt) and the rest: the interpreter, imports, the file's header, template, tokenizer, the first draw.
+text on stdout. Loading (llama.cpp's model and context) and prefill (the forward pass over the prompt) are
+timed in a process of their own, where nothing runs beside them; the rest is the difference: the
+interpreter, imports, the file's header, template, tokenizer, the first draw, less what of it is done while
+the model is loaded.
 """
 
 import json
@@ -16,40 +18,45 @@ from typing import Any
 
 from common import MODELS, ROOT, Noise, arguments, report, say, wait_until_quiet
 
-# Runs `emlocal generate` with clocks around the engine's own work; what it finds goes to stderr's last line.
-_CHILD = """
-import json, os, sys, time
+# Runs `emlocal generate`; when the first text came goes to stderr's last line.
+_FIRST = """
+import os, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from emlocal.cli.app import run
 import emlocal.console
-spent, first = {"load": 0.0, "prefill": 0.0}, []
-def timed(name, call):
-    def wrapper(*arguments, **options):
-        started = time.perf_counter()
-        try:
-            return call(*arguments, **options)
-        finally:
-            spent[name] += time.perf_counter() - started
-    return wrapper
-def watch():
-    from emlocal.backends.llama_cpp import backend
-    backend.load_model = timed("load", backend.load_model)
-    engine = backend.LlamaCppBackend
-    engine._new_context = timed("load", engine._new_context)
-    engine.forward = timed("prefill", engine.forward)
+first = []
 def write(text):
     if text and not first:
         first.append(time.time())
-import emlocal.cli.engine as opening
-real = opening.load_backend
-def load_backend(*arguments):
-    watch()
-    return real(*arguments)
-opening.load_backend = load_backend
 emlocal.console.write = write
 code = run(sys.argv[1:])
-print(json.dumps(spent | {"first": first[0]}), file=sys.stderr)
+print(first[0], file=sys.stderr)
 sys.exit(code)
+"""
+# The engine's own part of it, with nothing beside it: everything is imported before.
+_ENGINE = """
+import json, os, sys, time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from emlocal.backends.base import Feed
+from emlocal.backends.context import context_length
+from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+from emlocal.backends.llama_cpp.library import load_library
+from emlocal.backends.llama_cpp.loading import Loading
+from emlocal.backends.options import LoadOptions
+from emlocal.generation.prompt import chat_tokens
+from emlocal.models.resolve import resolve
+load_library()
+model = resolve(sys.argv[1])
+options = LoadOptions(context_length(None, model.header.context_length), sequences=2)
+began = time.perf_counter()
+loading = Loading(model, options)
+loading.wait()
+loaded = time.perf_counter()
+backend = LlamaCppBackend(model, options, loading)
+feed = Feed(backend.open(), chat_tokens(backend, [{"role": "user", "content": sys.argv[2]}]))
+before = time.perf_counter()
+backend.forward([feed])
+print(json.dumps({"load": loaded - began, "prefill": time.perf_counter() - before}))
 """
 
 
@@ -76,14 +83,13 @@ def wall(*command: str) -> dict[str, float]:
 
 
 def first_token(model: str) -> dict[str, float]:
-    """Seconds to the first text, by what they were spent on."""
-    started, done = child(
-        "-c", _CHILD, "generate", "-m", str(MODELS[model]), "-q", "-s", "0", "--max-tokens", "1", "Hello!"
-    )
-    found = json.loads(done.stderr.splitlines()[-1])
-    total = found["first"] - started
-    rest = total - found["load"] - found["prefill"]
-    return {"first token": total, "load": found["load"], "prefill": found["prefill"], "rest": rest}
+    """Seconds to the first text, and how many more those are than load and prefill take by themselves."""
+    path, prompt = str(MODELS[model]), "Hello!"
+    started, done = child("-c", _FIRST, "generate", "-m", path, "-q", "-s", "0", "--max-tokens", "1", prompt)
+    total = float(done.stderr.splitlines()[-1]) - started
+    _, alone = child("-c", _ENGINE, path, prompt)
+    engine: dict[str, float] = json.loads(alone.stdout)
+    return {"first token": total, **engine, "rest": total - engine["load"] - engine["prefill"]}
 
 
 def repeated(measure: Callable[[], dict[str, float]], n: int) -> dict[str, list[float]]:

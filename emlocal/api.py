@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
-from emlocal.backends.base import Backend, KVType, LoadOptions
+from emlocal.backends.base import Backend
 from emlocal.backends.context import context_length
+from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.overrides import Plan

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from emlocal.errors import UsageError
 
+MAX_SEED = 2**64 - 1
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -52,6 +52,11 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.backends.base, emlocal.backends.select, emlocal.backends.fake", HEAVY),
         ("import emlocal.models.templates", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.models.resolve", HEAVY | {"jinja2", "numpy"}),
+        (
+            "import emlocal.cli.generate, emlocal.cli.engine, emlocal.cli.precedence",
+            HEAVY | {"numpy", "jinja2"},
+        ),
+        ("import emlocal.backends.llama_cpp.loading", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app", HEAVY | {"numpy", "jinja2", "prompt_toolkit"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['chat', '--help'])", HEAVY | {"numpy", "jinja2"}),

@@ -8,38 +8,13 @@ state it keeps, so that a common prefix is computed once. One contract, one test
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends.options import LoadOptions as LoadOptions
 from emlocal.sampling import Draw, SamplingParams
-
-BackendName = Literal["llama.cpp", "mlx", "torch"]
-KVType = Literal["f32", "f16", "q8_0", "q4_0"]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load a model."""
-
-    context: int | None = None
-    """The most tokens of a sequence; None: the model's own length, at most `DEFAULT_CONTEXT`."""
-    sequences: int = 4
-    """The most sequences held at once."""
-    shared: bool = True
-    """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
-    their number times the memory, and decoding many at once is faster (docs/decisions.md)."""
-    threads: int | None = None
-    """None: one per physical core."""
-    kv_type: KVType | None = None
-    """None: f16 in llama.cpp, the model's own in torch."""
-    adapters: tuple[tuple[Path, float], ...] = ()
-    """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
-
-
-DEFAULT_CONTEXT = 8192
 
 
 @dataclass(frozen=True)

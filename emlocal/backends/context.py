@@ -1,6 +1,6 @@
 """How many tokens a context holds: asked for, or chosen."""
 
-from emlocal.backends.base import DEFAULT_CONTEXT
+from emlocal.backends.options import DEFAULT_CONTEXT
 from emlocal.errors import UsageError
 
 

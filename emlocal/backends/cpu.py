@@ -68,3 +68,13 @@ def _version_2(folder: Path) -> float | None:
 def _sysctl(name: str) -> int:
     answer = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
     return int(answer.stdout) if answer.returncode == 0 else 0
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process had in main memory at once; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

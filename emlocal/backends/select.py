@@ -7,13 +7,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from emlocal.backends.base import Backend, KVType, LoadOptions
+from emlocal.backends.options import KVType, LoadOptions
 from emlocal.errors import BackendError, UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import KV_TYPE_BYTES, Terms, terms
 from emlocal.models.resolve import FolderModel, Format, LocalModel, Model
 from emlocal.models.storage import Progress, silent
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
 
 
 def on_apple_silicon() -> bool:
@@ -67,7 +71,7 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
     return "llama.cpp", "the engine for any CPU"
 
 
-def bare_loop(backend: Backend) -> Callable[[int, int, int], list[float]] | None:
+def bare_loop(backend: "Backend") -> Callable[[int, int, int], list[float]] | None:
     """The engine's decoding with an argmax and nothing else, which `emlocal bench` compares with.
 
     It takes a sequence, a token and a number of steps, and gives the seconds of each step. None where the
@@ -75,7 +79,8 @@ def bare_loop(backend: Backend) -> Callable[[int, int, int], list[float]] | None
     """
     if backend.name != "llama.cpp":
         return None
-    from emlocal.backends.llama_cpp import LlamaCppBackend, bare_decode
+    from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+    from emlocal.backends.llama_cpp.bare import bare_decode
 
     assert isinstance(backend, LlamaCppBackend)
     return partial(bare_decode, backend)
@@ -95,13 +100,26 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
     return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
 
 
-def load_backend(name: str, model: Model, options: LoadOptions, progress: Progress = silent) -> Backend:
-    """Load a model. `name` is what `select_backend` answered; the model has one of its formats."""
+def load_backend(
+    name: str,
+    model: Model,
+    options: LoadOptions,
+    progress: Progress = silent,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> "Backend":
+    """Load a model. `name` is what `select_backend` answered; the model has one of its formats.
+
+    `meanwhile` runs while llama.cpp reads the file.
+    """
     if name == "llama.cpp":
-        from emlocal.backends.llama_cpp import LlamaCppBackend
+        from emlocal.backends.llama_cpp.loading import Loading
 
         assert isinstance(model, LocalModel)
-        return LlamaCppBackend(model, options)
+        with Loading(model, options) as loading:
+            from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+
+            meanwhile()
+            return LlamaCppBackend(model, options, loading)
     if name == "torch":
         from emlocal.backends.torch.opening import open_folder
         from emlocal.models.unpacked import unpack

@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
-from emlocal.sampling.draw import MAX_SEED
-from emlocal.settings import EM_PRESETS, AdaptiveTemperature, EMInf, EMStep, SamplingParams, settings_of
+from emlocal.settings import (
+    EM_PRESETS,
+    MAX_SEED,
+    AdaptiveTemperature,
+    EMInf,
+    EMStep,
+    SamplingParams,
+    settings_of,
+)
 
 _ALIASES = {
     "temp": "temperature",

@@ -4,21 +4,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emlocal import console
-from emlocal.backends.base import Backend, KVType, LoadOptions
 from emlocal.backends.context import context_length
+from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
+from emlocal.cancel import interruptible
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
-from emlocal.generation import interruptible
-from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.models.adapters.reading import as_gguf, read_adapter
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
 from emlocal.models.resolve import FolderModel, Model, resolve
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
 
 BATCH_CONTEXT = 2048
 """Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
@@ -31,13 +34,13 @@ _LEFT_FREE = 0.9  # of the free memory, a batch takes no more than this without 
 class Opened:
     """A loaded model, and the file that it came from."""
 
-    backend: Backend
+    backend: "Backend"
     model: Model
     adapters: tuple[tuple[Path, float], ...]
 
 
 @contextmanager
-def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iterator[Backend]:
+def open_backend(options: EngineOptions, *, sequences: int, quiet: bool) -> Iterator["Backend"]:
     """Resolve, check and load the model, for one prompt at a time; free it at the end.
 
     Raises UsageError for settings out of range, ModelError for a model or adapter that cannot be used.
@@ -71,7 +74,9 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
     kv_type: KVType | None = str(options.kv_type) if options.kv_type else None  # type: ignore[assignment]
     terms = memory_terms(name, model.header, kv_type)
     if not shared:
-        sequences = SPARE_SEQUENCES + (sequences or _as_many_as_fit(model.header, context, terms))
+        from emlocal.generation.scheduler import SPARE_SEQUENCES as SPARE
+
+        sequences = SPARE + (sequences or _as_many_as_fit(model.header, context, terms, SPARE))
     assert sequences is not None
     check_memory(model.header, context, terms, n_seqs=1 if shared else sequences)
     load = LoadOptions(
@@ -84,7 +89,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
     )
     # llama.cpp calls back while it loads: nothing may be raised there
     with interruptible() as cancelled, console.progress(quiet) as progress:
-        backend = load_backend(name, model, load, progress)
+        backend = load_backend(name, model, load, progress, meanwhile=partial(_prepare, model.header))
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt
@@ -98,10 +103,19 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         backend.close()
 
 
-def _as_many_as_fit(header: ModelHeader, context: int, terms: Terms) -> int:
-    """Parallel sequences for which there is memory, at least 1."""
+def _prepare(header: ModelHeader) -> None:
+    """Import and compile what the first answer will need."""
+    import emlocal.answers
+    import emlocal.generation.prompt  # noqa: F401
+    from emlocal.models.templates import prepare
+
+    prepare(header.chat_template)
+
+
+def _as_many_as_fit(header: ModelHeader, context: int, terms: Terms, spare: int) -> int:
+    """Parallel sequences for which there is memory, at least 1, with `spare` ones besides."""
     for n in range(MOST_PARALLEL, 1, -1):
-        if estimate(header, context, terms, n_seqs=n + SPARE_SEQUENCES) <= _LEFT_FREE * terms.free:
+        if estimate(header, context, terms, n_seqs=n + spare) <= _LEFT_FREE * terms.free:
             return n
     return 1
 
@@ -116,6 +130,8 @@ def _check(options: EngineOptions) -> None:
 
 def _adapter(text: str, model: Model, engine: str) -> tuple[Path, float]:
     """PATH or PATH=SCALE, the adapter checked against the model before that is loaded."""
+    from emlocal.models.adapters.reading import as_gguf, read_adapter
+
     path, scale = adapter_and_scale(text)
     if engine == "torch":
         read_adapter(path, None if isinstance(model, FolderModel) else model.header)

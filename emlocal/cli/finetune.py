@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,8 +22,6 @@ from emlocal.errors import CancelledError, UsageError
 from emlocal.words import counted
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from emlocal.cli.finetune_engines import Engines
     from emlocal.training.finetune import Outcome
     from emlocal.training.prompts import Prompt
@@ -38,7 +37,7 @@ def finetune(
         ),
     ],
     output: Annotated[
-        "Path",
+        Path,
         typer.Option(
             "-o",
             "--output",
@@ -119,7 +118,7 @@ def _train(
     prompts: Sequence["Prompt"],
     validation: Sequence["Prompt"],
     settings: "FineTuneSettings",
-    asked: tuple["Path", Recipe, RunOptions, AnswerOptions, MachineOptions],
+    asked: tuple[Path, Recipe, RunOptions, AnswerOptions, MachineOptions],
 ) -> "Outcome":
     """Open the run's folder, train, and leave the adapter there."""
     from emlocal.cli.finetune_validation import accuracy
@@ -153,8 +152,11 @@ def _train(
             view,
             lambda: cancelled.requested,
         )
-        check = lambda: accuracy(engines, validation, answers.system, settings, lambda: cancelled.requested)  # noqa: E731
-        before = check() if validation and start is None else None
+
+        def validate() -> float:
+            return accuracy(engines, validation, answers.system, settings, lambda: cancelled.requested)
+
+        before = validate() if validation and start is None else None
         try:
             outcome = work.run(start)
         except CancelledError:
@@ -164,7 +166,7 @@ def _train(
         view.stop()
         if validation:
             engines.use(work.kept)
-            view.validated(before, check())
+            view.validated(before, validate())
     return outcome
 
 
@@ -185,7 +187,7 @@ def _identity(
     }
 
 
-def _say(outcome: "Outcome", model: str, output: "Path") -> None:
+def _say(outcome: "Outcome", model: str, output: Path) -> None:
     """How it ended, and what to do next."""
     said = {"finished": "finished", "collapsed": "stopped", "not finite": "stopped"}[outcome.reason]
     console.note(f"{said}: {outcome.message}")

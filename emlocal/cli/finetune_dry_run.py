@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emlocal import console
 from emlocal.cli.finetune_options import AnswerOptions, MachineOptions
@@ -93,16 +93,15 @@ def _show_costs(
     seconds = settings.prompts_per_step * (
         settings.max_tokens * answering / answered + longest * training / trained
     )
-    memory: dict[str, Any] = engines.memory()
     console.write(f"  answering             {answered / answering:,.0f} tokens/s\n")
     console.write(f"  training              {trained / training:,.0f} tokens/s, prompts included\n")
     console.write(
         f"  a step                at most {_duration(seconds)}"
         f" ({settings.prompts_per_step:,} answers of {settings.max_tokens:,} tokens)\n"
     )
-    console.write(f"  {counted(settings.steps, 'step'):<21} at most {_duration(seconds * (settings.steps + 1))}\n")
-    for what, size in memory.items():
-        console.write(f"  {what:<21} {human_size(size)}\n")
+    whole = seconds * (settings.steps + 1)  # the last adapter's answers are looked at too
+    console.write(f"  {counted(settings.steps, 'step'):<21} at most {_duration(whole)}\n")
+    console.write(f"  {'memory':<21} {human_size(engines.learner.peak_memory())} so far, at most\n")
 
 
 def _duration(seconds: float) -> str:

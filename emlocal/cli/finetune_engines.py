@@ -13,7 +13,7 @@ from emlocal.backends.base import LoadOptions
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.learner import Objective
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.select import require_torch
+from emlocal.backends.select import select_backend
 from emlocal.cli.finetune_options import AnswerOptions, MachineOptions, Rollouts
 from emlocal.errors import ContextFullError, UsageError
 from emlocal.generation.prompt import chat_tokens
@@ -127,18 +127,19 @@ def open_engines(
 
     Raises ModelError for a model that cannot be trained, BackendError where torch is missing.
     """
-    require_torch()
+    select_backend("torch")  # which says what to install where it is missing
     if machine.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
         model = resolve(name, formats=("safetensors", "gguf"), offline=machine.offline, progress=progress)
         folder = unpack(model, progress) if isinstance(model, LocalModel) else model.path
         progress("loading torch", 0, None)
-        from emlocal.backends.torch.learner import TorchLearner, linear_layers
+        from emlocal.backends.torch.learner import TorchLearner, linear_layers, use_threads
         from emlocal.backends.torch.opening import open_model
 
         threads = machine.threads or physical_cores()
-        opened = open_model(folder, model.name, machine.device, str(machine.dtype), threads)
+        opened = open_model(folder, name=model.name, device=machine.device, dtype=str(machine.dtype))
+        use_threads(threads)
     layers = {n: shape for n, shape in linear_layers(opened.model).items() if n != "lm_head"}
     objective = Objective(
         settings.kl_beta, settings.temperature, settings.weight_decay, settings.max_grad_norm

@@ -30,7 +30,8 @@ def accuracy(
     rollouts = draw_rollouts(
         answerer.backend, tokens, settings, _STEP, answerer.parallel, cancelled=cancelled
     )
-    return sum(map(_is_right, prompts, (r.text for r in rollouts), strict=True)) / len(prompts)
+    right = [_is_right(prompt, r.text) for prompt, r in zip(prompts, rollouts, strict=True)]
+    return sum(right) / len(right)
 
 
 def _is_right(prompt: Prompt, text: str) -> bool:

@@ -48,8 +48,6 @@ def generate(
     """
     from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
-    from emlocal.generation import Request
-    from emlocal.sampling import Uniforms
 
     if not 1 <= samples <= 256:
         raise UsageError(f"--samples is {samples}; it must be between 1 and 256")
@@ -64,6 +62,9 @@ def generate(
     with open_backend(
         precedence.merged(engine, config.engine), sequences=samples + 1, quiet=quiet
     ) as backend:
+        from emlocal.generation import Request  # with numpy, which is imported while the model is loaded
+        from emlocal.sampling import Uniforms
+
         params = precedence.sampling(sampling, em, config, backend.info.sampling).params
         requests = [Request(params, Uniforms(seed, 0, i), *limits) for i in range(samples)]
         job = Job(encode(backend, text, prompting), requests, seed, output, as_json)

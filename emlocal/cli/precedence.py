@@ -4,8 +4,7 @@ Precedence: flag > preset named by flag > config file > model > emlocal's defaul
 """
 
 import difflib
-import secrets
-import tomllib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -13,12 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions
-from emlocal.em import AdaptiveTemperature, EMInf
 from emlocal.errors import UsageError
 from emlocal.models.paths import config_dir
-from emlocal.sampling import EMStep, SamplingParams
-from emlocal.sampling.draw import MAX_SEED
-from emlocal.settings import EM_PRESETS, settings_of
+from emlocal.settings import (
+    EM_PRESETS,
+    MAX_SEED,
+    AdaptiveTemperature,
+    EMInf,
+    EMStep,
+    SamplingParams,
+    settings_of,
+)
 
 Group = TypeVar("Group", EngineOptions, SamplingOptions, EMOptions)
 DEFAULT_MAX_TOKENS = 1024
@@ -46,10 +50,16 @@ def read_config() -> Config:
     """The config file; an empty one where there is none. Raises UsageError, naming file and key."""
     path = config_path()
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return Config()
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as why:
+    except (UnicodeDecodeError, OSError) as why:
+        raise UsageError(f"{path} cannot be read: {why}") from why
+    import tomllib  # most people have no such file
+
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as why:
         raise UsageError(f"{path} cannot be read: {why}") from why
     groups: dict[type, dict[str, Any]] = {EngineOptions: {}, SamplingOptions: {}, EMOptions: {}}
     known = {flag: (group, name) for group in groups for flag, name in flag_names(group).items()}
@@ -89,6 +99,8 @@ def with_text(group: Group, name: str, text: str) -> Group | None:
     field_name = flag_names(type(group)).get(name)
     if field_name is None:
         return None
+    import tomllib
+
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -255,7 +267,7 @@ def seed(flags: SamplingOptions, config: SamplingOptions) -> int:
     """The seed of a run: given, or a random one of 32 bits, short enough to type again."""
     given = merged(flags, config).seed
     if given is None:
-        return secrets.randbits(32)
+        return int.from_bytes(os.urandom(4))
     if not 0 <= given <= MAX_SEED:
         raise UsageError(f"--seed is {given}; it must be between 0 and 2^64 - 1")
     return given

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from emlocal.errors import ModelError
+from emlocal.models import gguf_known
 from emlocal.models import gguf_types as types
-from emlocal.models.gguf_checks import check_language_model
+from emlocal.models.gguf_checks import check_language_model, check_tokens
 from emlocal.models.gguf_file import parse_file
 from emlocal.models.gguf_header import ArrayRef, GGUFHeader, TensorInfo, int_or_none, shown, unusable
 
@@ -45,11 +46,16 @@ def read_header(path: Path) -> GGUFHeader:
             f"{'is' if len(missing) == 1 else 'are'} missing beside it",
             hint="put all shards into one folder, or fetch the model whole: emlocal models pull NAME",
         )
-    headers = [parse_file(p) for p in shards]
+    known = gguf_known.recall(shards[0])
+    first = known or gguf_known.Known(bytearray(), {})
+    headers = [parse_file(shards[0], first), *map(parse_file, shards[1:])]
     for number, header in enumerate(headers):
         _check_split(header, number, len(headers))
     header = headers[0] if len(headers) == 1 else _merge(headers)
     check_language_model(header)
+    if known is None:
+        check_tokens(header, first.data)
+        gguf_known.remember(headers[0], first.data[: headers[0].data_offset])
     return header
 
 

@@ -52,7 +52,10 @@ _TOKEN_BYTE = 6  # LLAMA_TOKEN_TYPE_BYTE
 
 
 def check_language_model(header: GGUFHeader) -> None:
-    """Raise ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model."""
+    """Raise ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model.
+
+    The tokens themselves are left to `check_tokens`.
+    """
     _check_kind(header)
     _check_sizes(header)
     _check_heads(header)
@@ -218,7 +221,6 @@ def _check_vocabulary(header: GGUFHeader) -> None:
             raise unusable(header.path, f"it has {count:,} tokens but {length:,} tokenizer.ggml.{name}")
     _array_length(header, "merges", types.STRING)
     _check_special_ids(header, str(tokenizer), count)
-    _check_tokens(header, str(tokenizer))
 
 
 def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | None:
@@ -253,9 +255,13 @@ def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
             )
 
 
-def _check_tokens(header: GGUFHeader, tokenizer: str) -> None:
-    """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as."""
-    tokens = header.byte_strings("tokenizer.ggml.tokens")
+def check_tokens(header: GGUFHeader, data: bytearray) -> None:
+    """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as.
+
+    `data`: the bytes of the header. Of a header that passed `check_language_model`, this looks at no others.
+    """
+    tokenizer = header.metadata["tokenizer.ggml.model"]
+    tokens = header.byte_strings("tokenizer.ggml.tokens", data)
     known = set(tokens)
     if b"" in known or b"\0" in b"".join(tokens):  # C strings there, and names for the empty ones
         texts = [t.partition(b"\0")[0] for t in tokens]
@@ -265,7 +271,7 @@ def _check_tokens(header: GGUFHeader, tokenizer: str) -> None:
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise unusable(header.path, f"the token {shown(twice)} appears twice in its vocabulary")
     if tokenizer in {"llama", "plamo2", "gemma4"} and "tokenizer.ggml.token_type" in header.metadata:
-        kinds = header.array("tokenizer.ggml.token_type")
+        kinds = header.array("tokenizer.ggml.token_type", data)
         for token, kind in zip(tokens, kinds, strict=False):
             if kind == _TOKEN_BYTE and not _BYTE_TOKEN.fullmatch(token):
                 raise unusable(

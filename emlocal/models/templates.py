@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,6 +28,17 @@ _PADDING_FILTERS = ("center", "format", "indent", "wordwrap", "urlize", "pprint"
 _SLOW_FILTERS = ("batch", "round", "slice", "sum")
 
 Message = Mapping[str, str]
+_FAULTS = (TypeError, ValueError, LookupError, ArithmeticError, MemoryError, RecursionError)
+"""What a template can raise beside Jinja's own."""
+
+
+def prepare(template: str | None) -> None:
+    """Compile a template before it is needed. Whatever is wrong with it, `render` says."""
+    import jinja2
+
+    with suppress(jinja2.TemplateError, *_FAULTS):
+        if template is not None:
+            _compiled(template)
 
 
 def render(
@@ -62,9 +74,7 @@ def render(
         ) from why
     except _Refused as why:
         raise UsageError(f"the model's chat template refuses this conversation: {why}") from why
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as why:
-        raise ModelError(f"the model's chat template fails: {why}", "use --raw to go without it") from why
-    except (MemoryError, RecursionError) as why:
+    except (jinja2.TemplateError, *_FAULTS) as why:
         raise ModelError(f"the model's chat template fails: {why}", "use --raw to go without it") from why
 
 

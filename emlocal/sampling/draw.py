@@ -12,8 +12,8 @@ import hashlib
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Philox
 
-MAX_SEED = 2**64 - 1
 _AHEAD = 64  # tokens per refill; each counter value gives four
 
 
@@ -35,7 +35,7 @@ class Uniforms:
         first = token - token % _AHEAD
         if first != self._first:
             counter = np.array([first // 4, self._sample, 0, 0], dtype=np.uint64)
-            raw = np.random.Philox(key=self._key, counter=counter).random_raw(_AHEAD)
+            raw = Philox(key=self._key, counter=counter).random_raw(_AHEAD)
             self._block = ((raw >> np.uint64(11)) * 2.0**-53).tolist()
             self._first = first
         return self._block[token - first]

@@ -31,8 +31,13 @@ MOST_SKIPPED = 3
 class Answerer(Protocol):
     """The engine that answers the prompts."""
 
-    backend: Backend
-    parallel: int
+    @property
+    def backend(self) -> Backend:
+        """Has `parallel` and `SPARE_SEQUENCES` sequences, each with room of its own."""
+
+    @property
+    def parallel(self) -> int:
+        """Answers at once."""
 
     def refresh(self, adapter: Adapter) -> None:
         """Answer with this adapter from now on."""

@@ -1,6 +1,7 @@
 """`emlocal generate` on a tiny model in real llama.cpp."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,3 +217,11 @@ def test_trace_into_a_folder_that_is_not_there(emlocal: Emlocal, tiny: str) -> N
     done = emlocal("generate", "-m", tiny, "--trace", "/no/such/folder/t.jsonl", *SHORT, "x")
     assert done.code == 1
     assert "cannot write /no/such/folder/t.jsonl" in done.err
+
+
+def test_ctrl_c_while_the_model_is_loaded(
+    emlocal: Emlocal, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emlocal.cli.engine._prepare", lambda header: signal.raise_signal(signal.SIGINT))
+    outcome = emlocal("generate", "-m", tiny, "Hello")
+    assert (outcome.code, outcome.out) == (130, "")

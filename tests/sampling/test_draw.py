@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from emlocal.sampling import Uniforms
-from emlocal.sampling.draw import MAX_SEED, request_key
+from emlocal.sampling.draw import request_key
 from emlocal.sampling.reference import inverse_cdf
+from emlocal.settings import MAX_SEED
 
 MASK = 2**64 - 1
 

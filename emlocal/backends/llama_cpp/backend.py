@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, KVType, LoadOptions, Row
-from emlocal.backends.context import context_length
-from emlocal.backends.cpu import physical_cores
+from emlocal.backends.base import Backend, Feed, Row
 from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
-from emlocal.backends.llama_cpp.library import control_texts, last_error, load_library, load_model, model_info
+from emlocal.backends.llama_cpp.library import last_error
+from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
+from emlocal.backends.llama_cpp.vocabulary import control_texts, model_info
+from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
 from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
@@ -27,9 +28,7 @@ from emlocal.models.resolve import LocalModel
 from emlocal.sampling import Draw, Sampler
 from emlocal.words import counted
 
-BATCH = 512  # tokens per llama_decode
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
-_KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
 
 
 class LlamaCppBackend(Backend):
@@ -37,18 +36,20 @@ class LlamaCppBackend(Backend):
 
     name: ClassVar[str] = "llama.cpp"
 
-    def __init__(self, model: LocalModel, options: LoadOptions = LoadOptions()) -> None:
-        self._lib: Any = load_library()
-        self._model = load_model(self._lib, model.files)
+    def __init__(
+        self, model: LocalModel, options: LoadOptions = LoadOptions(), loading: Loading | None = None
+    ) -> None:
+        """`loading`: of the same model and options, where it has begun already."""
+        loading = loading or Loading(model, options)
+        self._model, self._context = loading.wait()
+        self._lib: Any = loading.lib
         shown = model.path.name if model.source == "path" else model.name
         self.info = model_info(self._lib, self._model, shown, model.header)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.context = context_length(options.context, self.info.trained_context)
+        self.context, self.threads = loading.length, loading.threads
         self.max_sequences = options.sequences
         self._shared = options.shared
-        self.threads = options.threads or physical_cores()
-        self._kv_type = options.kv_type or "f16"
-        self._context = self._new_context(options)
+        self._kv_type = options.kv_type or DEFAULT_KV_TYPE
         self._memory = self._lib.llama_get_memory(self._context)
         allocated = self._lib.llama_n_ctx(self._context)  # more than was asked for: a multiple of 256
         self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[self._kv_type])
@@ -71,24 +72,6 @@ class LlamaCppBackend(Backend):
         self._abort = self._lib.ggml_abort_callback(lambda _: self._cancelled())
         self._no_abort = self._lib.ggml_abort_callback()
         self._abortable = False
-
-    def _new_context(self, options: LoadOptions) -> Any:
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = self.context * (1 if options.shared else options.sequences)
-        params.n_batch = params.n_ubatch = min(BATCH, self.context)
-        params.n_seq_max = options.sequences
-        params.kv_unified = options.shared
-        params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = _KV_TYPES[self._kv_type]
-        params.no_perf = True
-        context = self._lib.llama_init_from_model(self._model, params)
-        if not context:
-            raise BackendError(
-                f"llama.cpp cannot make a context of {self.context:,} tokens with {self._kv_type} keys and"
-                f" values: {last_error() or 'no reason given'}",
-                "try a smaller --context",
-            )
-        return context
 
     def set_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
         """Compute with these adapters, (path, scale), from now on, and free those that were loaded before.

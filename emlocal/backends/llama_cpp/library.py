@@ -1,17 +1,16 @@
-"""Loading the shared library, its log, and the model: the parts that can go wrong before any token."""
+"""The shared library: finding it, starting it, and what it logs."""
 
 import ctypes
 import os
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Set
 from functools import cache
-from pathlib import Path
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from emlocal.backends.base import ModelInfo
-from emlocal.errors import BackendError, ModelError
-from emlocal.models.gguf import GGUFHeader
+from emlocal.errors import BackendError
 
 _LOG: deque[str] = deque(maxlen=40)
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -24,16 +23,53 @@ INSTALL = (
 
 @cache
 def load_library() -> ModuleType:
-    """The ctypes module, started, with its chatter caught. Raises BackendError where it is missing."""
+    """The ctypes module, started. Raises BackendError where it is missing."""
     _wait_briefly()
     try:
-        import llama_cpp
+        lib: Any = _declarations()
     except (ImportError, OSError, RuntimeError, AttributeError) as why:  # the last: a symbol is missing
         raise BackendError(f"the llama.cpp engine cannot be loaded: {why}", INSTALL) from why
-    lib: Any = llama_cpp
-    lib.llama_log_set(_log_callback(lib), ctypes.c_void_p(0))
+    keep_errors(lib)
     lib.llama_backend_init()
-    return llama_cpp
+    return lib  # type: ignore[no-any-return]
+
+
+def _declarations() -> ModuleType:
+    """llama_cpp.llama_cpp, the C functions, without the package around it.
+
+    The package would import its Llama class, chat formats and all that they need: 25 ms. So an empty module
+    stands for it while its part is imported. Who imports llama_cpp later gets the whole of it, with
+    declarations of its own for the same library.
+    """
+    if "llama_cpp" in sys.modules or threading.active_count() > 1:  # no other thread may meet the stand-in
+        return _import()
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.submodule_search_locations is None:
+        return _import()  # which says what is wrong
+    try:
+        return _without_package(spec.submodule_search_locations)
+    except (ImportError, AttributeError):  # another version may need its package
+        return _import()
+
+
+def _import() -> ModuleType:
+    from llama_cpp import llama_cpp
+
+    module: ModuleType = llama_cpp
+    return module
+
+
+def _without_package(folders: list[str]) -> ModuleType:
+    """llama_cpp.llama_cpp out of these folders, with sys.modules as before afterwards."""
+    before = set(sys.modules)
+    package = ModuleType("llama_cpp")
+    package.__path__ = folders
+    sys.modules["llama_cpp"] = package
+    try:
+        return _import()
+    finally:
+        for name in [n for n in sys.modules.keys() - before if n.split(".")[0] == "llama_cpp"]:
+            del sys.modules[name]
 
 
 def _wait_briefly() -> None:
@@ -57,75 +93,23 @@ def _log_callback(lib: Any) -> Any:
     return lib.llama_log_callback(log)
 
 
+@cache
+def _deaf(lib: Any) -> Any:
+    """A log callback in C that does nothing: a function that looks at no argument and returns a constant."""
+    return ctypes.cast(lib.llama_max_devices, lib.llama_log_callback)
+
+
+def keep_errors(lib: Any) -> None:
+    """Log to Python from now on: errors are kept for `last_error`, the rest is dropped."""
+    _LOG.clear()
+    lib.llama_log_set(_log_callback(lib), ctypes.c_void_p(0))
+
+
+def keep_nothing(lib: Any) -> None:
+    """Log nowhere from now on, without calls into Python, which would wait for the GIL."""
+    lib.llama_log_set(_deaf(lib), ctypes.c_void_p(0))
+
+
 def last_error() -> str:
     """What llama.cpp last complained of, for error messages; "" if nothing."""
     return _LOG[-1] if _LOG else ""
-
-
-def load_model(lib: Any, files: tuple[Path, ...]) -> Any:
-    """A llama_model*. The files' headers have been checked before. Raises ModelError."""
-    params = lib.llama_model_default_params()
-    _LOG.clear()
-    if len(files) == 1:
-        model = lib.llama_model_load_from_file(os.fsencode(files[0]), params)
-    else:
-        paths = (ctypes.c_char_p * len(files))(*(os.fsencode(f) for f in files))
-        model = lib.llama_model_load_from_splits(paths, len(files), params)
-    if not model:
-        raise ModelError(f"llama.cpp cannot load {files[0]}: {last_error() or 'no reason given'}")
-    return model
-
-
-class EndTokens(Set[int]):
-    """The tokens that end a generation, by asking: to list them takes 40 ms for 151,936 tokens."""
-
-    def __init__(self, lib: Any, vocab: Any, size: int) -> None:
-        self._lib, self._vocab, self._size = lib, vocab, size
-        self._known: dict[object, bool] = {}
-
-    @classmethod
-    def _from_iterable(cls, tokens: Iterable[Any]) -> Set[Any]:  # of `&` and the like
-        return frozenset(tokens)
-
-    def __contains__(self, token: object) -> bool:
-        ends = self._known.get(token)
-        if ends is None:
-            valid = isinstance(token, int) and 0 <= token < self._size
-            ends = self._known[token] = valid and bool(self._lib.llama_vocab_is_eog(self._vocab, token))
-        return ends
-
-    def __iter__(self) -> Iterator[int]:
-        return (token for token in range(self._size) if token in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def control_texts(lib: Any, vocab: Any, size: int) -> tuple[str, ...]:
-    """The names of control tokens, "<|im_end|>" and its kind; 50 ms for 151,936 tokens."""
-    control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
-    tokens = (t for t in range(size) if lib.llama_vocab_get_attr(vocab, t) & control)
-    texts = ((lib.llama_vocab_get_text(vocab, t) or b"").decode(errors="replace") for t in tokens)
-    return tuple(text for text in texts if text)
-
-
-def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo:
-    """What the model says of itself, from the loaded vocabulary and the file's header."""
-    vocab = lib.llama_model_get_vocab(model)
-    size = int(lib.llama_vocab_n_tokens(vocab))
-
-    def text(token: int) -> str:
-        raw = lib.llama_vocab_get_text(vocab, token) if 0 <= token < size else b""
-        return (raw or b"").decode(errors="replace")
-
-    return ModelInfo(
-        name=name,
-        architecture=header.architecture,
-        vocabulary=size,
-        trained_context=int(lib.llama_model_n_ctx_train(model)),
-        end_tokens=EndTokens(lib, vocab, size),
-        chat_template=header.chat_template,
-        bos=text(int(lib.llama_vocab_bos(vocab))),
-        eos=text(int(lib.llama_vocab_eos(vocab))),
-        sampling=header.sampling,
-    )

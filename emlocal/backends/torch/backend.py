@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Backend, Feed, KVType, LoadOptions, ModelInfo, Row
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row
 from emlocal.backends.context import context_length
+from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.torch.decoder import Decoder
 from emlocal.backends.torch.device import Place
 from emlocal.backends.torch.passes import passes

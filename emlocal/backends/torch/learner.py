@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from emlocal.backends.cpu import peak_memory
 from emlocal.backends.learner import Answer, Learner, Objective, OutOfMemoryError, State, Terms
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
 from emlocal.backends.torch.objective import em_ft_loss
@@ -25,6 +26,11 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     }
+
+
+def use_threads(threads: int) -> None:
+    """Compute on so many CPU threads from now on."""
+    torch.set_num_threads(threads)
 
 
 class TorchLearner(Learner):
@@ -164,6 +170,12 @@ class TorchLearner(Learner):
                     "exp_avg": _tensor(state[f"{name}.mean"]).to(self._device),
                     "exp_avg_sq": _tensor(state[f"{name}.square"]).to(self._device),
                 }
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that was taken at once so far, of the device, or of this process on a CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return peak_memory()
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, layer in self._layers.items():

@@ -18,11 +18,14 @@ class LoraLinear(nn.Module):
     Source: Hu et al. 2021, eq. 3.
     """
 
-    def __init__(self, base: nn.Linear, pair: LoraPair) -> None:
+    def __init__(self, base: "nn.Linear | LoraLinear", pair: LoraPair) -> None:
         super().__init__()
         self.base = base
-        self.a = nn.Parameter(torch.from_numpy(pair.a.copy()).to(base.weight.device))
-        self.b = nn.Parameter(torch.from_numpy(pair.b.copy()).to(base.weight.device))
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
+        device = next(base.parameters()).device
+        self.a = nn.Parameter(torch.from_numpy(pair.a.copy()).to(device))
+        self.b = nn.Parameter(torch.from_numpy(pair.b.copy()).to(device))
         self.scale = pair.scale
         self.enabled = True
 
@@ -43,7 +46,7 @@ def _copy(parameter: nn.Parameter) -> np.ndarray[tuple[int, ...], np.dtype[np.fl
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
-    """Put an adapter's layers into the model, in place.
+    """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
 
     Raises ModelError where it names a layer that the model does not have or that has another shape.
     """
@@ -52,7 +55,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             layer = model.get_submodule(name)
         except AttributeError:
             raise ModelError(f"the adapter changes {name}, which the model does not have") from None
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear | LoraLinear):
             raise ModelError(f"the adapter changes {name}, which is no linear layer of the model")
         if (layer.out_features, layer.in_features) != (pair.b.shape[0], pair.a.shape[1]):
             raise ModelError(

@@ -1,11 +1,13 @@
 """From a Hugging Face folder to a running engine."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from emlocal.backends.base import LoadOptions, ModelInfo
 from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.device import choose_place
+from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.lora import attach
 from emlocal.backends.torch.model import load_model, sampling_settings, trained_context
 from emlocal.models.adapters.adapter import Adapter
@@ -15,24 +17,27 @@ from emlocal.models.json_file import read_json
 from emlocal.models.tokenizer import Tokenizer
 
 
-def open_folder(
-    folder: Path,
-    options: LoadOptions,
-    *,
-    name: str = "",
-    base: GGUFHeader | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    on_device_sampler: bool | None = None,
-) -> TorchBackend:
-    """The engine on the model in `folder`.
+@dataclass(frozen=True)
+class Opened:
+    """A model in torch, to be trained or made an engine of."""
 
-    Args:
-        name: what people call it.
-        base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
-        on_device_sampler: see TorchBackend.
+    model: nn.Module
+    tokenizer: Tokenizer
+    info: ModelInfo
+    place: Place
 
-    Raises ModelError for a folder that cannot be used, UsageError for options that cannot be meant.
+    def backend(self, options: LoadOptions, *, on_device_sampler: bool | None = None) -> TorchBackend:
+        """The engine on this model as it is at any time; see TorchBackend. Adapters of `options` are not
+        looked at."""
+        return TorchBackend(
+            self.model, self.tokenizer, self.info, options, self.place, on_device_sampler=on_device_sampler
+        )
+
+
+def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> Opened:
+    """The model in `folder`, loaded. `name`: what people call it.
+
+    Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
     """
     place = choose_place(device, dtype)
     config = read_json(folder / "config.json")
@@ -48,11 +53,33 @@ def open_folder(
         eos=tokenizer.eos,
         sampling=sampling_settings(folder),
     )
+    return Opened(load_model(folder, place.device, place.dtype), tokenizer, info, place)
+
+
+def open_folder(
+    folder: Path,
+    options: LoadOptions,
+    *,
+    name: str = "",
+    base: GGUFHeader | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_device_sampler: bool | None = None,
+) -> TorchBackend:
+    """The engine on the model in `folder`, with its adapters.
+
+    Args:
+        name: what people call it.
+        base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
+        on_device_sampler: see TorchBackend.
+
+    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options.
+    """
     adapters = [_scaled(read_adapter(path, base), scale) for path, scale in options.adapters]
-    model = load_model(folder, place.device, place.dtype)
+    opened = open_model(folder, name=name, device=device, dtype=dtype)
     for adapter in adapters:
-        attach(model, adapter)
-    return TorchBackend(model, tokenizer, info, options, place, on_device_sampler=on_device_sampler)
+        attach(opened.model, adapter)
+    return opened.backend(options, on_device_sampler=on_device_sampler)
 
 
 def _scaled(adapter: Adapter, scale: float) -> Adapter:

@@ -1,0 +1,29 @@
+"""How a model is to be loaded. No numpy: a model is on its way into memory before that is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+KVType = Literal["f32", "f16", "q8_0", "q4_0"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model."""
+
+    context: int | None = None
+    """The most tokens of a sequence; None: the model's own length, at most `DEFAULT_CONTEXT`."""
+    sequences: int = 4
+    """The most sequences held at once."""
+    shared: bool = True
+    """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
+    their number times the memory, and decoding many at once is faster (docs/decisions.md)."""
+    threads: int | None = None
+    """None: one per physical core."""
+    kv_type: KVType | None = None
+    """None: f16 in llama.cpp, the model's own in torch."""
+    adapters: tuple[tuple[Path, float], ...] = ()
+    """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
+
+
+DEFAULT_CONTEXT = 8192

@@ -1,0 +1,152 @@
+"""llama.cpp's library without its Python package, and a model loaded by a thread."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emlocal.backends.llama_cpp.library import load_library
+from emlocal.backends.llama_cpp.loading import Loading
+from emlocal.backends.options import LoadOptions
+from emlocal.backends.select import load_backend
+from emlocal.cancel import interruptible
+from emlocal.errors import BackendError, ModelError
+from emlocal.models.resolve import LocalModel
+
+OPTIONS = LoadOptions(context=64, sequences=2, threads=1)
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What llama.cpp was told to free, in order."""
+    library, names = load_library(), []
+    for name in ("llama_free", "llama_model_free"):
+        real = vars(library)[name]
+        monkeypatch.setattr(library, name, lambda p, n=name, real=real: (names.append(n), real(p))[1])
+    return names
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def fresh(code: str, *folders: Path) -> None:
+    """Run code in an interpreter of its own, with these folders before all others."""
+    paths = f"import sys; sys.path[:0] = {[*map(str, folders)]}\n"
+    subprocess.run([sys.executable, "-c", paths + code], check=True, timeout=60)
+
+
+LOAD = "from emlocal.backends.llama_cpp.library import load_library; lib = load_library()\n"
+
+
+def test_the_package_stays_unloaded_and_can_be_loaded_afterwards() -> None:
+    fresh(f"""{LOAD}
+assert not [n for n in sys.modules if n.split(".")[0] in ("llama_cpp", "jinja2", "numpy")]
+import llama_cpp
+assert llama_cpp.Llama and llama_cpp.llama_cpp.llama_decode
+assert llama_cpp.llama_max_devices() == lib.llama_max_devices()
+""")
+
+
+def test_a_package_that_is_loaded_is_taken() -> None:
+    fresh(f"import llama_cpp\n{LOAD}assert lib is llama_cpp.llama_cpp")
+
+
+def test_the_package_is_loaded_where_other_threads_could_see_it_missing() -> None:
+    fresh(
+        "import threading; done = threading.Event(); threading.Thread(target=done.wait).start()\n"
+        f"{LOAD}done.set(); assert 'Llama' in vars(sys.modules['llama_cpp'])"
+    )
+
+
+def test_a_layout_that_needs_the_package_gets_it(tmp_path: Path) -> None:
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").write_text("name = 'x'\n")
+    (package / "llama_cpp.py").write_text("from llama_cpp import name\n")
+    fresh(
+        "from emlocal.backends.llama_cpp.library import _declarations\n"
+        "assert _declarations().name == 'x' and sys.modules['llama_cpp'].name == 'x'",
+        tmp_path,
+    )
+
+
+def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "llama_cpp.py").write_text("raise OSError('libgomp.so.1 is missing')\n")
+    fresh(
+        "from emlocal.backends.llama_cpp.library import load_library\n"
+        "from emlocal.errors import BackendError\n"
+        "try: load_library()\n"
+        "except BackendError as why: assert 'libgomp.so.1' in str(why)\n"
+        "else: raise SystemExit('no error')",
+        tmp_path,
+    )
+
+
+def test_a_file_that_llama_cpp_refuses(tiny_model: LocalModel, tmp_path: Path, freed: list[str]) -> None:
+    """It became another after its header was checked."""
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match=r"llama.cpp cannot load .*other.gguf: \w+") as caught:
+        load_backend("llama.cpp", replace(tiny_model, files=(other,)), OPTIONS)
+    assert "no reason given" not in caught.value.message
+    assert freed == []
+
+
+def test_a_context_that_cannot_be_made(
+    tiny_model: LocalModel, freed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_library(), "llama_init_from_model", lambda model, params: None)
+    with pytest.raises(BackendError, match="cannot make a context of 64 tokens"):
+        load_backend("llama.cpp", tiny_model, OPTIONS)
+    assert freed == ["llama_model_free"]
+
+
+def test_what_fails_meanwhile_leaves_no_model_behind(tiny_model: LocalModel, freed: list[str]) -> None:
+    def meanwhile() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_backend("llama.cpp", tiny_model, OPTIONS, meanwhile)
+    assert freed == ["llama_free", "llama_model_free"]
+
+
+def test_a_ctrl_c_that_nobody_catches(tiny_model: LocalModel, freed: list[str]) -> None:
+    """Raised while it is waited for: the thread ends, and what it made is freed."""
+    loading = Loading(tiny_model, OPTIONS)
+    loading._thread.join()
+
+    class Interrupted(threading.Thread):
+        joined = 0
+
+        def join(self, timeout: float | None = None) -> None:
+            self.joined += 1
+            if self.joined == 1:
+                raise KeyboardInterrupt
+
+    loading._thread = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        loading.wait()
+    assert freed == ["llama_free", "llama_model_free"]
+
+
+def test_a_first_ctrl_c_waits_until_the_model_is_there(tiny_model: LocalModel, freed: list[str]) -> None:
+    with interruptible() as cancelled:
+        backend = load_backend(
+            "llama.cpp", tiny_model, OPTIONS, meanwhile=lambda: signal.raise_signal(signal.SIGINT)
+        )
+    assert cancelled.requested
+    assert freed == []
+    backend.close()
+    assert freed == ["llama_free", "llama_model_free"]
