@@ -119,8 +119,9 @@ def main() -> None:
             tokens = sum(row["tokens"] for row in rows)
             print(
                 f"| {temperature:g} | {'EM-FT' if adapter else 'none'} | {n} | {right / n:.1%}"
-                f" | {low:.1%}-{high:.1%} | {sum(r['entropy'] for r in rows) / tokens:.3f} | {tokens / n:.0f}"
-                f" | {sum(r['ended'] for r in rows) / n:.0%} | {sum(r['repetition'] for r in rows) / n:.1%} |",
+                f" | {low:.1%}-{high:.1%} | {sum(row['entropy'] for row in rows) / tokens:.3f}"
+                f" | {tokens / n:.0f} | {sum(row['ended'] for row in rows) / n:.0%}"
+                f" | {sum(row['repetition'] for row in rows) / n:.1%} |",
                 flush=True,
             )
         if len(sides) == 2:

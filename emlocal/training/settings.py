@@ -18,8 +18,8 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 class FineTuneSettings:
     """What decides the outcome of an EM-FT run. Raises UsageError, with flag and range, for a bad value."""
 
-    steps: int = setting(20, "--steps", 1, 10**6, "Optimizer steps.")
-    prompts_per_step: int = setting(32, "--prompts-per-step", 1, 10**6, "Prompts answered in each step.")
+    steps: int = setting(12, "--steps", 1, 10**6, "Optimizer steps.")
+    prompts_per_step: int = setting(16, "--prompts-per-step", 1, 10**6, "Prompts answered in each step.")
     learning_rate: float = setting(
         1e-4, "--learning-rate", 0, 1, "Of AdamW, at its highest.", low_is_open=True
     )
@@ -38,14 +38,14 @@ class FineTuneSettings:
     """The layers that are adapted, by the last part of their names."""
     normalize: Normalize = "token"
     """token: the mean over a step's tokens; sequence: the sum over each answer's, as the paper's eq. 2."""
-    kl_beta: float = setting(0.0, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy.")
+    kl_beta: float = setting(1.5, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy.")
     temperature: float = setting(
         1.0, "--loss-temp", 0, 100, "Temperature of the distributions in the loss.", low_is_open=True
     )
     rollout_temperature: float = setting(
         1.0, "--rollout-temp", 0, 100, "Sampling temperature of the answers trained on.", low_is_open=True
     )
-    max_tokens: int = setting(512, "--max-tokens", 1, 10**6, "An answer ends after this many tokens.")
+    max_tokens: int = setting(256, "--max-tokens", 1, 10**6, "An answer ends after this many tokens.")
     seed: int = setting(0, "--seed", 0, 2**63 - 1, "Of the adapter, the order of prompts and the answers.")
 
     entropy_floor: float = setting(
