@@ -14,14 +14,21 @@ from emlocal.training.settings import RECIPES, FineTuneSettings
 def settings_of_run(flags: TrainingOptions, recipe: Recipe, config: Path | None) -> FineTuneSettings:
     """Flag > --config > recipe > default. Raises UsageError for values that cannot be meant."""
     values: dict[str, Any] = dict(RECIPES[str(recipe)].values)
+    asked = {}
     for layer in (_read(config) if config else {}, vars(flags)):
-        values |= {name: value for name, value in layer.items() if value is not None}
+        asked |= {name: value for name, value in layer.items() if value is not None}
+    values |= asked
     if isinstance(values.get("target_modules"), str):
         values["target_modules"] = tuple(
             name.strip() for name in values["target_modules"].split(",") if name.strip()
         )
     known = {f.name for f in fields(FineTuneSettings)}
-    return FineTuneSettings(**{name: _plain(value) for name, value in values.items() if name in known})
+    settings = FineTuneSettings(**{name: _plain(value) for name, value in values.items() if name in known})
+    if "max_kl" in asked and not settings.kl_beta:
+        raise UsageError(
+            "--max-kl does nothing with --kl-beta 0: the KL is not computed then", "leave it out, or give a β"
+        )
+    return settings
 
 
 def _plain(value: Any) -> Any:
@@ -42,6 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
         if key not in known:
             raise unknown_setting(key, list(known), f"{path}: ")
         if isinstance(value, list) and known[key] == "target_modules":
-            value = ",".join(map(str, value))
+            if not all(isinstance(name, str) for name in value):
+                raise UsageError(f"{path}: {key} is {value!r}; it must be a list of names")
+            value = ",".join(value)
         found[known[key]] = typed(TrainingOptions, known[key], value, f"{path}: {key}")
     return found

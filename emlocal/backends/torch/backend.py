@@ -201,6 +201,8 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        if not rows:  # of a step that only read prompts
+            return []
         at = [self._rows[row.sequence] for row in rows]
         assert self._logits is not None
         if self._sampler is not None:
