@@ -142,7 +142,11 @@ def open_engines(
         use_threads(threads)
     layers = {n: shape for n, shape in linear_layers(opened.model).items() if n != "lm_head"}
     objective = Objective(
-        settings.kl_beta, settings.temperature, settings.weight_decay, settings.max_grad_norm
+        settings.kl_beta,
+        settings.max_kl > 0,
+        settings.temperature,
+        settings.weight_decay,
+        settings.max_grad_norm,
     )
     learner = TorchLearner(
         opened.model,
