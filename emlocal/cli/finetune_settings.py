@@ -14,21 +14,14 @@ from emlocal.training.settings import RECIPES, FineTuneSettings
 def settings_of_run(flags: TrainingOptions, recipe: Recipe, config: Path | None) -> FineTuneSettings:
     """Flag > --config > recipe > default. Raises UsageError for values that cannot be meant."""
     values: dict[str, Any] = dict(RECIPES[str(recipe)].values)
-    asked = {}
     for layer in (_read(config) if config else {}, vars(flags)):
-        asked |= {name: value for name, value in layer.items() if value is not None}
-    values |= asked
+        values |= {name: value for name, value in layer.items() if value is not None}
     if isinstance(values.get("target_modules"), str):
         values["target_modules"] = tuple(
             name.strip() for name in values["target_modules"].split(",") if name.strip()
         )
     known = {f.name for f in fields(FineTuneSettings)}
-    settings = FineTuneSettings(**{name: _plain(value) for name, value in values.items() if name in known})
-    if "max_kl" in asked and not settings.kl_beta:
-        raise UsageError(
-            "--max-kl does nothing with --kl-beta 0: the KL is not computed then", "leave it out, or give a β"
-        )
-    return settings
+    return FineTuneSettings(**{name: _plain(value) for name, value in values.items() if name in known})
 
 
 def _plain(value: Any) -> Any:

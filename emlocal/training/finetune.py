@@ -189,6 +189,7 @@ class FineTune:
 
     def _save(self, step: int, history: dict[str, Any]) -> None:
         self.folder.save(Checkpoint(step, self.learner.state(), _arrays(self._now.good), history))
+        self.folder.put_adapter(self._now.good)
 
     def _step(self, step: int) -> Outcome | None:
         """Answers of the model as it is, a look at them, an optimizer step. The outcome, at the end."""
@@ -204,7 +205,7 @@ class FineTune:
             self._report(step, stats, None, seconds)
             return self._collapsed(why) if why is not None else self._finished(step, adapter, stats)
         terms = self._gradient(step, rollouts)
-        if self.settings.kl_beta:
+        if self._measures_kl:
             why = now.guards.look_at_kl(terms.kl / terms.tokens)
         if why is not None:
             self.learner.forget()
@@ -273,7 +274,7 @@ class FineTune:
             row |= {
                 "loss": terms.loss,
                 "loss_entropy": terms.entropy / terms.tokens,
-                "kl": terms.kl / terms.tokens if self.settings.kl_beta else None,
+                "kl": terms.kl / terms.tokens if self._measures_kl else None,
                 "token_budget": self._now.token_budget,
             }
         row |= more
@@ -292,6 +293,10 @@ class FineTune:
         if kept != step:
             message += f"; the answers of the last are beyond a guard's limit: that of step {kept} was kept"
         return self._outcome("finished", message)
+
+    @property
+    def _measures_kl(self) -> bool:
+        return self.settings.kl_beta > 0 or self.settings.max_kl > 0
 
     def _collapsed(self, why: str) -> Outcome:
         return self._outcome("collapsed", f"{why}; the adapter of step {self._now.good_step} was kept")
