@@ -123,7 +123,7 @@ def write_safetensors(
     from safetensors.numpy import save_file
 
     # save_file takes the bytes as they lie in memory, whatever the strides
-    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         save_file(dense, path, metadata=metadata)
     except SafetensorError as why:

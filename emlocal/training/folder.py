@@ -166,7 +166,7 @@ def check(path: Path, *, resume: bool) -> Mapping[str, Any] | None:
     try:
         described = json.loads((path / _RUN).read_text(encoding="utf-8"))
         names = []
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         described = None
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     except (OSError, ValueError) as why:
