@@ -156,11 +156,11 @@ def _train(
             cancelled,
         )
         try:
-            before = exam.before(cancelled)
+            before = exam.before(cancelled, view.validating)
             outcome = work.run(start)
             if before is not None:
                 engines.use(work.kept)
-                view.validated(before, exam.after(before, cancelled))
+                view.validated(before, exam.after(before, cancelled, view.validating))
         except CancelledError:
             view.stopped(output)
             raise
@@ -190,8 +190,8 @@ def _say(outcome: "Outcome", model: str, output: Path) -> None:
     first, last = outcome.first, outcome.last
     if first and last:
         console.note(
-            f"mean entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
-            f" length {first.length:.0f} → {last.length:.0f} tokens,"
+            f"entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
+            f" length {first.length:.0f} → {last.length:.0f},"
             f" repetition {first.repetition:.1%} → {last.repetition:.1%}"
         )
     console.note(f"the adapter of {counted(outcome.steps, 'step')} is in {output}; try it:")

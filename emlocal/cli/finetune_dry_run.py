@@ -37,7 +37,7 @@ def show(
     for name, value in asdict(settings).items():
         _line(_FIELDS.get(name) or settings_of(FineTuneSettings)[name].flag, _said(value))
     _line("prompts", f"{len(tokens):,} of {len(prompts):,}")
-    for name, text in zip(("model", "engine"), engines.describe(), strict=True):
+    for name, text in zip(("model", "adapter", "engine"), engines.describe(), strict=True):
         _line(name, text)
 
     chosen = prompts_of_step(len(tokens), 0, settings)[: engines.answerer.parallel]

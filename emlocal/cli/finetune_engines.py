@@ -53,12 +53,13 @@ class Engines:
         """As it was typed."""
         return self.model.name
 
-    def describe(self) -> tuple[str, str]:
-        """What is trained, and what answers, for people."""
+    def describe(self) -> tuple[str, str, str]:
+        """The model, what is trained, and what answers, for people."""
         name = Path(self.model.name).name if self.model.source == "path" else self.model.name
         layers = counted(len(self.learner.adapter().pairs), "layer")
         return (
-            f"{name}: {self.learner.parameters:,} parameters in {layers} trained on torch, {self.place}",
+            f"{name}, trained on torch, {self.place}",
+            f"LoRA of {self.learner.parameters:,} parameters in {layers}",
             f"answers by {self.answerer.backend.name}, {self.answerer.parallel} at once,"
             f" {counted(self.threads, 'thread')}",
         )

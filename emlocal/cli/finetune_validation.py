@@ -15,6 +15,8 @@ from emlocal.training.rollouts import draw_rollouts
 if TYPE_CHECKING:
     from emlocal.cli.finetune_engines import Engines
 
+Counted = Callable[[int, int], None]
+"""Takes how many are done, and of how many."""
 _STEP = 2**31  # of no training step: the draws are the validation's own
 
 
@@ -40,29 +42,30 @@ class Validation:
         asked = json.dumps([[tokens, prompt.answer] for prompt, tokens in self._examples])
         self._digest = hashlib.sha256(asked.encode()).hexdigest()
 
-    def before(self, cancelled: Callable[[], bool]) -> float | None:
+    def before(self, cancelled: Callable[[], bool], progress: Counted) -> float | None:
         """Of the model as it is before the first step; measured unless it is known. None: not asked for."""
         if not self._examples:
             return None
         known = self._read()
         if known is None:
-            known = self._accuracy(cancelled)
+            known = self._accuracy(cancelled, progress)
             self._write({"before": known})
         return known
 
-    def after(self, before: float, cancelled: Callable[[], bool]) -> float:
+    def after(self, before: float, cancelled: Callable[[], bool], progress: Counted) -> float:
         """Of the adapter that the engines have now."""
-        accuracy = self._accuracy(cancelled)
+        accuracy = self._accuracy(cancelled, progress)
         self._write({"before": before, "after": accuracy})
         return accuracy
 
-    def _accuracy(self, cancelled: Callable[[], bool]) -> float:
+    def _accuracy(self, cancelled: Callable[[], bool], progress: Counted) -> float:
         """The share of prompts answered rightly, one answer each at the rollouts' temperature.
 
         The answer is what the last \\boxed holds, else the last number; before and after share their draws.
         """
         engines = self._engines
         tokens = [tokens for _, tokens in self._examples]
+        progress(0, len(tokens))
         rollouts = draw_rollouts(
             engines.answerer.backend,
             tokens,
@@ -70,6 +73,7 @@ class Validation:
             _STEP,
             engines.answerer.parallel,
             cancelled=cancelled,
+            progress=lambda done: progress(done, len(tokens)),
         )
         pairs = zip(self._examples, rollouts, strict=True)
         return sum(is_right(prompt, rollout.text) for (prompt, _), rollout in pairs) / len(tokens)

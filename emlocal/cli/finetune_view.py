@@ -45,7 +45,6 @@ class View:
                 transient=True,
             )
             self._bars = self._opened.enter_context(bars)
-            self._task = bars.add_task("", total=None)
         return self
 
     def __exit__(
@@ -63,13 +62,14 @@ class View:
         if self._quiet:
             return
         s = self._settings
-        for line in engines:
+        lines = [
+            *engines,
+            f"recipe {recipe}: {counted(s.steps, 'step')} of {counted(s.prompts_per_step, 'answer')}"
+            f" to {counted(prompts, 'prompt')},",
+            f"learning rate {plain(s.learning_rate)}, β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}",
+        ]
+        for line in lines:  # each short enough for 80 columns, a long name aside
             console.note(line)
-        console.note(
-            f"recipe {recipe}: {counted(s.steps, 'step')}, {counted(s.prompts_per_step, 'answer')} each,"
-            f" to {counted(prompts, 'prompt')}; learning rate {plain(s.learning_rate)},"
-            f" β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}"
-        )
         if resumed is not None:
             console.note(f"going on after step {resumed}")
         console.note(_HEAD)
@@ -80,8 +80,14 @@ class View:
     def training(self, step: int, done: int, total: int) -> None:
         self._bar(f"step {step}: training", done, total)
 
+    def validating(self, done: int, total: int) -> None:
+        """Prompts of `--validate` answered."""
+        self._bar("validating", done, total)
+
     def _bar(self, text: str, done: int, total: int) -> None:
         if self._bars is not None:
+            if self._task is None:
+                self._task = self._bars.add_task(text, total=total)
             self._bars.update(self._task, description=text, completed=done, total=total)
 
     def finished_step(self, row: dict[str, Any]) -> None:

@@ -225,6 +225,7 @@ class FineTune:
 
     def _answers(self, step: int) -> list[Rollout]:
         chosen = prompts_of_step(len(self.prompts), step, self.settings)
+        self.watcher.answering(step, 0, len(chosen))  # the first answer may take long
         return draw_rollouts(
             self.answerer.backend,
             [self.prompts[i] for i in chosen],
