@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from emlocal.cli.finetune_view import View
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.unpacked import unpack
@@ -443,3 +446,45 @@ def test_an_output_that_cannot_be_written(emlocal: Emlocal, pair: ModelPair, dat
     )
     assert done.code == 1
     assert "cannot write /proc/nowhere/out" in error_of(done)
+
+
+@pytest.mark.parametrize("rollouts", ["llama.cpp", "torch"])
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
+    finetune: Finetune, out: Path, monkeypatch: pytest.MonkeyPatch, rollouts: str, stop_at: int
+) -> None:
+    flags = ("--rollouts", rollouts, "--steps", "4", "--learning-rate", "0.01", "--save-every", "100")
+    flags += ("--max-length-change", "100", "--tokens-per-batch", "40")
+    assert finetune(*flags).code == 0
+    weights, rows = (out / "adapter_model.safetensors").read_bytes(), metrics(out)
+    shutil.rmtree(out)
+
+    real = View.finished_step
+
+    def finished_step(self: View, row: dict[str, Any]) -> None:
+        real(self, row)
+        if row["step"] == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "finished_step", finished_step)
+        stopped = finetune(*flags)
+    assert stopped.code == 130
+    assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"
+    assert (out / "adapter_model.safetensors").read_bytes() != weights
+    resumed = finetune(*flags, "--resume")
+    assert resumed.code == 0
+    assert f"going on after step {stop_at + 1}" in resumed.err
+    assert (out / "adapter_model.safetensors").read_bytes() == weights
+    timeless = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in r] for r in (rows, metrics(out))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_smaller_token_budget_is_heeded_on_resume_and_said(finetune: Finetune) -> None:
+    assert finetune().code == 0
+    done = finetune("--resume", "--tokens-per-batch", "30")
+    assert done.code == 0
+    assert "going on with micro-batches of 30 tokens instead of 2,048" in done.err
+    assert "micro-batches" not in finetune("--resume", "--tokens-per-batch", "4096").err
