@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.context import context_length
 from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.torch.decoder import Decoder
@@ -62,9 +62,8 @@ class TorchBackend(Backend):
     ) -> None:
         """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens.
 
-        Raises ModelError for a model that the decoder cannot run, UsageError for options that it cannot.
+        Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
         """
-        _check_kv_type(options.kv_type, place.dtype)
         if place.device.type == "cpu" and options.threads:
             torch.set_num_threads(options.threads)
         self.info = info
@@ -74,6 +73,7 @@ class TorchBackend(Backend):
         self._model: Any = model
         self._tokenizer = tokenizer
         self._shared = options.shared
+        self._adapters = len(options.adapters)
         self._decoder = Decoder(model, place.device)
         self._decoder.check()
         if not options.shared:  # all at once: better to fail now than in the middle of a batch
@@ -135,6 +135,7 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
         self._rows, self._logits = {}, None
         lengths = [self._lengths[feed.sequence] for feed in feeds]
         self._check_room(feeds, lengths)
@@ -220,7 +221,8 @@ class TorchBackend(Backend):
 
     def describe(self) -> str:
         threads = f", {counted(torch.get_num_threads(), 'thread')}" if self.place.device.type == "cpu" else ""
-        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}"
+        adapters = f", {counted(self._adapters, 'adapter')}" if self._adapters else ""
+        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}{adapters}"
 
     def memory_bytes(self) -> int:
         weights: int = sum(p.nbytes for p in self._model.parameters())
@@ -235,7 +237,7 @@ class TorchBackend(Backend):
             torch.cuda.empty_cache()
 
 
-def _check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
+def check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
     """Raise UsageError unless the keys and values that are asked for have the model's own format."""
     if asked is not None and _KV_TYPES.get(asked) != dtype:
         name = str(dtype).removeprefix("torch.")

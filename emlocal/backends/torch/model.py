@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from emlocal.backends.torch.decoder import attention_windows
@@ -24,11 +24,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
     full or sliding attention.
     """
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
-        check_architecture(config.to_dict())
+        config = _read_config(folder)
         try:
             loader: Any = AutoModelForCausalLM
             model, loading = loader.from_pretrained(
@@ -58,6 +54,26 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
             ) from None
     loaded: nn.Module = model
     return loaded
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model in `folder` without its weights (on torch's meta device): its layers, in milliseconds.
+
+    Raises ModelError as `load_model` does for its configuration.
+    """
+    with quiet(), torch.device("meta"):
+        loader: Any = AutoModelForCausalLM
+        model: nn.Module = loader.from_config(_read_config(folder), trust_remote_code=False)
+    return model
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+    check_architecture(config.to_dict())
+    return config
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
