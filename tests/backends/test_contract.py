@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
+from emlocal.backends.cpu import peak_memory
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.opening import open_folder
 from emlocal.em import EMInf
 from emlocal.errors import BackendError, CancelledError, ContextFullError
+from emlocal.models.resolve import resolve
+from emlocal.models.unpacked import unpack
 from emlocal.sampling import SamplingParams, Uniforms
+from tests.tiny_gguf import u32, write_tiny_gguf
 
 CONTEXT, SEQUENCES = 256, 5
+LONG = 4000
 TEXTS = [
     "the cat sat on the mat",
     "naïve café — 2 × 3 = 6",
@@ -48,6 +53,26 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
         backend = open_folder(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
     else:
         model = request.getfixturevalue("tiny_model" if "tiny" in request.param else "smollm2")
+        backend = LlamaCppBackend(model, options)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module", params=["fake", "llama.cpp tiny", "torch tiny"])
+def roomy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    """The engines on a tiny model with a long context."""
+    options = LoadOptions(context=LONG + 100, sequences=2, threads=1)
+    if request.param == "fake":
+        yield FakeBackend(context=LONG + 100, sequences=2)
+        return
+    path = write_tiny_gguf(tmp_path_factory.mktemp("roomy") / "m.gguf", llama__context_length=u32(LONG + 100))
+    model = resolve(str(path))
+    if request.param == "torch tiny":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("EMLOCAL_CACHE_DIR", str(path.parent))
+            folder = unpack(model)
+        backend: Backend = open_folder(folder, options, device="cpu", dtype="float32")
+    else:
         backend = LlamaCppBackend(model, options)
     yield backend
     backend.close()
@@ -250,6 +275,34 @@ class TestSequences:
         backend.forward([Feed(sequence, [4])])
         assert backend.length(sequence) == 1
 
+    def test_trimmed_to_nothing_it_is_as_new(self, backend) -> None:
+        ids = tokens(backend)
+        sequence = read(backend, ids[::-1], [5, 6])
+        assert backend.trim(sequence, 0) == 0
+        backend.forward([Feed(sequence, ids)])
+        assert_same_logits(backend, backend.logits(sequence), backend.logits(read(backend, ids)))
+
+    def test_two_hundred_opened_fed_forked_and_released_leave_no_memory_taken(self, backend) -> None:
+        ids = tokens(backend)
+        first = read(backend, ids)
+        expected = backend.logits(first)
+        backend.release(first)
+
+        def rounds(n: int) -> int:
+            for _ in range(n):
+                sequence = read(backend, ids)
+                copy = backend.fork(sequence)
+                backend.forward([Feed(copy, [5]), Feed(sequence, [6])])
+                backend.sample([Row(sequence, EM, 0.5), Row(copy, EM, 0.5)])
+                backend.release(sequence)
+                backend.release(copy)
+            return backend.memory_bytes()
+
+        before, peak = rounds(5), peak_memory()
+        assert rounds(200 if backend.info.vocabulary < 1000 else 20) == before
+        assert peak_memory() - peak < 30_000_000
+        assert_same_logits(backend, backend.logits(read(backend, ids)), expected)
+
     def test_trimming_a_fork_leaves_the_parent(self, backend) -> None:
         ids = tokens(backend)
         parent = read(backend, ids)
@@ -332,6 +385,37 @@ class TestErrors:
             backend.forward([Feed(sequence, [5])])
         assert backend.length(sequence) == CONTEXT
 
+    def test_full_at_a_step_and_shortened_it_goes_on(self, backend) -> None:
+        ids = (tokens(backend) * CONTEXT)[:CONTEXT]
+        sequence = read(backend, ids[:-1], ids[-1:])
+        with pytest.raises(ContextFullError, match="1 more token|1 new"):
+            backend.forward([Feed(sequence, [5])])
+        assert backend.trim(sequence, 10) == 10
+        backend.forward([Feed(sequence, [5])])
+        row = backend.logits(sequence)
+        backend.release(sequence)
+        assert_same_logits(backend, row, backend.logits(read(backend, [*ids[:10], 5])))
+
+    def test_what_no_engine_can_compute_is_refused_and_changes_nothing(self, backend) -> None:
+        ids = tokens(backend)
+        sequence, other = read(backend, ids), backend.open()
+        for feeds, message in (
+            ([], "at least one sequence"),
+            ([Feed(sequence, [5]), Feed(sequence, [6])], "each once"),
+            ([Feed(other, [5]), Feed(sequence, [])], f"sequence {sequence} is fed no tokens"),
+            ([Feed(other, [5]), Feed(sequence, [5, backend.info.vocabulary])], "there is no token"),
+            ([Feed(sequence, [5, -1, 7])], "there is no token -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                backend.forward(feeds)
+        assert (backend.length(sequence), backend.length(other)) == (len(ids), 0)
+        backend.forward([Feed(sequence, [backend.info.vocabulary - 1])])
+        expected = backend.logits(read(backend, [*ids, backend.info.vocabulary - 1]))
+        backend.forward([Feed(other, [5])])
+        backend.trim(sequence, len(ids))
+        backend.forward([Feed(sequence, [backend.info.vocabulary - 1])])
+        assert_same_logits(backend, backend.logits(sequence), expected)
+
     def test_sequences_share_the_context(self, backend) -> None:
         ids = (tokens(backend) * CONTEXT)[: CONTEXT // 2]
         one, other = read(backend, ids), read(backend, ids[:-2])
@@ -368,3 +452,31 @@ class TestErrors:
         if backend.length(sequence) == len(ids):
             backend.forward([Feed(sequence, [5])])
         assert_same_logits(backend, backend.logits(sequence), backend.logits(read(backend, [*ids, 5])))
+
+
+class TestLongPrompts:
+    def test_cancelled_in_the_middle_and_read_again(self, roomy) -> None:
+        """4,000 tokens: the engine cuts them up, and is asked on the way whether to go on."""
+        ids = np.random.default_rng(2).integers(3, 250, LONG).tolist()
+        asked = 0
+
+        def count() -> bool:
+            nonlocal asked
+            asked += 1
+            return False
+
+        sequence = roomy.open()
+        roomy.forward([Feed(sequence, ids)], count)
+        whole = roomy.logits(sequence)
+        roomy.trim(sequence, 0)
+        roomy.forward([Feed(sequence, ids[:300])])
+        assert isinstance(roomy, FakeBackend) or asked > 6
+        left = itertools.count(asked // 2, -1)
+        with pytest.raises(CancelledError):
+            roomy.forward([Feed(sequence, ids[300:])], lambda: next(left) <= 0)
+        assert roomy.length(sequence) == 300
+        for start in range(300, LONG, 700):
+            roomy.forward([Feed(sequence, ids[start : start + 700], wanted=start + 700 >= LONG)])
+        assert roomy.length(sequence) == LONG
+        assert_same_logits(roomy, roomy.logits(sequence), whole)
+        roomy.release(sequence)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.context import context_length
+from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.torch.decoder import Decoder
 from emlocal.backends.torch.device import Place
@@ -64,8 +65,8 @@ class TorchBackend(Backend):
 
         Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
         """
-        if place.device.type == "cpu" and options.threads:
-            torch.set_num_threads(options.threads)
+        if place.device.type == "cpu":
+            torch.set_num_threads(options.threads or physical_cores())
         self.info = info
         self.context = context_length(options.context, info.trained_context)
         self.max_sequences = options.sequences
