@@ -127,7 +127,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        """Draw a token for each row. A sequence may be named by several rows."""
+        """Draw a token for each row, of which there may be none. A sequence may be named by several rows."""
 
     @abstractmethod
     def logits(self, sequence: int) -> NDArray[np.float32]:

@@ -353,6 +353,24 @@ class TestSampling:
         assert backend.sample(rows[::-1]) == together[::-1]
         assert len({draw.token for draw in together}) > 1
 
+    def test_no_rows_are_no_draws(self, backend) -> None:
+        sequence = backend.open()
+        assert backend.sample([]) == []
+        backend.forward([Feed(sequence, tokens(backend), wanted=False)])
+        assert backend.sample([]) == []
+        backend.forward([Feed(sequence, [5])])
+        assert backend.sample([]) == []
+
+    def test_a_sequence_whose_row_nobody_wanted_has_none(self, backend) -> None:
+        sequence, other = backend.open(), backend.open()
+        backend.forward([Feed(sequence, [5]), Feed(other, [6], wanted=False)])
+        assert backend.logits(sequence).any()
+        with pytest.raises(KeyError):
+            backend.logits(other)
+        backend.forward([Feed(other, [7])])
+        with pytest.raises(KeyError):
+            backend.sample([Row(sequence, EM, 0.5)])
+
     def test_greedy_takes_the_largest_logit(self, backend) -> None:
         sequence = read(backend, tokens(backend))
         draw = backend.sample([Row(sequence, SamplingParams(temperature=0), 0.5)])[0]

@@ -203,6 +203,8 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        if not rows:  # the last call read prompts only
+            return []
         at = [self._rows[row.sequence] for row in rows]
         assert self._logits is not None
         if self._sampler is not None:
