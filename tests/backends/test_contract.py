@@ -17,6 +17,7 @@ from emlocal.errors import BackendError, CancelledError, ContextFullError
 from emlocal.models.resolve import resolve
 from emlocal.models.unpacked import unpack
 from emlocal.sampling import SamplingParams, Uniforms
+from tests.cuda import ON_CUDA
 from tests.tiny_gguf import u32, write_tiny_gguf
 
 CONTEXT, SEQUENCES = 256, 5
@@ -39,6 +40,7 @@ EM = SamplingParams(em=EMInf(0.1, 5, 1.0), temperature=1.0, min_p=0.0)
         "llama.cpp tiny",
         "torch tiny",
         "torch tiny, sampling on the device",
+        pytest.param("torch tiny, cuda", marks=ON_CUDA),
         pytest.param("llama.cpp smollm2", marks=pytest.mark.real),
         pytest.param("torch smollm2", marks=pytest.mark.real),
     ],
@@ -49,8 +51,9 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
         backend: Backend = FakeBackend(context=CONTEXT, sequences=SEQUENCES)
     elif "torch" in request.param:
         folder = request.getfixturevalue("unpacked_tiny" if "tiny" in request.param else "unpacked_smollm2")
-        on_device = "device" in request.param
-        backend = open_folder(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
+        device = "cuda" if "cuda" in request.param else "cpu"
+        on_device = True if "device" in request.param else None
+        backend = open_folder(folder, options, device=device, dtype="float32", on_device_sampler=on_device)
     else:
         model = request.getfixturevalue("tiny_model" if "tiny" in request.param else "smollm2")
         backend = LlamaCppBackend(model, options)

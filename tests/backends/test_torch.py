@@ -10,13 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.select import memory_terms, rooms
 from emlocal.backends.torch.backend import TorchBackend
+from emlocal.backends.torch.cache import SlotCache, Window
 from emlocal.backends.torch.decoder import Decoder, attention_windows
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.model import check_architecture, load_model, sampling_settings, trained_context
 from emlocal.backends.torch.opening import open_folder
 from emlocal.backends.torch.passes import Chunk, passes
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
+from emlocal.models.memory import estimate, kv_bytes
 from emlocal.models.resolve import LocalModel
 from emlocal.models.tokenizer import Tokenizer
 from emlocal.sampling import SamplingParams
@@ -146,6 +149,44 @@ def test_growing_keeps_what_is_held(unpacked_tiny) -> None:
     engine.forward([Feed(other, list(range(250)))])
     np.testing.assert_allclose(engine.logits(other), got, atol=1e-4)
     assert engine.memory_bytes() > before
+    engine.close()
+
+
+def test_without_memory_to_grow_all_stays_as_it_was() -> None:
+    """Room for the keys is found (0.3 GB), room for the values (160 TB, more than there are addresses) is not."""
+    cache = SlotCache()
+    cache.reserve(1, 5, 256)
+    cells = torch.arange(5)[None]
+    window = Window(torch.tensor([[0]]), True, cells, (0, 5), 0, 5)
+    states = torch.full((1, 1, 5, 1), 7, dtype=torch.uint8), torch.full((1, 1 << 16, 5, 1), 9.0).double()
+    cache.begin(window, lambda: False)
+    cache.update(*states, 0)
+    before = cache.nbytes
+    with pytest.raises(RuntimeError, match="memory"):
+        cache.reserve(1_200_000, 256, 256)
+    assert (cache.slots, cache.capacity, cache.nbytes) == (1, 256, before)
+    cache.reserve(2, 5, 256)
+    cache.copy(0, 1, 4)
+    for store, value in ((cache._keys[0], 7), (cache._values[0], 9)):
+        assert store.shape[0] == 2
+        assert (store[0, :, :5] == value).all()
+        assert (store[1, :, :4] == value).all()
+        assert not store[0, :, 5:].any()
+        assert not store[1, :, 4:].any()
+
+
+def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: LocalModel, unpacked_tiny: Path) -> None:
+    """One long sequence beside short ones: torch holds as many cells for each."""
+    options = LoadOptions(context=256, sequences=4, threads=1)
+    engine = open_folder(unpacked_tiny, options, device="cpu", dtype="float32")
+    for _ in range(4):
+        engine.open()
+    engine.forward([Feed(0, list(range(240)))])
+    engine.forward([Feed(i, [5]) for i in range(4)])
+    cells = kv_bytes(tiny_model.header, 256 * rooms("torch", 4, shared=True), 4.0)
+    assert cells < engine._decoder.cache.nbytes < 1.01 * cells
+    terms = memory_terms("torch", tiny_model.header, None)
+    assert engine.memory_bytes() < estimate(tiny_model.header, 256, terms, n_seqs=4)
     engine.close()
 
 
