@@ -22,7 +22,11 @@ def folder(unpacked_tiny: Path) -> str:
 
 
 def test_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for torch, cuda, engine in ((True, True, "torch"), (True, False, "llama.cpp"), (False, True, "llama.cpp")):
+    for torch, cuda, engine in (
+        (True, True, "torch"),
+        (True, False, "llama.cpp"),
+        (False, True, "llama.cpp"),
+    ):
         machine(monkeypatch, torch=torch, cuda=cuda)
         assert select_backend()[0] == select_backend("auto", "smollm2:135m")[0] == engine
     machine(monkeypatch, torch=True, cuda=True)
@@ -35,7 +39,15 @@ def test_by_the_model(monkeypatch: pytest.MonkeyPatch, folder: str, tmp_path: Pa
     machine(monkeypatch, torch=True, cuda=False)
     assert select_backend("auto", folder) == ("torch", "for a model in safetensors")
     (tmp_path / "empty").mkdir()
-    for other in ("", " ", "\0", "no/such/folder", str(tmp_path / "empty"), folder + "/config.json", "a" * 999):
+    for other in (
+        "",
+        " ",
+        "\0",
+        "no/such/folder",
+        str(tmp_path / "empty"),
+        folder + "/config.json",
+        "a" * 999,
+    ):
         assert select_backend("auto", other) == LLAMA_CPP
     machine(monkeypatch, torch=False, cuda=False)
     with pytest.raises(BackendError, match=r"in safetensors, which the torch engine runs"):
@@ -58,4 +70,9 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_formats_and_rooms() -> None:
     assert formats_of("torch") == ("safetensors", "gguf")
     assert formats_of("llama.cpp") == ("gguf",)
-    assert [rooms(name, 5, shared) for name in ("llama.cpp", "torch") for shared in (True, False)] == [1, 5, 5, 5]
+    assert [rooms(name, 5, shared) for name in ("llama.cpp", "torch") for shared in (True, False)] == [
+        1,
+        5,
+        5,
+        5,
+    ]

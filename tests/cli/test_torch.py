@@ -39,7 +39,9 @@ def test_a_folder_and_a_gguf_file_of_the_same_weights_say_the_same(
 
 
 def test_em_is_counted_as_in_other_engines(emlocal: Emlocal, folder: str) -> None:
-    done = emlocal("generate", "-m", folder, *TORCH, "--em-inf", "--temp", "3", "--json", *SHORT, "-n", "2", "hello")
+    done = emlocal(
+        "generate", "-m", folder, *TORCH, "--em-inf", "--temp", "3", "--json", *SHORT, "-n", "2", "hello"
+    )
     value = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
     assert len({c["text"] for c in value["completions"]}) == 2
@@ -81,7 +83,9 @@ def test_batch(emlocal: Emlocal, folder: str, tiny: str, tmp_path: Path) -> None
     source.write_text("".join(json.dumps({"custom_id": f"q{i}", "prompt": "a" * i}) + "\n" for i in range(7)))
 
     def texts(model: str, *more: str) -> list[str | None]:
-        done = emlocal("batch", "-m", model, *TORCH, *SHORT, *more, "--em-inf", "--ordered", "-q", str(source))
+        done = emlocal(
+            "batch", "-m", model, *TORCH, *SHORT, *more, "--em-inf", "--ordered", "-q", str(source)
+        )
         rows = [json.loads(line) for line in done.out.splitlines()]
         assert [row["custom_id"] for row in rows] == [f"q{i}" for i in range(7)]
         assert done.code == 1  # the first prompt is empty
@@ -121,9 +125,7 @@ def test_a_folder_with_llama_cpp_says_what_runs_it(emlocal: Emlocal, folder: str
 
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize("asked", [TORCH, ()])
-def test_without_torch_it_says_what_to_install(
-    emlocal: Emlocal, folder: str, asked: tuple[str, ...]
-) -> None:
+def test_without_torch_it_says_what_to_install(emlocal: Emlocal, folder: str, asked: tuple[str, ...]) -> None:
     done = emlocal("generate", "-m", folder, *asked, "x")
     assert (done.code, done.out) == (1, "")
     assert done.err.count("error: ") == 1

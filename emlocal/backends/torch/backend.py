@@ -18,7 +18,7 @@ from emlocal.backends.context import context_length
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.torch.decoder import Decoder
-from emlocal.backends.torch.device import Place
+from emlocal.backends.torch.device import Place, out_of_memory
 from emlocal.backends.torch.passes import passes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
@@ -148,7 +148,7 @@ class TorchBackend(Backend):
             self._rows, self._logits = {}, None
             for feed, held in zip(feeds, lengths, strict=True):  # what was computed of this call goes again
                 self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise BackendError(
                     f"{self.place.device} has no memory for {counted(len(feeds), 'sequence')} at once",
                     "try a smaller --parallel or --context",
@@ -193,8 +193,8 @@ class TorchBackend(Backend):
         try:
             with torch.inference_mode():
                 self._decoder.cache.reserve(slots, tokens, self.context)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             raise BackendError(
                 f"{self.place.device} has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens",

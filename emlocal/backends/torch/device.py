@@ -71,6 +71,11 @@ def _best_on_cpu() -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags else torch.float32
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says with it that there is no memory: on CPUs it has no class for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def memory_terms(header: ModelHeader) -> Terms:
     """What an estimate of the memory that a model takes on the chosen device goes by."""
     place = choose_place()

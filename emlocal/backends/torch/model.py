@@ -1,6 +1,5 @@
 """Loading a Hugging Face folder: safetensors only, no code from the folder, no network, no chatter."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,22 +101,6 @@ def trained_context(config: Mapping[str, Any]) -> int:
         )
         length = min(length, original or length)
     return length
-
-
-def sampling_settings(folder: Path) -> dict[str, float]:
-    """The authors' settings from generation_config.json, by SamplingParams field."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise ModelError(f"{path} is not JSON") from None
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names |= {"repetition_penalty": "repeat_penalty"}
-    return {
-        ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)
-    }
 
 
 @contextmanager

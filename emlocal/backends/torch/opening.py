@@ -9,9 +9,10 @@ from emlocal.backends.base import LoadOptions, ModelInfo
 from emlocal.backends.torch.backend import TorchBackend, check_kv_type
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.lora import attach
-from emlocal.backends.torch.model import load_model, sampling_settings, skeleton, trained_context
+from emlocal.backends.torch.model import load_model, skeleton, trained_context
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.folder import sampling_settings
 from emlocal.models.gguf_header import GGUFHeader
 from emlocal.models.json_file import read_json
 from emlocal.models.tokenizer import Tokenizer
