@@ -49,7 +49,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
 
 @pytest.fixture
 def no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's flash attention rounds to half precision: logits of the tiny models differ by 0.003 with it."""
+    """llama.cpp's flash attention rounds to half precision: the tiny models' differ by 0.003 with it."""
     library = load_library()
     defaults = vars(library)["llama_context_default_params"]
 

@@ -1,27 +1,25 @@
 """What every engine must do (emlocal/backends/base.py), tried on each: one suite, the same demands."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from emlocal.backends.base import Backend, Feed, LoadOptions, Row
-from emlocal.backends.cpu import peak_memory
+from emlocal.backends.base import Feed, Row
 from emlocal.backends.fake import FakeBackend
-from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.opening import open_folder
-from emlocal.em import EMInf
-from emlocal.errors import BackendError, CancelledError, ContextFullError
-from emlocal.models.resolve import resolve
-from emlocal.models.unpacked import unpack
-from emlocal.sampling import SamplingParams, Uniforms
-from tests.cuda import ON_CUDA
-from tests.tiny_gguf import u32, write_tiny_gguf
+from emlocal.errors import CancelledError, ContextFullError
+from emlocal.sampling import SamplingParams
+from tests.backends.contract import (
+    CONTEXT,
+    EM,
+    LONG,
+    SEQUENCES,
+    assert_same_logits,
+    read,
+    said,
+    tokens,
+)
 
-CONTEXT, SEQUENCES = 256, 5
-LONG = 4000
 TEXTS = [
     "the cat sat on the mat",
     "naïve café — 2 × 3 = 6",
@@ -30,109 +28,6 @@ TEXTS = [
     "line\nline\t\ttab  two",
     "\x00\x7f",
 ]
-EM = SamplingParams(em=EMInf(0.1, 5, 1.0), temperature=1.0, min_p=0.0)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        "fake",
-        "llama.cpp tiny",
-        "torch tiny",
-        "torch tiny, sampling on the device",
-        pytest.param("torch tiny, cuda", marks=ON_CUDA),
-        pytest.param("llama.cpp smollm2", marks=pytest.mark.real),
-        pytest.param("torch smollm2", marks=pytest.mark.real),
-    ],
-)
-def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    options = LoadOptions(context=CONTEXT, sequences=SEQUENCES, threads=1)
-    if request.param == "fake":
-        backend: Backend = FakeBackend(context=CONTEXT, sequences=SEQUENCES)
-    elif "torch" in request.param:
-        folder = request.getfixturevalue("unpacked_tiny" if "tiny" in request.param else "unpacked_smollm2")
-        device = "cuda" if "cuda" in request.param else "cpu"
-        on_device = True if "device" in request.param else None
-        backend = open_folder(folder, options, device=device, dtype="float32", on_device_sampler=on_device)
-    else:
-        model = request.getfixturevalue("tiny_model" if "tiny" in request.param else "smollm2")
-        backend = LlamaCppBackend(model, options)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture(scope="module", params=["fake", "llama.cpp tiny", "torch tiny"])
-def roomy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
-    """The engines on a tiny model with a long context."""
-    options = LoadOptions(context=LONG + 100, sequences=2, threads=1)
-    if request.param == "fake":
-        yield FakeBackend(context=LONG + 100, sequences=2)
-        return
-    path = write_tiny_gguf(tmp_path_factory.mktemp("roomy") / "m.gguf", llama__context_length=u32(LONG + 100))
-    model = resolve(str(path))
-    if request.param == "torch tiny":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("EMLOCAL_CACHE_DIR", str(path.parent))
-            folder = unpack(model)
-        backend: Backend = open_folder(folder, options, device="cpu", dtype="float32")
-    else:
-        backend = LlamaCppBackend(model, options)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def backend(loaded: Backend) -> Iterator[Backend]:
-    """A loaded engine with no sequence open, and none left open by the test before."""
-    yield loaded
-    for sequence in range(SEQUENCES):
-        try:
-            loaded.length(sequence)
-        except KeyError:
-            continue
-        loaded.release(sequence)
-
-
-def tokens(backend: Backend, text: str = "the cat sat on the mat and the rat") -> list[int]:
-    return backend.encode(text, add_special=True, parse_special=True)
-
-
-def read(backend: Backend, *chunks: list[int]) -> int:
-    """A new sequence that was fed these chunks."""
-    sequence = backend.open()
-    for chunk in chunks:
-        backend.forward([Feed(sequence, chunk)])
-    return sequence
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square of the difference, in standard deviations of the logits."""
-    return float(np.sqrt(((one - other) ** 2).mean()) / one.std())
-
-
-def same(backend: Backend) -> float:
-    """How far apart the logits of one state may lie: batch shapes choose the kernels, and llama.cpp's for
-    four-bit weights round activations to eight bits in one and not in another."""
-    if isinstance(backend, FakeBackend):
-        return 0.0
-    if isinstance(backend, TorchBackend):
-        return 1e-4
-    return 0.002 if backend.info.vocabulary < 1000 else 0.1
-
-
-def assert_same_logits(backend: Backend, one: np.ndarray, other: np.ndarray) -> None:
-    assert one.dtype == other.dtype == np.float32
-    assert one.shape == other.shape == (backend.info.vocabulary,)
-    assert distance(one, other) <= same(backend)
-
-
-def said(backend: Backend, sequence: int, n: int, params: SamplingParams = EM, seed: int = 1) -> list[int]:
-    """n tokens drawn one after another; the sequence has just been fed."""
-    uniforms, out = Uniforms(seed), []
-    for t in range(n):
-        out.append(backend.sample([Row(sequence, params, uniforms[t])])[0].token)
-        backend.forward([Feed(sequence, out[-1:])])
-    return out
 
 
 class TestText:
@@ -186,158 +81,6 @@ class TestInfo:
 
     def test_describe(self, backend) -> None:
         assert f"context {CONTEXT}" in backend.describe()
-
-
-class TestSequences:
-    def test_as_many_as_promised_and_no_more(self, backend) -> None:
-        opened = [backend.open() for _ in range(SEQUENCES)]
-        assert len(set(opened)) == SEQUENCES
-        with pytest.raises(BackendError, match=f"all {SEQUENCES} sequences"):
-            backend.open()
-        with pytest.raises(BackendError):
-            backend.fork(opened[0])
-        backend.release(opened[2])
-        assert backend.open() == opened[2]
-
-    def test_lengths(self, backend) -> None:
-        ids = tokens(backend)
-        sequence = backend.open()
-        assert backend.length(sequence) == 0
-        backend.forward([Feed(sequence, ids)])
-        backend.forward([Feed(sequence, ids[1:3])])
-        assert backend.length(sequence) == len(ids) + 2
-        backend.release(sequence)
-        assert backend.length(backend.open()) == 0
-
-    def test_a_sequence_reopened_remembers_nothing(self, backend) -> None:
-        ids = tokens(backend)
-        first = read(backend, ids)
-        expected = backend.logits(first)
-        backend.release(first)
-        read(backend, ids[::-1])
-        backend.release(first)
-        again = read(backend, ids)
-        assert again == first
-        assert_same_logits(backend, backend.logits(again), expected)
-
-    def test_in_one_piece_in_chunks_and_token_by_token(self, backend) -> None:
-        ids = tokens(backend)
-        whole = backend.logits(read(backend, ids))
-        chunks = backend.logits(read(backend, ids[:3], ids[3:4], ids[4:]))
-        single = backend.logits(read(backend, *([t] for t in ids)))
-        assert_same_logits(backend, whole, chunks)
-        assert_same_logits(backend, whole, single)
-
-    def test_logits_are_a_copy(self, backend) -> None:
-        sequence = read(backend, tokens(backend))
-        row = backend.logits(sequence)
-        row[:] = 0
-        assert backend.logits(sequence).any()
-        kept = backend.logits(sequence)
-        before = kept.copy()
-        backend.forward([Feed(sequence, [5])])
-        np.testing.assert_array_equal(kept, before)
-
-    def test_logits_depend_on_what_came_before(self, backend) -> None:
-        ids = tokens(backend)
-        one = backend.logits(read(backend, ids))
-        other = backend.logits(read(backend, [ids[0], *ids[2:]]))
-        assert distance(one, other) > 2 * same(backend)
-
-    def test_a_fork_continues_like_its_parent_and_leaves_it_alone(self, backend) -> None:
-        ids = tokens(backend)
-        parent = read(backend, ids)
-        alone = said(backend, parent, 6)
-        backend.trim(parent, len(ids) - 1)
-        backend.forward([Feed(parent, ids[-1:])])
-        copies = [backend.fork(parent) for _ in range(3)]
-        assert [backend.length(c) for c in copies] == [len(ids)] * 3
-        backend.forward([Feed(copies[0], alone[:1]), Feed(copies[1], [7])])
-        assert backend.length(parent) == backend.length(copies[2]) == len(ids)
-        assert backend.length(copies[0]) == len(ids) + 1
-        backend.forward([Feed(parent, alone[:1])])
-        expected = backend.logits(parent)
-        backend.release(parent)
-        backend.forward([Feed(copies[2], alone[:1])])
-        assert_same_logits(backend, backend.logits(copies[2]), expected)
-
-    def test_trimming_forgets_exactly_the_end(self, backend) -> None:
-        ids = tokens(backend)
-        sequence = read(backend, ids, [9, 8, 7])
-        assert backend.trim(sequence, len(ids)) == len(ids) == backend.length(sequence)
-        backend.forward([Feed(sequence, [5, 6])])
-        trimmed = backend.logits(sequence)
-        assert_same_logits(backend, trimmed, backend.logits(read(backend, [*ids, 5, 6])))
-
-    def test_trimming_to_the_length_or_beyond_is_nothing(self, backend) -> None:
-        sequence = read(backend, [1, 2, 3])
-        assert backend.trim(sequence, 3) == 3
-        assert backend.trim(sequence, 99) == 3
-        assert backend.trim(sequence, 0) == 0
-        assert backend.length(sequence) == 0
-        backend.forward([Feed(sequence, [4])])
-        assert backend.length(sequence) == 1
-
-    def test_trimmed_to_nothing_it_is_as_new(self, backend) -> None:
-        ids = tokens(backend)
-        sequence = read(backend, ids[::-1], [5, 6])
-        assert backend.trim(sequence, 0) == 0
-        backend.forward([Feed(sequence, ids)])
-        assert_same_logits(backend, backend.logits(sequence), backend.logits(read(backend, ids)))
-
-    def test_two_hundred_opened_fed_forked_and_released_leave_no_memory_taken(self, backend) -> None:
-        ids = tokens(backend)
-        first = read(backend, ids)
-        expected = backend.logits(first)
-        backend.release(first)
-
-        def rounds(n: int) -> int:
-            for _ in range(n):
-                sequence = read(backend, ids)
-                copy = backend.fork(sequence)
-                backend.forward([Feed(copy, [5]), Feed(sequence, [6])])
-                backend.sample([Row(sequence, EM, 0.5), Row(copy, EM, 0.5)])
-                backend.release(sequence)
-                backend.release(copy)
-            return backend.memory_bytes()
-
-        before, peak = rounds(5), peak_memory()
-        assert rounds(200 if backend.info.vocabulary < 1000 else 20) == before
-        assert peak_memory() - peak < 30_000_000
-        assert_same_logits(backend, backend.logits(read(backend, ids)), expected)
-
-    def test_trimming_a_fork_leaves_the_parent(self, backend) -> None:
-        ids = tokens(backend)
-        parent = read(backend, ids)
-        fork = backend.fork(parent)
-        backend.trim(fork, 2)
-        backend.forward([Feed(parent, [5])])
-        assert_same_logits(backend, backend.logits(parent), backend.logits(read(backend, [*ids, 5])))
-
-    def test_interleaved_sequences_are_as_when_alone(self, backend) -> None:
-        base = tokens(backend)
-        prompts = [base, base[:4], base[::-1], base[2:]]
-        alone = []
-        for prompt in prompts:
-            sequence = read(backend, prompt, [5], [6, 7])
-            alone.append(backend.logits(sequence))
-            backend.release(sequence)
-        opened = [backend.open() for _ in prompts]
-        backend.forward([Feed(s, p) for s, p in zip(opened, prompts, strict=True)])
-        backend.forward([Feed(s, [5]) for s in reversed(opened)])
-        backend.forward([Feed(opened[2], [6, 7]), Feed(opened[0], [6, 7])])
-        rows = {0: backend.logits(opened[0]), 2: backend.logits(opened[2])}
-        backend.forward([Feed(opened[1], [6, 7]), Feed(opened[3], [6, 7])])
-        rows |= {1: backend.logits(opened[1]), 3: backend.logits(opened[3])}
-        for i, expected in enumerate(alone):
-            assert_same_logits(backend, rows[i], expected)
-
-    def test_prompts_and_single_steps_in_one_call(self, backend) -> None:
-        ids = tokens(backend)
-        running = read(backend, ids)
-        new = backend.open()
-        backend.forward([Feed(running, [5]), Feed(new, ids[:6])])
-        assert_same_logits(backend, backend.logits(running), backend.logits(read(backend, [*ids, 5])))
 
 
 class TestSampling:
@@ -409,7 +152,7 @@ class TestErrors:
     def test_full_at_a_step_and_shortened_it_goes_on(self, backend) -> None:
         ids = (tokens(backend) * CONTEXT)[:CONTEXT]
         sequence = read(backend, ids[:-1], ids[-1:])
-        with pytest.raises(ContextFullError, match="1 more token|1 new"):
+        with pytest.raises(ContextFullError, match=r"1 more token|1 new"):
             backend.forward([Feed(sequence, [5])])
         assert backend.trim(sequence, 10) == 10
         backend.forward([Feed(sequence, [5])])

@@ -156,7 +156,7 @@ def test_growing_keeps_what_is_held(unpacked_tiny) -> None:
 
 
 def test_without_memory_to_grow_all_stays_as_it_was() -> None:
-    """Room for the keys is found (0.3 GB), room for the values (160 TB, more than there are addresses) is not."""
+    """Room for the keys is found (0.3 GB), room for the values (160 TB, more than addresses) is not."""
     cache = SlotCache()
     cache.reserve(1, 5, 256)
     cells = torch.arange(5)[None]

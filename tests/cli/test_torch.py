@@ -1,4 +1,4 @@
-"""generate, chat and batch on the torch engine: a model folder, a GGUF file, adapters, and what is refused."""
+"""generate, chat and batch on the torch engine: model folders, GGUF files, adapters, and what is refused."""
 
 import json
 import shutil

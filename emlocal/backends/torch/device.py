@@ -10,7 +10,7 @@ from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, available
 
 RUNTIME_BYTES = 200_000_000
-"""transformers, the tokenizer and oneDNN's buffers, with torch loaded already: measured on Linux, on a CPU."""
+"""transformers, the tokenizer, oneDNN's buffers, with torch loaded already: measured on Linux, on a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
