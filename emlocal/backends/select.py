@@ -13,7 +13,7 @@ from emlocal.backends.options import KVType, LoadOptions
 from emlocal.errors import BackendError, UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import KV_TYPE_BYTES, Terms, terms
-from emlocal.models.resolve import FolderModel, Format, LocalModel, Model
+from emlocal.models.resolve import FolderModel, Format, LocalModel, Model, is_safetensors_folder
 from emlocal.models.storage import Progress, silent
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def has_cuda() -> bool:
     return there and (libraries / "libtorch_cuda.so").exists()
 
 
-def select_backend(asked: str = "auto") -> tuple[str, str]:
-    """The engine to use and the reason for it.
+def select_backend(asked: str = "auto", model: str | None = None) -> tuple[str, str]:
+    """The engine to use and the reason for it. `model`: what it is to run, as the user names it.
 
     Raises UsageError for an engine that this version does not have, BackendError for one whose packages are
     not installed.
@@ -53,22 +53,32 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
     if asked == "llama.cpp":
         return "llama.cpp", "asked for"
     if asked == "torch":
-        if not has_torch():
-            raise BackendError(
-                "the torch engine needs torch and transformers, which are not installed",
-                "pip install 'emlocal[torch]' (on Linux 2 GB and more, for CUDA; for the CPU alone add"
-                " --extra-index-url https://download.pytorch.org/whl/cpu)",
-            )
+        _check_torch("the torch engine needs torch and transformers, which are not installed")
         return "torch", "asked for"
     if asked != "auto":
         raise UsageError(
             f"this version of emlocal has no {asked} engine yet", "use --backend llama.cpp, or leave it out"
         )
+    if model is not None and is_safetensors_folder(model):
+        _check_torch(
+            f"{model} is a model in safetensors, which the torch engine runs; torch and transformers are not"
+            " installed"
+        )
+        return "torch", "for a model in safetensors"
     if on_apple_silicon():
         return "llama.cpp", "the mlx engine is not in this version yet"
     if has_torch() and has_cuda():
         return "torch", "there is a CUDA device"
     return "llama.cpp", "the engine for any CPU"
+
+
+def _check_torch(missing: str) -> None:
+    if not has_torch():
+        raise BackendError(
+            missing,
+            "pip install 'emlocal[torch]' (on Linux 2 GB and more, for CUDA; for the CPU alone add"
+            " --extra-index-url https://download.pytorch.org/whl/cpu)",
+        )
 
 
 def bare_loop(backend: "Backend") -> Callable[[int, int, int], list[float]] | None:
@@ -98,6 +108,12 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
 
         return on_device(header)
     return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
+
+
+def rooms(name: str, sequences: int, shared: bool) -> int:
+    """For how many whole contexts there must be memory: torch's sequences share the number of tokens alone,
+    each has room as long as the longest of them (backends/torch/cache.py)."""
+    return 1 if shared and name != "torch" else sequences
 
 
 def load_backend(

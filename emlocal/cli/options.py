@@ -104,7 +104,12 @@ class EngineOptions:
         _flag(ENGINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
     ] = None
     kv_type: Annotated[
-        KVChoice | None, _flag(ENGINE, "--kv-type", help="Type of the cached keys and values. (default: f16)")
+        KVChoice | None,
+        _flag(
+            ENGINE,
+            "--kv-type",
+            help="Type of the cached keys and values. (default: f16; in torch the model's)",
+        ),
     ] = None
     offline: Annotated[bool | None, _flag(ENGINE, "--offline", help="Never use the network.")] = None
 

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.context import context_length
+from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.torch.decoder import Decoder
-from emlocal.backends.torch.device import Place
+from emlocal.backends.torch.device import Place, out_of_memory
 from emlocal.backends.torch.passes import passes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
@@ -62,11 +63,10 @@ class TorchBackend(Backend):
     ) -> None:
         """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens.
 
-        Raises ModelError for a model that the decoder cannot run, UsageError for options that it cannot.
+        Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
         """
-        _check_kv_type(options.kv_type, place.dtype)
-        if place.device.type == "cpu" and options.threads:
-            torch.set_num_threads(options.threads)
+        if place.device.type == "cpu":
+            torch.set_num_threads(options.threads or physical_cores())
         self.info = info
         self.context = context_length(options.context, info.trained_context)
         self.max_sequences = options.sequences
@@ -74,6 +74,7 @@ class TorchBackend(Backend):
         self._model: Any = model
         self._tokenizer = tokenizer
         self._shared = options.shared
+        self._adapters = len(options.adapters)
         self._decoder = Decoder(model, place.device)
         self._decoder.check()
         if not options.shared:  # all at once: better to fail now than in the middle of a batch
@@ -135,6 +136,7 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
         self._rows, self._logits = {}, None
         lengths = [self._lengths[feed.sequence] for feed in feeds]
         self._check_room(feeds, lengths)
@@ -146,7 +148,7 @@ class TorchBackend(Backend):
             self._rows, self._logits = {}, None
             for feed, held in zip(feeds, lengths, strict=True):  # what was computed of this call goes again
                 self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise BackendError(
                     f"{self.place.device} has no memory for {counted(len(feeds), 'sequence')} at once",
                     "try a smaller --parallel or --context",
@@ -191,8 +193,8 @@ class TorchBackend(Backend):
         try:
             with torch.inference_mode():
                 self._decoder.cache.reserve(slots, tokens, self.context)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             raise BackendError(
                 f"{self.place.device} has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens",
@@ -201,7 +203,7 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        if not rows:  # of a step that only read prompts
+        if not rows:  # the last call read prompts only
             return []
         at = [self._rows[row.sequence] for row in rows]
         assert self._logits is not None
@@ -222,7 +224,8 @@ class TorchBackend(Backend):
 
     def describe(self) -> str:
         threads = f", {counted(torch.get_num_threads(), 'thread')}" if self.place.device.type == "cpu" else ""
-        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}"
+        adapters = f", {counted(self._adapters, 'adapter')}" if self._adapters else ""
+        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}{adapters}"
 
     def memory_bytes(self) -> int:
         weights: int = sum(p.nbytes for p in self._model.parameters())
@@ -237,7 +240,7 @@ class TorchBackend(Backend):
             torch.cuda.empty_cache()
 
 
-def _check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
+def check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
     """Raise UsageError unless the keys and values that are asked for have the model's own format."""
     if asked is not None and _KV_TYPES.get(asked) != dtype:
         name = str(dtype).removeprefix("torch.")

@@ -45,7 +45,7 @@ def read_gguf(path: Path, base: GGUFHeader | None) -> Adapter:
             raise ModelError(
                 f"the rows of {permuted} are in GGUF's order in {path.name}; to put them into that of other"
                 " formats takes the base model's number of heads",
-                "give the base model too: --base MODEL",
+                "give the base model too: --base MODEL, of emlocal adapter convert, for a PEFT folder",
             )
         return adapter
     if architecture != base.architecture:
