@@ -141,12 +141,22 @@ class MachineOptions:
         int | None,
         _flag(MACHINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
     ] = None
+    context: Annotated[
+        int | None,
+        _flag(
+            MACHINE,
+            "--context",
+            help="Tokens of a prompt and its answer; longer prompts are left out."
+            " (default: --max-tokens + 1024)",
+            metavar="N",
+        ),
+    ] = None
     token_budget: Annotated[
         int,
         _flag(
             MACHINE,
             "--tokens-per-batch",
-            help="Tokens of a micro-batch: memory. (default: 2048)",
+            help="Most tokens trained on at a time: memory, not outcome. (default: 2048)",
             metavar="N",
         ),
     ] = 2048
@@ -189,4 +199,6 @@ class RunOptions:
         Path | None,
         typer.Option("--config", help="Settings from a TOML file, by flag name.", metavar="FILE"),
     ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = False
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")
+    ] = False

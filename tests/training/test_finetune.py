@@ -174,7 +174,11 @@ def test_a_collapse_stops_and_keeps_the_last_good_adapter(
     assert outcome.reason == "collapsed"
     assert why in outcome.message
     assert f"step {outcome.steps} was kept" in outcome.message
-    assert 0 < outcome.steps == len(watcher.rows) - 1
+    assert 0 < outcome.steps < len(watcher.rows) - 1
+    assert outcome.last is not None
+    kept = watcher.rows[outcome.steps]
+    assert kept["entropy"] == outcome.last.entropy >= settings.entropy_floor
+    assert kept["kl"] <= settings.max_kl
     assert any(p.b.any() for p in adapter_in(out).pairs.values())
 
 

@@ -68,7 +68,9 @@ def skeleton(folder: Path) -> nn.Module:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
     check_architecture(config.to_dict())
