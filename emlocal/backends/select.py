@@ -111,8 +111,7 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
 
 
 def rooms(name: str, sequences: int, shared: bool) -> int:
-    """For how many whole contexts there must be memory: torch's sequences share the number of tokens alone,
-    each has room as long as the longest of them (backends/torch/cache.py)."""
+    """For how many whole contexts there must be memory: torch's sequences share none (LoadOptions.shared)."""
     return 1 if shared and name != "torch" else sequences
 
 

@@ -58,7 +58,7 @@ class LlamaCppBackend(Backend):
         try:
             self._put_adapters(options.adapters)
         except BaseException:
-            self.close()
+            loading.free()  # and not twice, where it is in a `with` block
             raise
         self._batch = Batch(self._lib, min(BATCH, self.context))
         self._lengths: dict[int, int] = {}

@@ -73,7 +73,6 @@ class TorchBackend(Backend):
         self.place = place
         self._model: Any = model
         self._tokenizer = tokenizer
-        self._shared = options.shared
         self._adapters = len(options.adapters)
         self._decoder = Decoder(model, place.device)
         self._decoder.check()
@@ -174,13 +173,6 @@ class TorchBackend(Backend):
             self._logits = rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _check_room(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        new = sum(len(feed.tokens) for feed in feeds)
-        if self._shared and (held := sum(self._lengths.values())) + new > self.context:
-            raise ContextFullError(
-                f"{counted(new, 'more token')} cannot be added: the context"
-                f" holds {held:,} of {self.context:,}",
-                "give a larger --context",
-            )
         for feed, held in zip(feeds, lengths, strict=True):
             if held + len(feed.tokens) > self.context:
                 raise ContextFullError(

@@ -59,9 +59,9 @@ def test_presets_on_both_vocabularies_draw_as_the_host(recorded, preset) -> None
 
 
 def test_rows_together_are_as_alone_bit_for_bit(smollm2_rows) -> None:
-    """More rows than a block has, so that some stand beside others and some beside copies."""
+    """Twenty rows of a kind: a full block, and one that is filled up with copies."""
     kinds = [SamplingParams(em=step, top_k=k) for step, k in itertools.product(EMS.values(), (0, 40))]
-    jobs = [Row(i % 6, params, 0.37) for i, params in enumerate(kinds * 5)]
+    jobs = [Row(i % 6, params, 0.37) for i, params in enumerate(kinds * 20)]
     together = drawn(smollm2_rows, jobs)
     assert together[: len(kinds)] == [drawn(smollm2_rows, [job])[0] for job in jobs[: len(kinds)]]
     assert drawn(smollm2_rows, jobs[::-1]) == together[::-1]
@@ -79,7 +79,7 @@ def test_the_compiled_step_is_the_step(recorded, capsys: pytest.CaptureFixture[s
         assert torch.equal(got[2], expected[2])
         z = expected[0]
     assert step._step is not em.descend
-    assert capsys.readouterr().err == ""
+    assert "torch.compile failed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("em_step", EMS)
