@@ -24,7 +24,8 @@ def rloo(rewards: ArrayLike) -> Float64:
     """
     centred, _ = _centred(rewards)
     n = centred.shape[-1]
-    return np.multiply(centred, n / (n - 1))
+    advantages: Float64 = centred * (n / (n - 1))
+    return advantages
 
 
 def grpo(rewards: ArrayLike, epsilon: float = GRPO_EPSILON) -> Float64:
