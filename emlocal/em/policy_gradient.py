@@ -122,7 +122,7 @@ def k3(log_probs: ArrayLike, reference: ArrayLike) -> Float64:
 
 
 def averaging_weights(lengths: ArrayLike, averaging: Averaging) -> Float64:
-    """The weight of each token's loss, [M], for N answers of these lengths [N], M = Σ lengths.
+    """The weight of each token's loss, [M], for N ≥ 1 answers of these lengths [N], M = Σ lengths.
 
     token: 1/M, the mean over all tokens (verl's default, the paper's runs). sequence: 1/(N·length), the
     mean over answers of the mean over their tokens (GRPO's eq. 3). sum: 1/N, the mean over answers of the
@@ -135,7 +135,7 @@ def averaging_weights(lengths: ArrayLike, averaging: Averaging) -> Float64:
     counts = checked_lengths(lengths, int(np.sum(lengths)))
     n, total = len(counts), counts.sum()
     per_answer = {
-        "token": np.full(n, 1 / max(1, total)),
+        "token": np.full(n, 1 / total),
         "sequence": 1 / (n * counts),
         "sum": np.full(n, 1 / n),
     }

@@ -126,5 +126,6 @@ def _per_answer(values: ArrayLike, lengths: ArrayLike, normalize: Normalize) -> 
     """[M] → [N]: the sum or mean of each answer's tokens."""
     flat = np.asarray(values, dtype=np.float64)
     counts = checked_lengths(lengths, len(flat))
-    sums: Float64 = np.array([part.sum() for part in np.split(flat, np.cumsum(counts)[:-1])])
+    ends = np.cumsum(counts)
+    sums = np.array([flat[end - n : end].sum() for n, end in zip(counts, ends, strict=True)])
     return sums / counts if normalize == "mean" else sums
