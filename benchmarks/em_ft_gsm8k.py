@@ -44,11 +44,11 @@ def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: fl
     """A row a question."""
     from emlocal.backends.options import LoadOptions
     from emlocal.backends.select import load_backend
-    from emlocal.generation.prompt import chat_tokens
+    from emlocal.generation.prompt import chat_tokens, with_system
     from emlocal.generation.scheduler import SPARE_SEQUENCES
     from emlocal.methods.answers import equivalent, extract
     from emlocal.models.resolve import resolve
-    from emlocal.training.prompts import read_prompts, with_system
+    from emlocal.training.prompts import read_prompts
     from emlocal.training.rollouts import draw_rollouts, repetition
     from emlocal.training.settings import FineTuneSettings
 
@@ -71,7 +71,7 @@ def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: fl
     while len(rows) < len(prompts):
         first = len(rows)
         part = prompts[first : first + CHUNK]
-        tokens = [chat_tokens(backend, with_system(p, SYSTEM)) for p in part]
+        tokens = [chat_tokens(backend, with_system(p.messages, SYSTEM)) for p in part]
         started = time.perf_counter()
         rollouts = draw_rollouts(backend, tokens, settings, 10**6 + first, chosen.parallel)
         with path.open("a") as file:

@@ -21,7 +21,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend
 from emlocal.backends.context import context_length
-from emlocal.backends.options import KVType, LoadOptions
+from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
 from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.overrides import Plan
@@ -31,17 +31,15 @@ from emlocal.errors import UsageError
 from emlocal.generation import Completion, Generator, Piece, Request, Timings
 from emlocal.generation.decode import Event
 from emlocal.generation.entropy import EntropySummary, summarize
-from emlocal.generation.prompt import chat_tokens
+from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.methods.method import Method, MethodName
 from emlocal.models.memory import check_memory
 from emlocal.models.resolve import resolve
 from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams, Uniforms
-from emlocal.settings import EM_PRESETS, EMInf, settings_of
+from emlocal.settings import DEFAULT_MAX_TOKENS, EM_PRESETS, EMInf, settings_of
 
-_MAX_TOKENS = 1024
-_PARALLEL_CONTEXT = 2048
 _NUMBERS = frozenset(settings_of(SamplingParams))
 
 Prompt = str | Sequence[Message]
@@ -118,7 +116,7 @@ def load(
         raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
     model = resolve(None if name is None else str(name), formats=formats_of(engine), offline=offline)
     trained = model.header.context_length
-    asked = min(trained, _PARALLEL_CONTEXT) if context is None and parallel > 1 else context
+    asked = min(trained, BATCH_CONTEXT) if context is None and parallel > 1 else context
     length = context_length(asked, trained)
     sequences = parallel + SPARE_SEQUENCES + 1  # the last is the generator's
     check_memory(model.header, length, memory_terms(engine, model.header, kv_type), n_seqs=sequences)
@@ -220,9 +218,7 @@ class Model:
                 raise UsageError("a raw prompt is one text, without roles")
             return self.backend.encode(prompt, add_special=True, parse_special=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
-        return chat_tokens(self.backend, messages)
+        return chat_tokens(self.backend, with_system(messages, system))
 
     def _plan(self, settings: Settings) -> Plan:
         """The settings over the model's own. Raises UsageError for what there is not."""
@@ -243,7 +239,7 @@ class Model:
         stop = settings.get("stop", ())
         return Plan(
             params,
-            settings.get("max_tokens", _MAX_TOKENS),
+            settings.get("max_tokens", DEFAULT_MAX_TOKENS),
             (stop,) if isinstance(stop, str) else tuple(stop),
             settings.get("seed", 0),
             1,

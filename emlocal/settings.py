@@ -44,6 +44,10 @@ def settings_of(cls: Any) -> dict[str, Setting]:
     return {f.name: f.metadata["setting"] for f in fields(cls) if "setting" in f.metadata}
 
 
+DEFAULT_MAX_TOKENS = 1024
+"""Of an answer, where nobody says."""
+
+
 def check_settings(values: Any) -> None:
     """Raise UsageError for the first number of a settings dataclass that lies outside its range."""
     for name, known in settings_of(values).items():

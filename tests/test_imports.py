@@ -23,6 +23,7 @@ HEAVY = {*ENGINES, "huggingface_hub"}
 BELOW = {
     "cli": {"batch", "chat", "training", "evaluation", "generation", "sampling", "em", "backends", "models"},
     "chat": {"generation", "sampling", "em", "backends", "models"},
+    "training": {"generation", "sampling", "em", "backends", "models"},
     "generation": {"sampling", "em", "backends", "models"},
     "backends": {"sampling", "em", "models"},
     "sampling": {"em"},
@@ -52,6 +53,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.backends.base, emlocal.backends.select, emlocal.backends.fake", HEAVY),
         ("import emlocal.models.templates", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.models.resolve", HEAVY | {"jinja2", "numpy"}),
+        ("import emlocal.training.settings", HEAVY | {"numpy"}),
         (
             "import emlocal.cli.generate, emlocal.cli.engine, emlocal.cli.precedence",
             HEAVY | {"numpy", "jinja2"},
@@ -62,6 +64,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.cli.app; emlocal.cli.app.run(['chat', '--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['adapter', '--help'])", HEAVY | {"numpy", "gguf"}),
         ("import emlocal.models.adapters.reading", HEAVY | {"gguf", "safetensors"}),
+        ("import emlocal.cli.app; emlocal.cli.app.run(['finetune', '--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['--version'])", HEAVY | {"numpy", "jinja2"}),
     ],
 )

@@ -30,6 +30,8 @@ class Objective:
     """The loss, and how its gradient is followed; see FineTuneSettings."""
 
     kl_beta: float = 0.0
+    measures_kl: bool = False
+    """Compute the KL even where it is not in the loss: another forward pass."""
     temperature: float = 1.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -27,3 +27,5 @@ class LoadOptions:
 
 
 DEFAULT_CONTEXT = 8192
+BATCH_CONTEXT = 2048
+"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""

@@ -14,7 +14,7 @@ from emlocal.batch.overrides import Plan, fields_of
 from emlocal.batch.rows import Answered, Row, error_row, openai_row, own_row
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Request
-from emlocal.generation.prompt import chat_tokens
+from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import Finished, Job, Scheduler
 from emlocal.methods.method import REVISE, Method, name_of
 from emlocal.models.templates import Message
@@ -165,20 +165,17 @@ class Batch:
                     raise UsageError(f"logit_bias names token {token}; the model has {vocabulary:,}")
             task.plan, task.extra = plan, dict(line.extra) if settings.keep else {}
             if line.messages is not None:
-                task.messages = self._with_system(line.messages)
+                task.messages = with_system(line.messages, self._settings.system)
             elif line.raw or settings.raw or self._backend.info.chat_template is None:
                 task.prompt = line.prompt or ""
             else:
-                task.messages = self._with_system([{"role": "user", "content": line.prompt or ""}])
+                task.messages = with_system(
+                    [{"role": "user", "content": line.prompt or ""}], self._settings.system
+                )
             return self._ask(task)
         except EmlocalError as error:
             task.error = error.message
             return Job(task, (), ())
-
-    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        if self._settings.system is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self._settings.system}, *messages]
 
     def _ask(self, task: Task) -> Job[Task]:
         """A job for the task's question as it stands. Raises UsageError, ModelError of the template."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from emlocal import console
 from emlocal.backends.context import context_length
-from emlocal.backends.options import KVType, LoadOptions
+from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
 from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
 from emlocal.cancel import interruptible
 from emlocal.cli.options import EngineOptions
@@ -23,8 +23,6 @@ from emlocal.models.resolve import FolderModel, Model, resolve
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
 
-BATCH_CONTEXT = 2048
-"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
 MOST_PARALLEL = 16
 """Sequences in a batch, where nobody says: on CPUs more gain little (docs/performance.md)."""
 _LEFT_FREE = 0.9  # of the free memory, a batch takes no more than this without being asked

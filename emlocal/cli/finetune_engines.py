@@ -16,13 +16,13 @@ from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.select import select_backend
 from emlocal.cli.finetune_options import AnswerOptions, MachineOptions, Rollouts
 from emlocal.errors import ContextFullError, UsageError
-from emlocal.generation.prompt import chat_tokens
+from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.resolve import LocalModel, Model, resolve
 from emlocal.models.unpacked import identity, unpack
 from emlocal.training.answerers import LlamaCppModel, SameModel
-from emlocal.training.prompts import Prompt, with_system
+from emlocal.training.prompts import Prompt
 from emlocal.training.settings import FineTuneSettings
 from emlocal.training.start import new_adapter
 from emlocal.words import counted
@@ -71,7 +71,7 @@ class Engines:
         tokens, most = [], backend.context - room
         too_long: list[tuple[Prompt, int]] = []
         for prompt in prompts:
-            encoded = chat_tokens(backend, with_system(prompt, system))
+            encoded = chat_tokens(backend, with_system(prompt.messages, system))
             if len(encoded) > most:
                 too_long.append((prompt, len(encoded)))
             else:
@@ -142,7 +142,11 @@ def open_engines(
         use_threads(threads)
     layers = {n: shape for n, shape in linear_layers(opened.model).items() if n != "lm_head"}
     objective = Objective(
-        settings.kl_beta, settings.temperature, settings.weight_decay, settings.max_grad_norm
+        settings.kl_beta,
+        settings.max_kl > 0,
+        settings.temperature,
+        settings.weight_decay,
+        settings.max_grad_norm,
     )
     learner = TorchLearner(
         opened.model,

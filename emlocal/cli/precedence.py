@@ -15,6 +15,7 @@ from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions
 from emlocal.errors import UsageError
 from emlocal.models.paths import config_dir
 from emlocal.settings import (
+    DEFAULT_MAX_TOKENS,
     EM_PRESETS,
     MAX_SEED,
     AdaptiveTemperature,
@@ -25,7 +26,6 @@ from emlocal.settings import (
 )
 
 Group = TypeVar("Group", EngineOptions, SamplingOptions, EMOptions)
-DEFAULT_MAX_TOKENS = 1024
 _LONG_NAMES = {"temperature": "temp", "dynatemp-exponent": "dynatemp-exp"}  # what people write → the flag
 _EM_INF_ONLY = ("em_steps", "em_learning_rate", "em_optimizer", "em_kl_weight")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

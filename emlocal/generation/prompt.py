@@ -41,6 +41,13 @@ def chat_tokens(backend: Backend, messages: Sequence[Message]) -> list[int]:
     return tokens
 
 
+def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:
+    """The messages, with a system message before them where there is none."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _control_texts_in(backend: Backend, messages: Sequence[Message]) -> list[str]:
     """The names of control tokens that occur in the messages."""
     contents = [m["content"] for m in messages]

@@ -179,6 +179,7 @@ class FineTune:
 
     def _save(self, step: int, history: dict[str, Any]) -> None:
         self.folder.save(Checkpoint(step, self.learner.state(), _arrays(self._now.good), history))
+        self.folder.put_adapter(self._now.good)
 
     def _step(self, step: int) -> Outcome | None:
         """Answers of the model as it is, a look at them, an optimizer step. The outcome, at the end."""

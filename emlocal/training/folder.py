@@ -1,6 +1,7 @@
 """The folder of a run: the adapter that it leaves, its settings, its metrics and its checkpoints.
 
-    OUT/adapter_config.json, adapter_model.safetensors   the last good adapter, in PEFT's layout
+    OUT/adapter_config.json, adapter_model.safetensors   the last good adapter, in PEFT's layout, from the
+                                                         first checkpoint on
     OUT/run.json                                         what the run is: settings, model, prompts, versions
     OUT/metrics.jsonl                                    a line a step
     OUT/checkpoints/                                     see emlocal.training.checkpoint

@@ -51,7 +51,7 @@ class Guards:
                 f"the answers have {now['length']:.0f} tokens, {first['length']:.0f} at first"
                 f" (--max-length-change {limits.max_length_change:g})"
             )
-        if now["kl"] > limits.max_kl:
+        if 0 < limits.max_kl < now["kl"]:
             return f"the KL to the base is {now['kl']:.2f} nats a token, above --max-kl {limits.max_kl:g}"
         return None
 

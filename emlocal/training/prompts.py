@@ -59,13 +59,6 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def with_system(prompt: Prompt, system: str | None) -> tuple[Message, ...]:
-    """Its messages, with a system message before them where there is none."""
-    if system is None or any(message["role"] == "system" for message in prompt.messages):
-        return prompt.messages
-    return ({"role": "system", "content": system}, *prompt.messages)
-
-
 def _of_file(path: Path) -> Iterator[Prompt | str]:
     as_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
     try:

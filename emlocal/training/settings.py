@@ -58,7 +58,11 @@ class FineTuneSettings:
         2.0, "--max-length-change", 1, math.inf, "Stop when answers get longer or shorter by this factor."
     )
     max_kl: float = setting(
-        1.0, "--max-kl", 0, math.inf, "Stop when the mean KL to the base (nats a token) passes this."
+        1.0,
+        "--max-kl",
+        0,
+        math.inf,
+        "Stop when the mean KL to the base (nats a token) passes this (0 = do not look).",
     )
 
     def __post_init__(self) -> None:

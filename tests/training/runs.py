@@ -85,7 +85,7 @@ def prepared(
     folder, start = RunFolder.open(out, {"settings": asdict(settings)}, resume=resume)
     model = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=torch.float32)
     layers = {name: shape for name, shape in linear_layers(model).items() if name != "lm_head"}
-    objective = Objective(settings.kl_beta, settings.temperature)
+    objective = Objective(settings.kl_beta, settings.max_kl > 0, settings.temperature)
     learner = TorchLearner(model, new_adapter(layers, settings), objective)
     gguf = resolve(str(pair.gguf))
     backend = LlamaCppBackend(gguf, LoadOptions(context=64, sequences=5, shared=False, threads=1))

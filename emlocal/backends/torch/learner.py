@@ -58,17 +58,14 @@ class TorchLearner(Learner):
         )
         self._device = self._head.device
         model.eval()
+        self._recomputed: list[nn.Module] = []
         if checkpointing:
             model.activation_checkpointing_enable()  # type: ignore[operator]
-            for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = (
-                        True  # of itself alone, which makes it act: its children drop nothing out
-                    )
+            self._recomputed = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
         try:
-            with self._fast_products():
+            with self._fast_products(), self._checkpointing():
                 return self._accumulate(batch, weights)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError from error
@@ -84,7 +81,7 @@ class TorchLearner(Learner):
         lengths = torch.tensor([len(each.answer) for each in batch])
         of_tokens = of_each.repeat_interleave(lengths).to(self._device)
         base = None
-        if self.objective.kl_beta:
+        if self.objective.kl_beta or self.objective.measures_kl:
             with torch.no_grad(), base_weights(self.model):
                 base = self._states(tokens, predicts)
         terms = em_ft_loss(
@@ -106,6 +103,18 @@ class TorchLearner(Learner):
         """
         states: Tensor = self._body(input_ids=tokens, use_cache=False).last_hidden_state
         return states[predicts]
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Let the layers compute their activations twice: only here, since they then keep no keys and values,
+        which answering needs. `training` is set on them alone: their children drop nothing out."""
+        for layer in self._recomputed:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self._recomputed:
+                layer.training = False
 
     @contextmanager
     def _fast_products(self) -> Iterator[None]:

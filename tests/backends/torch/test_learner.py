@@ -86,6 +86,13 @@ def test_loss_and_gradient_are_those_of_a_loop_over_prefixes(
         assert (mine - theirs).abs().max() <= 1e-4 * max(1e-3, float(theirs.abs().max()))
 
 
+def test_between_gradients_a_checkpointed_model_keeps_keys_and_values(pair: ModelPair) -> None:
+    ours = learner(pair, random_adapter(), checkpointing=True)
+    ours.accumulate(BATCH, [1.0] * 3)
+    cached = ours.model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+    assert cached.get_seq_length() == 3
+
+
 def test_micro_batches_make_the_same_gradient(pair: ModelPair) -> None:
     whole, parts = (learner(pair, random_adapter(), kl_beta=1.0) for _ in range(2))
     weights = [0.2, 0.3, 0.5]
@@ -103,6 +110,13 @@ def test_a_step_lowers_the_entropy(pair: ModelPair) -> None:
         entropies.append(ours.accumulate(BATCH, [1 / 8] * 3).entropy)
         ours.update(1e-2)
     assert all(later < earlier for earlier, later in pairwise(entropies))
+
+
+def test_a_kl_that_is_only_measured_changes_no_gradient(pair: ModelPair) -> None:
+    with_it, without = (learner(pair, random_adapter(), measures_kl=m) for m in (True, False))
+    assert with_it.accumulate(BATCH, [1.0] * 3).kl > 0.01
+    assert without.accumulate(BATCH, [1.0] * 3).kl == 0
+    assert with_it.update(1e-3) == pytest.approx(without.update(1e-3), rel=1e-4)
 
 
 def test_a_new_adapter_changes_nothing_and_has_no_kl(pair: ModelPair) -> None:
