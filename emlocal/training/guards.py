@@ -7,7 +7,7 @@ answers, text without end. These show in the answers themselves, against those o
 from dataclasses import dataclass, field
 
 from emlocal.training.rollouts import RolloutStats
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import TrainingSettings
 
 WINDOW = 3
 """Steps whose mean is looked at: a single step's few answers vary."""
@@ -17,7 +17,7 @@ WINDOW = 3
 class Guards:
     """Looks at each step's answers; `history` is all that it remembers."""
 
-    settings: FineTuneSettings
+    settings: TrainingSettings
     history: list[dict[str, float]] = field(default_factory=list)
 
     def look(self, stats: RolloutStats, kl: float) -> str | None:
