@@ -118,7 +118,7 @@ def k3(log_probs: ArrayLike, reference: ArrayLike) -> Float64:
     """
     d = np.asarray(reference, dtype=np.float64) - np.asarray(log_probs, dtype=np.float64)
     estimate: Float64 = np.expm1(d) - d
-    return np.maximum(estimate, 0.0)
+    return estimate
 
 
 def averaging_weights(lengths: ArrayLike, averaging: Averaging) -> Float64:

@@ -96,7 +96,7 @@ def vote_reward(answers: Sequence[Hashable | None]) -> Float64:
     return np.array([float(answer is not None and answer == winner) for answer in answers])
 
 
-def verifier_reward(answers: Sequence[Hashable | None], label: Hashable) -> Float64:
+def verifier_reward(answers: Sequence[Hashable | None], label: Hashable | None) -> Float64:
     """[N]: 1 where an answer is the label, else 0. Both are keys as for `majority_reward`; None gets 0."""
     return np.array([float(answer is not None and answer == label) for answer in answers])
 

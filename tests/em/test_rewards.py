@@ -86,6 +86,7 @@ def test_the_majority(answers: list[str | None], shares: list[float], votes: lis
 def test_the_verifier() -> None:
     assert verifier_reward(["18", None, "17", "18"], "18").tolist() == [1, 0, 0, 1]
     assert verifier_reward([None, 0], 0).tolist() == [0, 1]
+    assert verifier_reward([None], None).tolist() == [0]  # a label that cannot be read is met by nobody
 
 
 def test_weighted_sums() -> None:

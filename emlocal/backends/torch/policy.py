@@ -152,7 +152,7 @@ def policy_gradient_loss(
     if pull is not None:
         loss = loss + pull * moved.abs()
     detached = TokenScores(*(score.detach() for score in scores))
-    return PolicyTerms((weights * loss).sum(), detached, clipped, kl.detach().clamp_min(0))
+    return PolicyTerms((weights * loss).sum(), detached, clipped, kl.detach())
 
 
 def _ppo_clip(ratio: Tensor, advantages: Tensor, objective: PolicyObjective) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,7 @@ def test_scores_without_a_gradient_are_the_same_bit_for_bit() -> None:
 
 def test_just_drawn_the_ratio_is_one_and_nothing_is_clipped() -> None:
     given = Inputs()
-    given.old = token_scores(given.hidden, given.head, given.tokens).log_prob.detach()
+    given.old = token_scores(given.hidden, given.head, given.tokens).log_prob  # its graph is no matter
     ppo, reinforce = (given.fused(PolicyObjective(kind)) for kind in ("ppo-clip", "reinforce"))
     assert not ppo.clipped.any()
     got, want = (torch.autograd.grad(terms.loss, given.hidden)[0] for terms in (ppo, reinforce))
@@ -187,28 +187,42 @@ def test_micro_batches_add_up_to_the_step() -> None:
     assert (given.hidden.grad - whole).abs().max() <= 1e-6 * whole.abs().max()
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor had that an operation gave."""
+class Watched(TorchDispatchMode):
+    """The most numbers that any tensor had that an operation gave, and how many products there were."""
 
     numbers = 0
+    products = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.numbers = max([self.numbers, *sizes])
+        self.products += function is torch.ops.aten.mm.default
         return out
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_logits_of_all_tokens_never_exist(rows: int) -> None:
     given = Inputs()
-    with Largest() as seen:
+    with Watched() as seen:
         terms = given.fused(OBJECTIVES[3], pull=True, chunk_bytes=4 * V * rows)
         torch.autograd.backward(terms.loss)
     assert seen.numbers == max(rows * V, V * H)  # V · H: the head, transposed for a product
-    with Largest() as seen:
+    with Watched() as seen:
         torch.autograd.backward(given.naive(OBJECTIVES[3], pull=True, temperature=1.0))
     assert seen.numbers == M * V
+
+
+def test_a_gradient_costs_one_product_more_and_only_where_it_is_wanted() -> None:
+    given, chunks = Inputs(), 5
+    in_fives = {"chunk_bytes": 4 * V * 5}
+    with Watched() as seen:
+        log_prob = token_scores(given.hidden, given.head, given.tokens, **in_fives).log_prob
+        torch.autograd.backward(log_prob.sum())
+    assert seen.products == 2 * chunks
+    with Watched() as seen, torch.no_grad():
+        token_scores(given.hidden, given.head, given.tokens, **in_fives)
+    assert seen.products == chunks
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
