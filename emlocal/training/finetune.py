@@ -22,7 +22,7 @@ from emlocal.training.checkpoint import Arrays, Checkpoint
 from emlocal.training.folder import RunFolder
 from emlocal.training.guards import Guards
 from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import FineTuneSettings, TrainingSettings
 from emlocal.words import counted
 
 MOST_SKIPPED = 3
@@ -84,7 +84,7 @@ class Outcome:
     """… and those of the adapter that was kept."""
 
 
-def prompts_of_step(count: int, step: int, settings: FineTuneSettings) -> list[int]:
+def prompts_of_step(count: int, step: int, settings: TrainingSettings) -> list[int]:
     """Indices of a step's prompts: all of them in a random order, then in another one, and so on."""
     first = step * settings.prompts_per_step
     places = range(first, first + settings.prompts_per_step)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from emlocal.training.rollouts import RolloutStats
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import TrainingSettings
 
 WINDOW = 3
 """Steps whose mean decides whether to stop: a single step's few answers vary."""
@@ -18,7 +18,7 @@ WINDOW = 3
 class Guards:
     """Looks at each step's answers; `history` is all that it remembers."""
 
-    settings: FineTuneSettings
+    settings: TrainingSettings
     history: list[dict[str, float]] = field(default_factory=list)
 
     def look(self, stats: RolloutStats) -> str | None:

@@ -1,5 +1,6 @@
-"""The fused EM-FT loss against logits in full and autograd: time and peak extra memory, forward and backward.
+"""The fused losses of EM-FT and EM-RL against logits in full and autograd: time and peak extra memory.
 
+Forward and backward.
 Each way runs in a process of its own for the memory (its peak less what it had before), and both
 alternate in one process for the time. Shapes: 2,048 tokens, V = 151,936, hidden 896 (Qwen2.5-0.5B's).
 """
@@ -10,12 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from common import Noise, arguments, report, say, wait_until_quiet
 
 TOKENS, VOCABULARY, HIDDEN = 2048, 151_936, 896
-BETAS = (0.0, 1.5)
 
 
 def inputs() -> tuple[Any, Any, Any, Any]:
@@ -29,7 +30,7 @@ def inputs() -> tuple[Any, Any, Any, Any]:
     return hidden, base, head, torch.full((TOKENS,), 1 / TOKENS, device=device)
 
 
-def naive(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> None:
+def naive_em_ft(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
     import torch
 
     log_p = (hidden @ head.T).log_softmax(-1)
@@ -39,19 +40,65 @@ def naive(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> None:
         with torch.no_grad():
             log_p0 = (base @ head.T).log_softmax(-1)
         loss = loss + beta * (p * (log_p - log_p0)).sum(-1)
-    (weights * loss).sum().backward()
+    return (weights * loss).sum()
 
 
-def fused(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> None:
+def fused_em_ft(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
     from emlocal.backends.torch.objective import em_ft_loss
 
-    em_ft_loss(hidden, head, weights, base_hidden=base if beta else None, beta=beta).loss.backward()
+    return em_ft_loss(hidden, head, weights, base_hidden=base if beta else None, beta=beta).loss
 
 
-WAYS = {"naive": naive, "fused": fused}
+def drawn(weights: Any) -> tuple[Any, Any, Any]:
+    """Tokens, their advantages, and log-probabilities that stand for both old and reference."""
+    import torch
+
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (TOKENS,), generator=random)
+    advantages = torch.randn(TOKENS, generator=random)
+    log_probs = torch.full((TOKENS,), -12.0)
+    return tokens.to(weights.device), advantages.to(weights.device), log_probs.to(weights.device)
 
 
-def peak(way: str, beta: float) -> int:
+def naive_em_rl(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
+    """ppo-clip with k3, and the entropy that the token reward wants."""
+    import torch
+
+    tokens, a, old = drawn(weights)
+    rows = (hidden @ head.T).log_softmax(-1)
+    with torch.no_grad():
+        -(rows.exp() * rows).sum(-1)
+    now = rows.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    ratio, d = (now - old).exp(), old - now
+    loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + beta * (d.exp() - d - 1)
+    return (weights * loss).sum()
+
+
+def fused_em_rl(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
+    from emlocal.backends.torch.policy import policy_gradient_loss
+    from emlocal.em.policy_gradient import PolicyObjective
+
+    tokens, advantages, old = drawn(weights)
+    objective = PolicyObjective("ppo-clip", beta=beta)
+    return policy_gradient_loss(
+        hidden, head, tokens, advantages, weights, objective, old=old, reference=old
+    ).loss
+
+
+CASES: dict[str, tuple[float, dict[str, Callable[..., Any]]]] = {
+    "EM-FT, β 0": (0.0, {"naive": naive_em_ft, "fused": fused_em_ft}),
+    "EM-FT, β 1.5": (1.5, {"naive": naive_em_ft, "fused": fused_em_ft}),
+    "EM-RL": (0.001, {"naive": naive_em_rl, "fused": fused_em_rl}),
+}
+
+
+def run(case: str, way: str, tensors: Any) -> None:
+    """Forward and backward."""
+    beta, ways = CASES[case]
+    ways[way](*tensors, beta).backward()
+
+
+def peak(case: str, way: str) -> int:
     """Bytes beyond what was there before, in this process."""
     import torch
 
@@ -60,41 +107,41 @@ def peak(way: str, beta: float) -> int:
     if tensors[0].device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        WAYS[way](*tensors, beta)
+        run(case, way, tensors)
         return torch.cuda.max_memory_allocated() - before
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    WAYS[way](*tensors, beta)
+    run(case, way, tensors)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def seconds(way: str, tensors: Any, beta: float) -> float:
+def seconds(case: str, way: str, tensors: Any) -> float:
     import torch
 
     tensors[0].grad = None
     if tensors[0].device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    WAYS[way](*tensors, beta)
+    run(case, way, tensors)
     if tensors[0].device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def measure(beta: float, rounds: int) -> dict[str, Any]:
+def measure(case: str, rounds: int) -> dict[str, Any]:
     memory = {}
-    for way in WAYS:
+    for way in CASES[case][1]:
         done = subprocess.run(
-            [sys.executable, __file__, "--peak", way, str(beta)], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--peak", case, way], capture_output=True, text=True, check=True
         )
         memory[way] = int(json.loads(done.stdout))
     tensors = inputs()
-    seconds("fused", tensors, beta)
+    seconds(case, "fused", tensors)
     wait_until_quiet(120)
     noise = Noise()
     pairs = []
     for _ in range(rounds):
-        pairs.append({way: seconds(way, tensors, beta) for way in WAYS})
-        say(f"β {beta:g}: naive {pairs[-1]['naive']:.2f} s, fused {pairs[-1]['fused']:.2f} s")
+        pairs.append({way: seconds(case, way, tensors) for way in CASES[case][1]})
+        say(f"{case}: naive {pairs[-1]['naive']:.2f} s, fused {pairs[-1]['fused']:.2f} s")
     ratios = [pair["fused"] / pair["naive"] for pair in pairs]
     return {
         "device": str(tensors[0].device),
@@ -111,12 +158,12 @@ def measure(beta: float, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
-        print(peak(sys.argv[2], float(sys.argv[3])))
+        print(peak(sys.argv[2], sys.argv[3]))
         return
     chosen = arguments(__doc__ or "", rounds=7)
-    results = {f"{beta:g}": measure(beta, chosen.rounds) for beta in BETAS}
+    results = {case: measure(case, chosen.rounds) for case in CASES}
     columns = (
-        "β",
+        "loss",
         "device",
         "naive s",
         "fused s",
@@ -129,7 +176,7 @@ def main() -> None:
     )
     rows = [
         [
-            beta,
+            case,
             r["device"],
             f"{r['naive']:.2f}",
             f"{r['fused']:.2f}",
@@ -140,7 +187,7 @@ def main() -> None:
             r["n"],
             f"{r['others_used']:.0%}",
         ]
-        for beta, r in results.items()
+        for case, r in results.items()
     ]
     report(results, columns, rows, chosen.json)
 
