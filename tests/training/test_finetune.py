@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,7 +225,6 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
     assert not any(p.b.any() for p in adapter_in(out).pairs.values())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files there")
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     pair: ModelPair, whole: Path, out: Path
 ) -> None:

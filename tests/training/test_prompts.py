@@ -131,12 +131,8 @@ def test_what_is_no_file_of_prompts(tmp_path: Path) -> None:
             read_prompts("/dev/null")
 
 
-def test_a_hub_dataset_needs_its_package() -> None:
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        with pytest.raises(EmlocalError, match="need the package datasets") as caught:
-            read_prompts("openai/gsm8k:train")
-        assert caught.value.hint == "pip install datasets"
-    else:
-        pytest.skip("datasets is installed")
+def test_a_hub_dataset_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(EmlocalError, match="need the package datasets") as caught:
+        read_prompts("openai/gsm8k:train")
+    assert caught.value.hint == "pip install datasets"
