@@ -1,13 +1,17 @@
 """Micro-batches and the weights of their tokens."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emlocal.training.batching import micro_batches, token_weights
 from emlocal.training.rollouts import Rollout
 
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Machines that test are busy."""
 
+
+@patient
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
 def test_each_index_once_within_the_budget_longest_first(lengths: list[int], budget: int) -> None:
     batches = micro_batches(lengths, budget)
@@ -34,6 +38,7 @@ def test_weights() -> None:
     assert token_weights(rollouts, "sequence") == pytest.approx([1 / 3] * 3)
 
 
+@patient
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
 def test_token_weights_make_a_mean(lengths: list[int]) -> None:
     rollouts = [Rollout((1,), (2,) * n, True, "", 0.0) for n in lengths]
