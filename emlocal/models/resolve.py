@@ -254,7 +254,7 @@ def _model_in(folder: Path, formats: tuple[Format, ...]) -> Path:
     if whole and weight_files(names) and not models:
         raise ModelError(
             f"the folder {folder} has a model in safetensors, which llama.cpp does not run",
-            hint="leave --backend llama.cpp out, for the torch engine; or get the model as GGUF",
+            hint="leave --backend out, or use --backend torch; or get the model as GGUF",
         )
     if whole and not models:
         raise ModelError(

@@ -120,7 +120,7 @@ def test_a_folder_with_llama_cpp_says_what_runs_it(emlocal: Emlocal, folder: str
     done = emlocal("generate", "-m", folder, "--backend", "llama.cpp", "x")
     assert (done.code, done.out) == (1, "")
     assert "in safetensors, which llama.cpp does not run" in done.err
-    assert "leave --backend llama.cpp out" in done.err
+    assert "--backend torch" in done.err
 
 
 @pytest.mark.usefixtures("no_torch")
