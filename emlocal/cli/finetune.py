@@ -59,10 +59,10 @@ def finetune(
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
-    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT). No labels are needed.
+    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT).
 
-    Each step answers some prompts with the model as it is, and lowers the entropy of the distributions that
-    its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
+    No labels are needed. Each step answers some prompts with the model as it is, and lowers the entropy
+    of the distributions that its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
     """
     from emlocal.cli.finetune_engines import open_engines
     from emlocal.cli.finetune_settings import settings_of_run
