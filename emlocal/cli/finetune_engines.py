@@ -211,7 +211,7 @@ def _leaves(most: int) -> str:
 def _answerer(
     model: Model, opened: "Opened", options: LoadOptions, asked: Rollouts, parallel: int
 ) -> LlamaCppModel | SameModel:
-    """llama.cpp for GGUF models on CPUs, most of which do not compute bfloat16; else the model that is trained."""
+    """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
     on_cpu = opened.place.device.type == "cpu"
     wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and on_cpu)
     if wanted and isinstance(model, LocalModel):
