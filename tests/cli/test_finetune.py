@@ -13,28 +13,12 @@ import pytest
 
 from emlocal.cli.training_view import View
 from emlocal.models.adapters.reading import read_adapter
-from emlocal.models.resolve import LocalModel, resolve
-from emlocal.models.unpacked import unpack
 from tests.cli.conftest import Outcome
-from tests.tiny_pair import ModelPair, write_pair
+from tests.cli.training import error_of, metrics, settings_in, timeless
+from tests.tiny_pair import ModelPair
 
 Emlocal = Callable[..., Outcome]
 ROW = re.compile(r" +(\d+)/(\d+) +\d+\.\d{4} +(\d\.\d{4})? .*%.*\d\.\d$")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    return write_pair(tmp_path_factory.mktemp("pair"), "llama")
-
-
-@pytest.fixture(scope="module")
-def folder(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a Hugging Face folder with its tokenizer."""
-    model = resolve(str(pair.gguf))
-    assert isinstance(model, LocalModel)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        return unpack(model)
 
 
 @pytest.fixture
@@ -42,11 +26,6 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"question": f"say {i}"}) + "\n" for i in range(6)))
     return path
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 @pytest.fixture
@@ -62,22 +41,6 @@ def finetune(emlocal: Emlocal, pair: ModelPair, data: Path, out: Path) -> Callab
 
 
 Finetune = Callable[..., Outcome]
-
-
-def error_of(outcome: Outcome) -> str:
-    """The one line that says what was wrong."""
-    (line,) = (line for line in outcome.err.splitlines() if line.startswith("error: "))
-    assert "Traceback" not in outcome.err
-    return line
-
-
-def settings_in(out: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((out / "run.json").read_text())["settings"]
-    return settings
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("how", ["llama.cpp", "torch", "folder"])
@@ -476,10 +439,7 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     assert resumed.code == 0
     assert f"going on after step {stop_at + 1}" in resumed.err
     assert (out / "adapter_model.safetensors").read_bytes() == weights
-    timeless = [
-        [{k: v for k, v in row.items() if "seconds" not in k} for row in r] for r in (rows, metrics(out))
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(metrics(out)) == timeless(rows)
 
 
 def test_a_smaller_token_budget_is_heeded_on_resume_and_said(finetune: Finetune) -> None:
