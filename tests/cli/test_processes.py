@@ -45,7 +45,13 @@ def train(pair: ModelPair, out: Path, method: str, launcher: list[str], *more: s
     return done.stderr
 
 
-LAUNCHED = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]  # accelerate launch takes GPUs
+LAUNCHED = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--standalone",
+]  # accelerate launch takes GPUs
 
 
 @pytest.mark.parametrize("method", METHODS)
