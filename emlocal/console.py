@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,17 @@ def report(error: EmlocalError) -> None:
     err().print(f"error: {error.message}", style="bold red", markup=False)
     if error.hint:
         err().print(f"  fix: {error.hint}", markup=False)
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """A table of (name, text) without a frame, on stdout."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in rows:
+        table.add_row(Text(name), Text(text, overflow="fold"))
+    out().print(table)
 
 
 def heading(text: str) -> None:
