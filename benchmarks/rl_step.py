@@ -1,7 +1,7 @@
 """A step of EM-RL: the share of its time outside the model, and its answers beside `emlocal batch`.
 
-`emlocal rl`'s loop with the recipe paper-token, GSM8K's train questions, answers of --tokens tokens. Inside the
-model are forward passes and sampling of answers, forward passes over answers, and forward and backward for the
+`emlocal rl` with the recipe paper-token on GSM8K train questions, answers of --tokens tokens. Inside the
+model are forward passes and sampling of answers, forward passes over answers, and forward and backward of the
 gradient; outside are rewards, advantages, the optimizer, adapters handed to llama.cpp, metrics, checkpoints.
 `emlocal batch` answers the same prompts as often, with the adapter that a run begins with; steps and batches
 take turns.
@@ -126,7 +126,8 @@ def main() -> None:
     around = circumstances()
     print(f"`{around['command']}`, commit {around['commit']}, {around['date']}; others {noise.share():.0%}\n")
     print(
-        f"- outside the model: {statistics.median(shares):.1%} of a step ({min(shares):.1%}-{max(shares):.1%})"
+        f"- outside the model: {statistics.median(shares):.1%} of a step"
+        f" ({min(shares):.1%}-{max(shares):.1%})"
     )
     ratios = [a / b for a, b in zip(speeds, batches, strict=True)]
     print(
