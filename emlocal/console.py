@@ -69,8 +69,14 @@ def print_json(value: Any) -> None:
     write(json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None) + "\n")
 
 
+def hush() -> None:
+    """Say nothing but errors on stderr from now on: for one of several processes that do the same."""
+    err().quiet = True
+
+
 def report(error: EmlocalError) -> None:
     """What failed, and what mends it."""
+    err().quiet = False
     err().print(f"error: {error.message}", style="bold red", markup=False)
     if error.hint:
         err().print(f"  fix: {error.hint}", markup=False)
