@@ -1,6 +1,5 @@
 """`emlocal adapter`: what an adapter is, in another format, or merged into its model."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emlocal import console
+from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.models.gguf_header import GGUFHeader, shown
-from emlocal.models.resolve import resolve
+from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.storage import human_size
 from emlocal.words import counted
 
@@ -44,17 +44,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter is and, with --base, whether it fits that model."""
-    facts = _facts(path, base)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), Text(_plain(key, value), overflow="fold"))
-    console.out().print(table)
+    show_facts(_facts(path, base), as_json=as_json)
 
 
 @app.command()
@@ -102,25 +92,35 @@ def convert(
 @app.command()
 def merge(
     model: Annotated[
-        Path, typer.Option("-m", "--model", help="Model folder with safetensors weights.", metavar="FOLDER")
+        str,
+        typer.Option(
+            "-m",
+            "--model",
+            help="Short name, .gguf file (which is unpacked), folder, or org/name of the hub.",
+            metavar="MODEL",
+        ),
     ],
     adapter: Annotated[
         str, typer.Option("--adapter", help="The adapter, and optionally its scale.", metavar="PATH[=SCALE]")
     ],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
 ) -> None:
-    """Write a copy of a model folder with an adapter added to its weights."""
+    """Write a model as a folder of safetensors with an adapter added to its weights."""
     from emlocal.cli.engine import adapter_and_scale
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.reading import read_adapter
+    from emlocal.models.unpacked import unpack
 
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name, or remove it first")
     path, scale = adapter_and_scale(adapter)
-    opened = open_model(model)
-    read = read_adapter(path)
     with console.progress() as progress:
+        found = resolve(model, formats=("safetensors", "gguf"), progress=progress)
+        if isinstance(found, LocalModel):
+            read, opened = read_adapter(path, found.header), open_model(unpack(found, progress))
+        else:
+            read, opened = read_adapter(path), open_model(found.path)
         merge_into(read, scale, opened, out, progress)
     console.err().print(
         f"{out}: {human_size(opened.bytes)}, {counted(len(read.pairs), 'layer')} changed", markup=False
@@ -190,14 +190,3 @@ def _fit(path: Path, adapter: "Adapter", base: str) -> dict[str, Any]:
     except ModelError as error:
         return {"fits": False, "why_not": error.message}
     return {"fits": True}
-
-
-def _plain(key: str, value: object) -> str:
-    """One fact as people read it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return human_size(value) if key.endswith("bytes") else f"{value:,}"
-    if isinstance(value, list):
-        return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
-    return "not given" if value is None else str(value)

@@ -13,7 +13,7 @@ from emlocal.cli.app import run
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
-from tests.tiny_pair import ModelPair, write_pair
+from tests.tiny_pair import ModelPair
 
 
 @dataclass
@@ -34,11 +34,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    return write_pair(tmp_path_factory.mktemp("pair"), "llama")
-
-
-@pytest.fixture(scope="session")
 def folder(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a Hugging Face folder with its tokenizer."""
     model = resolve(str(pair.gguf))
@@ -46,11 +41,6 @@ def folder(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         return unpack(model)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 @pytest.fixture

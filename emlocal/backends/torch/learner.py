@@ -11,6 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from emlocal.backends.cpu import peak_memory
 from emlocal.backends.learner import Answer, Descent, Learner, OutOfMemoryError, State
+from emlocal.backends.processes import Processes
+from emlocal.backends.torch.device import out_of_memory
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
@@ -39,6 +41,7 @@ class TorchLearner(Learner):
         self, model: nn.Module, adapter: Adapter, descent: Descent, *, checkpointing: bool = False
     ) -> None:
         """`checkpointing`: compute activations twice rather than keep them."""
+        self.processes = Processes()
         self.model = model
         self._descent = descent
         model.requires_grad_(False)
@@ -72,10 +75,8 @@ class TorchLearner(Learner):
             with self._fast_products(), self._checkpointing():
                 tokens, predicts = padded(batch)
                 yield tokens.to(self._device), predicts.to(self._device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" in str(error):  # torch's way to say it on a CPU
+            if out_of_memory(error):
                 raise OutOfMemoryError from error
             raise
 
@@ -123,6 +124,7 @@ class TorchLearner(Learner):
         self._optimizer.zero_grad(set_to_none=True)
 
     def update(self, learning_rate: float) -> float:
+        self._add_up()
         norm = float(torch.nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None))
         if math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(
@@ -133,6 +135,17 @@ class TorchLearner(Learner):
             self._optimizer.step()
         self.forget()
         return norm
+
+    def _add_up(self) -> None:
+        """Bring the gradient to its sum over all processes: in one piece, for the numbers are few."""
+        if self.processes.count > 1:
+            parts = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._parameters]
+            flat = torch.cat([part.flatten() for part in parts])
+            self.processes.add_up(flat)
+            for parameter, part in zip(
+                self._parameters, torch.split(flat, [p.numel() for p in parts]), strict=True
+            ):
+                parameter.grad = part.view_as(parameter)
 
     def adapter(self) -> Adapter:
         return Adapter({name: layer.pair() for name, layer in self._layers.items()})

@@ -1,10 +1,10 @@
-"""The tiny model as a folder and as a GGUF file."""
+"""What is tested here is tested on each architecture."""
 
 import pytest
 
-from tests.tiny_pair import ModelPair, write_pair
+from tests.tiny_pair import ModelPair
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    return write_pair(tmp_path_factory.mktemp("pair"), request.param)
+@pytest.fixture(scope="session")
+def pair(any_pair: ModelPair) -> ModelPair:
+    return any_pair
