@@ -53,8 +53,8 @@ SETTINGS = RLSettings(
     max_kl=1e9,
 )
 """As much at once as there is."""
-PASSES = 4
-"""Of a step over its answers: to score them, as the base, and for each of two updates."""
+PASSES = 5
+"""Of a step over its answers: to score them, as the base, for TW-GRPO, and for each of two updates."""
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_ctrl_c_in_a_step_leaves_the_state_before_it(
         work.learner.update = lambda rate: updates.append(rate) or real(rate)  # type: ignore[func-returns-value]
         with pytest.raises(CancelledError):
             work.run(start)
-    assert len(updates) == 3 * SETTINGS.ppo_epochs + (passes == 3)  # between the two updates of a step
+    assert len(updates) == 3 * SETTINGS.ppo_epochs + (passes == PASSES - 1)  # between the two updates of a step
     (held, damaged) = checkpoint.latest(out / "checkpoints")
     assert held is not None
     assert (held.step, held.history["good_step"], damaged) == (3, 2, [])
