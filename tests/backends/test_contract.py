@@ -9,6 +9,8 @@ import pytest
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.mlx import opening as mlx
+from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.opening import open_folder
 from emlocal.em import EMInf
@@ -34,18 +36,22 @@ EM = SamplingParams(em=EMInf(0.1, 5, 1.0), temperature=1.0, min_p=0.0)
         "llama.cpp tiny",
         "torch tiny",
         "torch tiny, sampling on the device",
+        "mlx tiny",
+        "mlx tiny, sampling on the device",
         pytest.param("llama.cpp smollm2", marks=pytest.mark.real),
         pytest.param("torch smollm2", marks=pytest.mark.real),
+        pytest.param("mlx smollm2", marks=pytest.mark.real),
     ],
 )
 def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
     options = LoadOptions(context=CONTEXT, sequences=SEQUENCES, threads=1)
     if request.param == "fake":
         backend: Backend = FakeBackend(context=CONTEXT, sequences=SEQUENCES)
-    elif "torch" in request.param:
+    elif request.param.startswith(("torch", "mlx")):
         folder = request.getfixturevalue("unpacked_tiny" if "tiny" in request.param else "unpacked_smollm2")
         on_device = "device" in request.param
-        backend = open_folder(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
+        open_ = mlx.open_folder if "mlx" in request.param else open_folder
+        backend = open_(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
     else:
         model = request.getfixturevalue("tiny_model" if "tiny" in request.param else "smollm2")
         backend = LlamaCppBackend(model, options)
@@ -87,7 +93,7 @@ def same(backend: Backend) -> float:
     four-bit weights round activations to eight bits in one and not in another."""
     if isinstance(backend, FakeBackend):
         return 0.0
-    if isinstance(backend, TorchBackend):
+    if isinstance(backend, TorchBackend | MLXBackend):
         return 1e-4
     return 0.002 if backend.info.vocabulary < 1000 else 0.1
 
@@ -151,7 +157,7 @@ class TestInfo:
         assert backend.max_sequences == SEQUENCES
         assert info.chat_template
         assert info.name
-        assert backend.name in ("fake", "llama.cpp", "torch")
+        assert backend.name in ("fake", "llama.cpp", "mlx", "torch")
 
     def test_memory(self, backend) -> None:
         assert backend.memory_bytes() > 0

@@ -15,7 +15,7 @@ from emlocal.backends.torch.decoder import Decoder, attention_windows
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.model import check_architecture, load_model, sampling_settings, trained_context
 from emlocal.backends.torch.opening import open_folder
-from emlocal.backends.torch.passes import Chunk, passes
+from emlocal.backends.passes import Chunk, passes
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.resolve import LocalModel
 from emlocal.models.tokenizer import Tokenizer

@@ -1,0 +1,56 @@
+"""LoRA on an mlx-lm model, in mlx-lm's own layer."""
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.tuner.lora import LoRALinear
+
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.checks import check_fits
+
+
+def attach(model: nn.Module, adapter: Adapter, strength: float, dtype: mx.Dtype, base: str) -> None:
+    """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
+
+    mlx-lm's layer computes y = W x + scale · (x A) B, with A [in, rank] and B [rank, out]: `LoraPair`'s
+    scale is that scale. A and B take the model's number format.
+
+    Args:
+        strength: times each pair's scale.
+        base: what to call the model.
+    Raises ModelError where the adapter names a layer that the model does not have or that has another shape.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.QuantizedLinear | LoRALinear)
+    }
+    check_fits(adapter, {name: _shape(layer) for name, layer in layers.items()}, base)
+    for name, pair in adapter.pairs.items():
+        layer = LoRALinear(pair.a.shape[1], pair.b.shape[0], r=pair.rank, scale=pair.scale * strength)
+        layer.linear = layers[name]
+        layer.lora_a = mx.array(pair.a.T).astype(dtype)
+        layer.lora_b = mx.array(pair.b.T).astype(dtype)
+        _replace(model, name, layer)
+    model.eval()
+    mx.eval(model.parameters())
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """[out, in] of a linear layer, quantized or not, or with LoRA."""
+    if isinstance(layer, LoRALinear):
+        return int(layer.lora_b.shape[1]), int(layer.lora_a.shape[0])
+    rows, columns = layer.weight.shape
+    if isinstance(layer, nn.QuantizedLinear):
+        columns = columns * 32 // layer.bits
+    return int(rows), int(columns)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` at "model.layers.0.self_attn.q_proj"."""
+    *path, last = name.split(".")
+    parent = model
+    for part in path:
+        parent = parent[int(part)] if part.isdigit() else parent[part]
+    parent[last] = layer
+
+
