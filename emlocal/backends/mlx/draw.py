@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from emlocal.backends.mlx.em import GROUP
 from emlocal.sampling.reference import COLDEST
 
-GROUP = 512
-"""Tokens that the draw sums up first; V is a multiple of it here."""
 _UNIT = 2.0**44
 MOST_TOKENS = 1 << 19
 """A sum of more of them could overflow."""

@@ -13,6 +13,8 @@ import mlx.core as mx
 from emlocal.em.adaptive_temperature import COLDEST
 from emlocal.em.em_inf import BETA1, BETA2, EPSILON
 
+GROUP = 512
+"""V is a multiple of it; so many numbers are summed up first."""
 FLOOR = -1e20
 """A masked token's logit: its probability is 0, and no product with it is NaN, as with -inf."""
 HALVINGS = 28
@@ -39,13 +41,18 @@ class Descent(NamedTuple):
     kl_weight: mx.array
 
 
+def total(values: mx.array) -> mx.array:
+    """Sums of rows, [R, V] → [R, 1], by groups: MLX's CPU adds one after another, which costs 1e-4 at 49,152."""
+    return values.reshape(len(values), -1, GROUP).sum(axis=-1).sum(axis=-1, keepdims=True)
+
+
 def distribution(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """p and log p, [R, V], and the entropy in nats, [R, 1]."""
     shifted = z - z.max(axis=-1, keepdims=True)
     weights = mx.exp(shifted)
-    total = weights.sum(axis=-1, keepdims=True)
-    p, log_p = weights / total, shifted - mx.log(total)
-    return p, log_p, mx.maximum(-(p * log_p).sum(axis=-1, keepdims=True), 0.0)
+    mass = total(weights)
+    p, log_p = weights / mass, shifted - mx.log(mass)
+    return p, log_p, mx.maximum(-total(p * log_p), 0.0)
 
 
 def entropy(z: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Row
 from emlocal.backends.mlx import em
-from emlocal.backends.mlx.draw import GROUP, MOST_TOKENS, Fractions, Truncation, choose
+from emlocal.backends.mlx.draw import MOST_TOKENS, Fractions, Truncation, choose
 from emlocal.em import AdaptiveTemperature
 from emlocal.errors import LogitsError, ModelError, UsageError
 from emlocal.sampling import Draw, SamplingParams
@@ -93,7 +93,7 @@ def sample_block(
     fault = mx.where(mx.isnan(raw).any(axis=-1, keepdims=True), -1, fault)
     z0 = mx.where(fault < 0, 0.0, raw)
     z0 = mx.maximum(z0 - z0.max(axis=-1, keepdims=True), em.FLOOR)
-    z0 = mx.pad(z0, ((0, 0), (0, -vocabulary % GROUP)), constant_values=em.FLOOR)
+    z0 = mx.pad(z0, ((0, 0), (0, -vocabulary % em.GROUP)), constant_values=em.FLOOR)
     truncation, descent, ratio = Truncation(*columns[:6]), em.Descent(*columns[6:10]), columns[10]
     exact = Fractions(*fractions)
     sharpened = _sharpen(z0, kind, descent, ratio, rounds)
@@ -196,7 +196,7 @@ def _biases(row: Row, vocabulary: int) -> Iterable[tuple[int, float]]:
 def _probability(z: mx.array, token: mx.array) -> mx.array:
     """softmax(z) at the token, [R, 1]."""
     shifted = z - z.max(axis=-1, keepdims=True)
-    return mx.exp(mx.take_along_axis(shifted, token, axis=-1)) / mx.exp(shifted).sum(axis=-1, keepdims=True)
+    return mx.exp(mx.take_along_axis(shifted, token, axis=-1)) / em.total(mx.exp(shifted))
 
 
 def _draw(values: NDArray[np.float32]) -> Draw:
