@@ -19,9 +19,9 @@ class LoadOptions:
     """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
     their number times the memory, and decoding many at once is faster (docs/decisions.md)."""
     threads: int | None = None
-    """None: one per physical core."""
+    """None: one per physical core. MLX chooses for itself."""
     kv_type: KVType | None = None
-    """None: f16 in llama.cpp, the model's own in torch."""
+    """None: f16 in llama.cpp, the model's own in torch and mlx."""
     adapters: tuple[tuple[Path, float], ...] = ()
     """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
 

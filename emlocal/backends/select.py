@@ -30,6 +30,12 @@ def has_torch() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
 
 
+def has_mlx() -> bool:
+    """Whether the mlx engine's packages are installed; they are not imported."""
+    names = ("mlx", "mlx_lm", "tokenizers")
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
 def has_cuda() -> bool:
     """Whether there is an NVIDIA device and a torch built for it, by files: an import takes 1 s."""
     spec = importlib.util.find_spec("torch")
@@ -60,15 +66,29 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
                 " --extra-index-url https://download.pytorch.org/whl/cpu)",
             )
         return "torch", "asked for"
+    if asked == "mlx":
+        _check_mlx()
+        return "mlx", "asked for"
     if asked != "auto":
         raise UsageError(
-            f"this version of emlocal has no {asked} engine yet", "use --backend llama.cpp, or leave it out"
+            f"there is no engine {asked}", "use --backend llama.cpp, torch or mlx, or leave it out"
         )
-    if on_apple_silicon():
-        return "llama.cpp", "the mlx engine is not in this version yet"
+    if on_apple_silicon() and has_mlx():
+        return "mlx", "this is Apple Silicon"
     if has_torch() and has_cuda():
         return "torch", "there is a CUDA device"
     return "llama.cpp", "the engine for any CPU"
+
+
+def _check_mlx() -> None:
+    """Raise BackendError, with what to do, where the mlx engine cannot run."""
+    if sys.platform == "win32" or (sys.platform == "darwin" and not on_apple_silicon()):
+        where = "Windows" if sys.platform == "win32" else "Macs with Intel processors"
+        raise BackendError(f"MLX does not run on {where}", "use --backend llama.cpp, or leave it out")
+    if not has_mlx():
+        raise BackendError(
+            "the mlx engine needs mlx-lm, which is not installed", "pip install 'emlocal[mlx]' (140 MB)"
+        )
 
 
 def bare_loop(backend: "Backend") -> Callable[[int, int, int], list[float]] | None:
@@ -88,7 +108,7 @@ def bare_loop(backend: "Backend") -> Callable[[int, int, int], list[float]] | No
 
 def formats_of(name: str) -> tuple[Format, ...]:
     """The formats of models that an engine runs, the one it likes best first."""
-    return ("safetensors", "gguf") if name == "torch" else ("gguf",)
+    return ("gguf",) if name == "llama.cpp" else ("safetensors", "gguf")
 
 
 def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Terms:
@@ -97,6 +117,10 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
         from emlocal.backends.torch.device import memory_terms as on_device
 
         return on_device(header)
+    if name == "mlx":
+        from emlocal.backends.mlx.place import memory_terms as on_mlx
+
+        return on_mlx(header)
     return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
 
 
@@ -120,12 +144,16 @@ def load_backend(
 
             meanwhile()
             return LlamaCppBackend(model, options, loading)
+    if name not in ("torch", "mlx"):
+        raise UsageError(f"there is no engine called {name}")
+    from emlocal.models.unpacked import unpack
+
     if name == "torch":
         from emlocal.backends.torch.opening import open_folder
-        from emlocal.models.unpacked import unpack
+    else:
+        from emlocal.backends.mlx.opening import open_folder
 
-        if isinstance(model, FolderModel):
-            return open_folder(model.path, options, name=model.header.name)
-        shown = model.path.name if model.source == "path" else model.name
-        return open_folder(unpack(model, progress), options, name=shown, base=model.header)
-    raise UsageError(f"there is no engine called {name}")
+    if isinstance(model, FolderModel):
+        return open_folder(model.path, options, name=model.header.name)
+    shown = model.path.name if model.source == "path" else model.name
+    return open_folder(unpack(model, progress), options, name=shown, base=model.header)

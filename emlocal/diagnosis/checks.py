@@ -204,17 +204,12 @@ def other_engines() -> Iterator[Finding]:
     for name, package in (("mlx", "mlx_lm"), ("torch", "torch")):
         there = importlib.util.find_spec(package) is not None
         version = importlib.metadata.version(package.replace("_", "-")) if there else None
-        ours = name == "torch"
-        if ours:
-            text = (
-                f"torch {version}: --backend torch"
-                if there
-                else "not installed: pip install 'emlocal[torch]'"
-            )
-        else:
-            has = f"; {package} {version} is installed and not used" if there else ""
-            text = f"comes with a later version of emlocal{has}"
-        yield Finding(name, "info", text, facts={"in_this_version": ours, "installed": version})
+        text = (
+            f"{package.replace('_', '-')} {version}: --backend {name}"
+            if there
+            else f"not installed: pip install 'emlocal[{name}]'"
+        )
+        yield Finding(name, "info", text, facts={"installed": version})
 
 
 def compiler() -> Finding:

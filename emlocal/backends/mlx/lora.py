@@ -52,5 +52,3 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     for part in path:
         parent = parent[int(part)] if part.isdigit() else parent[part]
     parent[last] = layer
-
-

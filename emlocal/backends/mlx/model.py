@@ -41,7 +41,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Raise ModelError for a config that asks for code of its own, or for other things than text."""
     name = config.get("model_type") or "?"
     if config.get("model_file") is not None:
-        raise ModelError(f"{name} wants to run {config['model_file']} from its folder, which emlocal never does")
+        raise ModelError(
+            f"{name} wants to run {config['model_file']} from its folder, which emlocal never does"
+        )
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{name} is an encoder and a decoder; the mlx engine runs decoders only")
 

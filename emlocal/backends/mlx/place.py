@@ -37,9 +37,7 @@ class Place:
         return f"{'gpu' if self.on_gpu else 'cpu'}, {self.format} ({self.reason})"
 
 
-def choose_place(
-    tensors: Mapping[str, SafeTensor], device: str = "auto", dtype: str = "auto"
-) -> Place:
+def choose_place(tensors: Mapping[str, SafeTensor], device: str = "auto", dtype: str = "auto") -> Place:
     """The GPU if there is one, else the CPU; on GPUs the format of the model's weights.
 
     On CPUs it is float32: in 16 bits MLX computes there many times slower (docs/decisions.md).

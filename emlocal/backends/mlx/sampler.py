@@ -82,7 +82,13 @@ class MLXSampler:
 
 
 def sample_block(
-    raw: mx.array, columns: mx.array, fractions: mx.array, kind: str, ordered: bool, rounds: int, vocabulary: int
+    raw: mx.array,
+    columns: mx.array,
+    fractions: mx.array,
+    kind: str,
+    ordered: bool,
+    rounds: int,
+    vocabulary: int,
 ) -> mx.array:
     """float32 [R, V] → float32 [R, 7]: the fields of Draw, or a fault in place of the token.
 
@@ -151,7 +157,10 @@ def _settings(rows: Sequence[Row]) -> NDArray[np.float32]:
 
 def _fractions(rows: Sequence[Row]) -> NDArray[np.uint64]:
     """uint64 [2, B]: u and top-p, in units of 2⁻⁶⁴; exact."""
-    wanted = [[int(row.u * 2**64) for row in rows], [int(min(row.params.top_p, 1 - 2**-53) * 2**64) for row in rows]]
+    wanted = [
+        [int(row.u * 2**64) for row in rows],
+        [int(min(row.params.top_p, 1 - 2**-53) * 2**64) for row in rows],
+    ]
     return np.array(wanted, dtype=np.uint64)
 
 
