@@ -87,7 +87,7 @@ def _check_mlx() -> None:
         raise BackendError(f"MLX does not run on {where}", "use --backend llama.cpp, or leave it out")
     if not has_mlx():
         raise BackendError(
-            "the mlx engine needs mlx-lm, which is not installed", "pip install 'emlocal[mlx]' (140 MB)"
+            "the mlx engine needs mlx-lm, which is not installed", "pip install 'emlocal[mlx]'"
         )
 
 
@@ -148,11 +148,15 @@ def load_backend(
         raise UsageError(f"there is no engine called {name}")
     from emlocal.models.unpacked import unpack
 
+    open_folder: Callable[..., Backend]
     if name == "torch":
-        from emlocal.backends.torch.opening import open_folder
-    else:
-        from emlocal.backends.mlx.opening import open_folder
+        from emlocal.backends.torch.opening import open_folder as open_in_torch
 
+        open_folder = open_in_torch
+    else:
+        from emlocal.backends.mlx.opening import open_folder as open_in_mlx
+
+        open_folder = open_in_mlx
     if isinstance(model, FolderModel):
         return open_folder(model.path, options, name=model.header.name)
     shown = model.path.name if model.source == "path" else model.name

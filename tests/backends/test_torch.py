@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.passes import Chunk, passes
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.decoder import Decoder, attention_windows
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.model import check_architecture, load_model, sampling_settings, trained_context
 from emlocal.backends.torch.opening import open_folder
-from emlocal.backends.passes import Chunk, passes
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.resolve import LocalModel
 from emlocal.models.tokenizer import Tokenizer

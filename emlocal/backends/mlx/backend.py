@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
+from mlx.nn import Module
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
@@ -39,7 +39,7 @@ class MLXBackend(Backend):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Module,
         tokenizer: Tokenizer,
         info: ModelInfo,
         options: LoadOptions,
@@ -204,7 +204,8 @@ class MLXBackend(Backend):
         return f"context {counted(self.context, 'token')}, {self.place.describe()}"
 
     def memory_bytes(self) -> int:
-        weights: int = sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+        parameters: dict[str, mx.array] = tree_flatten(self._model.parameters(), destination={})  # type: ignore[assignment]
+        weights: int = sum(array.nbytes for array in parameters.values())
         logits: int = 0 if self._logits is None else self._logits.nbytes
         return weights + self._decoder.cache.nbytes + logits
 

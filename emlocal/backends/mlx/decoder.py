@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
+from mlx.nn import Module
 
 from emlocal.backends.mlx.cache import SlotCache, Window
 from emlocal.backends.mlx.model import windows
@@ -28,7 +28,7 @@ class Decoder:
     Raises ModelError for a model that keeps its state elsewhere than in a cache of keys and values.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         self._model: Any = model  # mlx-lm's models have no static types
         self.reach = windows(model)
         self.cache = SlotCache(self.reach)
@@ -96,7 +96,8 @@ class Decoder:
         self.cache.clear(1, 0, len(tokens))
         if held != layers:
             raise ModelError(
-                f"{name} is not for the mlx engine: {held // 2} of its {layers // 2} layers keep keys and values"
+                f"{name} is not for the mlx engine: {held // 2} of its {layers // 2} layers keep keys"
+                " and values"
             )
         far = float(mx.sqrt(mx.mean(mx.square(got - expected))) / mx.std(expected))
         if not far < _UNLIKE:
@@ -107,7 +108,7 @@ class Decoder:
 
 
 def _ranges(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Runs of slots in order, each for a pass of its own; gaps between single tokens are filled where that is cheap.
+    """Runs of slots in order, each for a pass of its own; small gaps between single tokens are filled.
 
     A row that is computed for nothing costs less than another pass over the weights; it writes nothing that
     is read.

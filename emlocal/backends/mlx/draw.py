@@ -128,6 +128,6 @@ def prefix_sums(values: mx.array) -> mx.array:
     """Inclusive, along the last axis of [R, n], in log₂ n additions of the array shifted by 1, 2, 4, …"""
     shift = 1
     while shift < values.shape[1]:
-        values = values + mx.pad(values[:, :-shift], ((0, 0), (shift, 0)))
+        values = values + mx.pad(values[:, :-shift], [(0, 0), (shift, 0)])
         shift *= 2
     return values

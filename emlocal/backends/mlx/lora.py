@@ -1,14 +1,16 @@
 """LoRA on an mlx-lm model, in mlx-lm's own layer."""
 
 import mlx.core as mx
-from mlx import nn
+from mlx.nn import Module
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedLinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.checks import check_fits
 
 
-def attach(model: nn.Module, adapter: Adapter, strength: float, dtype: mx.Dtype, base: str) -> None:
+def attach(model: Module, adapter: Adapter, strength: float, dtype: mx.Dtype, base: str) -> None:
     """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
 
     mlx-lm's layer computes y = W x + scale · (x A) B, with A [in, rank] and B [rank, out]: `LoraPair`'s
@@ -22,7 +24,7 @@ def attach(model: nn.Module, adapter: Adapter, strength: float, dtype: mx.Dtype,
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.QuantizedLinear | LoRALinear)
+        if isinstance(layer, Linear | QuantizedLinear | LoRALinear)
     }
     check_fits(adapter, {name: _shape(layer) for name, layer in layers.items()}, base)
     for name, pair in adapter.pairs.items():
@@ -35,17 +37,17 @@ def attach(model: nn.Module, adapter: Adapter, strength: float, dtype: mx.Dtype,
     mx.eval(model.parameters())
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _shape(layer: Module) -> tuple[int, int]:
     """[out, in] of a linear layer, quantized or not, or with LoRA."""
     if isinstance(layer, LoRALinear):
         return int(layer.lora_b.shape[1]), int(layer.lora_a.shape[0])
     rows, columns = layer.weight.shape
-    if isinstance(layer, nn.QuantizedLinear):
+    if isinstance(layer, QuantizedLinear):
         columns = columns * 32 // layer.bits
     return int(rows), int(columns)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _replace(model: Module, name: str, layer: Module) -> None:
     """Put `layer` at "model.layers.0.self_attn.q_proj"."""
     *path, last = name.split(".")
     parent = model

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
+from mlx.nn import Module
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
@@ -13,7 +13,7 @@ from emlocal.errors import ModelError
 from emlocal.models.folder import FolderHeader
 
 
-def load_model(header: FolderHeader, place: Place) -> nn.Module:
+def load_model(header: FolderHeader, place: Place) -> Module:
     """The causal language model in a checked folder, in the place's format, ready to be run.
 
     Quantized layers stay quantized; their scales and all other weights take the format. The device becomes
@@ -69,14 +69,15 @@ def old_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if config.get(name) is None}
 
 
-def windows(model: nn.Module) -> list[int | None]:
+def windows(model: Module) -> list[int | None]:
     """How far back each of the model's caches reaches; None: to the beginning.
 
     Raises ModelError for a model that keeps anything else than keys and values of attention.
     """
     untyped: Any = model
+    new_cache: Any = KVCache
     caches: list[Any] = (
-        untyped.make_cache() if "make_cache" in dir(type(model)) else [KVCache() for _ in untyped.layers]
+        untyped.make_cache() if "make_cache" in dir(type(model)) else [new_cache() for _ in untyped.layers]
     )
     found: list[int | None] = []
     for cache in caches:
@@ -106,6 +107,6 @@ def context_of(header: FolderHeader, reach: list[int | None]) -> int:
     window = config.get("sliding_window")
     kinds = config.get("layer_types") or ["sliding_attention"]
     slides = window and config.get("use_sliding_window") is not False and "sliding_attention" in kinds
-    if slides and all(size is None for size in reach):
-        length = min(length, int(window))
+    if slides and isinstance(window, int) and all(size is None for size in reach):
+        length = min(length, window)
     return length

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from emlocal.backends.base import LoadOptions, ModelInfo
 from emlocal.backends.mlx.backend import MLXBackend
-from emlocal.backends.mlx.decoder import windows
 from emlocal.backends.mlx.lora import attach
-from emlocal.backends.mlx.model import context_of, load_model
+from emlocal.backends.mlx.model import context_of, load_model, windows
 from emlocal.backends.mlx.place import choose_place
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import read_folder_header

@@ -99,7 +99,7 @@ def sample_block(
     fault = mx.where(mx.isnan(raw).any(axis=-1, keepdims=True), -1, fault)
     z0 = mx.where(fault < 0, 0.0, raw)
     z0 = mx.maximum(z0 - z0.max(axis=-1, keepdims=True), em.FLOOR)
-    z0 = mx.pad(z0, ((0, 0), (0, -vocabulary % em.GROUP)), constant_values=em.FLOOR)
+    z0 = mx.pad(z0, [(0, 0), (0, -vocabulary % em.GROUP)], constant_values=em.FLOOR)
     truncation, descent, ratio = Truncation(*columns[:6]), em.Descent(*columns[6:10]), columns[10]
     exact = Fractions(*fractions)
     sharpened = _sharpen(z0, kind, descent, ratio, rounds)

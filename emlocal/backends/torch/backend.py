@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from emlocal.backends.base import Backend, Feed, ModelInfo, Row
 from emlocal.backends.context import context_length
 from emlocal.backends.options import KVType, LoadOptions
+from emlocal.backends.passes import passes
 from emlocal.backends.torch.decoder import Decoder
 from emlocal.backends.torch.device import Place
-from emlocal.backends.passes import passes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
 from emlocal.sampling import Draw, Sampler
