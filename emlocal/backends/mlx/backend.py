@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 

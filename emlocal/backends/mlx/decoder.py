@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 
 from emlocal.backends.mlx.cache import SlotCache, Window
 from emlocal.backends.mlx.model import windows

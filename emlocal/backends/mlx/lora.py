@@ -1,7 +1,7 @@
 """LoRA on an mlx-lm model, in mlx-lm's own layer."""
 
 import mlx.core as mx
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear
 from mlx_lm.tuner.lora import LoRALinear

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn import Module
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
