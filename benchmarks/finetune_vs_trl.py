@@ -83,8 +83,8 @@ def trl(folder: Path, steps: int, threads: int) -> dict[str, float]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     rows = sequences(steps, model.config.vocab_size)
-    mask = [0] * PROMPT + [1] * ANSWER
-    data = Dataset.from_dict({"input_ids": rows, "completion_mask": [mask] * len(rows)})
+    labels = [[-100] * PROMPT + row[PROMPT:] for row in rows]
+    data = Dataset.from_dict({"input_ids": rows, "labels": labels})
     with tempfile.TemporaryDirectory() as out:
         settings = SFTConfig(
             output_dir=out,
@@ -96,7 +96,6 @@ def trl(folder: Path, steps: int, threads: int) -> dict[str, float]:
             use_cpu=not torch.cuda.is_available(),
             bf16=True,
             max_length=None,
-            completion_only_loss=True,
             dataset_kwargs={"skip_prepare_dataset": True},
             save_strategy="no",
             report_to="none",

@@ -22,7 +22,7 @@ from typing import Any, Self, TypedDict, Unpack
 from emlocal.backends.base import Backend
 from emlocal.backends.context import context_length
 from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
-from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
+from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.overrides import Plan
 from emlocal.batch.rows import Row
@@ -103,7 +103,7 @@ def load(
     """Load a model; None is the starter model, fetched where it is missing.
 
     Args:
-        name: as on the command line: "smollm2:135m", a .gguf file, "org/name:QUANT".
+        name: as on the command line: "smollm2:135m", a .gguf file, a model folder, "org/name:QUANT".
         parallel: how many prompts `batch` answers at once; each takes the memory of a whole context.
         context: tokens of a sequence; None: the model's own length, at most 8,192, and 2,048 in parallel.
         adapters: (LoRA adapter, scale): GGUF files, PEFT or MLX folders.
@@ -111,7 +111,7 @@ def load(
         ModelError: there is no such model or adapter, or it cannot be used.
         UsageError: an engine or a context that does not exist.
     """
-    engine, _ = select_backend(backend)
+    engine, _ = select_backend(backend, None if name is None else str(name))
     if not 1 <= parallel <= 256:
         raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
     model = resolve(None if name is None else str(name), formats=formats_of(engine), offline=offline)
@@ -119,8 +119,10 @@ def load(
     asked = min(trained, BATCH_CONTEXT) if context is None and parallel > 1 else context
     length = context_length(asked, trained)
     sequences = parallel + SPARE_SEQUENCES + 1  # the last is the generator's
-    check_memory(model.header, length, memory_terms(engine, model.header, kv_type), n_seqs=sequences)
-    options = LoadOptions(length, sequences, parallel == 1, threads, kv_type, tuple(adapters))
+    shared = parallel == 1
+    terms = memory_terms(engine, model.header, kv_type)
+    check_memory(model.header, length, terms, n_seqs=rooms(engine, sequences, shared))
+    options = LoadOptions(length, sequences, shared, threads, kv_type, tuple(adapters))
     return Model(load_backend(engine, model, options), parallel)
 
 

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,11 @@ def out() -> "Console":
 def note(text: str) -> None:
     """A dim line on stderr."""
     err().print(text, style="dim", markup=False)
+
+
+def command(words: Sequence[str]) -> None:
+    """A command line to copy, on stderr: quoted for a shell, and never broken into lines."""
+    err().print(f"  {shlex.join(words)}", style="dim", markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -21,27 +21,15 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
     Raises EmlocalError where the file cannot be written (no such folder, read-only, disk full).
     """
-    temporary: Path | None = None
     try:
         if path.exists() and not path.is_file():
             with path.open("w", encoding="utf-8") as stream:
                 yield stream
             return
-        target = path.resolve()
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(_usual_mode())
-        temporary.replace(target)
-        sync_folder(target.parent)
     except OSError as why:
         raise EmlocalError(f"cannot write {path}: {why.strerror or why}") from why
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

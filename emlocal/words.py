@@ -1,9 +1,16 @@
 """Grammar for messages."""
 
+from decimal import Decimal
+
 
 def counted(n: int, noun: str) -> str:
     """ "1 token", "2 tokens"; `noun` is one that takes an s."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def plain(number: float) -> str:
+    """A number as people write it: 0.000001 and 2, not 1e-06 and 2.0."""
+    return format(Decimal(repr(number)).normalize(), "f")
 
 
 def change(before: float, after: float, changed: bool) -> str:

@@ -112,6 +112,28 @@ def test_every_sampling_setting_can_be_given(model: emlocal.Model) -> None:
     model.generate("x", raw=True, max_tokens=1, logit_bias={5: -1.0}, **given)
 
 
+def test_on_torch(
+    tiny_model: LocalModel, unpacked_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model folder, whose engine is chosen, and the GGUF file that it came from: one answer, alone, in
+    pieces and in a batch."""
+    monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path))
+    with (
+        emlocal.load(unpacked_tiny, context=100, threads=1) as folder,
+        emlocal.load(tiny_model.path, backend="torch", parallel=3, context=100, threads=1) as file,
+    ):
+        assert folder.backend.name == file.backend.name == "torch"
+        answer = folder.generate("the cat", raw=True, em=True, max_tokens=12)
+        assert answer.entropy.after < answer.entropy.before
+        assert "".join(file.stream("the cat", raw=True, em=True, max_tokens=12)) == answer.text
+        lines = ["the cat", {"prompt": "two", "max_tokens": 3}, "x" * 150, "the cat"]
+        rows = list(file.batch(lines, raw=True, temperature=0, max_tokens=12))
+        assert [row.get("completion_tokens") for row in rows] == [12, 3, None, 12]
+        greedy = folder.generate("the cat", raw=True, temperature=0, max_tokens=12).text
+        assert rows[0]["text"] == rows[3]["text"] == greedy
+        assert "the context holds 100" in rows[2]["error"]
+
+
 @pytest.mark.real
 def test_the_starter_model_answers_a_conversation(smollm2: LocalModel) -> None:
     with emlocal.load(smollm2.path, parallel=2, context=512) as real:

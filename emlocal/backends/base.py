@@ -54,6 +54,19 @@ class Row(NamedTuple):
     """Tokens so far, for the penalties."""
 
 
+def check_feeds(feeds: Sequence[Feed], vocabulary: int) -> None:
+    """Raise ValueError for what a caller may not ask of `Backend.forward`: nothing at all, a feed without
+    tokens, a sequence twice, a token outside 0 … vocabulary - 1 (which would end a process on CUDA)."""
+    if not feeds or len({feed.sequence for feed in feeds}) < len(feeds):
+        raise ValueError("a call feeds at least one sequence, and each once")
+    for feed in feeds:
+        if not len(feed.tokens):
+            raise ValueError(f"sequence {feed.sequence} is fed no tokens")
+        low, high = min(feed.tokens), max(feed.tokens)
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"there is no token {low if low < 0 else high}; they are 0 to {vocabulary - 1}")
+
+
 class Backend(ABC):
     """A loaded model. Not for use from two threads at once."""
 
@@ -102,9 +115,10 @@ class Backend(ABC):
         """Append tokens to sequences: prompts of any length and single steps in one call.
 
         Afterwards `sample` and `logits` know the row of the last token of each sequence whose feed wanted
-        it, until the next call. A sequence may be fed once a call, with at least one token.
+        it, until the next call.
 
         Raises:
+            ValueError: see `check_feeds`.
             ContextFullError: the tokens do not fit beside those held.
             CancelledError: `cancelled()` became true; nothing was appended.
 
@@ -113,7 +127,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        """Draw a token for each row. A sequence may be named by several rows."""
+        """Draw a token for each row, of which there may be none. A sequence may be named by several rows."""
 
     @abstractmethod
     def logits(self, sequence: int) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
 from emlocal.errors import BackendError, CancelledError, ContextFullError
 from emlocal.sampling import Draw, Sampler
 
@@ -114,6 +114,7 @@ class FakeBackend(Backend):
         return self.length(sequence)
 
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, VOCABULARY)
         new = sum(len(feed.tokens) for feed in feeds)
         held = sum(map(len, self._held.values())) if self._shared else 0
         longest = max(len(self._held[feed.sequence]) + len(feed.tokens) for feed in feeds)

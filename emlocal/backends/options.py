@@ -17,7 +17,8 @@ class LoadOptions:
     """The most sequences held at once."""
     shared: bool = True
     """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
-    their number times the memory, and decoding many at once is faster (docs/decisions.md)."""
+    their number times the memory, and decoding many at once is faster (docs/decisions.md). In torch and mlx
+    each has that room in any case; it is taken at once where it is not shared, else as it is needed."""
     threads: int | None = None
     """None: one per physical core. MLX chooses for itself."""
     kv_type: KVType | None = None

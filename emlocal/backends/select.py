@@ -13,7 +13,7 @@ from emlocal.backends.options import KVType, LoadOptions
 from emlocal.errors import BackendError, UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import KV_TYPE_BYTES, Terms, terms
-from emlocal.models.resolve import FolderModel, Format, LocalModel, Model
+from emlocal.models.resolve import FolderModel, Format, LocalModel, Model, is_safetensors_folder
 from emlocal.models.storage import Progress, silent
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def has_cuda() -> bool:
     return there and (libraries / "libtorch_cuda.so").exists()
 
 
-def select_backend(asked: str = "auto") -> tuple[str, str]:
-    """The engine to use and the reason for it.
+def select_backend(asked: str = "auto", model: str | None = None) -> tuple[str, str]:
+    """The engine to use and the reason for it. `model`: what it is to run, as the user names it.
 
     Raises UsageError for an engine that this version does not have, BackendError for one whose packages are
     not installed.
@@ -59,12 +59,7 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
     if asked == "llama.cpp":
         return "llama.cpp", "asked for"
     if asked == "torch":
-        if not has_torch():
-            raise BackendError(
-                "the torch engine needs torch and transformers, which are not installed",
-                "pip install 'emlocal[torch]' (on Linux 2 GB and more, for CUDA; for the CPU alone add"
-                " --extra-index-url https://download.pytorch.org/whl/cpu)",
-            )
+        _check_torch("the torch engine needs torch and transformers, which are not installed")
         return "torch", "asked for"
     if asked == "mlx":
         _check_mlx()
@@ -75,6 +70,12 @@ def select_backend(asked: str = "auto") -> tuple[str, str]:
         )
     if on_apple_silicon() and has_mlx():
         return "mlx", "this is Apple Silicon"
+    if model is not None and is_safetensors_folder(model):
+        _check_torch(
+            f"{model} is a model in safetensors, which the torch engine runs; torch and transformers are not"
+            " installed"
+        )
+        return "torch", "for a model in safetensors"
     if has_torch() and has_cuda():
         return "torch", "there is a CUDA device"
     return "llama.cpp", "the engine for any CPU"
@@ -88,6 +89,15 @@ def _check_mlx() -> None:
     if not has_mlx():
         raise BackendError(
             "the mlx engine needs mlx-lm, which is not installed", "pip install 'emlocal[mlx]'"
+        )
+
+
+def _check_torch(missing: str) -> None:
+    if not has_torch():
+        raise BackendError(
+            missing,
+            "pip install 'emlocal[torch]' (on Linux 2 GB and more, for CUDA; for the CPU alone add"
+            " --extra-index-url https://download.pytorch.org/whl/cpu)",
         )
 
 
@@ -122,6 +132,12 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
 
         return on_mlx(header)
     return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
+
+
+def rooms(name: str, sequences: int, shared: bool) -> int:
+    """For how many whole contexts there must be memory: sequences of torch and mlx share none
+    (LoadOptions.shared)."""
+    return 1 if shared and name == "llama.cpp" else sequences
 
 
 def load_backend(

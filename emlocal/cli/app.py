@@ -14,7 +14,7 @@ VERBS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model. /help inside lists the commands.",
     "batch": "Answer a file of prompts; killed runs go on where they stopped.",
-    "finetune": "Train a LoRA adapter on the entropy of the model's own answers (EM-FT).",
+    "finetune": "Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT).",
     "models": "List, fetch, inspect and remove models.",
     "adapter": "Show, convert and merge LoRA adapters.",
     "doctor": "Check this machine: engine, model, folders, settings.",

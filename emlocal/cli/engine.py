@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from emlocal import console
 from emlocal.backends.context import context_length
 from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
-from emlocal.backends.select import formats_of, load_backend, memory_terms, select_backend
+from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.cancel import interruptible
 from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
@@ -59,7 +59,7 @@ def open_for_batch(options: EngineOptions, parallel: int | None, *, quiet: bool)
 @contextmanager
 def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: bool) -> Iterator[Opened]:
     _check(options)
-    name, reason = select_backend(str(options.backend or "auto"))
+    name, reason = select_backend(str(options.backend or "auto"), options.model)
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
@@ -76,7 +76,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
 
         sequences = SPARE + (sequences or _as_many_as_fit(model.header, context, terms, SPARE))
     assert sequences is not None
-    check_memory(model.header, context, terms, n_seqs=1 if shared else sequences)
+    check_memory(model.header, context, terms, n_seqs=rooms(name, sequences, shared))
     load = LoadOptions(
         context=context,
         sequences=sequences,

@@ -59,20 +59,29 @@ def finetune(
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
-    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT). No labels are needed.
+    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT).
 
-    Each step answers some prompts with the model as it is, and lowers the entropy of the distributions that
-    its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
+    No labels are needed. Each step answers some prompts with the model as it is, and lowers the entropy
+    of the distributions that its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
     """
     from emlocal.cli.finetune_engines import open_engines
     from emlocal.cli.finetune_settings import settings_of_run
+    from emlocal.cli.finetune_validation import check_answers
+    from emlocal.training.folder import check as check_folder
     from emlocal.training.prompts import read_prompts
+    from emlocal.training.reporting import check_package
 
+    if machine.offline:  # before anything that may ask the hub is imported
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     settings = settings_of_run(training, recipe, run.config)
     _check(run, answers, machine)
+    if not run.dry_run:
+        check_folder(output, resume=run.resume)
+    if run.report_to:
+        check_package(str(run.report_to))
     prompts = read_prompts(data, limit=answers.limit)
     validation = read_prompts(run.validate) if run.validate else []
-    _check_answers(validation)
+    check_answers(validation)
     if recipe is Recipe.one_shot and len(prompts) > 1:
         raise UsageError(
             f"--recipe one-shot trains on one prompt; {data} holds {len(prompts):,}", "choose one: --limit 1"
@@ -84,7 +93,7 @@ def finetune(
 
             show(engines, prompts, settings, answers, machine)
             return
-        outcome = _train(engines, prompts, validation, settings, (output, recipe, run, answers, machine))
+        outcome = _train(engines, prompts, validation, (output, recipe, run, answers, machine))
     if not run.quiet:
         _say(outcome, engines.model_name, output)
     if outcome.reason != "finished":
@@ -99,36 +108,30 @@ def _check(run: RunOptions, answers: AnswerOptions, machine: MachineOptions) -> 
         ("--limit", answers.limit, 1, 10**12),
         ("--parallel", answers.parallel, 1, 256),
         ("--threads", machine.threads, 1, 4 * cores),
+        ("--context", machine.context, 16, 10**9),
         ("--tokens-per-batch", machine.token_budget, 1, 10**9),
     ):
         if value is not None and not low <= value <= high:
             raise UsageError(f"{flag} is {value}; it must be between {low:,} and {high:,}")
 
 
-def _check_answers(validation: Sequence["Prompt"]) -> None:
-    for prompt in validation:
-        if prompt.answer is None:
-            raise UsageError(
-                f"{prompt.where}: no answer to compare with", '--validate needs "answer" in each line'
-            )
-
-
 def _train(
     engines: "Engines",
     prompts: Sequence["Prompt"],
     validation: Sequence["Prompt"],
-    settings: "FineTuneSettings",
     asked: tuple[Path, Recipe, RunOptions, AnswerOptions, MachineOptions],
 ) -> "Outcome":
     """Open the run's folder, train, and leave the adapter there."""
-    from emlocal.cli.finetune_validation import accuracy
+    from emlocal.cli.finetune_validation import Validation
     from emlocal.cli.finetune_view import View
     from emlocal.generation import interruptible
     from emlocal.training.finetune import FineTune, Plan
     from emlocal.training.folder import RunFolder
 
     output, recipe, run, answers, machine = asked
-    tokens = engines.tokens_of(prompts, answers.system, settings.max_tokens)
+    settings = engines.settings
+    tokens = [tokens for _, tokens in engines.encoded(prompts, answers.system)]
+    exam = Validation(engines, validation, answers.system, output)
     identity = _identity(engines, settings, tokens, answers)
     folder, start = RunFolder.open(output, identity, resume=run.resume)
     with ExitStack() as opened:
@@ -150,23 +153,17 @@ def _train(
             engines.answerer,
             folder,
             view,
-            lambda: cancelled.requested,
+            cancelled,
         )
-
-        def validate() -> float:
-            return accuracy(engines, validation, answers.system, settings, lambda: cancelled.requested)
-
-        before = validate() if validation and start is None else None
         try:
+            before = exam.before(cancelled, view.validating)
             outcome = work.run(start)
+            if before is not None:
+                engines.use(work.kept)
+                view.validated(before, exam.after(before, cancelled, view.validating))
         except CancelledError:
-            view.stop()
-            console.note(f"stopped; go on with the same command and --resume ({output})")
+            view.stopped(output)
             raise
-        view.stop()
-        if validation:
-            engines.use(work.kept)
-            view.validated(before, validate())
     return outcome
 
 
@@ -189,14 +186,13 @@ def _identity(
 
 def _say(outcome: "Outcome", model: str, output: Path) -> None:
     """How it ended, and what to do next."""
-    said = {"finished": "finished", "collapsed": "stopped", "not finite": "stopped"}[outcome.reason]
-    console.note(f"{said}: {outcome.message}")
+    console.note(f"{'finished' if outcome.reason == 'finished' else 'stopped'}: {outcome.message}")
     first, last = outcome.first, outcome.last
     if first and last:
         console.note(
-            f"mean entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
-            f" length {first.length:.0f} → {last.length:.0f} tokens,"
+            f"entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
+            f" length {first.length:.0f} → {last.length:.0f},"
             f" repetition {first.repetition:.1%} → {last.repetition:.1%}"
         )
     console.note(f"the adapter of {counted(outcome.steps, 'step')} is in {output}; try it:")
-    console.note(f"  emlocal chat -m {model} --adapter {output}")
+    console.command(["emlocal", "chat", "-m", model, "--adapter", str(output)])

@@ -3,18 +3,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emlocal import console
 from emlocal.cli.finetune_options import AnswerOptions, MachineOptions
 from emlocal.models.storage import human_size
 from emlocal.settings import settings_of
-from emlocal.training.batching import micro_batches, token_weights
+from emlocal.training.batching import token_weights
 from emlocal.training.finetune import prompts_of_step
 from emlocal.training.prompts import Prompt
 from emlocal.training.rollouts import Rollout, draw_rollouts
 from emlocal.training.settings import FineTuneSettings
-from emlocal.words import counted
+from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
     from emlocal.cli.finetune_engines import Engines
@@ -32,14 +32,13 @@ def show(
     machine: MachineOptions,
 ) -> None:
     """Print the settings, one example as it would be trained on, and what a run takes."""
-    tokens = engines.tokens_of(prompts, answers.system, settings.max_tokens)
+    tokens = [tokens for _, tokens in engines.encoded(prompts, answers.system)]
     console.heading("Settings")
     for name, value in asdict(settings).items():
-        flag = _FIELDS.get(name) or settings_of(FineTuneSettings)[name].flag
-        said = ",".join(value) if isinstance(value, tuple) else value
-        console.write(f"  {flag:<21} {said}\n")
-    console.write(f"  {'prompts':<21} {len(tokens):,} of {len(prompts):,}\n")
-    console.write(f"  {'engines':<21} {engines.describe()}\n")
+        _line(_FIELDS.get(name) or settings_of(FineTuneSettings)[name].flag, _said(value))
+    _line("prompts", f"{len(tokens):,} of {len(prompts):,}")
+    for name, text in zip(("model", "adapter", "engine"), engines.describe(), strict=True):
+        _line(name, text)
 
     chosen = prompts_of_step(len(tokens), 0, settings)[: engines.answerer.parallel]
     short = replace(settings, max_tokens=min(_TOKENS, settings.max_tokens))
@@ -51,14 +50,18 @@ def show(
     console.heading("One example")
     _show_example(engines, rollouts[0])
 
-    started = time.perf_counter()
-    weights = token_weights(rollouts, settings.normalize)
-    for batch in micro_batches([len(r) for r in rollouts], machine.token_budget):
-        engines.learner.accumulate([rollouts[i] for i in batch], [weights[i] for i in batch])
-    training = time.perf_counter() - started
-    engines.learner.forget()
-    console.heading("A run")
-    _show_costs(engines, settings, rollouts, answering, training)
+    console.heading("A run, if every answer is as long as it may get")
+    _show_costs(engines, settings, rollouts, answering, machine.token_budget)
+
+
+def _line(name: str, text: str) -> None:
+    console.write(f"  {name:<21} {text}\n")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return plain(value)
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _show_example(engines: "Engines", rollout: Rollout) -> None:
@@ -83,25 +86,31 @@ def _show_costs(
     settings: FineTuneSettings,
     rollouts: Sequence[Rollout],
     answering: float,
-    training: float,
+    token_budget: int,
 ) -> None:
-    """Times of whole steps from those of the small one, for answers as long as they may get."""
-    n = len(rollouts)
+    """Times and memory of whole steps, from the short answers and one whole micro-batch of long ones."""
     answered = sum(len(r.answer) for r in rollouts)
-    trained = sum(len(r) for r in rollouts)
-    longest = settings.max_tokens + sum(len(r.prompt) for r in rollouts) / n
-    seconds = settings.prompts_per_step * (
-        settings.max_tokens * answering / answered + longest * training / trained
-    )
-    console.write(f"  answering             {answered / answering:,.0f} tokens/s\n")
-    console.write(f"  training              {trained / training:,.0f} tokens/s, prompts included\n")
-    console.write(
-        f"  a step                at most {_duration(seconds)}"
-        f" ({settings.prompts_per_step:,} answers of {settings.max_tokens:,} tokens)\n"
-    )
-    whole = seconds * (settings.steps + 1)  # the last adapter's answers are looked at too
-    console.write(f"  {counted(settings.steps, 'step'):<21} at most {_duration(whole)}\n")
-    console.write(f"  {'memory':<21} {human_size(engines.learner.peak_memory())} so far, at most\n")
+    batch = _whole_batch(rollouts, settings.max_tokens, token_budget, settings.prompts_per_step)
+    started = time.perf_counter()
+    engines.learner.accumulate(batch, token_weights(batch, settings.normalize))
+    training = time.perf_counter() - started
+    engines.learner.forget()
+    n, trained = settings.prompts_per_step, sum(len(r) for r in batch)
+    longest = settings.max_tokens + sum(len(r.prompt) for r in rollouts) / len(rollouts)
+    answers, gradient = n * settings.max_tokens * answering / answered, n * longest * training / trained
+    _line("answering", f"{answered / answering:,.0f} tokens/s")
+    _line("training", f"{trained / training:,.0f} tokens/s, prompts included")
+    _line("a step", f"{_duration(answers + gradient)} ({n:,} answers of {settings.max_tokens:,} tokens)")
+    whole = settings.steps * (answers + gradient) + answers  # the last adapter's answers are looked at too
+    _line(counted(settings.steps, "step"), _duration(whole))
+    _line("memory", f"{human_size(engines.learner.peak_memory())} at its peak, with one whole micro-batch")
+
+
+def _whole_batch(rollouts: Sequence[Rollout], length: int, budget: int, most: int) -> list[Rollout]:
+    """As many answers as a micro-batch takes, each stretched to `length` tokens by saying it again."""
+    long = [replace(r, answer=(r.answer * length)[:length]) for r in rollouts]
+    many = min(most, max(1, budget // max(map(len, long))))
+    return (long * many)[:many]
 
 
 def _duration(seconds: float) -> str:

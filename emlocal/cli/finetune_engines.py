@@ -1,11 +1,11 @@
 """The engines of a fine-tuning run: one that is trained, and one that answers, which may be the same."""
 
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emlocal import console
@@ -15,7 +15,7 @@ from emlocal.backends.learner import Objective
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.select import select_backend
 from emlocal.cli.finetune_options import AnswerOptions, MachineOptions, Rollouts
-from emlocal.errors import ContextFullError, UsageError
+from emlocal.errors import ContextFullError, ModelError, UsageError
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.adapters.adapter import Adapter
@@ -53,40 +53,46 @@ class Engines:
         """As it was typed."""
         return self.model.name
 
-    def describe(self) -> str:
-        """For people."""
+    def describe(self) -> tuple[str, str, str]:
+        """The model, what is trained, and what answers, for people."""
+        name = Path(self.model.name).name if self.model.source == "path" else self.model.name
+        layers = counted(len(self.learner.adapter().pairs), "layer")
         return (
-            f"{self.model.name}: trains on torch, {self.place};"
-            f" answers by {self.answerer.backend.name}, {self.answerer.parallel} at once;"
-            f" {self.learner.parameters / 1e6:.1f} M parameters in"
-            f" {counted(len(self.learner.adapter().pairs), 'layer')}"
+            f"{name}, trained on torch, {self.place}",
+            f"LoRA of {self.learner.parameters:,} parameters in {layers}",
+            f"answers by {self.answerer.backend.name}, {self.answerer.parallel} at once,"
+            f" {counted(self.threads, 'thread')}",
         )
 
-    def tokens_of(self, prompts: Sequence[Prompt], system: str | None, room: int) -> list[list[int]]:
-        """The prompts' tokens. Those that leave no room for an answer are left out, with a warning.
+    def encoded(self, prompts: Sequence[Prompt], system: str | None) -> list[tuple[Prompt, list[int]]]:
+        """The prompts and their tokens. Those that leave no room for an answer are left out, with a warning.
 
-        Raises ContextFullError where that is all of them.
+        Raises ContextFullError where that is all of them, UsageError where the template refuses one.
         """
         backend = self.answerer.backend
-        tokens, most = [], backend.context - room
+        room = self.settings.max_tokens
+        fitting, most = [], backend.context - room
         too_long: list[tuple[Prompt, int]] = []
         for prompt in prompts:
-            encoded = chat_tokens(backend, with_system(prompt.messages, system))
-            if len(encoded) > most:
-                too_long.append((prompt, len(encoded)))
+            try:
+                tokens = chat_tokens(backend, with_system(prompt.messages, system))
+            except UsageError as why:
+                raise UsageError(f"{prompt.where}: {why.message}", why.hint) from why
+            if len(tokens) > most:
+                too_long.append((prompt, len(tokens)))
             else:
-                tokens.append(encoded)
+                fitting.append((prompt, tokens))
         if too_long:
             prompt, length = too_long[0]
             said = (
-                f"{counted(len(too_long), 'prompt')} of {len(prompts):,} do not fit: {prompt.where} has"
-                f" {length:,} tokens; {backend.context:,} of context less {room:,} for the answer"
-                f" leave {most:,}"
+                f"{counted(len(too_long), 'prompt')} of {len(prompts):,} {_does(len(too_long))} not fit:"
+                f" {prompt.where} has {length:,} tokens; --context {backend.context:,} less {room:,} for the"
+                f" answer {_leaves(most)}"
             )
-            if not tokens:
-                raise ContextFullError(said, "shorten them, or give a smaller --max-tokens")
+            if not fitting:
+                raise ContextFullError(said, "shorten them, or give a larger --context")
             console.warn(f"{said}; left out")
-        return tokens
+        return fitting
 
     def use(self, adapter: Adapter) -> None:
         """Answer with this adapter from now on."""
@@ -128,10 +134,10 @@ def open_engines(
     Raises ModelError for a model that cannot be trained, BackendError where torch is missing.
     """
     select_backend("torch")  # which says what to install where it is missing
-    if machine.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
         model = resolve(name, formats=("safetensors", "gguf"), offline=machine.offline, progress=progress)
+        context = _context(model, settings, machine.context)
+        _check_model(model, answers.rollouts)
         folder = unpack(model, progress) if isinstance(model, LocalModel) else model.path
         progress("loading torch", 0, None)
         from emlocal.backends.torch.learner import TorchLearner, linear_layers, use_threads
@@ -155,18 +161,12 @@ def open_engines(
         checkpointing=machine.gradient_checkpointing,
     )
     parallel = min(answers.parallel or PARALLEL, settings.prompts_per_step)
-    trained = model.header.context_length
     options = LoadOptions(
-        context=min(trained, settings.max_tokens + LONGEST_PROMPT),
+        context=context,
         sequences=parallel + SPARE_SEQUENCES,
         shared=False,
         threads=threads,
     )
-    if settings.max_tokens >= trained:
-        raise UsageError(
-            f"--max-tokens is {settings.max_tokens:,}; the model's context holds {trained:,}",
-            "give a smaller --max-tokens",
-        )
     answerer = _answerer(model, opened, options, answers.rollouts, parallel)
     try:
         yield Engines(model, settings, threads, opened.place.describe(), learner, answerer)
@@ -174,15 +174,45 @@ def open_engines(
         answerer.close()
 
 
-def _answerer(
-    model: Model, opened: "Opened", options: LoadOptions, asked: Rollouts, parallel: int
-) -> LlamaCppModel | SameModel:
-    """llama.cpp for GGUF models on CPUs, where it decodes faster; else the model that is trained."""
-    on_cpu = opened.place.device.type == "cpu"
-    if asked is Rollouts.llama_cpp and not isinstance(model, LocalModel):
+def _context(model: Model, settings: FineTuneSettings, asked: int | None) -> int:
+    """Tokens of a prompt and its answer. Raises UsageError where the answer alone would fill it."""
+    wanted = settings.max_tokens + LONGEST_PROMPT
+    trained = model.header.context_length or asked or wanted
+    if asked is not None and asked > trained:
+        raise UsageError(f"--context is {asked:,}; the model was trained on {trained:,}")
+    context = asked or min(trained, wanted)
+    if settings.max_tokens >= context:
+        raise UsageError(
+            f"--max-tokens is {settings.max_tokens:,}; the context of prompt and answer is {context:,}",
+            "give a smaller --max-tokens",
+        )
+    return context
+
+
+def _check_model(model: Model, rollouts: Rollouts) -> None:
+    if model.header.chat_template is None:
+        raise ModelError(
+            f"{model.name} has no chat template, which finetune puts its prompts with", "use a chat model"
+        )
+    if rollouts is Rollouts.llama_cpp and not isinstance(model, LocalModel):
         raise UsageError(
             f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"
         )
+
+
+def _does(n: int) -> str:
+    return "does" if n == 1 else "do"
+
+
+def _leaves(most: int) -> str:
+    return f"leave {most:,}" if most > 0 else "leave none"
+
+
+def _answerer(
+    model: Model, opened: "Opened", options: LoadOptions, asked: Rollouts, parallel: int
+) -> LlamaCppModel | SameModel:
+    """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
+    on_cpu = opened.place.device.type == "cpu"
     wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and on_cpu)
     if wanted and isinstance(model, LocalModel):
         return LlamaCppModel(LlamaCppBackend(model, options), model.header, parallel)

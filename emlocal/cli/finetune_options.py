@@ -1,13 +1,13 @@
 """The flags of `emlocal finetune`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from emlocal.settings import settings_of
+from emlocal.cli.options import flag, number_flag
 from emlocal.training.settings import LINEAR_LAYERS, FineTuneSettings
 
 TRAINING, LORA, ANSWERS, STOPPING, MACHINE = (
@@ -55,14 +55,8 @@ class Tracker(StrEnum):
     tensorboard = "tensorboard"
 
 
-def _flag(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
-
-
 def _setting(name: str, panel: str, metavar: str = "X") -> Any:
-    known = settings_of(FineTuneSettings)[name]
-    default = next(f.default for f in fields(FineTuneSettings) if f.name == name)
-    return _flag(panel, known.flag, help=f"{known.help} (default: {default:g})", metavar=metavar)
+    return number_flag(FineTuneSettings, name, panel, metavar)
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class TrainingOptions:
     warmup: Annotated[int | None, _setting("warmup", TRAINING, "N")] = None
     schedule: Annotated[
         ScheduleChoice | None,
-        _flag(TRAINING, "--schedule", help="Of the learning rate after the warm-up. (default: constant)"),
+        flag(TRAINING, "--schedule", help="Of the learning rate after the warm-up. (default: constant)"),
     ] = None
     weight_decay: Annotated[float | None, _setting("weight_decay", TRAINING)] = None
     max_grad_norm: Annotated[float | None, _setting("max_grad_norm", TRAINING)] = None
@@ -83,7 +77,7 @@ class TrainingOptions:
     temperature: Annotated[float | None, _setting("temperature", TRAINING)] = None
     normalize: Annotated[
         Normalization | None,
-        _flag(
+        flag(
             TRAINING,
             "--normalize",
             help="Mean over tokens, or the paper's sum over each answer. (default: token)",
@@ -94,7 +88,7 @@ class TrainingOptions:
     alpha: Annotated[float | None, _setting("alpha", LORA)] = None
     target_modules: Annotated[
         str | None,
-        _flag(
+        flag(
             LORA,
             "--target-modules",
             help=f"Layers adapted, with commas. (default: {','.join(LINEAR_LAYERS)})",
@@ -114,16 +108,16 @@ class AnswerOptions:
     """How the prompts are put, and which engine answers them."""
 
     system: Annotated[
-        str | None, _flag(ANSWERS, "--system", help="System message of prompts without one.", metavar="TEXT")
+        str | None, flag(ANSWERS, "--system", help="System message of prompts without one.", metavar="TEXT")
     ] = None
     limit: Annotated[
-        int | None, _flag(ANSWERS, "--limit", help="Use the first N prompts only.", metavar="N")
+        int | None, flag(ANSWERS, "--limit", help="Use the first N prompts only.", metavar="N")
     ] = None
     rollouts: Annotated[
-        Rollouts, _flag(ANSWERS, "--rollouts", help="Engine that answers. (default: auto)")
+        Rollouts, flag(ANSWERS, "--rollouts", help="Engine that answers. (default: auto)")
     ] = Rollouts.auto
     parallel: Annotated[
-        int | None, _flag(ANSWERS, "--parallel", help="Answers at once. (default: 16)", metavar="N")
+        int | None, flag(ANSWERS, "--parallel", help="Answers at once. (default: 16)", metavar="N")
     ] = None
 
 
@@ -132,33 +126,43 @@ class MachineOptions:
     """Where and in which format."""
 
     device: Annotated[
-        str, _flag(MACHINE, "--device", help="cpu, cuda, cuda:1 … (default: auto)", metavar="NAME")
+        str, flag(MACHINE, "--device", help="cpu, cuda, cuda:1 … (default: auto)", metavar="NAME")
     ] = "auto"
-    dtype: Annotated[Dtype, _flag(MACHINE, "--dtype", help="Of the frozen weights. (default: auto)")] = (
+    dtype: Annotated[Dtype, flag(MACHINE, "--dtype", help="Of the frozen weights. (default: auto)")] = (
         Dtype.auto
     )
     threads: Annotated[
         int | None,
-        _flag(MACHINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
+        flag(MACHINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
+    ] = None
+    context: Annotated[
+        int | None,
+        flag(
+            MACHINE,
+            "--context",
+            help="Tokens of a prompt and its answer; longer prompts are left out."
+            " (default: --max-tokens + 1024)",
+            metavar="N",
+        ),
     ] = None
     token_budget: Annotated[
         int,
-        _flag(
+        flag(
             MACHINE,
             "--tokens-per-batch",
-            help="Tokens of a micro-batch: memory. (default: 2048)",
+            help="Most tokens trained on at a time: memory, not outcome. (default: 2048)",
             metavar="N",
         ),
     ] = 2048
     gradient_checkpointing: Annotated[
         bool,
-        _flag(
+        flag(
             MACHINE,
             "--gradient-checkpointing",
             help="Compute activations twice rather than keep them: less memory, a third slower.",
         ),
     ] = False
-    offline: Annotated[bool, _flag(MACHINE, "--offline", help="Never use the network.")] = False
+    offline: Annotated[bool, flag(MACHINE, "--offline", help="Never use the network.")] = False
 
 
 @dataclass(frozen=True)
@@ -189,4 +193,6 @@ class RunOptions:
         Path | None,
         typer.Option("--config", help="Settings from a TOML file, by flag name.", metavar="FILE"),
     ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = False
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")
+    ] = False

@@ -42,6 +42,8 @@ def _read(path: Path) -> dict[str, Any]:
         if key not in known:
             raise unknown_setting(key, list(known), f"{path}: ")
         if isinstance(value, list) and known[key] == "target_modules":
-            value = ",".join(map(str, value))
+            if not all(isinstance(name, str) for name in value):
+                raise UsageError(f"{path}: {key} is {value!r}; it must be a list of names")
+            value = ",".join(value)
         found[known[key]] = typed(TrainingOptions, known[key], value, f"{path}: {key}")
     return found

@@ -1,12 +1,14 @@
 """What people see of a fine-tuning run: a line a step, and a bar for the step that is under way."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from emlocal import console
 from emlocal.training.settings import FineTuneSettings
-from emlocal.words import counted
+from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,7 +45,6 @@ class View:
                 transient=True,
             )
             self._bars = self._opened.enter_context(bars)
-            self._task = bars.add_task("", total=None)
         return self
 
     def __exit__(
@@ -56,17 +57,19 @@ class View:
         self._opened.close()
         self._bars = None
 
-    def begin(self, engines: str, prompts: int, recipe: str, resumed: int | None) -> None:
+    def begin(self, engines: Sequence[str], prompts: int, recipe: str, resumed: int | None) -> None:
         """What is about to happen."""
         if self._quiet:
             return
         s = self._settings
-        console.note(engines)
-        console.note(
-            f"recipe {recipe}: {counted(s.steps, 'step')} of {s.prompts_per_step:,}"
-            f" of {counted(prompts, 'prompt')},"
-            f" learning rate {s.learning_rate:g}, β {s.kl_beta:g}, rank {s.rank}, seed {s.seed}"
-        )
+        lines = [
+            *engines,
+            f"recipe {recipe}: {counted(s.steps, 'step')} of {counted(s.prompts_per_step, 'answer')}"
+            f" to {counted(prompts, 'prompt')},",
+            f"learning rate {plain(s.learning_rate)}, β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}",
+        ]
+        for line in lines:  # each short enough for 80 columns, a long name aside
+            console.note(line)
         if resumed is not None:
             console.note(f"going on after step {resumed}")
         console.note(_HEAD)
@@ -77,8 +80,14 @@ class View:
     def training(self, step: int, done: int, total: int) -> None:
         self._bar(f"step {step}: training", done, total)
 
+    def validating(self, done: int, total: int) -> None:
+        """Prompts of `--validate` answered."""
+        self._bar("validating", done, total)
+
     def _bar(self, text: str, done: int, total: int) -> None:
         if self._bars is not None:
+            if self._task is None:
+                self._task = self._bars.add_task(text, total=total)
             self._bars.update(self._task, description=text, completed=done, total=total)
 
     def finished_step(self, row: dict[str, Any]) -> None:
@@ -99,9 +108,13 @@ class View:
         """Something that people should know, `--quiet` or not."""
         console.warn(text)
 
-    def validated(self, before: float | None, after: float) -> None:
+    def validated(self, before: float, after: float) -> None:
         """Accuracies of `--validate`."""
-        if before is None:
-            console.note(f"accuracy on the validation prompts: {after:.1%}")
-        else:
+        if not self._quiet:
             console.note(f"accuracy on the validation prompts: {before:.1%} → {after:.1%}")
+
+    def stopped(self, output: Path) -> None:
+        """It was asked to."""
+        self.stop()
+        if not self._quiet:
+            console.note(f"stopped; the same command with --resume goes on ({output})")

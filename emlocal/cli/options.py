@@ -50,19 +50,20 @@ class Preset(StrEnum):
     em_pt = "em-pt"
 
 
-def _flag(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
+def flag(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
+    """A flag in one of the help's panels."""
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
 
 
-def _setting(cls: type, name: str, panel: str, metavar: str) -> Any:
+def number_flag(cls: type, name: str, panel: str, metavar: str) -> Any:
     """The flag of a number that a settings dataclass declares, with its help text and default."""
     known = settings_of(cls)[name]
     default = next(f.default for f in fields(cls) if f.name == name)
-    return _flag(panel, known.flag, help=f"{known.help} (default: {default:g})", metavar=metavar)
+    return flag(panel, known.flag, help=f"{known.help} (default: {default:g})", metavar=metavar)
 
 
 def _sampling(name: str, metavar: str = "X") -> Any:
-    return _setting(SamplingParams, name, SAMPLING, metavar)
+    return number_flag(SamplingParams, name, SAMPLING, metavar)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class EngineOptions:
 
     model: Annotated[
         str | None,
-        _flag(
+        flag(
             ENGINE,
             "-m",
             "--model",
@@ -79,10 +80,10 @@ class EngineOptions:
             metavar="MODEL",
         ),
     ] = None
-    backend: Annotated[BackendChoice | None, _flag(ENGINE, "--backend", help="Engine to run on.")] = None
+    backend: Annotated[BackendChoice | None, flag(ENGINE, "--backend", help="Engine to run on.")] = None
     adapter: Annotated[
         list[str] | None,
-        _flag(
+        flag(
             ENGINE,
             "--adapter",
             help="LoRA adapter: a PEFT or MLX folder, or a GGUF file. Repeatable.",
@@ -91,7 +92,7 @@ class EngineOptions:
     ] = None
     context: Annotated[
         int | None,
-        _flag(
+        flag(
             ENGINE,
             "-c",
             "--context",
@@ -101,12 +102,17 @@ class EngineOptions:
     ] = None
     threads: Annotated[
         int | None,
-        _flag(ENGINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
+        flag(ENGINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
     ] = None
     kv_type: Annotated[
-        KVChoice | None, _flag(ENGINE, "--kv-type", help="Type of the cached keys and values. (default: f16)")
+        KVChoice | None,
+        flag(
+            ENGINE,
+            "--kv-type",
+            help="Type of the cached keys and values. (default: f16; in torch the model's)",
+        ),
     ] = None
-    offline: Annotated[bool | None, _flag(ENGINE, "--offline", help="Never use the network.")] = None
+    offline: Annotated[bool | None, flag(ENGINE, "--offline", help="Never use the network.")] = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class SamplingOptions:
     frequency_penalty: Annotated[float | None, _sampling("frequency_penalty")] = None
     logit_bias: Annotated[
         list[str] | None,
-        _flag(
+        flag(
             SAMPLING,
             "--logit-bias",
             help="Add to a token's logit; -inf bans it. Repeatable.",
@@ -134,7 +140,7 @@ class SamplingOptions:
     ] = None
     seed: Annotated[
         int | None,
-        _flag(
+        flag(
             SAMPLING,
             "-s",
             "--seed",
@@ -144,10 +150,10 @@ class SamplingOptions:
     ] = None
     max_tokens: Annotated[
         int | None,
-        _flag(SAMPLING, "--max-tokens", help="Stop after this many tokens. (default: 1024)", metavar="N"),
+        flag(SAMPLING, "--max-tokens", help="Stop after this many tokens. (default: 1024)", metavar="N"),
     ] = None
     stop: Annotated[
-        list[str] | None, _flag(SAMPLING, "--stop", help="Stop before this text. Repeatable.", metavar="TEXT")
+        list[str] | None, flag(SAMPLING, "--stop", help="Stop before this text. Repeatable.", metavar="TEXT")
     ] = None
 
 
@@ -156,11 +162,11 @@ class EMOptions:
     """The entropy-minimizing step; see EMInf and AdaptiveTemperature."""
 
     em_inf: Annotated[
-        bool | None, _flag(EM, "--em-inf/--no-em-inf", help="Minimize each token's entropy while decoding.")
+        bool | None, flag(EM, "--em-inf/--no-em-inf", help="Minimize each token's entropy while decoding.")
     ] = None
     adaptive_temperature: Annotated[
         bool | None,
-        _flag(
+        flag(
             EM,
             "--adaptive-temp/--no-adaptive-temp",
             help="Cool each token to a target entropy instead.",
@@ -168,7 +174,7 @@ class EMOptions:
     ] = None
     em_preset: Annotated[
         Preset | None,
-        _flag(
+        flag(
             EM,
             "--em-preset",
             help="EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
@@ -176,24 +182,24 @@ class EMOptions:
     ] = None
     em_threshold: Annotated[
         float | None,
-        _flag(EM, "--em-threshold", help="δ in nats: leave rows below it alone. (default: 0.3)", metavar="X"),
+        flag(EM, "--em-threshold", help="δ in nats: leave rows below it alone. (default: 0.3)", metavar="X"),
     ] = None
     em_steps: Annotated[
-        int | None, _flag(EM, "--em-steps", help="Most gradient steps per token. (default: 10)", metavar="N")
+        int | None, flag(EM, "--em-steps", help="Most gradient steps per token. (default: 10)", metavar="N")
     ] = None
     em_learning_rate: Annotated[
-        float | None, _flag(EM, "--em-learning-rate", help="η, size of a step. (default: 2)", metavar="X")
+        float | None, flag(EM, "--em-learning-rate", help="η, size of a step. (default: 2)", metavar="X")
     ] = None
     em_optimizer: Annotated[
-        Optimizer | None, _flag(EM, "--em-optimizer", help="How steps are taken. (default: sgd)")
+        Optimizer | None, flag(EM, "--em-optimizer", help="How steps are taken. (default: sgd)")
     ] = None
     em_kl_weight: Annotated[
         float | None,
-        _flag(EM, "--em-kl-weight", help="κ, weight of KL(original ‖ new). (default: 0)", metavar="X"),
+        flag(EM, "--em-kl-weight", help="κ, weight of KL(original ‖ new). (default: 0)", metavar="X"),
     ] = None
     em_ratio: Annotated[
         float | None,
-        _flag(
+        flag(
             EM,
             "--em-ratio",
             help="α of adaptive temperature: share of the entropy kept. (default: 0.5)",
@@ -217,12 +223,12 @@ class OutputOptions:
     """What is shown and written beside the answer."""
 
     show_entropy: Annotated[
-        bool, _flag(OUTPUT, "--show-entropy", help="Colour the answer by each token's entropy before EM.")
+        bool, flag(OUTPUT, "--show-entropy", help="Colour the answer by each token's entropy before EM.")
     ] = False
     trace: Annotated[
-        Path | None, _flag(OUTPUT, "--trace", help="Write one JSON line per token.", metavar="FILE")
+        Path | None, flag(OUTPUT, "--trace", help="Write one JSON line per token.", metavar="FILE")
     ] = None
-    quiet: Annotated[bool, _flag(OUTPUT, "-q", "--quiet", help="No notes and no statistics on stderr.")] = (
+    quiet: Annotated[bool, flag(OUTPUT, "-q", "--quiet", help="No notes and no statistics on stderr.")] = (
         False
     )
 

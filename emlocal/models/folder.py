@@ -107,10 +107,8 @@ class FolderHeader:
 
     @cached_property
     def sampling(self) -> dict[str, float]:
-        """The authors' sampling settings out of generation_config.json, by SamplingParams field."""
-        said = read_json(self.path / "generation_config.json", required=False)
-        found = {ours: said.get(theirs) for theirs, ours in _SAMPLING.items()}
-        return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        """The authors' sampling settings, by SamplingParams field."""
+        return sampling_settings(self.path)
 
     @property
     def weights_bytes(self) -> int:
@@ -136,6 +134,16 @@ class FolderHeader:
     def _number(self, name: str) -> int:
         value = self.config.get(name)
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def sampling_settings(folder: Path) -> dict[str, float]:
+    """The authors' settings out of generation_config.json, by SamplingParams field.
+
+    Raises ModelError for a file that is no JSON.
+    """
+    said = read_json(folder / "generation_config.json", required=False)
+    found = {ours: said.get(theirs) for theirs, ours in _SAMPLING.items()}
+    return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def has_folder_model(names: Iterable[str]) -> bool:

@@ -35,7 +35,7 @@ def estimate(
     """
     known = terms_ or terms(header)
     cache = kv_bytes(header, n_ctx * n_seqs, known.kv_type_bytes)
-    return known.weights_bytes + cache + _compute_bytes(header, n_seqs, n_batch) + PROCESS_BYTES
+    return known.weights_bytes + cache + _compute_bytes(header, n_seqs, n_batch) + known.process_bytes
 
 
 def kv_bytes(header: ModelHeader, tokens: int, kv_type_bytes: float = F16_BYTES) -> int:
@@ -67,6 +67,8 @@ class Terms(NamedTuple):
     weights_bytes: int
     free: int
     """Bytes, where the model would run."""
+    process_bytes: int = PROCESS_BYTES
+    """What the engine takes there before any model, as far as it is not there yet."""
 
 
 def terms(header: ModelHeader, kv_type_bytes: float = F16_BYTES) -> Terms:
@@ -80,12 +82,13 @@ def check_memory(header: ModelHeader, n_ctx: int, terms_: Terms | None = None, *
     needed = estimate(header, n_ctx, known, n_seqs=n_seqs)
     if needed <= known.free:
         return needed
-    fixed = known.weights_bytes + PROCESS_BYTES + _compute_bytes(header, n_seqs, DEFAULT_BATCH)
+    fixed = known.weights_bytes + known.process_bytes + _compute_bytes(header, n_seqs, DEFAULT_BATCH)
     per_token = kv_bytes(header, n_seqs, known.kv_type_bytes)
     fitting = (known.free - fixed) // per_token // 256 * 256 if per_token else 0
     smaller = "use a smaller model: emlocal models list"
     mend = f"a context of {fitting} tokens fits: --context {fitting}" if fitting >= 256 else smaller
-    what = f"{shown(header.name)} with a context of {n_ctx:,}"
+    each = f" for each of {n_seqs} sequences" if n_seqs > 1 else ""
+    what = f"{shown(header.name)} with a context of {n_ctx:,}{each}"
     raise ModelError(f"{what} needs {human_size(needed)}; {human_size(known.free)} are free", hint=mend)
 
 

@@ -166,6 +166,17 @@ def local_path(name: str, formats: tuple[Format, ...] = ("gguf",)) -> Path | Non
     return None
 
 
+def is_safetensors_folder(name: str) -> bool:
+    """Whether `name` is a folder with a model in safetensors and none in GGUF, which llama.cpp cannot run."""
+    if not name.strip() or not name.isprintable():
+        return False
+    try:
+        names = {path.name for path in Path(name).expanduser().iterdir()}
+    except OSError:  # no folder, or one that may not be entered: `resolve` says so
+        return False
+    return has_folder_model(names) and bool(weight_files(names)) and not hub.models_among(names)
+
+
 def meaning(name: str) -> CatalogEntry | HubName:
     """What a name that is no file means: the starter model's entry, or a repository of the hub."""
     entry = catalog.find(name)
@@ -243,7 +254,7 @@ def _model_in(folder: Path, formats: tuple[Format, ...]) -> Path:
     if whole and weight_files(names) and not models:
         raise ModelError(
             f"the folder {folder} has a model in safetensors, which llama.cpp does not run",
-            hint="use the torch engine: --backend torch; or get the model as GGUF",
+            hint="leave --backend out, or use --backend torch; or get the model as GGUF",
         )
     if whole and not models:
         raise ModelError(

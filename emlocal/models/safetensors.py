@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before anything maps the weights.
+"""The header of a safetensors file, checked before anything maps the weights; small files written.
 
 The format: 8 bytes of length, that many bytes of JSON, then the tensors one after the other without gaps
 (https://github.com/huggingface/safetensors#format). The bounds are those of the reference implementation.
@@ -112,6 +112,22 @@ def narrowed(values: "NDArray[np.float32]", dtype: str) -> bytes:
     # Half of the lower bits' range, and one more where the kept part is odd. NaN must not round up to inf.
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2").tobytes()
+
+
+def write_safetensors(
+    path: Path, tensors: "Mapping[str, NDArray[Any]]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file of dense tensors. Raises OSError where it cannot be; the package's error is none."""
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    # save_file takes the bytes as they lie in memory, whatever the strides
+    dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    try:
+        save_file(dense, path, metadata=metadata)
+    except SafetensorError as why:
+        raise OSError(str(why).removeprefix("Error while serializing: ").removeprefix("I/O error: ")) from why
 
 
 def _any_of(names: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from emlocal.errors import ModelError, UsageError
 
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 4_000_000
-MAX_MEMORY = 200_000_000  # bytes beyond the process's peak
+MAX_MEMORY = 200_000_000  # bytes beyond what the process holds
 MAX_OPERAND = 1_000_000  # of `*`, `**` and `%`, with which a few characters make gigabytes
 # One call of each can take minutes or gigabytes; the deadline looks between calls and would come too late.
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "translate", "encode"})
@@ -189,7 +190,7 @@ class _Deadline:
 
     def __enter__(self) -> None:
         self._until = time.monotonic() + self._seconds
-        self._memory = _peak_memory() + MAX_MEMORY
+        self._memory = _memory() + MAX_MEMORY
         self._outer = sys.gettrace()
         sys.settrace(self._trace)
 
@@ -199,16 +200,19 @@ class _Deadline:
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if time.monotonic() > self._until:
             raise _Exceeded(f"it took more than {self._seconds:g} seconds")
-        if _peak_memory() > self._memory:
+        if _memory() > self._memory:
             raise _Exceeded(f"it took more than {MAX_MEMORY / 1e6:,.0f} MB of memory")
         return self._trace if frame.f_code.co_filename == "<template>" else None
 
 
-def _peak_memory() -> int:
+def _memory() -> int:
     """Bytes; 0 where the system does not tell (Windows: the time bound serves alone)."""
     if sys.platform == "win32":
         return 0
     import resource
 
+    held = Path("/proc/self/statm")
+    if held.exists():  # Linux, whose peak begins with that of the process that started this one
+        return int(held.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -28,7 +28,7 @@ class SameModel:
 class LlamaCppModel:
     """Answers with the GGUF file in llama.cpp, which is given the adapter anew at each step.
 
-    On CPUs it decodes several times faster than torch (docs/performance.md). Its weights are those that
+    Faster than torch on CPUs without native bfloat16 (docs/performance.md). Its weights are those that
     torch trains on; its activations are rounded more, so the answers come from nearly the same model.
     """
 

@@ -1,7 +1,7 @@
 """Checkpoints: all that the next steps depend on, whole or not there, and the one before if one is damaged.
 
     OUT/checkpoints/step-000010/
-        state.json          step, what the guards have seen, SHA-256 of the files beside it
+        state.json          step, what the guards have seen; SHA-256 of that and of the files beside it
         learner.safetensors adapter and optimizer
         good.safetensors    the last adapter whose answers passed the guards
 
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import EmlocalError, ModelError
 from emlocal.files import atomic_folder
-from emlocal.models.safetensors import read_safetensors_header
+from emlocal.models.safetensors import read_safetensors_header, write_safetensors
 
 KEPT = 2
 """Checkpoints that stay: the newest and the one to fall back to."""
@@ -44,23 +43,28 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint under `folder`, then remove all but the newest `KEPT`.
+    """Write a checkpoint under `folder`, then remove all but it and the `KEPT` − 1 before it.
 
-    Raises EmlocalError where it cannot be written; those before are untouched.
+    Those of later steps go too: the run has gone back behind them, because they are damaged.
+
+    Raises EmlocalError where it cannot be written; the others are untouched then.
     """
     with atomic_folder(folder / _name(checkpoint.step), replace=True) as temporary:
         files = {_LEARNER: checkpoint.learner, _GOOD: checkpoint.good}
         for name, arrays in files.items():
-            _write(temporary / name, arrays)
-        state = {
-            "format": FORMAT,
-            "step": checkpoint.step,
-            "history": checkpoint.history,
-            "sha256": {name: _digest(temporary / name) for name in files},
-        }
-        (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    for old in _all(folder)[KEPT:]:
+            write_safetensors(temporary / name, arrays)
+        state = {"format": FORMAT, "step": checkpoint.step, "history": checkpoint.history}
+        digests = {name: _digest(temporary / name) for name in files} | {_STATE: _digest_of(state)}
+        (temporary / _STATE).write_text(json.dumps(state | {"sha256": digests}), encoding="utf-8")
+    later = [path for path in _all(folder) if _step(path) > checkpoint.step]
+    for old in [*later, *_all(folder)[len(later) + KEPT :]]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed in `save` left behind: each may be as large as a checkpoint."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -69,8 +73,9 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in _all(folder):
         try:
             return _read(path), damaged
-        except (OSError, ValueError, KeyError, TypeError, ModelError) as why:
-            damaged.append(f"{path.name}: {why.message if isinstance(why, EmlocalError) else why}")
+        except (OSError, ValueError, KeyError, RecursionError, ModelError) as why:
+            said = why.message if isinstance(why, EmlocalError) else why
+            damaged.append(f"{path.name}: {said}".replace(f"{path}/", ""))
     return None, damaged
 
 
@@ -80,24 +85,26 @@ def _name(step: int) -> str:
 
 def _all(folder: Path) -> list[Path]:
     """The checkpoints under a folder, newest first."""
-    found = (p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    found = (p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal())
+    return sorted(found, key=_step, reverse=True)
 
 
-def _write(path: Path, arrays: Arrays) -> None:
-    from safetensors.numpy import save_file
-
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    if state["format"] != FORMAT:
-        raise ValueError(f"its format is {state['format']!r}, not {FORMAT}")
-    for name, digest in state["sha256"].items():
-        if _digest(path / name) != digest:
+    if not isinstance(state, dict):
+        raise ValueError(f"{_STATE} is no table")  # noqa: TRY004
+    if state.get("format") != FORMAT:
+        raise ValueError(f"its format is {state.get('format')!r}, not {FORMAT}")
+    written = state.pop("sha256", None)
+    found = {name: _digest(path / name) for name in (_LEARNER, _GOOD)} | {_STATE: _digest_of(state)}
+    for name, digest in found.items():
+        if not isinstance(written, dict) or written.get(name) != digest:
             raise ValueError(f"{name} is not what was written")
-    return Checkpoint(int(state["step"]), _arrays(path / _LEARNER), _arrays(path / _GOOD), state["history"])
+    return Checkpoint(state["step"], _arrays(path / _LEARNER), _arrays(path / _GOOD), state["history"])
 
 
 def _arrays(path: Path) -> Arrays:
@@ -106,6 +113,11 @@ def _arrays(path: Path) -> Arrays:
     read_safetensors_header(path)
     arrays: dict[str, NDArray[Any]] = load_file(path)
     return arrays
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    """Of a value as JSON, which reads back as what was written: Python's numbers and tables do."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -22,7 +22,8 @@ from emlocal.training.checkpoint import Arrays, Checkpoint
 from emlocal.training.folder import RunFolder
 from emlocal.training.guards import Guards
 from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import FineTuneSettings, TrainingSettings
+from emlocal.words import counted
 
 MOST_SKIPPED = 3
 """Steps in a row whose gradient is not finite, before the run stops."""
@@ -83,7 +84,7 @@ class Outcome:
     """… and those of the adapter that was kept."""
 
 
-def prompts_of_step(count: int, step: int, settings: FineTuneSettings) -> list[int]:
+def prompts_of_step(count: int, step: int, settings: TrainingSettings) -> list[int]:
     """Indices of a step's prompts: all of them in a random order, then in another one, and so on."""
     first = step * settings.prompts_per_step
     places = range(first, first + settings.prompts_per_step)
@@ -101,8 +102,6 @@ class _Progress:
     guards: Guards
     good: Adapter
     good_step: int = 0
-    kl: float = 0.0
-    """Of the step before, nats a token."""
     skipped: int = 0
     token_budget: int = 0
     first: RolloutStats | None = None
@@ -114,7 +113,6 @@ class _Progress:
         return {
             "guards": list(self.guards.history),
             "good_step": self.good_step,
-            "kl": self.kl,
             "skipped": self.skipped,
             "token_budget": self.token_budget,
             "first": self.first and asdict(self.first),
@@ -156,7 +154,7 @@ class FineTune:
                 self.folder.put_adapter(self._now.good)
                 return outcome
             step += 1
-            if step % self.plan.save_every == 0:
+            if step % self.plan.save_every == 0 or step == self.settings.steps:
                 self._save(step, self._now.as_json())
 
     @property
@@ -169,12 +167,24 @@ class FineTune:
         self._now = _Progress(guards, self.learner.adapter(), token_budget=self.plan.token_budget)
         if start is None:
             return 0
-        self.learner.restore(start.learner)
-        held = dict(start.history)
-        guards.history = list(held.pop("guards"))
-        first, last = (held[name] and RolloutStats(**held[name]) for name in ("first", "last"))
-        good = _adapter(start.good, self._now.good)
-        self._now = _Progress(guards, good, **{**held, "first": first, "last": last})
+        try:
+            self.learner.restore(start.learner)
+            held = dict(start.history)
+            guards.history = list(held.pop("guards"))
+            first, last = (held[name] and RolloutStats(**held[name]) for name in ("first", "last"))
+            good = _adapter(start.good, self._now.good)
+            self._now = _Progress(guards, good, **{**held, "first": first, "last": last})
+        except (KeyError, TypeError, ValueError) as why:
+            raise EmlocalError(
+                f"the checkpoint of step {start.step} is none of this run: {why}",
+                "remove it, and resume again",
+            ) from why
+        if self.plan.token_budget < self._now.token_budget:
+            self.watcher.warn(
+                f"going on with micro-batches of {self.plan.token_budget:,} tokens instead of"
+                f" {self._now.token_budget:,}: the weights' last bits will not be those of a run in one go"
+            )
+            self._now.token_budget = self.plan.token_budget
         return start.step
 
     def _save(self, step: int, history: dict[str, Any]) -> None:
@@ -187,31 +197,26 @@ class FineTune:
         self.answerer.refresh(adapter)
         rollouts = self._answers(step)
         answered = time.perf_counter()
+        seconds = {"rollout_seconds": answered - started}
         stats = describe(rollouts)
         now.first = now.first or stats
-        why = now.guards.look(stats, now.kl)
-        if why is not None:
-            return self._outcome("collapsed", f"{why}; the adapter of step {now.good_step} was kept")
-        now.good, now.good_step, now.last = adapter, step, stats
-        if step == self.settings.steps:
-            self._report(step, stats, None, {"rollout_seconds": answered - started})
-            return self._outcome("finished", f"{step} steps")
+        why, last = now.guards.look(stats), step == self.settings.steps
+        if why is not None or last:
+            self._report(step, stats, None, seconds)
+            return self._collapsed(why) if why is not None else self._finished(step, adapter, stats)
         terms = self._gradient(step, rollouts)
+        if self._measures_kl:
+            why = now.guards.look_at_kl(terms.kl / terms.tokens)
+        if why is not None:
+            self.learner.forget()
+            self._report(step, stats, terms, seconds)
+            return self._collapsed(why)
+        self._keep_if_sound(step, adapter, stats)
         rate = self.settings.learning_rate_at(step)
         norm = self.learner.update(rate)
-        now.kl = terms.kl / terms.tokens
         now.skipped = 0 if math.isfinite(norm) else now.skipped + 1
-        self._report(
-            step,
-            stats,
-            terms,
-            {
-                "learning_rate": rate,
-                "gradient_norm": norm if math.isfinite(norm) else None,
-                "rollout_seconds": answered - started,
-                "train_seconds": time.perf_counter() - answered,
-            },
-        )
+        seconds["train_seconds"] = time.perf_counter() - answered
+        self._report(step, stats, terms, {"learning_rate": rate, "gradient_norm": norm, **seconds})
         if now.skipped:
             self.watcher.warn(f"step {step}: the gradient is not finite; nothing was changed")
         if now.skipped >= MOST_SKIPPED:
@@ -220,6 +225,7 @@ class FineTune:
 
     def _answers(self, step: int) -> list[Rollout]:
         chosen = prompts_of_step(len(self.prompts), step, self.settings)
+        self.watcher.answering(step, 0, len(chosen))  # the first answer may take long
         return draw_rollouts(
             self.answerer.backend,
             [self.prompts[i] for i in chosen],
@@ -269,16 +275,41 @@ class FineTune:
             row |= {
                 "loss": terms.loss,
                 "loss_entropy": terms.entropy / terms.tokens,
-                "kl": terms.kl / terms.tokens,
+                "kl": terms.kl / terms.tokens if self._measures_kl else None,
                 "token_budget": self._now.token_budget,
             }
         row |= more
+        row = {name: None if _is_endless(value) else value for name, value in row.items()}
         self.folder.add_metrics(row)
         self.watcher.finished_step(row)
+
+    def _keep_if_sound(self, step: int, adapter: Adapter, stats: RolloutStats) -> None:
+        now = self._now
+        if now.guards.sound:
+            now.good, now.good_step, now.last = adapter, step, stats
+
+    def _finished(self, step: int, adapter: Adapter, stats: RolloutStats) -> Outcome:
+        self._keep_if_sound(step, adapter, stats)
+        message, kept = counted(step, "step"), self._now.good_step
+        if kept != step:
+            message += f"; the answers of the last are beyond a guard's limit: that of step {kept} was kept"
+        return self._outcome("finished", message)
+
+    @property
+    def _measures_kl(self) -> bool:
+        return self.settings.kl_beta > 0 or self.settings.max_kl > 0
+
+    def _collapsed(self, why: str) -> Outcome:
+        return self._outcome("collapsed", f"{why}; the adapter of step {self._now.good_step} was kept")
 
     def _outcome(self, reason: Literal["finished", "collapsed", "not finite"], message: str) -> Outcome:
         now = self._now
         return Outcome(reason, message, now.good_step, now.first, now.last)
+
+
+def _is_endless(value: Any) -> bool:
+    """A number that JSON does not have: NaN or infinite."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _arrays(adapter: Adapter) -> Arrays:

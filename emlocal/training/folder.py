@@ -10,6 +10,7 @@ So the folder itself is the adapter: `emlocal chat -m MODEL --adapter OUT`.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from emlocal.training import checkpoint
 from emlocal.training.checkpoint import Checkpoint
 
 FORMAT = "emlocal-finetune-1"
+GO_ON = "mend that, then go on with the same command and --resume"
 _RUN, _METRICS = "run.json", "metrics.jsonl"
 
 
@@ -45,6 +47,7 @@ class RunFolder:
         Raises UsageError for a folder that holds something else, EmlocalError where it is in use or cannot
         be written.
         """
+        check(path, resume=True)  # before the lock: a folder of something else is not written to
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -69,40 +72,31 @@ class RunFolder:
             ) from None
 
     def _begin(self, identity: Mapping[str, Any], resume: bool) -> Checkpoint | None:
-        described = self._read_run()
+        described = check(self.path, resume=resume)  # again: somebody else may have been quicker
+        self._remove_leftovers()
         if described is None:
-            others = [
-                p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")
-            ]
-            if others:
-                raise UsageError(
-                    f"{self.path} holds something else: {', '.join(sorted(others)[:3])}",
-                    "give a new folder: -o",
-                )
+            if resume:
+                self.warnings.append(f"{self.path} holds no run to go on with: beginning a new one")
             with atomic_writer(self.path / _RUN) as file:
                 json.dump({"format": FORMAT, **identity}, file, indent=1)
             return None
-        if not resume:
-            raise UsageError(
-                f"{self.path} holds a run already", "go on with it: --resume; or give a new folder: -o"
-            )
         _compare(self.path, described, {"format": FORMAT, **identity})
         found, damaged = checkpoint.latest(self.path / "checkpoints")
         fallback = f"going on from step {found.step}" if found else "beginning anew"
         self.warnings += [f"a damaged checkpoint, {what}; {fallback}" for what in damaged]
+        if found is None and not damaged:
+            self.warnings.append(f"the run in {self.path} has no checkpoint yet: beginning anew")
         self._keep_metrics(found.step if found else 0)
         return found
 
-    def _read_run(self) -> Mapping[str, Any] | None:
-        try:
-            described = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as why:
-            raise UsageError(f"{self.path / _RUN} cannot be read: {why}", "give a new folder: -o") from why
-        if not isinstance(described, dict) or described.get("format") != FORMAT:
-            raise UsageError(f"{self.path} holds a run of another kind", "give a new folder: -o")
-        return described
+    def _remove_leftovers(self) -> None:
+        """Remove what runs that were killed in the middle of writing a file left behind."""
+        checkpoint.remove_leftovers(self.path / "checkpoints")
+        for path in _leftovers(self.path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _keep_metrics(self, step: int) -> None:
         """Drop the lines of steps that will be made again, and a torn last one."""
@@ -115,33 +109,84 @@ class RunFolder:
                 row = json.loads(line)
             except ValueError:
                 break
-            if isinstance(row, dict) and row.get("step", step) < step:
+            number = row.get("step") if isinstance(row, dict) else None
+            if isinstance(number, int) and number < step:
                 kept.append(line + "\n")
         with atomic_writer(path) as file:
             file.writelines(kept)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line of metrics."""
-        with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a line of metrics.
+
+        Raises EmlocalError where it cannot be written.
+        """
+        path = self.path / _METRICS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as why:
+            raise EmlocalError(f"cannot write {path}: {why.strerror or why}", GO_ON) from why
 
     def put_adapter(self, adapter: Adapter) -> None:
         """Make this the adapter that the folder is. Each of its two files is replaced whole; the
-        config is the same throughout a run."""
-        with tempfile.TemporaryDirectory(dir=self.path, suffix=".tmp") as temporary:
-            made = Path(temporary) / "adapter"
-            write_peft(adapter, made)
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                (made / name).replace(self.path / name)
-        sync_folder(self.path)
+        config is the same throughout a run.
+
+        Raises EmlocalError where it cannot be written.
+        """
+        try:
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.", suffix=".tmp") as temporary:
+                made = Path(temporary) / "adapter"
+                write_peft(adapter, made)
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    (made / name).replace(self.path / name)
+            sync_folder(self.path)
+        except (OSError, EmlocalError) as why:
+            said = why.message if isinstance(why, EmlocalError) else f"cannot write: {why.strerror or why}"
+            raise EmlocalError(f"the adapter is not in {self.path}: {said}", GO_ON) from why
 
     def save(self, state: Checkpoint) -> None:
-        """Write a checkpoint."""
-        checkpoint.save(self.path / "checkpoints", state)
+        """Write a checkpoint. Raises EmlocalError where it cannot be written."""
+        try:
+            checkpoint.save(self.path / "checkpoints", state)
+        except EmlocalError as why:
+            raise EmlocalError(why.message, GO_ON) from why
 
     def close(self) -> None:
         """Let others have the folder."""
         self._lock.close()
+
+
+def check(path: Path, *, resume: bool) -> Mapping[str, Any] | None:
+    """What the folder's run.json says, None where a run may begin there. Nothing is written.
+
+    Raises UsageError for a folder that holds something else, or a run that is not to be gone on with.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is no folder", "give a new folder: -o")
+    try:
+        described = json.loads((path / _RUN).read_text(encoding="utf-8"))
+        names = []
+    except (FileNotFoundError, NotADirectoryError):
+        described = None
+        names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    except (OSError, ValueError) as why:
+        raise UsageError(f"{path / _RUN} cannot be read: {why}", "give a new folder: -o") from why
+    ours = {".lock", *(p.name for p in _leftovers(path))}
+    others = [name for name in names if name not in ours]
+    if others:
+        raise UsageError(f"{path} holds something else: {', '.join(others[:3])}", "give a new folder: -o")
+    if described is None:
+        return None
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise UsageError(f"{path} holds a run of another kind", "give a new folder: -o")
+    if not resume:
+        raise UsageError(f"{path} holds a run already", "go on with it: --resume; or give a new folder: -o")
+    return described
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Temporary files of this module, in a folder that nobody writes to any more."""
+    return [p for name in (_RUN, _METRICS, "adapter") for p in path.glob(f".{name}.*.tmp")]
 
 
 def _compare(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -156,10 +201,14 @@ def _compare(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
         )
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """By names that say of what: "prompts sha256", "model sha256"; settings by their own."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= _flat(value, "" if name == "settings" else f"{name} ")
+        else:
+            flat[group + name] = value
     return flat
 
 

@@ -38,7 +38,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        raise UsageError(f"{source} is a folder", "give a file of prompts: --data prompts.jsonl")
+        raise UsageError(f"{source} is a folder", "give a file of prompts, .jsonl or text")
     if path.exists():
         found = list(islice(_of_file(path), limit))
     elif _HUB_NAME.fullmatch(source) and path.suffix not in (".jsonl", ".txt", ".json"):
@@ -95,24 +95,46 @@ def _of_object(value: Mapping[str, Any], where: str) -> Prompt | str:
     if "messages" in value:
         messages = value["messages"]
         if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            said = ({"role": m["role"], "content": m["content"]} for m in messages)
-            return Prompt(tuple(said), answer, where)
+            return _of_messages(
+                [{"role": m["role"], "content": m["content"]} for m in messages], where, answer
+            )
         return f'{where}: "messages" is no list of {{"role", "content"}}'
     for name in FIELDS:
         if name in value:
             text = value[name]
             if isinstance(text, str) and text.strip():
-                return _of_text(text, where, answer)
+                return _of_messages([{"role": "user", "content": text}], where, answer)
             return f'{where}: "{name}" is no text, or empty'
     return f"{where}: none of {', '.join(('messages', *FIELDS))} is there"
+
+
+def _of_messages(messages: Sequence[Message], where: str, answer: str | None) -> Prompt | str:
+    """Up to where the model is to speak: what an assistant says at the end is an answer, no prompt."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if not any(message["role"] == "user" for message in messages[:end]):
+        return f'{where}: "messages" has none of the user'
+    if not all(map(_is_unicode, (message["content"] for message in messages[:end]))):
+        return f"{where}: half a character (a lone surrogate)"
+    return Prompt(tuple(messages[:end]), answer, where)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can name halves of characters, \\ud800 say; no encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and value.get("role") in _ROLES and isinstance(value.get("content"), str)
 
 
-def _of_text(text: str, where: str, answer: str | None = None) -> Prompt:
-    return Prompt(({"role": "user", "content": text},), answer, where)
+def _of_text(text: str, where: str) -> Prompt:
+    return Prompt(({"role": "user", "content": text},), None, where)
 
 
 def _of_hub(source: str, limit: int | None) -> list[Prompt | str]:

@@ -2,13 +2,22 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from emlocal.errors import BackendError, UsageError
 
-REPORTERS = ("trackio", "wandb", "tensorboard")
+_MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard.summary"}
+
+
+def check_package(name: str) -> None:
+    """Raise UsageError for an unknown tracker, BackendError where its package is missing."""
+    if name not in _MODULES:
+        raise UsageError(f"--report-to is {name!r}; it must be {' or '.join(_MODULES)}")
+    if find_spec(name) is None:
+        raise BackendError(f"--report-to {name} needs its package", f"pip install {name}")
 
 
 class Reporter:
@@ -16,12 +25,8 @@ class Reporter:
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
         """Raises UsageError for an unknown tracker, BackendError where its package is missing."""
-        if name not in REPORTERS:
-            raise UsageError(f"--report-to is {name!r}; it must be {', '.join(REPORTERS)}")
-        try:
-            package: Any = import_module("tensorboard.summary" if name == "tensorboard" else name)
-        except ImportError as why:
-            raise BackendError(f"--report-to {name} needs its package", f"pip install {name}") from why
+        check_package(name)
+        package: Any = import_module(_MODULES[name])
         if name == "tensorboard":
             writer = package.Writer(str(folder / "tensorboard"))
             self._log: Any = lambda step, row: [writer.add_scalar(key, v, step) for key, v in row.items()]

@@ -9,7 +9,7 @@ from emlocal.generation.sample import Request
 from emlocal.generation.scheduler import Job, Scheduler
 from emlocal.sampling import SamplingParams, Uniforms
 from emlocal.sampling.draw import request_key
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import TrainingSettings
 
 REPEATED = 4
 """Tokens of a run that counts as repeated when it occurs again in the same answer."""
@@ -52,7 +52,7 @@ class RolloutStats:
 def draw_rollouts(
     backend: Backend,
     prompts: Sequence[Sequence[int]],
-    settings: FineTuneSettings,
+    settings: TrainingSettings,
     step: int,
     parallel: int,
     *,

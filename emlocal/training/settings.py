@@ -1,8 +1,9 @@
 """The numbers of a fine-tuning run, each declared once, and the recipes. No numpy: `--help` reads this."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from emlocal.errors import UsageError
 from emlocal.settings import check_settings, setting
@@ -15,8 +16,8 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 @dataclass(frozen=True)
-class FineTuneSettings:
-    """What decides the outcome of an EM-FT run. Raises UsageError, with flag and range, for a bad value."""
+class TrainingSettings:
+    """What every method of training has. Raises UsageError, with flag and range, for a bad value."""
 
     steps: int = setting(12, "--steps", 1, 10**6, "Optimizer steps.")
     prompts_per_step: int = setting(16, "--prompts-per-step", 1, 10**6, "Prompts answered in each step.")
@@ -36,12 +37,6 @@ class FineTuneSettings:
     )
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     """The layers that are adapted, by the last part of their names."""
-    normalize: Normalize = "token"
-    """token: the mean over a step's tokens; sequence: the sum over each answer's, as the paper's eq. 2."""
-    kl_beta: float = setting(1.5, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy.")
-    temperature: float = setting(
-        1.0, "--loss-temp", 0, 100, "Temperature of the distributions in the loss.", low_is_open=True
-    )
     rollout_temperature: float = setting(
         1.0, "--rollout-temp", 0, 100, "Sampling temperature of the answers trained on.", low_is_open=True
     )
@@ -67,12 +62,7 @@ class FineTuneSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name, known in (
-            ("normalize", ("token", "sequence")),
-            ("schedule", ("constant", "linear", "cosine")),
-        ):
-            if vars(self)[name] not in known:
-                raise UsageError(f"--{name} is {vars(self)[name]!r}; it must be {' or '.join(known)}")
+        check_choice(self, "schedule", get_args(Schedule))
         if not self.target_modules or not all(self.target_modules):
             raise UsageError("--target-modules is empty", "name layers: --target-modules q_proj,v_proj")
 
@@ -85,6 +75,30 @@ class FineTuneSettings:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         share = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.learning_rate * share
+
+
+def check_choice(settings: TrainingSettings, name: str, known: Sequence[str]) -> None:
+    """Raise UsageError where a field, whose flag has its name, is none of these."""
+    value = vars(settings)[name]
+    if value not in known:
+        flag = name.replace("_", "-")
+        raise UsageError(f"--{flag} is {value!r}; it must be {' or '.join(known)}")
+
+
+@dataclass(frozen=True)
+class FineTuneSettings(TrainingSettings):
+    """What decides the outcome of an EM-FT run."""
+
+    normalize: Normalize = "token"
+    """token: the mean over a step's tokens; sequence: the sum over each answer's, as the paper's eq. 2."""
+    kl_beta: float = setting(1.5, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy.")
+    temperature: float = setting(
+        1.0, "--loss-temp", 0, 100, "Temperature of the distributions in the loss.", low_is_open=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "normalize", get_args(Normalize))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 from emlocal.errors import UsageError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.sampling.draw import request_key
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import TrainingSettings
 
 
-def new_adapter(layers: Mapping[str, tuple[int, int]], settings: FineTuneSettings) -> Adapter:
+def new_adapter(layers: Mapping[str, tuple[int, int]], settings: TrainingSettings) -> Adapter:
     """An adapter that changes nothing yet: A is random, B is 0 (Hu et al. 2021, §4.1).
 
     A's numbers are uniform within ±1/√in, as linear layers begin, and come from the seed and the layer's

@@ -1,23 +1,27 @@
 """What every engine must do (emlocal/backends/base.py), tried on each: one suite, the same demands."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from emlocal.backends.base import Backend, Feed, LoadOptions, Row
+from emlocal.backends.base import Feed, Row
 from emlocal.backends.fake import FakeBackend
-from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.mlx import opening as mlx
 from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.opening import open_folder
-from emlocal.em import EMInf
-from emlocal.errors import BackendError, CancelledError, ContextFullError
-from emlocal.sampling import SamplingParams, Uniforms
+from emlocal.errors import CancelledError, ContextFullError
+from emlocal.sampling import SamplingParams
+from tests.backends.contract import (
+    CONTEXT,
+    EM,
+    LONG,
+    SEQUENCES,
+    assert_same_logits,
+    read,
+    said,
+    tokens,
+)
 
-CONTEXT, SEQUENCES = 256, 5
 TEXTS = [
     "the cat sat on the mat",
     "naïve café — 2 × 3 = 6",
@@ -26,91 +30,6 @@ TEXTS = [
     "line\nline\t\ttab  two",
     "\x00\x7f",
 ]
-EM = SamplingParams(em=EMInf(0.1, 5, 1.0), temperature=1.0, min_p=0.0)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        "fake",
-        "llama.cpp tiny",
-        "torch tiny",
-        "torch tiny, sampling on the device",
-        "mlx tiny",
-        "mlx tiny, sampling on the device",
-        pytest.param("llama.cpp smollm2", marks=pytest.mark.real),
-        pytest.param("torch smollm2", marks=pytest.mark.real),
-        pytest.param("mlx smollm2", marks=pytest.mark.real),
-    ],
-)
-def loaded(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    options = LoadOptions(context=CONTEXT, sequences=SEQUENCES, threads=1)
-    if request.param == "fake":
-        backend: Backend = FakeBackend(context=CONTEXT, sequences=SEQUENCES)
-    elif request.param.startswith(("torch", "mlx")):
-        folder = request.getfixturevalue("unpacked_tiny" if "tiny" in request.param else "unpacked_smollm2")
-        on_device = "device" in request.param
-        open_ = mlx.open_folder if "mlx" in request.param else open_folder
-        backend = open_(folder, options, device="cpu", dtype="float32", on_device_sampler=on_device)
-    else:
-        model = request.getfixturevalue("tiny_model" if "tiny" in request.param else "smollm2")
-        backend = LlamaCppBackend(model, options)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def backend(loaded: Backend) -> Iterator[Backend]:
-    """A loaded engine with no sequence open, and none left open by the test before."""
-    yield loaded
-    for sequence in range(SEQUENCES):
-        try:
-            loaded.length(sequence)
-        except KeyError:
-            continue
-        loaded.release(sequence)
-
-
-def tokens(backend: Backend, text: str = "the cat sat on the mat and the rat") -> list[int]:
-    return backend.encode(text, add_special=True, parse_special=True)
-
-
-def read(backend: Backend, *chunks: list[int]) -> int:
-    """A new sequence that was fed these chunks."""
-    sequence = backend.open()
-    for chunk in chunks:
-        backend.forward([Feed(sequence, chunk)])
-    return sequence
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square of the difference, in standard deviations of the logits."""
-    return float(np.sqrt(((one - other) ** 2).mean()) / one.std())
-
-
-def same(backend: Backend) -> float:
-    """How far apart the logits of one state may lie: batch shapes choose the kernels, and llama.cpp's for
-    four-bit weights round activations to eight bits in one and not in another."""
-    if isinstance(backend, FakeBackend):
-        return 0.0
-    if isinstance(backend, TorchBackend | MLXBackend):
-        return 1e-4
-    return 0.002 if backend.info.vocabulary < 1000 else 0.1
-
-
-def assert_same_logits(backend: Backend, one: np.ndarray, other: np.ndarray) -> None:
-    assert one.dtype == other.dtype == np.float32
-    assert one.shape == other.shape == (backend.info.vocabulary,)
-    assert distance(one, other) <= same(backend)
-
-
-def said(backend: Backend, sequence: int, n: int, params: SamplingParams = EM, seed: int = 1) -> list[int]:
-    """n tokens drawn one after another; the sequence has just been fed."""
-    uniforms, out = Uniforms(seed), []
-    for t in range(n):
-        out.append(backend.sample([Row(sequence, params, uniforms[t])])[0].token)
-        backend.forward([Feed(sequence, out[-1:])])
-    return out
 
 
 class TestText:
@@ -166,130 +85,6 @@ class TestInfo:
         assert f"context {CONTEXT}" in backend.describe()
 
 
-class TestSequences:
-    def test_as_many_as_promised_and_no_more(self, backend) -> None:
-        opened = [backend.open() for _ in range(SEQUENCES)]
-        assert len(set(opened)) == SEQUENCES
-        with pytest.raises(BackendError, match=f"all {SEQUENCES} sequences"):
-            backend.open()
-        with pytest.raises(BackendError):
-            backend.fork(opened[0])
-        backend.release(opened[2])
-        assert backend.open() == opened[2]
-
-    def test_lengths(self, backend) -> None:
-        ids = tokens(backend)
-        sequence = backend.open()
-        assert backend.length(sequence) == 0
-        backend.forward([Feed(sequence, ids)])
-        backend.forward([Feed(sequence, ids[1:3])])
-        assert backend.length(sequence) == len(ids) + 2
-        backend.release(sequence)
-        assert backend.length(backend.open()) == 0
-
-    def test_a_sequence_reopened_remembers_nothing(self, backend) -> None:
-        ids = tokens(backend)
-        first = read(backend, ids)
-        expected = backend.logits(first)
-        backend.release(first)
-        read(backend, ids[::-1])
-        backend.release(first)
-        again = read(backend, ids)
-        assert again == first
-        assert_same_logits(backend, backend.logits(again), expected)
-
-    def test_in_one_piece_in_chunks_and_token_by_token(self, backend) -> None:
-        ids = tokens(backend)
-        whole = backend.logits(read(backend, ids))
-        chunks = backend.logits(read(backend, ids[:3], ids[3:4], ids[4:]))
-        single = backend.logits(read(backend, *([t] for t in ids)))
-        assert_same_logits(backend, whole, chunks)
-        assert_same_logits(backend, whole, single)
-
-    def test_logits_are_a_copy(self, backend) -> None:
-        sequence = read(backend, tokens(backend))
-        row = backend.logits(sequence)
-        row[:] = 0
-        assert backend.logits(sequence).any()
-        kept = backend.logits(sequence)
-        before = kept.copy()
-        backend.forward([Feed(sequence, [5])])
-        np.testing.assert_array_equal(kept, before)
-
-    def test_logits_depend_on_what_came_before(self, backend) -> None:
-        ids = tokens(backend)
-        one = backend.logits(read(backend, ids))
-        other = backend.logits(read(backend, [ids[0], *ids[2:]]))
-        assert distance(one, other) > 2 * same(backend)
-
-    def test_a_fork_continues_like_its_parent_and_leaves_it_alone(self, backend) -> None:
-        ids = tokens(backend)
-        parent = read(backend, ids)
-        alone = said(backend, parent, 6)
-        backend.trim(parent, len(ids) - 1)
-        backend.forward([Feed(parent, ids[-1:])])
-        copies = [backend.fork(parent) for _ in range(3)]
-        assert [backend.length(c) for c in copies] == [len(ids)] * 3
-        backend.forward([Feed(copies[0], alone[:1]), Feed(copies[1], [7])])
-        assert backend.length(parent) == backend.length(copies[2]) == len(ids)
-        assert backend.length(copies[0]) == len(ids) + 1
-        backend.forward([Feed(parent, alone[:1])])
-        expected = backend.logits(parent)
-        backend.release(parent)
-        backend.forward([Feed(copies[2], alone[:1])])
-        assert_same_logits(backend, backend.logits(copies[2]), expected)
-
-    def test_trimming_forgets_exactly_the_end(self, backend) -> None:
-        ids = tokens(backend)
-        sequence = read(backend, ids, [9, 8, 7])
-        assert backend.trim(sequence, len(ids)) == len(ids) == backend.length(sequence)
-        backend.forward([Feed(sequence, [5, 6])])
-        trimmed = backend.logits(sequence)
-        assert_same_logits(backend, trimmed, backend.logits(read(backend, [*ids, 5, 6])))
-
-    def test_trimming_to_the_length_or_beyond_is_nothing(self, backend) -> None:
-        sequence = read(backend, [1, 2, 3])
-        assert backend.trim(sequence, 3) == 3
-        assert backend.trim(sequence, 99) == 3
-        assert backend.trim(sequence, 0) == 0
-        assert backend.length(sequence) == 0
-        backend.forward([Feed(sequence, [4])])
-        assert backend.length(sequence) == 1
-
-    def test_trimming_a_fork_leaves_the_parent(self, backend) -> None:
-        ids = tokens(backend)
-        parent = read(backend, ids)
-        fork = backend.fork(parent)
-        backend.trim(fork, 2)
-        backend.forward([Feed(parent, [5])])
-        assert_same_logits(backend, backend.logits(parent), backend.logits(read(backend, [*ids, 5])))
-
-    def test_interleaved_sequences_are_as_when_alone(self, backend) -> None:
-        base = tokens(backend)
-        prompts = [base, base[:4], base[::-1], base[2:]]
-        alone = []
-        for prompt in prompts:
-            sequence = read(backend, prompt, [5], [6, 7])
-            alone.append(backend.logits(sequence))
-            backend.release(sequence)
-        opened = [backend.open() for _ in prompts]
-        backend.forward([Feed(s, p) for s, p in zip(opened, prompts, strict=True)])
-        backend.forward([Feed(s, [5]) for s in reversed(opened)])
-        backend.forward([Feed(opened[2], [6, 7]), Feed(opened[0], [6, 7])])
-        rows = {0: backend.logits(opened[0]), 2: backend.logits(opened[2])}
-        backend.forward([Feed(opened[1], [6, 7]), Feed(opened[3], [6, 7])])
-        rows |= {1: backend.logits(opened[1]), 3: backend.logits(opened[3])}
-        for i, expected in enumerate(alone):
-            assert_same_logits(backend, rows[i], expected)
-
-    def test_prompts_and_single_steps_in_one_call(self, backend) -> None:
-        ids = tokens(backend)
-        running = read(backend, ids)
-        new = backend.open()
-        backend.forward([Feed(running, [5]), Feed(new, ids[:6])])
-        assert_same_logits(backend, backend.logits(running), backend.logits(read(backend, [*ids, 5])))
-
-
 class TestSampling:
     def test_rows_together_are_as_one_at_a_time(self, backend) -> None:
         ids = tokens(backend)
@@ -305,6 +100,24 @@ class TestSampling:
         assert together == [backend.sample([row])[0] for row in rows]
         assert backend.sample(rows[::-1]) == together[::-1]
         assert len({draw.token for draw in together}) > 1
+
+    def test_no_rows_are_no_draws(self, backend) -> None:
+        sequence = backend.open()
+        assert backend.sample([]) == []
+        backend.forward([Feed(sequence, tokens(backend), wanted=False)])
+        assert backend.sample([]) == []
+        backend.forward([Feed(sequence, [5])])
+        assert backend.sample([]) == []
+
+    def test_a_sequence_whose_row_nobody_wanted_has_none(self, backend) -> None:
+        sequence, other = backend.open(), backend.open()
+        backend.forward([Feed(sequence, [5]), Feed(other, [6], wanted=False)])
+        assert backend.logits(sequence).any()
+        with pytest.raises(KeyError):
+            backend.logits(other)
+        backend.forward([Feed(other, [7])])
+        with pytest.raises(KeyError):
+            backend.sample([Row(sequence, EM, 0.5)])
 
     def test_greedy_takes_the_largest_logit(self, backend) -> None:
         sequence = read(backend, tokens(backend))
@@ -338,17 +151,69 @@ class TestErrors:
             backend.forward([Feed(sequence, [5])])
         assert backend.length(sequence) == CONTEXT
 
-    def test_sequences_share_the_context(self, backend) -> None:
+    def test_full_at_a_step_and_shortened_it_goes_on(self, backend) -> None:
+        ids = (tokens(backend) * CONTEXT)[:CONTEXT]
+        sequence = read(backend, ids[:-1], ids[-1:])
+        with pytest.raises(ContextFullError, match=r"1 more token|1 new"):
+            backend.forward([Feed(sequence, [5])])
+        assert backend.trim(sequence, 10) == 10
+        backend.forward([Feed(sequence, [5])])
+        row = backend.logits(sequence)
+        backend.release(sequence)
+        assert_same_logits(backend, row, backend.logits(read(backend, [*ids[:10], 5])))
+
+    def test_what_no_engine_can_compute_is_refused_and_changes_nothing(self, backend) -> None:
+        ids = tokens(backend)
+        sequence, other = read(backend, ids), backend.open()
+        for feeds, message in (
+            ([], "at least one sequence"),
+            ([Feed(sequence, [5]), Feed(sequence, [6])], "each once"),
+            ([Feed(other, [5]), Feed(sequence, [])], f"sequence {sequence} is fed no tokens"),
+            ([Feed(other, [5]), Feed(sequence, [5, backend.info.vocabulary])], "there is no token"),
+            ([Feed(sequence, [5, -1, 7])], "there is no token -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                backend.forward(feeds)
+        assert (backend.length(sequence), backend.length(other)) == (len(ids), 0)
+        backend.forward([Feed(sequence, [backend.info.vocabulary - 1])])
+        expected = backend.logits(read(backend, [*ids, backend.info.vocabulary - 1]))
+        backend.forward([Feed(other, [5])])
+        backend.trim(sequence, len(ids))
+        backend.forward([Feed(sequence, [backend.info.vocabulary - 1])])
+        assert_same_logits(backend, backend.logits(sequence), expected)
+
+    def test_sequences_that_share_their_room_hold_no_more_than_the_context(self, backend) -> None:
         ids = (tokens(backend) * CONTEXT)[: CONTEXT // 2]
         one, other = read(backend, ids), read(backend, ids[:-2])
-        with pytest.raises(ContextFullError):
+        if isinstance(backend, TorchBackend | MLXBackend):  # each has room of its own
             backend.forward([Feed(one, [5, 6]), Feed(other, [5])])
+            assert (backend.length(one), backend.length(other)) == (len(ids) + 2, len(ids) - 1)
+            backend.trim(one, len(ids))
+            backend.trim(other, len(ids) - 2)
+        else:
+            with pytest.raises(ContextFullError):
+                backend.forward([Feed(one, [5, 6]), Feed(other, [5])])
         assert (backend.length(one), backend.length(other)) == (len(ids), len(ids) - 2)
         backend.release(one)
         backend.forward([Feed(other, [5, 6, 7])])
         row = backend.logits(other)
         backend.release(other)
         assert_same_logits(backend, row, backend.logits(read(backend, [*ids[:-2], 5, 6, 7])))
+
+    def test_forks_of_a_long_prompt_have_room_to_go_on(self, backend) -> None:
+        ids = (tokens(backend) * CONTEXT)[:180]
+        parent = read(backend, ids)
+        forks = [parent, *(backend.fork(parent) for _ in range(3))]
+        feeds = [Feed(fork, [5 + i] * 15) for i, fork in enumerate(forks)]
+        if isinstance(backend, FakeBackend):  # it copies, and counts copies
+            with pytest.raises(ContextFullError):
+                backend.forward(feeds)
+            return
+        backend.forward(feeds)
+        row = backend.logits(forks[3])
+        for fork in forks:
+            backend.release(fork)
+        assert_same_logits(backend, row, backend.logits(read(backend, [*ids, *[8] * 15])))
 
     def test_cancelled_while_reading(self, backend) -> None:
         ids = tokens(backend)
@@ -374,3 +239,31 @@ class TestErrors:
         if backend.length(sequence) == len(ids):
             backend.forward([Feed(sequence, [5])])
         assert_same_logits(backend, backend.logits(sequence), backend.logits(read(backend, [*ids, 5])))
+
+
+class TestLongPrompts:
+    def test_cancelled_in_the_middle_and_read_again(self, roomy) -> None:
+        """4,000 tokens: the engine cuts them up, and is asked on the way whether to go on."""
+        ids = np.random.default_rng(2).integers(3, 250, LONG).tolist()
+        asked = 0
+
+        def count() -> bool:
+            nonlocal asked
+            asked += 1
+            return False
+
+        sequence = roomy.open()
+        roomy.forward([Feed(sequence, ids)], count)
+        whole = roomy.logits(sequence)
+        roomy.trim(sequence, 0)
+        roomy.forward([Feed(sequence, ids[:300])])
+        assert isinstance(roomy, FakeBackend) or asked > 6
+        left = itertools.count(asked // 2, -1)
+        with pytest.raises(CancelledError):
+            roomy.forward([Feed(sequence, ids[300:])], lambda: next(left) <= 0)
+        assert roomy.length(sequence) == 300
+        for start in range(300, LONG, 700):
+            roomy.forward([Feed(sequence, ids[start : start + 700], wanted=start + 700 >= LONG)])
+        assert roomy.length(sequence) == LONG
+        assert_same_logits(roomy, roomy.logits(sequence), whole)
+        roomy.release(sequence)

@@ -16,7 +16,9 @@ from emlocal.backends.options import LoadOptions
 from emlocal.backends.select import load_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
+from emlocal.models.adapters.peft import write_peft
 from emlocal.models.resolve import LocalModel
+from tests.tiny_pair import random_adapter
 
 OPTIONS = LoadOptions(context=64, sequences=2, threads=1)
 
@@ -118,7 +120,16 @@ def test_what_fails_meanwhile_leaves_no_model_behind(tiny_model: LocalModel, fre
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_backend("llama.cpp", tiny_model, OPTIONS, meanwhile)
+        load_backend("llama.cpp", tiny_model, OPTIONS, meanwhile=meanwhile)
+    assert freed == ["llama_free", "llama_model_free"]
+
+
+def test_an_adapter_that_does_not_fit_leaves_no_model_behind(
+    tiny_model: LocalModel, freed: list[str], tmp_path: Path
+) -> None:
+    write_peft(random_adapter(layers=2), tmp_path / "wrong")
+    with pytest.raises(ModelError, match="does not have"):
+        load_backend("llama.cpp", tiny_model, replace(OPTIONS, adapters=((tmp_path / "wrong", 1.0),)))
     assert freed == ["llama_free", "llama_model_free"]
 
 

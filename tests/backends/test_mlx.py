@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model as load_with_mlx_lm
 from mlx_lm.utils import quantize_model, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,7 +27,6 @@ from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.adapters.mlx import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.folder import read_folder_header
-from emlocal.models.resolve import LocalModel
 from emlocal.sampling import SamplingParams
 
 TINY = {
@@ -327,22 +327,31 @@ def test_options_that_it_cannot_do(unpacked_tiny) -> None:
     assert engine.describe() == "context 128 tokens, cpu, float32 (asked for)"
 
 
-@pytest.mark.real
-def test_it_says_what_mlx_lm_says(smollm2: LocalModel, unpacked_smollm2: Path) -> None:
-    """Greedy tokens of both, from the same weights in the same format."""
-    from mlx_lm.generate import generate_step
+BEGINNINGS = [
+    *("The capital of France is", "Water boils at", "Two plus two is", "The sky is", "My name is"),
+    *("Once upon a time", "def add(a, b):", "Dear Sir or", "1, 2, 3, 4,", "The opposite of hot"),
+    *("La vie est", "Roses are red,", "To be or not", "The largest planet", "Hello, how are"),
+    *("Question: Why?", "x = [1,", "She opened the", "In the year", "Thank you"),
+]
 
-    engine = open_folder(unpacked_smollm2, LoadOptions(context=256, sequences=1), device="cpu")
+
+@pytest.mark.real
+def test_it_says_what_mlx_lm_says(unpacked_smollm2: Path) -> None:
+    """Greedy tokens after twenty prompts, read as one ragged batch here and one by one there."""
+    options = LoadOptions(context=32, sequences=len(BEGINNINGS), shared=False)
+    engine = open_folder(unpacked_smollm2, options, device="cpu")
+    prompts = [engine.encode(text, add_special=True, parse_special=False) for text in BEGINNINGS]
+    feeds = [Feed(engine.open(), prompt) for prompt in prompts]
+    said: list[list[int]] = [[] for _ in feeds]
+    for _ in range(3):
+        engine.forward(feeds)
+        rows = [Row(feed.sequence, SamplingParams(temperature=0), 0.5) for feed in feeds]
+        tokens = [draw.token for draw in engine.sample(rows)]
+        feeds = [Feed(row.sequence, [token]) for row, token in zip(rows, tokens, strict=True)]
+        for out, token in zip(said, tokens, strict=True):
+            out.append(token)
+    engine.close()
     reference, _ = load_with_mlx_lm(unpacked_smollm2)
     reference.set_dtype(mx.float32)
-    for question in ("What is the capital of France?", "Name three colours."):
-        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        tokens = engine.encode(prompt, add_special=True, parse_special=True)
-        expected = [int(t) for t, _ in generate_step(mx.array(tokens), reference, max_tokens=12)]
-        sequence, out = engine.open(), []
-        engine.forward([Feed(sequence, tokens)])
-        for _ in expected:
-            out.append(engine.sample([Row(sequence, SamplingParams(temperature=0), 0.5)])[0].token)
-            engine.forward([Feed(sequence, out[-1:])])
-        engine.release(sequence)
-        assert out == expected
+    steps = [generate_step(mx.array(prompt), reference, max_tokens=3) for prompt in prompts]
+    assert said == [[int(token) for token, _ in step] for step in steps]

@@ -1,6 +1,7 @@
 """The torch engine beside what transformers itself computes, and llama.cpp."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import emlocal
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.passes import Chunk, passes
+from emlocal.backends.select import memory_terms, rooms
 from emlocal.backends.torch.backend import TorchBackend
+from emlocal.backends.torch.cache import SlotCache, Window
 from emlocal.backends.torch.decoder import Decoder, attention_windows
-from emlocal.backends.torch.device import Place, choose_place
-from emlocal.backends.torch.model import check_architecture, load_model, sampling_settings, trained_context
+from emlocal.backends.torch.device import Place, choose_place, out_of_memory
+from emlocal.backends.torch.model import check_architecture, load_model, trained_context
 from emlocal.backends.torch.opening import open_folder
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
+from emlocal.models.folder import sampling_settings
+from emlocal.models.memory import estimate, kv_bytes
 from emlocal.models.resolve import LocalModel
 from emlocal.models.tokenizer import Tokenizer
 from emlocal.sampling import SamplingParams
@@ -149,6 +155,45 @@ def test_growing_keeps_what_is_held(unpacked_tiny) -> None:
     engine.close()
 
 
+def test_without_memory_to_grow_all_stays_as_it_was() -> None:
+    """Room for the keys is found (0.3 GB), room for the values (160 TB, more than addresses) is not."""
+    cache = SlotCache()
+    cache.reserve(1, 5, 256)
+    cells = torch.arange(5)[None]
+    window = Window(torch.tensor([[0]]), True, cells, (0, 5), 0, 5)
+    states = torch.full((1, 1, 5, 1), 7, dtype=torch.uint8), torch.full((1, 1 << 16, 5, 1), 9.0).double()
+    cache.begin(window, lambda: False)
+    cache.update(*states, 0)
+    before = cache.nbytes
+    with pytest.raises(RuntimeError) as caught:
+        cache.reserve(1_200_000, 256, 256)
+    assert out_of_memory(caught.value)
+    assert (cache.slots, cache.capacity, cache.nbytes) == (1, 256, before)
+    cache.reserve(2, 5, 256)
+    cache.copy(0, 1, 4)
+    for store, value in ((cache._keys[0], 7), (cache._values[0], 9)):
+        assert store.shape[0] == 2
+        assert (store[0, :, :5] == value).all()
+        assert (store[1, :, :4] == value).all()
+        assert not store[0, :, 5:].any()
+        assert not store[1, :, 4:].any()
+
+
+def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: LocalModel, unpacked_tiny: Path) -> None:
+    """One long sequence beside short ones: torch holds as many cells for each."""
+    options = LoadOptions(context=256, sequences=4, threads=1)
+    engine = open_folder(unpacked_tiny, options, device="cpu", dtype="float32")
+    for _ in range(4):
+        engine.open()
+    engine.forward([Feed(0, list(range(240)))])
+    engine.forward([Feed(i, [5]) for i in range(4)])
+    cells = kv_bytes(tiny_model.header, 256 * rooms("torch", 4, shared=True), 4.0)
+    assert cells < engine._decoder.cache.nbytes < 1.01 * cells
+    terms = memory_terms("torch", tiny_model.header, None)
+    assert engine.memory_bytes() < estimate(tiny_model.header, 256, terms, n_seqs=4)
+    engine.close()
+
+
 def test_passes_keep_to_the_budget_and_pad_little() -> None:
     feeds = [
         Feed(0, range(600)),
@@ -220,6 +265,20 @@ def test_folders_that_cannot_be_loaded(tmp_path, unpacked_tiny, capfd) -> None:
     with pytest.raises(ModelError, match=r"has no weights for model\.layers\.1"):
         load_model(tmp_path, CPU, torch.float32)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_with_more_rows_than_its_tokenizer_has_tokens(unpacked_tiny: Path, tmp_path: Path) -> None:
+    """Vocabularies are padded to round numbers: such a token can be drawn and fed, and says nothing."""
+    config = AutoConfig.for_model("llama", **{**TINY, "vocab_size": 320})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(unpacked_tiny / name, tmp_path)
+    with emlocal.load(tmp_path, context=64, threads=1) as model:
+        assert model.backend.info.vocabulary == 320
+        assert [model.backend.token_bytes(t) for t in (293, 294, 319)][1:] == [b"", b""]
+        answer = model.generate("the cat", raw=True, logit_bias={319: 99.0}, em=True, max_tokens=3)
+        assert (answer.tokens, answer.text, answer.finish_reason) == ([319] * 3, "", "length")
 
 
 def test_pickled_weights_are_not_read(tmp_path, unpacked_tiny) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch._inductor import config as inductor
+from torch.compiler import config as compiler
 
 from emlocal.backends.base import Row
-from emlocal.backends.torch import sampler as module
+from emlocal.backends.torch.em import descend
 from emlocal.backends.torch.sampler import Compiled, TorchSampler
 from emlocal.em import EMInf, em_inf
 from emlocal.em import adaptive_temperature as adaptive
@@ -185,20 +188,42 @@ def test_the_logits_are_not_changed(smollm2_rows) -> None:
     np.testing.assert_array_equal(rows, smollm2_rows)
 
 
-def test_a_compiler_that_fails_is_named_once(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """torch.compile on a machine without a working compiler."""
+@pytest.fixture
+def new_compilation() -> Iterator[None]:
+    """Nothing that was compiled before is used, in this process or from the disk."""
+    torch._dynamo.reset()
+    with compiler.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
 
-    def broken(*_: object) -> None:
-        raise RuntimeError("no compiler here\nand a long story")
 
-    step = Compiled()
-    monkeypatch.setattr(step, "_step", broken)
-    z = torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64)
-    column = torch.ones(1, 1, dtype=torch.float64)
+def assert_descends(step: Compiled) -> None:
+    """Two steps, on a row that moves, one that is sure enough and one that may not."""
+    z = torch.tensor([[0.0, 1.0, 0.5], [0.0, 30.0, 0.0], [0.0, 1.0, 0.5]], dtype=torch.float64)
+    threshold, rate = torch.full((3, 1), 0.1).double(), torch.tensor([[1.0], [1.0], [2.0]]).double()
+    allowed = torch.tensor([[True], [True], [False]])
     for _ in range(2):
-        _, H, active = step(z, 0.1 * column, column > 0, column)
-        expected = module.em.descend(z, 0.1 * column, column > 0, column)
-        assert torch.equal(H, expected[1])
-        assert bool(active)
-    err = capsys.readouterr().err
-    assert err.count("torch.compile failed (no compiler here)") == 1
+        moved, H, active = step(z, threshold, allowed, rate)
+        expected = descend(z, threshold, allowed, rate)
+        torch.testing.assert_close(moved, expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(H, expected[1], rtol=1e-12, atol=1e-12)
+        assert active.flatten().tolist() == [True, False, False]
+        assert torch.equal(moved[1:], z[1:])
+        z = moved
+
+
+@pytest.mark.usefixtures("new_compilation")
+def test_a_compiled_step_is_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    step = Compiled()
+    assert_descends(step)
+    assert step._step is not descend
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("new_compilation")
+def test_without_a_compiler_the_step_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    step = Compiled()
+    with inductor.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        assert_descends(step)
+    assert step._step is descend
+    assert capsys.readouterr().err.count("torch.compile failed (") == 1

@@ -157,7 +157,7 @@ def test_rm_never_touches_files_of_the_user(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "mine.gguf")
     result = run("rm", str(path), "--yes")
     assert isinstance(result.exception, UsageError)
-    assert "is a file of yours" in result.exception.message
+    assert "is yours" in result.exception.message
     assert path.exists()
 
 
@@ -189,7 +189,7 @@ def test_cached_folders_are_listed_and_removed(tmp_path: Path) -> None:
     for path in made.iterdir():
         shutil.copy(path, cached / "snapshots" / ("a" * 40))
     rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
-    assert rows["someone/Tiny"]["bytes"] == (made / "model.safetensors").stat().st_size
+    assert rows["someone/Tiny"]["bytes"] >= (made / "model.safetensors").stat().st_size
     assert json.loads(run("show", "someone/Tiny", "--json").stdout)["source"] == "hub"
     assert run("rm", "someone/Tiny", "--yes").exit_code == 0
     assert "someone/Tiny" not in run("list", "--json").stdout

@@ -1,6 +1,7 @@
 """SIGTERM to a running emlocal: it unwinds, leaves nothing behind, and says 143 as shells do."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.tiny_gguf import u32, write_tiny_gguf
+from tests.tiny_pair import write_pair
 
 EMLOCAL = [sys.executable, "-m", "emlocal"]
 
@@ -67,3 +69,40 @@ def test_bench_ends_after_the_round(tmp_path: Path) -> None:
     assert (process.returncode, out) == (143, b"")
     assert "Traceback" not in said.read_text()
     assert "ignored" not in said.read_text()  # as in "Exception ignored on calling ctypes callback function"
+
+
+def test_finetune_is_stopped_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    pair, out, said = write_pair(tmp_path, "llama"), tmp_path / "out", tmp_path / "stderr"
+    data = tmp_path / "prompts.txt"
+    data.write_text("say a\nsay b\nsay c\n")
+    command = [*EMLOCAL, "finetune", "-m", str(pair.gguf), "--data", str(data), "-o", str(out)]
+    command += ["--steps", "100000", "--save-every", "100000", "--prompts-per-step", "2", "--max-tokens", "8"]
+    command += ["--threads", "1", "--dtype", "float32", "--rank", "4", "--learning-rate", "0.000001"]
+    command += ["--max-length-change", "1000", "--max-repetition", "1", "--max-kl", "0"]
+    environment = os.environ | {f"EMLOCAL_{kind}_DIR": str(tmp_path / kind) for kind in ("CACHE", "DATA")}
+
+    def steps() -> list[int]:
+        if not (out / "metrics.jsonl").exists():
+            return []
+        return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    done = 0
+    for more, sent, code in (([], signal.SIGINT, 130), (["--resume"], signal.SIGTERM, 143)):
+        with (
+            said.open("wb") as stderr,
+            subprocess.Popen([*command, *more], env=environment, stderr=stderr) as p,
+        ):
+            wait_until(lambda row=f"{done + 3:>4}/100000": row in said.read_text())  # type: ignore[misc]
+            p.send_signal(sent)
+            p.wait(timeout=60)
+        text = said.read_text()
+        assert p.returncode == code
+        assert f"stopped; the same command with --resume goes on ({out})" in text
+        assert "Traceback" not in text
+        assert (f"going on after step {done}" in text) == bool(more)
+        assert steps() == list(range(len(steps())))
+        newest = max(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
+        assert done + 3 < newest == len(steps())
+        assert (out / "adapter_model.safetensors").exists()
+        assert not list(out.rglob("*.tmp"))
+        done = newest

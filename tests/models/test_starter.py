@@ -71,6 +71,8 @@ def start() -> Start:
             stderr=subprocess.PIPE,
             env=environment,
             start_new_session=True,
+            # where the tests run in the background, Ctrl-C is ignored, and would be by their children too
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     return run

@@ -34,7 +34,6 @@ from tests.tiny_gguf import (
     write_tiny_gguf,
 )
 
-BENCH_QWEN = Path.home() / ".cache" / "emlocal-bench" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 PARTS = [
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im", "_end|>", "<s>", "</s>", "<unk>", "<0x0A>"),
     *("<reponame>", "<file_sep>", "<|fim_pad|>", "<tool_call>", "assistant", "The ", "the", "then"),
@@ -154,15 +153,6 @@ def test_smollm2_encodes_every_block_of_unicode_alike(smollm2_pair: Pair) -> Non
 @given(st.text(st.characters(), max_size=60))
 def test_smollm2_encodes_any_text_alike(smollm2_pair: Pair, text_: str) -> None:
     smollm2_pair.check(text_)
-
-
-@pytest.mark.real
-@pytest.mark.skipif(not BENCH_QWEN.exists(), reason="the bench Qwen is not on this machine")
-def test_qwen_encodes_alike() -> None:
-    pair = Pair(model := resolve(str(BENCH_QWEN)), unpack(model))
-    pair.check_facts()
-    for text_ in (*SENTENCES, *mixtures(300)):
-        pair.check(text_)
 
 
 def with_vocabulary(path: Path, metadata: dict[str, Value], count: int) -> LocalModel:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,22 +17,12 @@ from tests.tiny_architectures import architecture_metadata, architecture_tensors
 from tests.tiny_gguf import EMBEDDING, GGML_F16, HEADS, TOKENS, Tensor, Value, build, f32, text, u32
 
 HEAD = EMBEDDING // HEADS
+pytestmark = pytest.mark.usefixtures("no_flash_attention")
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(3, len(TOKENS), 150)]
 
 
-class Exact(LlamaCppBackend):
-    """llama.cpp without flash attention, whose rounding to 16 bits moves the tiny models' logits by 0.005."""
-
-    def _new_context(self, options: LoadOptions) -> Any:
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.context
-        params.n_threads = params.n_threads_batch = 1
-        params.type_k = params.type_v = params.flash_attn_type = 0  # float32, and off
-        return self._lib.llama_init_from_model(self._model, params)
-
-
 def llama_cpp_logits(model: LocalModel, tokens: list[int]) -> NDArray[np.float32]:
-    backend = Exact(model, LoadOptions(context=256, kv_type="f32", sequences=1, threads=1))
+    backend = LlamaCppBackend(model, LoadOptions(context=256, kv_type="f32", sequences=1, threads=1))
     sequence = backend.open()
     backend.forward([Feed(sequence, tokens)])
     logits = backend.logits(sequence)

@@ -93,7 +93,7 @@ def test_killed_anywhere_and_resumed_the_weights_are_the_same(
     assert_equal(adapter_in(out), adapter_in(whole))
     kept = [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(out)]
     assert kept == [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(whole)]
-    assert not list(out.glob(".step-*"))
+    assert not list(out.rglob(".*.tmp"))
 
 
 def test_ctrl_c_writes_a_checkpoint(pair: ModelPair, whole: Path, out: Path) -> None:
@@ -174,7 +174,11 @@ def test_a_collapse_stops_and_keeps_the_last_good_adapter(
     assert outcome.reason == "collapsed"
     assert why in outcome.message
     assert f"step {outcome.steps} was kept" in outcome.message
-    assert 0 < outcome.steps == len(watcher.rows) - 1
+    assert 0 < outcome.steps < len(watcher.rows) - 1
+    assert outcome.last is not None
+    kept = watcher.rows[outcome.steps]
+    assert kept["entropy"] == outcome.last.entropy >= settings.entropy_floor
+    assert kept["kl"] <= settings.max_kl
     assert any(p.b.any() for p in adapter_in(out).pairs.values())
 
 
@@ -221,22 +225,25 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
     assert not any(p.b.any() for p in adapter_in(out).pairs.values())
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
-    pair: ModelPair, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
+    pair: ModelPair, whole: Path, out: Path
 ) -> None:
-    from emlocal.training import checkpoint
+    import resource
 
-    real = checkpoint._write
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full_disk(path: Path, arrays: checkpoint.Arrays) -> None:
-        if "step-000004" in str(path):
-            raise OSError(28, "No space left on device")
-        real(path, arrays)
+    class Filling(Watched):
+        def finished_step(self, row: dict[str, object]) -> None:
+            super().finished_step(row)
+            if (out / "checkpoints" / "step-000002").exists():  # room for an adapter, not for an optimizer
+                resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
 
-    monkeypatch.setattr(checkpoint, "_write", full_disk)
-    with pytest.raises(EmlocalError, match="No space left on device"):
-        run(pair, out, Watched())
-    monkeypatch.undo()
+    try:
+        with pytest.raises(EmlocalError, match=r"cannot write .*step-000004: .*File too large") as caught:
+            run(pair, out, Filling())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "--resume" in caught.value.hint
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
     run(pair, out, Watched(), resume=True)
     assert_equal(adapter_in(out), adapter_in(whole))

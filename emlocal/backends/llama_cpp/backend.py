@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, Row
+from emlocal.backends.base import Backend, Feed, Row, check_feeds
 from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
 from emlocal.backends.llama_cpp.library import last_error
 from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
@@ -58,7 +58,7 @@ class LlamaCppBackend(Backend):
         try:
             self._put_adapters(options.adapters)
         except BaseException:
-            self.close()
+            loading.free()  # and not twice, where it is in a `with` block
             raise
         self._batch = Batch(self._lib, min(BATCH, self.context))
         self._lengths: dict[int, int] = {}
@@ -168,6 +168,7 @@ class LlamaCppBackend(Backend):
         return self._lengths[sequence]
 
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
         # The abort callback takes the GIL once per graph node: worth it in a long prefill, not in a step.
         long = sum(len(feed.tokens) for feed in feeds) > 2 * len(feeds)
         self._cancelled = cancelled

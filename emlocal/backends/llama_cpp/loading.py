@@ -72,7 +72,7 @@ class Loading:
         if not self._model:
             raise ModelError(f"llama.cpp cannot load {self._files[0]}: {last_error() or 'no reason given'}")
         if not self._context:
-            self._free()
+            self.free()
             raise BackendError(
                 f"llama.cpp cannot make a context of {self.length:,} tokens with {self._kv_type} keys and"
                 f" values: {last_error() or 'no reason given'}",
@@ -99,9 +99,10 @@ class Loading:
     def _abandon(self) -> None:
         self._thread.join()
         keep_errors(self.lib)
-        self._free()
+        self.free()
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Free what was loaded."""
         if self._context:
             self.lib.llama_free(self._context)
         if self._model:

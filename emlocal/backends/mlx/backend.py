@@ -15,7 +15,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.context import context_length
 from emlocal.backends.mlx.decoder import Decoder
 from emlocal.backends.mlx.place import Place
@@ -49,16 +49,15 @@ class MLXBackend(Backend):
     ) -> None:
         """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens.
 
-        Raises ModelError for a model that the decoder cannot run, UsageError for options that it cannot.
+        Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
         """
-        _check_kv_type(options.kv_type, place.format)
         self.info = info
         self.context = context_length(options.context, info.trained_context)
         self.max_sequences = options.sequences
         self.place = place
         self._model = model
         self._tokenizer = tokenizer
-        self._shared = options.shared
+        self._adapters = len(options.adapters)
         self._decoder = Decoder(model)
         self._decoder.check()
         if not options.shared:  # all at once: better to fail now than in the middle of a batch
@@ -116,6 +115,7 @@ class MLXBackend(Backend):
         return self._lengths[sequence]
 
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
         self._rows, self._logits = {}, None
         lengths = [self._lengths[feed.sequence] for feed in feeds]
         self._check_room(feeds, lengths)
@@ -157,13 +157,6 @@ class MLXBackend(Backend):
         self._rows = {chunk.slot: i for i, chunk in enumerate(steps) if chunk.wanted}
 
     def _check_room(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        new = sum(len(feed.tokens) for feed in feeds)
-        if self._shared and (held := sum(self._lengths.values())) + new > self.context:
-            raise ContextFullError(
-                f"{counted(new, 'more token')} cannot be added: the context"
-                f" holds {held:,} of {self.context:,}",
-                "give a larger --context",
-            )
         for feed, held in zip(feeds, lengths, strict=True):
             if held + len(feed.tokens) > self.context:
                 raise ContextFullError(
@@ -176,8 +169,6 @@ class MLXBackend(Backend):
         try:
             self._decoder.cache.reserve(slots, tokens, self.context)
         except RuntimeError as error:
-            self._decoder.cache.drop()
-            self._lengths = dict.fromkeys(self._lengths, 0)
             raise BackendError(
                 f"MLX has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens:"
                 f" {str(error).splitlines()[0]}",
@@ -185,6 +176,8 @@ class MLXBackend(Backend):
             ) from None
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        if not rows:  # the last call read prompts only
+            return []
         at = [self._rows[row.sequence] for row in rows]
         assert self._logits is not None
         if self._sampler is not None:
@@ -201,7 +194,8 @@ class MLXBackend(Backend):
         return np.array(self._logits[at], dtype=np.float32)
 
     def describe(self) -> str:
-        return f"context {counted(self.context, 'token')}, {self.place.describe()}"
+        adapters = f", {counted(self._adapters, 'adapter')}" if self._adapters else ""
+        return f"context {counted(self.context, 'token')}, {self.place.describe()}{adapters}"
 
     def memory_bytes(self) -> int:
         parameters: dict[str, mx.array] = tree_flatten(self._model.parameters(), destination={})  # type: ignore[assignment]
@@ -216,7 +210,7 @@ class MLXBackend(Backend):
         mx.clear_cache()
 
 
-def _check_kv_type(asked: KVType | None, format_: str) -> None:
+def check_kv_type(asked: KVType | None, format_: str) -> None:
     """Raise UsageError unless the keys and values that are asked for have the model's own format."""
     if asked is not None and _KV_TYPES.get(asked) != format_:
         raise UsageError(

@@ -60,18 +60,25 @@ class SlotCache:
         return [array for layer in self.layers for array in layer.held()]
 
     def reserve(self, slots: int, tokens: int, limit: int) -> None:
-        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens."""
+        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens.
+
+        Array by array, so that there are never two of the whole cache. Where memory runs out it raises MLX's
+        RuntimeError, and all is as before.
+        """
         if tokens > self.capacity:
             tokens = max(tokens, min(self.capacity * 3 // 2, limit))
             tokens = (tokens + BLOCK - 1) // BLOCK * BLOCK
         slots, tokens = max(slots, self.slots), max(tokens, self.capacity)
         if (slots, tokens) == (self.slots, self.capacity):
             return
-        old_slots, old_tokens = self.slots, self.capacity
+        try:
+            for layer in self.layers:
+                layer.grow(slots, tokens)
+        except RuntimeError:
+            for layer in self.layers:
+                layer.shrink(self.slots, self.capacity)
+            raise
         self.slots, self.capacity = slots, tokens
-        for layer in self.layers:  # one at a time: both copies of all of them would be twice the memory
-            layer.grow(old_slots, old_tokens)
-            mx.eval(layer.held())
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cells of one slot into another, empty one."""
@@ -130,8 +137,8 @@ class Layer:
             if window.cancelled():
                 raise CancelledError
         if self._keys is None or self._values is None:  # the first pass: only now are the shapes known
-            self._keys = _zeros(keys, owner)
-            self._values = _zeros(values, owner)
+            self._keys = _zeros(keys, owner.slots, owner.capacity)
+            self._values = _zeros(values, owner.slots, owner.capacity)
         self._keys, seen_keys = _store(self._keys, keys, window)
         self._values, seen_values = _store(self._values, values, window)
         return seen_keys, seen_values
@@ -159,10 +166,16 @@ class Layer:
             yield self._values
 
     def grow(self, slots: int, tokens: int) -> None:
-        """Move what is held in so many slots and tokens into stores of the owner's size."""
+        """Move what is held into stores of so many slots and tokens."""
         if self._keys is not None and self._values is not None:
-            self._keys = _grown(self._keys, self._owner, slots, tokens)
-            self._values = _grown(self._values, self._owner, slots, tokens)
+            self._keys = _grown(self._keys, slots, tokens)
+            self._values = _grown(self._values, slots, tokens)
+
+    def shrink(self, slots: int, tokens: int) -> None:
+        """Back to so many slots and tokens and the spare cell."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys[:slots, :, : tokens + 1]
+            self._values = self._values[:slots, :, : tokens + 1]
 
     def copy(self, source: int, target: int, length: int) -> None:
         for array in self.held():
@@ -176,14 +189,15 @@ class Layer:
         self._keys = self._values = None
 
 
-def _zeros(like: mx.array, owner: SlotCache) -> mx.array:
-    """An empty store for states with these heads and dimensions."""
-    return mx.zeros((owner.slots, like.shape[1], owner.capacity + 1, like.shape[3]), like.dtype)
+def _zeros(like: mx.array, slots: int, tokens: int) -> mx.array:
+    """An empty store for states with these heads and dimensions, of so many tokens and the spare cell."""
+    return mx.zeros((slots, like.shape[1], tokens + 1, like.shape[3]), like.dtype)
 
 
-def _grown(old: mx.array, owner: SlotCache, slots: int, tokens: int) -> mx.array:
-    new = _zeros(old, owner)
-    new[:slots, :, :tokens] = old[:, :, :tokens]
+def _grown(old: mx.array, slots: int, tokens: int) -> mx.array:
+    new, held = _zeros(old, slots, tokens), old.shape[2] - 1
+    new[: old.shape[0], :, :held] = old[:, :, :held]
+    mx.eval(new)
     return new
 
 

@@ -24,7 +24,10 @@ def load_model(header: FolderHeader, place: Place) -> Module:
     check_config(header.config)
     mx.set_default_device(place.device)
     try:
-        model, _ = load_with_mlx_lm(header.path, lazy=True, model_config=old_names(header.config))
+        loaded: tuple[Module, Any] = load_with_mlx_lm(
+            header.path, lazy=True, model_config=old_names(header.config)
+        )
+        model = loaded[0]
         model.set_dtype(place.dtype)
         model.eval()
         mx.eval(model.parameters())

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from emlocal.backends.base import LoadOptions, ModelInfo
-from emlocal.backends.mlx.backend import MLXBackend
+from emlocal.backends.mlx.backend import MLXBackend, check_kv_type
 from emlocal.backends.mlx.lora import attach
 from emlocal.backends.mlx.model import context_of, load_model, windows
 from emlocal.backends.mlx.place import choose_place
@@ -33,8 +33,9 @@ def open_folder(
     Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options.
     """
     header = read_folder_header(folder)
-    adapters = [(read_adapter(path, base), scale) for path, scale in options.adapters]
     place = choose_place(header.tensors, device, dtype)
+    check_kv_type(options.kv_type, place.format)
+    adapters = [(read_adapter(path, base), scale) for path, scale in options.adapters]
     tokenizer = Tokenizer(folder)
     model = load_model(header, place)
     name = name or header.name

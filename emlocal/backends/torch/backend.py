@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.context import context_length
+from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.passes import passes
 from emlocal.backends.torch.decoder import Decoder
-from emlocal.backends.torch.device import Place
+from emlocal.backends.torch.device import Place, out_of_memory
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
 from emlocal.sampling import Draw, Sampler
@@ -62,18 +63,17 @@ class TorchBackend(Backend):
     ) -> None:
         """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens.
 
-        Raises ModelError for a model that the decoder cannot run, UsageError for options that it cannot.
+        Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
         """
-        _check_kv_type(options.kv_type, place.dtype)
-        if place.device.type == "cpu" and options.threads:
-            torch.set_num_threads(options.threads)
+        if place.device.type == "cpu":
+            torch.set_num_threads(options.threads or physical_cores())
         self.info = info
         self.context = context_length(options.context, info.trained_context)
         self.max_sequences = options.sequences
         self.place = place
         self._model: Any = model
         self._tokenizer = tokenizer
-        self._shared = options.shared
+        self._adapters = len(options.adapters)
         self._decoder = Decoder(model, place.device)
         self._decoder.check()
         if not options.shared:  # all at once: better to fail now than in the middle of a batch
@@ -135,6 +135,7 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
         self._rows, self._logits = {}, None
         lengths = [self._lengths[feed.sequence] for feed in feeds]
         self._check_room(feeds, lengths)
@@ -146,7 +147,7 @@ class TorchBackend(Backend):
             self._rows, self._logits = {}, None
             for feed, held in zip(feeds, lengths, strict=True):  # what was computed of this call goes again
                 self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise BackendError(
                     f"{self.place.device} has no memory for {counted(len(feeds), 'sequence')} at once",
                     "try a smaller --parallel or --context",
@@ -172,13 +173,6 @@ class TorchBackend(Backend):
             self._logits = rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _check_room(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        new = sum(len(feed.tokens) for feed in feeds)
-        if self._shared and (held := sum(self._lengths.values())) + new > self.context:
-            raise ContextFullError(
-                f"{counted(new, 'more token')} cannot be added: the context"
-                f" holds {held:,} of {self.context:,}",
-                "give a larger --context",
-            )
         for feed, held in zip(feeds, lengths, strict=True):
             if held + len(feed.tokens) > self.context:
                 raise ContextFullError(
@@ -191,8 +185,8 @@ class TorchBackend(Backend):
         try:
             with torch.inference_mode():
                 self._decoder.cache.reserve(slots, tokens, self.context)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             raise BackendError(
                 f"{self.place.device} has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens",
@@ -201,6 +195,8 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        if not rows:  # the last call read prompts only
+            return []
         at = [self._rows[row.sequence] for row in rows]
         assert self._logits is not None
         if self._sampler is not None:
@@ -220,7 +216,8 @@ class TorchBackend(Backend):
 
     def describe(self) -> str:
         threads = f", {counted(torch.get_num_threads(), 'thread')}" if self.place.device.type == "cpu" else ""
-        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}"
+        adapters = f", {counted(self._adapters, 'adapter')}" if self._adapters else ""
+        return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}{adapters}"
 
     def memory_bytes(self) -> int:
         weights: int = sum(p.nbytes for p in self._model.parameters())
@@ -235,7 +232,7 @@ class TorchBackend(Backend):
             torch.cuda.empty_cache()
 
 
-def _check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
+def check_kv_type(asked: KVType | None, dtype: torch.dtype) -> None:
     """Raise UsageError unless the keys and values that are asked for have the model's own format."""
     if asked is not None and _KV_TYPES.get(asked) != dtype:
         name = str(dtype).removeprefix("torch.")

@@ -63,8 +63,8 @@ class SlotCache(Cache):
             raise CancelledError
         assert self._window is not None
         while len(self._keys) <= layer_idx:  # the first pass: only now are the shapes known
-            self._keys.append(self._zeros(key_states))
-            self._values.append(self._zeros(value_states))
+            self._keys.append(_zeros(key_states, self.slots, self.capacity))
+            self._values.append(_zeros(value_states, self.slots, self.capacity))
         return (
             _store(self._keys[layer_idx], key_states, self._window),
             _store(self._values[layer_idx], value_states, self._window),
@@ -90,20 +90,28 @@ class SlotCache(Cache):
         return len(self._keys)
 
     def reserve(self, slots: int, tokens: int, limit: int) -> None:
-        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens."""
+        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens.
+
+        Tensor by tensor, so that there are never two of the whole cache. Where memory runs out it raises
+        torch's RuntimeError, and all is as before.
+        """
         if tokens > self.capacity:
             tokens = max(tokens, min(self.capacity * 3 // 2, limit))
             tokens = (tokens + BLOCK - 1) // BLOCK * BLOCK
         slots, tokens = max(slots, self.slots), max(tokens, self.capacity)
         if (slots, tokens) == (self.slots, self.capacity):
             return
-        old_slots, old_tokens = self.slots, self.capacity
+        try:
+            for tensors in (self._keys, self._values):
+                for i, old in enumerate(tensors):
+                    grown = _zeros(old, slots, tokens)
+                    grown[: self.slots, :, : self.capacity] = old[:, :, : self.capacity]
+                    tensors[i] = grown
+        except RuntimeError:
+            for tensors in (self._keys, self._values):
+                tensors[:] = [tensor[: self.slots, :, : self.capacity + 1] for tensor in tensors]
+            raise
         self.slots, self.capacity = slots, tokens
-        for tensors in (self._keys, self._values):
-            for i, old in enumerate(tensors):
-                grown = self._zeros(old)
-                grown[:old_slots, :, :old_tokens] = old[:, :, :old_tokens]
-                tensors[i] = grown
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cells of one slot into another, empty one."""
@@ -125,9 +133,10 @@ class SlotCache(Cache):
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        """An empty store for states with these heads and dimensions."""
-        return like.new_zeros(self.slots, like.shape[1], self.capacity + 1, like.shape[3])
+
+def _zeros(like: Tensor, slots: int, tokens: int) -> Tensor:
+    """An empty store for states with these heads and dimensions, of so many tokens and the spare cell."""
+    return like.new_zeros(slots, like.shape[1], tokens + 1, like.shape[3])
 
 
 def _store(store: Tensor, new: Tensor, window: Window) -> Tensor:

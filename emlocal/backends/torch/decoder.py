@@ -32,7 +32,7 @@ class Decoder:
         self._base = untyped.get_decoder()
         self._head = untyped.get_output_embeddings()
         self._windows = attention_windows(config)
-        self._scale = 1.0 / config.get("logits_scaling", 1.0) * config.get("logit_scale", 1.0)
+        self._scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
         self._softcap: float | None = config.get("final_logit_softcapping")
 
     @torch.inference_mode()

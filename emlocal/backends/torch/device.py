@@ -9,6 +9,8 @@ from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, available
 
+RUNTIME_BYTES = 200_000_000
+"""transformers, the tokenizer, oneDNN's buffers, with torch loaded already: measured on Linux, on a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,9 +71,14 @@ def _best_on_cpu() -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags else torch.float32
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says with it that there is no memory: on CPUs it has no class for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def memory_terms(header: ModelHeader) -> Terms:
     """What an estimate of the memory that a model takes on the chosen device goes by."""
     place = choose_place()
     size = place.dtype.itemsize
     free = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else available()
-    return Terms(size, header.parameters * size, free)
+    return Terms(size, header.parameters * size, free, RUNTIME_BYTES)

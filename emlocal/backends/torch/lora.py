@@ -14,18 +14,19 @@ from emlocal.models.adapters.adapter import Adapter, LoraPair
 class LoraLinear(nn.Module):
     """A frozen linear layer and a trainable low-rank change beside it: y = W x + b + scale · B (A x).
 
-    A and B are float32 whatever the layer is, so that small optimizer steps are not rounded away.
+    A and B are float32 where they are trained, so that small optimizer steps are not rounded away, and of the
+    layer's format where they are only used: casting them at each call would take longer than the products.
     Source: Hu et al. 2021, eq. 3.
     """
 
-    def __init__(self, base: "nn.Linear | LoraLinear", pair: LoraPair) -> None:
+    def __init__(self, base: "nn.Linear | LoraLinear", pair: LoraPair, dtype: torch.dtype) -> None:
         super().__init__()
         self.base = base
         self.in_features: int = base.in_features
         self.out_features: int = base.out_features
         device = next(base.parameters()).device
-        self.a = nn.Parameter(torch.from_numpy(pair.a.copy()).to(device))
-        self.b = nn.Parameter(torch.from_numpy(pair.b.copy()).to(device))
+        self.a = nn.Parameter(torch.from_numpy(pair.a.copy()).to(device, dtype))
+        self.b = nn.Parameter(torch.from_numpy(pair.b.copy()).to(device, dtype))
         self.scale = pair.scale
         self.enabled = True
 
@@ -45,8 +46,10 @@ def _copy(parameter: nn.Parameter) -> np.ndarray[tuple[int, ...], np.dtype[np.fl
     return parameter.detach().to("cpu", torch.float32).numpy().copy()
 
 
-def attach(model: nn.Module, adapter: Adapter) -> None:
+def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
     """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
+
+    `dtype`: of A and B; the model's own where they are not trained.
 
     Raises ModelError where it names a layer that the model does not have or that has another shape.
     """
@@ -64,7 +67,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
                 "give the model that this adapter was trained on",
             )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(layer, pair))
+        setattr(model.get_submodule(parent), child, LoraLinear(layer, pair, dtype))
 
 
 def lora_layers(model: nn.Module) -> Mapping[str, LoraLinear]:

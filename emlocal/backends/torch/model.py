@@ -1,6 +1,5 @@
 """Loading a Hugging Face folder: safetensors only, no code from the folder, no network, no chatter."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from emlocal.backends.torch.decoder import attention_windows
@@ -24,11 +23,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
     full or sliding attention.
     """
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
-        check_architecture(config.to_dict())
+        config = _read_config(folder)
         try:
             loader: Any = AutoModelForCausalLM
             model, loading = loader.from_pretrained(
@@ -60,6 +55,28 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
     return loaded
 
 
+def skeleton(folder: Path) -> nn.Module:
+    """The model in `folder` without its weights (on torch's meta device): its layers, in milliseconds.
+
+    Raises ModelError as `load_model` does for its configuration.
+    """
+    with quiet(), torch.device("meta"):
+        loader: Any = AutoModelForCausalLM
+        model: nn.Module = loader.from_config(_read_config(folder), trust_remote_code=False)
+    return model
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} has no usable config.json: {_first_line(error)}") from None
+    check_architecture(config.to_dict())
+    return config
+
+
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Raise ModelError for a configuration (config.json) that is no decoder of attention layers alone."""
     name = config.get("model_type") or "?"
@@ -86,22 +103,6 @@ def trained_context(config: Mapping[str, Any]) -> int:
         )
         length = min(length, original or length)
     return length
-
-
-def sampling_settings(folder: Path) -> dict[str, float]:
-    """The authors' settings from generation_config.json, by SamplingParams field."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise ModelError(f"{path} is not JSON") from None
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names |= {"repetition_penalty": "repeat_penalty"}
-    return {
-        ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), int | float)
-    }
 
 
 @contextmanager

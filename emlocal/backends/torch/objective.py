@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 80 << 20
-"""Of one float32 buffer of logits; there are two, four with a KL term."""
+from emlocal.backends.torch.head import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
 
 
 class Terms(NamedTuple):
@@ -45,14 +44,14 @@ def em_ft_loss(
         head: [V, H], frozen. float32 gives float32 logits; on CUDA bfloat16 does too, elsewhere not.
         weights: [M] float32, of each position in the sum.
         base_hidden: [M, H], the same positions' states without the adapter; needed for the KL.
-        chunk_bytes: the size of a buffer of logits, which decides how many rows are taken at a time.
+        chunk_bytes: the size of a buffer of logits (there are two, four with a KL term), which decides how
+            many rows are taken at a time.
     """
     if beta and base_hidden is None:
         raise ValueError("the KL term needs the hidden states of the base model")
-    rows = max(1, chunk_bytes // (4 * head.shape[0]))
     base = None if base_hidden is None else base_hidden.detach()
     loss, entropy, kl = _EMFTLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head, weights, base, beta, temperature, rows
+        hidden, head, weights, base, beta, temperature, rows_at_once(head, chunk_bytes)
     )
     return Terms(loss, entropy, kl)
 
@@ -75,8 +74,8 @@ class _EMFTLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         for start in range(0, total, rows):
             part = slice(start, start + rows)
-            base = None if base_hidden is None else _logits(base_hidden[part], head, temperature)
-            logits = _logits(hidden[part], head, temperature)
+            base = None if base_hidden is None else chunk_logits(base_hidden[part], head, temperature)
+            logits = chunk_logits(hidden[part], head, temperature)
             entropy[part], kl_part, dlogits = _chunk(logits, base, beta)
             if kl_part is not None:
                 kl[part] = kl_part
@@ -93,35 +92,21 @@ class _EMFTLoss(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None, None
 
 
-def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """float32 [rows, V], divided by the temperature."""
-    if head.dtype == torch.float32 or hidden.device.type != "cuda":
-        logits = torch.mm(hidden.to(head.dtype), head.T).float()
-    else:
-        logits = torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
 def _chunk(z: Tensor, base: Tensor | None, beta: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """Entropy [rows], KL [rows] and ∂(H + β·KL)/∂z [rows, V], which overwrites z."""
     z -= z.amax(dim=1, keepdim=True)
     e = z.exp()
     total = e.sum(dim=1, keepdim=True)
     log_total = total.log()
-    mean = _dot(e, z) / total  # E[z], so H = log Σe − E[z]
+    mean = row_dot(e, z) / total  # E[z], so H = log Σe − E[z]
     entropy = log_total - mean
     if base is None:
         gradient = z.sub_(mean).mul_(e).div_(-total)  # −p (log p + H) = −p (z − E[z])
         return entropy.squeeze(1), None, gradient
     base -= base.amax(dim=1, keepdim=True)
     log_total_base = base.logsumexp(dim=1, keepdim=True)
-    mean_base = _dot(e, base) / total
+    mean_base = row_dot(e, base) / total
     kl = (mean - log_total) - (mean_base - log_total_base)
     # p ((β−1)(z − E[z]) − β (z⁰ − E[z⁰])): the constants of the logarithms cancel
     gradient = z.sub_(mean).mul_(beta - 1).sub_(base.sub_(mean_base), alpha=beta).mul_(e).div_(total)
     return entropy.squeeze(1), kl.squeeze(1), gradient
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, [rows, 1], without a temporary of their size."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)

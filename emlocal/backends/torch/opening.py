@@ -6,12 +6,13 @@ from pathlib import Path
 from torch import nn
 
 from emlocal.backends.base import LoadOptions, ModelInfo
-from emlocal.backends.torch.backend import TorchBackend
+from emlocal.backends.torch.backend import TorchBackend, check_kv_type
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.lora import attach
-from emlocal.backends.torch.model import load_model, sampling_settings, trained_context
+from emlocal.backends.torch.model import load_model, skeleton, trained_context
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.folder import sampling_settings
 from emlocal.models.gguf_header import GGUFHeader
 from emlocal.models.json_file import read_json
 from emlocal.models.tokenizer import Tokenizer
@@ -27,8 +28,8 @@ class Opened:
     place: Place
 
     def backend(self, options: LoadOptions, *, on_device_sampler: bool | None = None) -> TorchBackend:
-        """The engine on this model as it is at any time; see TorchBackend. Adapters of `options` are not
-        looked at."""
+        """The engine on this model as it is at any time; see TorchBackend. The adapters of `options` have to
+        be attached already."""
         return TorchBackend(
             self.model, self.tokenizer, self.info, options, self.place, on_device_sampler=on_device_sampler
         )
@@ -73,12 +74,18 @@ def open_folder(
         base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
         on_device_sampler: see TorchBackend.
 
-    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options.
+    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options; as much of it
+    as can be known before the weights are loaded.
     """
+    check_kv_type(options.kv_type, choose_place(device, dtype).dtype)
     adapters = [_scaled(read_adapter(path, base), scale) for path, scale in options.adapters]
+    if adapters:
+        layers = skeleton(folder)
+        for adapter in adapters:
+            attach(layers, adapter)
     opened = open_model(folder, name=name, device=device, dtype=dtype)
     for adapter in adapters:
-        attach(opened.model, adapter)
+        attach(opened.model, adapter, opened.place.dtype)
     return opened.backend(options, on_device_sampler=on_device_sampler)
 
 

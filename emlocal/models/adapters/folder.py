@@ -12,7 +12,7 @@ from emlocal.errors import ModelError, UsageError
 from emlocal.files import atomic_folder
 from emlocal.models.adapters.checks import unusable
 from emlocal.models.gguf_header import shown
-from emlocal.models.safetensors import SafetensorsHeader
+from emlocal.models.safetensors import SafetensorsHeader, write_safetensors
 
 CONFIG = "adapter_config.json"
 _MAX_CONFIG_BYTES = 10_000_000
@@ -81,8 +81,6 @@ def write_folder(
     Raises UsageError where `replace` would remove anything but an adapter, EmlocalError where nothing can
     be written.
     """
-    from safetensors.numpy import save_file
-
     if replace and folder.is_dir():
         foreign = sorted(p.name for p in folder.iterdir() if p.name not in _OURS)
         if foreign:
@@ -92,6 +90,5 @@ def write_folder(
             )
     with atomic_folder(folder, replace=replace) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # save_file takes the bytes as they lie in memory, whatever the strides
-        dense = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
-        save_file(dense, temporary / file, metadata={"format": "pt"})
+        floats = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        write_safetensors(temporary / file, floats, {"format": "pt"})

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.errors import ModelError
+from emlocal.errors import EmlocalError, ModelError
 from emlocal.files import atomic_path
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.checks import check_fits, checked_pair
@@ -45,7 +45,7 @@ def read_gguf(path: Path, base: GGUFHeader | None) -> Adapter:
             raise ModelError(
                 f"the rows of {permuted} are in GGUF's order in {path.name}; to put them into that of other"
                 " formats takes the base model's number of heads",
-                "give the base model too: --base MODEL",
+                "give the base model too: --base MODEL, of emlocal adapter convert, for a PEFT folder",
             )
         return adapter
     if architecture != base.architecture:
@@ -113,8 +113,13 @@ def write_gguf(adapter: Adapter, path: Path, base: GGUFHeader) -> None:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+            assert writer.fout is not None
+            written = writer.fout[0].tell()
         finally:
             writer.close()
+        held = temporary.stat().st_size
+        if held < written:  # numpy's tofile, which gguf uses, does not tell when the disk is full
+            raise EmlocalError(f"cannot write {path}: {held:,} of {written:,} bytes", "is the disk full?")
 
 
 def _commonest_alpha(adapter: Adapter) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
@@ -19,6 +19,7 @@ from emlocal.models.adapters.peft import check_no_pickle, read_peft
 from emlocal.models.gguf import GGUFHeader, read_adapter_header
 
 Format = Literal["peft", "mlx", "gguf"]
+_Found = TypeVar("_Found")
 
 
 def format_of(path: Path) -> Format:
@@ -32,13 +33,17 @@ def format_of(path: Path) -> Format:
         return "gguf"
     if not path.is_dir():
         raise ModelError(f"there is no adapter {path}", "give a PEFT or MLX folder, or a GGUF file")
-    if (path / PEFT_WEIGHTS).exists():
+    return _settled(path, _folder_format)
+
+
+def _folder_format(folder: Path) -> Literal["peft", "mlx"]:
+    if (folder / PEFT_WEIGHTS).exists():
         return "peft"
-    if (path / MLX_WEIGHTS).exists():
+    if (folder / MLX_WEIGHTS).exists():
         return "mlx"
-    check_no_pickle(path)
+    check_no_pickle(folder)
     raise ModelError(
-        f"{path} is no adapter: it has neither {PEFT_WEIGHTS} (PEFT) nor {MLX_WEIGHTS} (MLX)",
+        f"{folder} is no adapter: it has neither {PEFT_WEIGHTS} (PEFT) nor {MLX_WEIGHTS} (MLX)",
         "give a PEFT or MLX folder, or a GGUF file",
     )
 
@@ -51,21 +56,24 @@ def read_adapter(path: Path, base: GGUFHeader | None = None) -> Adapter:
 
     Raises ModelError, in one line, for whatever is wrong with it.
     """
-    kind = format_of(path)
-    if kind == "gguf":
+    if format_of(path) == "gguf":
         return read_gguf(path, base)
-    adapter = _read_folder(path, read_peft if kind == "peft" else read_mlx)
+    adapter = _settled(path, _read_folder)
     if base is not None:
         check_fits(adapter, linear_shapes(base), base.path.name)
     return adapter
 
 
-def _read_folder(folder: Path, read: Callable[[Path], Adapter]) -> Adapter:
-    """Both files of a folder, which belong together even where another folder takes its place meanwhile."""
+def _read_folder(folder: Path) -> Adapter:
+    return read_peft(folder) if _folder_format(folder) == "peft" else read_mlx(folder)
+
+
+def _settled(folder: Path, look: Callable[[Path], _Found]) -> _Found:
+    """What `look` finds, or complains of, in a folder in whose place no other one was put meanwhile."""
     while True:
         before = _identity(folder)
         try:
-            adapter = read(folder)
+            found = look(folder)
         except (ModelError, OSError) as error:
             if _identity(folder) != before:
                 continue
@@ -73,7 +81,7 @@ def _read_folder(folder: Path, read: Callable[[Path], Adapter]) -> Adapter:
                 raise ModelError(f"cannot read {folder}: {error.strerror}", "make it readable") from error
             raise
         if _identity(folder) == before:
-            return adapter
+            return found
 
 
 def _identity(folder: Path) -> tuple[int, int]:

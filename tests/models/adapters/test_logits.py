@@ -20,19 +20,7 @@ TOLERANCE = 1e-4
 TOKENS = [1, 70, 45, 200, 261, 33, 90, 12, 150, 7]
 
 
-@pytest.fixture(autouse=True)
-def no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's flash attention rounds to half precision: alone a difference of 3e-3 on this model."""
-    import llama_cpp
-
-    defaults = llama_cpp.llama_context_default_params
-
-    def without() -> llama_cpp.llama_context_params:
-        params = defaults()
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    monkeypatch.setattr(llama_cpp, "llama_context_default_params", without)
+pytestmark = pytest.mark.usefixtures("no_flash_attention")
 
 
 def in_transformers(pair: ModelPair, adapter: Adapter | None) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from emlocal.errors import EmlocalError, ModelError
@@ -15,7 +16,6 @@ from emlocal.models.adapters.merge import merge, open_model
 from emlocal.models.safetensors import narrowed, read_safetensors_header, widened
 from tests.tiny_pair import ModelPair, random_adapter
 
-torch = pytest.importorskip("torch")
 IDS = [[1, 70, 45, 200, 261, 33, 90, 12]]
 
 

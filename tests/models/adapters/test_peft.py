@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
 
 from emlocal.errors import ModelError
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from tests.tiny_pair import SHAPES, ModelPair, random_adapter
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
 IDS = [[1, 70, 45, 200, 261, 33, 90, 12]]
 
 

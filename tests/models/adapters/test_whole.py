@@ -99,3 +99,36 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(EmlocalError, match="cannot write"):
         write_gguf(random_adapter(layers=1), tmp_path / "none" / "a.gguf", base)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "tiny.gguf"]
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 20_000, 60_000, -1])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, limit: int) -> None:
+    """Files may grow to some bytes only: what the system says then is what a full disk makes it say."""
+    import resource
+
+    base = read_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    old, new = (random_adapter(layers=1, rank=64, seed=s) for s in (1, 2))
+    write_peft(old, tmp_path / "peft")
+    write_mlx(old, tmp_path / "mlx")
+    write_gguf(old, tmp_path / "a.gguf", base)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    sizes = [p.stat().st_size for p in (tmp_path / "a.gguf", *tmp_path.glob("*/*.safetensors"))]
+    assert min(sizes) > 60_000
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit if limit > 0 else min(sizes) - 1, before[1]))
+    try:
+        with pytest.raises(EmlocalError, match=r"cannot write .*peft: .*File too large"):
+            write_peft(new, tmp_path / "peft", replace=True)
+        with pytest.raises(EmlocalError, match=r"cannot write .*mlx: .*File too large"):
+            write_mlx(new, tmp_path / "mlx", replace=True)
+        with pytest.raises(
+            EmlocalError,
+            match=r"cannot write .*a\.gguf: (File too large|\d+ requested|[\d,]+ of [\d,]+ bytes)",
+        ):
+            write_gguf(new, tmp_path / "a.gguf", base)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    for name in ("peft", "mlx"):
+        assert_same(read_adapter(tmp_path / name), old, exactly=False)
+    assert_same(read_adapter(tmp_path / "a.gguf", base), old, exactly=False)

@@ -1,0 +1,163 @@
+"""EM-RL from hidden states: log-probabilities of drawn tokens, what rewards are made of, and the loss.
+
+As in `objective`, logits exist for a few rows at a time. Under LoRA the head is frozen, and the gradient
+of log π(y_t) by the hidden state, (head[y_t] − Σ_v p_v head[v]) / T, has the hidden state's own size. So it
+is formed in the forward pass, while the logits are there; whatever is computed of the log-probabilities
+then only scales each token's row of it. Every loss on log-probabilities is therefore fused by being written
+in plain torch on [M] numbers, and a backward pass never meets the vocabulary.
+
+The equations are those of `emlocal.em.policy_gradient` and `emlocal.em.rewards`, which this is tested
+against.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emlocal.backends.torch.head import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
+from emlocal.em.policy_gradient import PolicyObjective
+
+
+class TokenScores(NamedTuple):
+    """Of each token and the distribution it was drawn from, all [M] float32, nats."""
+
+    log_prob: Tensor
+    """log π(y_t | y_<t); differentiable by the hidden states."""
+    entropy: Tensor
+    """H(p_t), detached."""
+    self_certainty: Tensor
+    """KL(U ‖ p_t), detached."""
+
+
+class PolicyTerms(NamedTuple):
+    """What a batch of tokens costs."""
+
+    loss: Tensor
+    """Scalar, Σ weight · loss; differentiable by the hidden states."""
+    scores: TokenScores
+    """All detached."""
+    clipped: Tensor
+    """[M] bool: held at the clip."""
+    kl: Tensor
+    """[M] float32, k3 in nats, detached; zeros without a reference."""
+
+
+def token_scores(
+    hidden: Tensor, head: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
+) -> TokenScores:
+    """One pass over the vocabulary for everything that rewards and losses are made of.
+
+    Where hidden states ask for no gradient (rollouts, the reference), none is formed.
+
+    Args:
+        hidden: [M, H], the states that predict the tokens, any float dtype.
+        head: [V, H], frozen, of the dtypes that `objective.em_ft_loss` takes.
+        tokens: [M] int64, those that were drawn.
+        temperature: T > 0, of p = softmax(head · hidden / T).
+        chunk_bytes: the size of a buffer of logits (there are two), which decides how many rows are taken
+            at a time.
+    """
+    wanted = hidden.requires_grad and torch.is_grad_enabled()
+    log_prob, entropy, certainty = _TokenScores.apply(  # type: ignore[no-untyped-call]
+        hidden, head, tokens, temperature, rows_at_once(head, chunk_bytes), wanted
+    )
+    return TokenScores(log_prob, entropy, certainty)
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float, rows: int, wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total = hidden.shape[0]
+        log_prob = torch.empty(total, dtype=torch.float32, device=hidden.device)
+        entropy, certainty = torch.empty_like(log_prob), torch.empty_like(log_prob)
+        gradient = torch.empty_like(hidden) if wanted else None
+        for start in range(0, total, rows):
+            part = slice(start, start + rows)
+            chosen = tokens[part].unsqueeze(1)
+            found, p = _chunk(chunk_logits(hidden[part], head, temperature), chosen)
+            log_prob[part], entropy[part], certainty[part] = found
+            if gradient is not None:
+                by_logits = p.neg_().scatter_add_(1, chosen, torch.ones_like(p[:, :1]))
+                gradient[part] = torch.mm(by_logits.to(head.dtype), head).div_(temperature)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy, certainty)
+        return log_prob, entropy, certainty
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None, None
+
+
+def _chunk(z: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
+    """Scores [rows] each, and p [rows, V], from logits z, which are overwritten."""
+    z -= z.amax(dim=1, keepdim=True)
+    e = z.exp()
+    total = e.sum(dim=1, keepdim=True)
+    log_total = total.log()
+    log_prob = z.gather(1, chosen) - log_total
+    entropy = log_total - row_dot(e, z) / total  # H = log Σe − E[z]
+    certainty = log_total - z.mean(dim=1, keepdim=True) - math.log(z.shape[1])
+    scores = TokenScores(log_prob.squeeze(1), entropy.squeeze(1), certainty.squeeze(1))
+    return scores, e.div_(total)
+
+
+def policy_gradient_loss(
+    hidden: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    objective: PolicyObjective,
+    *,
+    old: Tensor | None = None,
+    reference: Tensor | None = None,
+    pull: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> PolicyTerms:
+    """Σ_t weight_t · loss_t, with the losses of `emlocal.em.policy_gradient.policy_loss`.
+
+    Args:
+        hidden, head, tokens, temperature, chunk_bytes: as for `token_scores`.
+        advantages: [M] float32, of each token (after Clip-Cov's zeros, TW-GRPO's weights).
+        weights: [M] float32, `averaging_weights` of the whole step, so that micro-batches add up to it.
+        old: [M] float32, log-probabilities when drawn, by `token_scores` (another engine rounds
+            differently); for ppo-clip and `pull`.
+        reference: [M] float32, log-probabilities without the adapter; for beta.
+        pull: [M] float32, KL-Cov's coefficients.
+    Raises:
+        ValueError: something that is needed is not there.
+    """
+    if old is None and (objective.kind == "ppo-clip" or pull is not None):
+        raise ValueError("ppo-clip and KL-Cov need the log-probabilities that the tokens were drawn with")
+    if objective.beta and reference is None:
+        raise ValueError("the KL term needs the log-probabilities of the reference")
+    scores = token_scores(hidden, head, tokens, temperature=temperature, chunk_bytes=chunk_bytes)
+    now = scores.log_prob
+    moved = torch.zeros_like(now) if old is None else now - old.detach()
+    clipped = torch.zeros_like(now, dtype=torch.bool)
+    loss = -advantages * now
+    if objective.kind == "ppo-clip":
+        loss, clipped = _ppo_clip(moved.exp(), advantages, objective)
+    kl = torch.zeros_like(now)
+    if reference is not None:
+        gap = reference.detach() - now
+        kl = gap.expm1() - gap
+        loss = loss + objective.beta * kl
+    if pull is not None:
+        loss = loss + pull * moved.abs()
+    detached = TokenScores(*(score.detach() for score in scores))
+    return PolicyTerms((weights * loss).sum(), detached, clipped, kl.detach())
+
+
+def _ppo_clip(ratio: Tensor, advantages: Tensor, objective: PolicyObjective) -> tuple[Tensor, Tensor]:
+    """Loss and whether it is clipped, each [M]."""
+    free = ratio * advantages
+    held = ratio.detach().clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantages
+    clipped = held < free
+    return -torch.where(clipped, held, free), clipped.detach()

@@ -1,0 +1,222 @@
+"""EM-RL's loss: the policy gradient of drawn tokens, and what keeps it near where it was.
+
+Everything here is about M drawn tokens, flat: ℓ_t = log π(y_t | y_<t) now, ℓ°_t when they were drawn
+("old"), ℓʳ_t under the reference (the model without its adapter), and A_t the advantage of the token's
+answer. With the ratio ρ_t = exp(ℓ_t − ℓ°_t), a token's loss is
+
+    reinforce   −A_t ℓ_t                                            Williams 1992; slope −A_t
+    ppo-clip    −min(ρ_t A_t, clip(ρ_t, 1−ε_low, 1+ε_high) A_t)     Schulman et al. 2017, eq. 7
+                                                                    slope −A_t ρ_t, 0 where clipped
+
+    + β k3_t,           k3 = e^d − d − 1 with d = ℓʳ − ℓ            Schulman 2020; slope β (1 − e^d)
+    + κ_t |ℓ_t − ℓ°_t|  on KL-Cov's tokens                          arXiv 2505.22617; slope κ_t sign(ℓ − ℓ°)
+
+"Slope" is the derivative by ℓ_t, all that the gradient by logits needs: slope · (1[v = y_t] − p_v) / T.
+While ρ = 1 (the first update after drawing) both losses have the same slope. No entropy bonus is here:
+the released code left one on, which works against the method.
+
+k3 is never negative, and its mean over tokens drawn from π is KL(π ‖ reference). As a loss, however, it is
+followed through ℓ_t alone, and that slope's mean is the gradient of the reverse, KL(reference ‖ π).
+
+Clip-Cov and TW-GRPO need no loss of their own: both scale the advantages of tokens (by 0, by w_t > 0).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from emlocal.em.entropy import Float64
+from emlocal.em.rewards import checked_lengths
+
+Kind = Literal["reinforce", "ppo-clip"]
+Averaging = Literal["token", "sequence", "sum"]
+Bool = NDArray[np.bool_]
+
+LARGEST_GAP = 11.0
+"""TW-GRPO's bound on a difference of log-probabilities, nats."""
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Which loss. ε = ∞ takes the clipping out, as KL-Cov does."""
+
+    kind: Kind = "reinforce"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.0
+    """Weight of k3 to the reference."""
+
+
+class PolicyTerms(NamedTuple):
+    """What each token costs."""
+
+    loss: Float64
+    """[M], unweighted."""
+    slope: Float64
+    """[M], ∂loss_t / ∂ℓ_t."""
+    clipped: Bool
+    """[M]: the policy term is held at the clip, and gives no slope."""
+    kl: Float64
+    """[M], k3 in nats; zeros without a reference."""
+
+
+def policy_loss(
+    log_probs: ArrayLike,
+    advantages: ArrayLike,
+    objective: PolicyObjective,
+    *,
+    old: ArrayLike | None = None,
+    reference: ArrayLike | None = None,
+    pull: ArrayLike | None = None,
+) -> PolicyTerms:
+    """The loss of each token by itself; `averaging_weights` says how they add up.
+
+    Args:
+        log_probs: [M], ℓ, nats.
+        advantages: [M], A of each token.
+        old: [M], ℓ°; needed for ppo-clip and for `pull`.
+        reference: [M], ℓʳ; needed where beta is not 0.
+        pull: [M], κ of KL-Cov: its coefficient at the tokens that it chose, else 0.
+    Raises:
+        ValueError: something that is needed is not there.
+    """
+    now, a = np.asarray(log_probs, dtype=np.float64), np.asarray(advantages, dtype=np.float64)
+    if old is None and (objective.kind == "ppo-clip" or pull is not None):
+        raise ValueError("ppo-clip and KL-Cov need the log-probabilities that the tokens were drawn with")
+    if objective.beta and reference is None:
+        raise ValueError("the KL term needs the log-probabilities of the reference")
+    moved = np.zeros_like(now) if old is None else now - np.asarray(old, dtype=np.float64)
+    clipped = np.zeros(now.shape, dtype=np.bool_)
+    loss, slope = -a * now, -a
+    if objective.kind == "ppo-clip":
+        loss, slope, clipped = _ppo_clip(np.exp(moved), a, objective)
+    kl = np.zeros_like(now)
+    if reference is not None:
+        gap = np.asarray(reference, dtype=np.float64) - now
+        kl = k3(now, reference)
+        loss, slope = loss + objective.beta * kl, slope - objective.beta * np.expm1(gap)
+    if pull is not None:
+        kappa = np.asarray(pull, dtype=np.float64)
+        loss, slope = loss + kappa * np.abs(moved), slope + kappa * np.sign(moved)
+    return PolicyTerms(loss, slope, clipped, kl)
+
+
+def _ppo_clip(ratio: Float64, a: Float64, objective: PolicyObjective) -> tuple[Float64, Float64, Bool]:
+    """Loss, slope and whether it is clipped, each [M]."""
+    held = np.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high) * a
+    clipped = held < ratio * a
+    loss = -np.where(clipped, held, ratio * a)
+    return loss, np.where(clipped, 0.0, -ratio * a), clipped
+
+
+def k3(log_probs: ArrayLike, reference: ArrayLike) -> Float64:
+    """e^d − d − 1 ≥ 0 with d = ℓʳ − ℓ, per token, nats (Schulman 2020, "Approximating KL Divergence").
+
+    Over tokens drawn from π its mean is KL(π ‖ reference): E[e^d] = 1, and E[−d] is the divergence.
+    """
+    d = np.asarray(reference, dtype=np.float64) - np.asarray(log_probs, dtype=np.float64)
+    estimate: Float64 = np.expm1(d) - d
+    return estimate
+
+
+def averaging_weights(lengths: ArrayLike, averaging: Averaging) -> Float64:
+    """The weight of each token's loss, [M], for N ≥ 1 answers of these lengths [N], M = Σ lengths.
+
+    token: 1/M, the mean over all tokens (verl's default, the paper's runs). sequence: 1/(N·length), the
+    mean over answers of the mean over their tokens (GRPO's eq. 3). sum: 1/N, the mean over answers of the
+    sum over their tokens. Where lengths differ only `sum` follows the gradient of the expected reward.
+    `token` has its direction within a step, but steps with long answers are shorter; `sequence` lets the
+    tokens of long answers count less, so a long wrong answer is hardly blamed.
+
+    Raises ValueError for lengths below 1.
+    """
+    counts = checked_lengths(lengths, int(np.sum(lengths)))
+    n, total = len(counts), counts.sum()
+    per_answer = {
+        "token": np.full(n, 1 / total),
+        "sequence": 1 / (n * counts),
+        "sum": np.full(n, 1 / n),
+    }
+    return np.repeat(per_answer[averaging], counts)
+
+
+def log_prob_gradient(log_p: Float64, token: int) -> Float64:
+    """∂ log p[token] / ∂z = 1[v = token] − p_v, [V], of a row log p = log_softmax(z), at temperature 1."""
+    gradient: Float64 = -np.exp(log_p)
+    gradient[token] += 1
+    return gradient
+
+
+# ------------------------------------------------------------------------------- which tokens to hold back
+
+
+def covariances(advantages: ArrayLike, log_probs: ArrayLike) -> Float64:
+    """(A_t − mean A)(ℓ_t − mean ℓ), [M], means over all tokens (Cui et al. 2025, arXiv 2505.22617).
+
+    A policy gradient lowers the entropy by about the mean of these. The authors take ℓ of the moment, and
+    means over a micro-batch; over a whole step and with ℓ° it does not depend on how a step is cut up, and
+    is the same in the first update.
+    """
+    a, now = np.asarray(advantages, dtype=np.float64), np.asarray(log_probs, dtype=np.float64)
+    product: Float64 = (a - a.mean()) * (now - now.mean())
+    return product
+
+
+def clip_cov(
+    covariance: ArrayLike, uniforms: ArrayLike, *, share: float = 2e-4, low: float = 1.0, high: float = 5.0
+) -> Bool:
+    """Clip-Cov's choice, [M]: tokens whose policy gradient is dropped (arXiv 2505.22617).
+
+    max(1, ⌊share · M⌋) tokens at random of those with low < covariance < high, or all of them where they
+    are fewer. Give them advantage 0.
+
+    Args:
+        covariance: [M], of `covariances`.
+        uniforms: [M], random numbers: the tokens with the least ones are taken.
+    """
+    cov, order = np.asarray(covariance, dtype=np.float64), np.asarray(uniforms, dtype=np.float64)
+    candidates = np.flatnonzero((cov > low) & (cov < high))
+    taken = candidates[np.argsort(order[candidates], kind="stable")[: max(1, int(share * len(cov)))]]
+    dropped = np.zeros(len(cov), dtype=np.bool_)
+    dropped[taken] = True
+    return dropped
+
+
+def kl_cov(covariance: ArrayLike, *, share: float = 2e-3) -> Bool:
+    """KL-Cov's choice, [M]: the max(1, ⌊share · M⌋) tokens of highest covariance (arXiv 2505.22617).
+
+    Give them `pull` 1 (the authors' coefficient), and all tokens ppo-clip with ε = ∞. share: 2e-3 for 7B,
+    2e-4 for 32B. In the first update after drawing, ℓ = ℓ°, the pull has slope 0: alone it does nothing.
+    """
+    cov = np.asarray(covariance, dtype=np.float64)
+    chosen = np.zeros(len(cov), dtype=np.bool_)
+    chosen[np.argsort(-cov, kind="stable")[: max(1, int(share * len(cov)))]] = True
+    return chosen
+
+
+def position_divergence(log_p: ArrayLike) -> float:
+    """How much a group's answers disagree at one position, ≥ 0 (TW-GRPO, arXiv 2505.24718, released code).
+
+    mean_g Σ_v (e^d − d − 1), d = mean_g log p_gv − log p_gv within ±11. The sum over tokens has no weights,
+    so it is no divergence of distributions: the tail, most of the vocabulary, decides it.
+
+    `log_p`: [G, V]; for an answer that has ended, the uniform distribution, log p_v = −log V.
+    """
+    rows = np.asarray(log_p, dtype=np.float64)
+    d = np.clip(rows.mean(axis=0) - rows, -LARGEST_GAP, LARGEST_GAP)
+    return float((np.expm1(d) - d).sum(axis=1).mean())
+
+
+def tw_grpo_weights(divergences: ArrayLike, alpha: float) -> Float64:
+    """w_t = 1 + (α − 1) · (D_t − min D) / (max D − min D) of a group's positions, [T]; 1 where all D agree.
+
+    Multiply the advantages of each answer's token t by w_t. α is 1.7 in the authors' runs.
+
+    `divergences`: [T], `position_divergence` at each position up to the end of the group's longest answer.
+    The authors go on to the end of the batch's longest, where D = 0; so other prompts had a say.
+    """
+    d = np.asarray(divergences, dtype=np.float64)
+    span = d.max() - d.min()
+    return 1 + (alpha - 1) * ((d - d.min()) / span if span > 0 else np.zeros_like(d))

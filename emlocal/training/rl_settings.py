@@ -1,0 +1,159 @@
+"""The numbers of an EM-RL run, each declared once, and the recipes. No numpy: `--help` reads this.
+
+A recipe is a TOML file of settings under the names of their flags, as a `--config` file is: read it, copy
+it, change it. What it leaves out has the default.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from emlocal.errors import UsageError
+from emlocal.settings import setting, settings_of
+from emlocal.training.settings import TrainingSettings, check_choice
+
+Reward = Literal["token", "sequence", "self-certainty", "majority", "vote", "verifier"]
+RewardScale = Literal["sum", "mean"]
+Advantage = Literal["rloo", "grpo"]
+Loss = Literal["reinforce", "ppo-clip"]
+Averaging = Literal["token", "sequence", "sum"]
+Regularize = Literal["none", "clip-cov", "kl-cov"]
+TokenWeights = Literal["none", "tw-grpo"]
+
+_CHOICES = {
+    "normalize": get_args(RewardScale),
+    "advantage": get_args(Advantage),
+    "loss": get_args(Loss),
+    "averaging": get_args(Averaging),
+    "regularize": get_args(Regularize),
+    "token_weights": get_args(TokenWeights),
+}
+_RECIPES = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class RLSettings(TrainingSettings):
+    """What decides the outcome of an EM-RL run; the equations are in `emlocal.em`.
+
+    Raises UsageError, with flag and range, for a bad value.
+    """
+
+    rollouts: int = setting(4, "--rollouts", 2, 10**4, "N, answers to each prompt of a step.")
+    reward: tuple[tuple[Reward, float], ...] = (("token", 1.0),)
+    """What an answer is worth: rewards and their weights in the sum."""
+    normalize: RewardScale = "sum"
+    """Of the rewards token and sequence: the paper's sums over tokens, or the released code's means."""
+    advantage: Advantage = "rloo"
+    loss: Loss = "reinforce"
+    averaging: Averaging = "token"
+    """Of the tokens' losses: see `emlocal.em.policy_gradient.averaging_weights`."""
+    ppo_epochs: int = setting(1, "--ppo-epochs", 1, 100, "Optimizer steps on the same answers.")
+    clip_low: float = setting(
+        0.2, "--clip-low", 0, 1, "ppo-clip holds tokens whose probability fell by more than this share …"
+    )
+    clip_high: float = setting(0.2, "--clip-high", 0, 1e3, "… or rose by more.")
+    kl_beta: float = setting(0.001, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base), estimated by k3.")
+    regularize: Regularize = "none"
+    clip_cov_share: float = setting(
+        2e-4, "--clip-cov-share", 0, 1, "Clip-Cov: share of tokens without policy gradient.", low_is_open=True
+    )
+    kl_cov_share: float = setting(
+        2e-3, "--kl-cov-share", 0, 1, "KL-Cov: share of tokens that are pulled back.", low_is_open=True
+    )
+    kl_cov_pull: float = setting(1.0, "--kl-cov-pull", 0, 1e3, "KL-Cov: the strength of the pull.")
+    token_weights: TokenWeights = "none"  # noqa: S105 (tokens of text)
+    tw_alpha: float = setting(1.7, "--tw-alpha", 1, 100, "TW-GRPO: the largest weight of a token.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in _CHOICES.items():
+            check_choice(self, name, known)
+        _check_rewards(self.reward)
+        if self.regularize == "kl-cov" and self.ppo_epochs == 1:
+            raise UsageError(
+                "--regularize kl-cov does nothing in the first step on new answers, and --ppo-epochs is 1",
+                "take more: --ppo-epochs 2; or --regularize clip-cov",
+            )
+        if "majority" in dict(self.reward) and self.rollouts == 2:
+            raise UsageError("the majority of two answers tells nothing", "take three: --rollouts 3")
+        if self.regularize == "kl-cov" and self.loss != "ppo-clip":
+            raise UsageError("--regularize kl-cov needs the ratio of ppo-clip", "say --loss ppo-clip")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether prompts must come with answers."""
+        return "verifier" in dict(self.reward)
+
+
+def _check_rewards(rewards: tuple[tuple[str, float], ...]) -> None:
+    names = [name for name, _ in rewards]
+    for name in names:
+        if name not in get_args(Reward):
+            raise UsageError(f"--reward is {name!r}; it must be {' or '.join(get_args(Reward))}")
+    if not names or len(set(names)) < len(names):
+        raise UsageError("--reward names no reward, or one twice", "say --reward token")
+    for name, weight in rewards:
+        if not math.isfinite(weight) or weight == 0:
+            raise UsageError(f"the weight of the reward {name} is {weight:g}; it must be a number, not 0")
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with emlocal."""
+    return sorted(path.stem for path in _RECIPES.glob("*.toml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe by name, or of a TOML file by path: {field: value}.
+
+    Raises UsageError for one that does not exist or cannot be read, and for settings that are unknown or
+    of the wrong kind.
+    """
+    if not name.endswith(".toml") and name not in recipes():
+        raise UsageError(f"there is no recipe {name}", f"take one of these: {', '.join(recipes())}")
+    path = Path(name) if name.endswith(".toml") else _RECIPES / f"{name}.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as why:
+        raise UsageError(f"{path} cannot be read: {why}") from why
+    known = names_of_settings()
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            raise UsageError(f"{path}: unknown setting {key}", f"you may mean {near[0]}" if near else "")
+    return {known[key]: _typed(f"{path}: {key}", known[key], value) for key, value in values.items()}
+
+
+def names_of_settings() -> dict[str, str]:
+    """{flag without its dashes: field}."""
+    numbers = settings_of(RLSettings)
+    flags = {f.name: numbers[f.name].flag if f.name in numbers else f"--{f.name}" for f in fields(RLSettings)}
+    return {flag.removeprefix("--").replace("_", "-"): name for name, flag in flags.items()}
+
+
+def _typed(where: str, name: str, value: Any) -> Any:
+    """A value of a TOML file as RLSettings has it. Ranges are not looked at here."""
+    if name == "reward":
+        return _rewards(where, value)
+    if name == "target_modules":
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+        raise UsageError(f"{where} must be a list of names")
+    default = next(f.default for f in fields(RLSettings) if f.name == name)
+    assert default is not MISSING
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise UsageError(f"{where} is {value!r}; it must be like {default!r}")
+    return value
+
+
+def _rewards(where: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """`"token"` or `{ verifier = 1.0, token = 0.1 }`."""
+    weights: Mapping[str, Any] = {value: 1.0} if isinstance(value, str) else value
+    if not isinstance(weights, dict) or not all(type(w) in (int, float) for w in weights.values()):
+        raise UsageError(f"{where} must be a name, or a table of names and weights")
+    return tuple((name, float(weight)) for name, weight in weights.items())

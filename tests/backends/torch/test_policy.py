@@ -1,0 +1,272 @@
+"""The fused policy gradient against autograd on full logits, against the reference in numpy, and in size."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from emlocal.backends.torch.policy import PolicyTerms, policy_gradient_loss, token_scores
+from emlocal.em.entropy import entropy, log_softmax
+from emlocal.em.policy_gradient import PolicyObjective, policy_loss
+from emlocal.em.rewards import self_certainty
+
+M, H, V = 23, 16, 301
+OBJECTIVES = [
+    PolicyObjective("reinforce"),
+    PolicyObjective("reinforce", beta=0.4),
+    PolicyObjective("ppo-clip"),
+    PolicyObjective("ppo-clip", clip_low=0.05, clip_high=0.3, beta=0.1),
+    PolicyObjective("ppo-clip", clip_low=math.inf, clip_high=math.inf),
+]
+
+
+class Inputs:
+    """Hidden states, a head and what else a loss takes; old and reference are near the policy, as in runs."""
+
+    def __init__(self, scale: float = 1.0, dtype: torch.dtype = torch.float32, likely: int = 8) -> None:
+        random = torch.Generator().manual_seed(5)
+        states = scale * torch.randn(M, H, generator=random)
+        self.hidden = states.to(dtype).requires_grad_()
+        self.head = (0.5 * torch.randn(V, H, generator=random)).to(dtype)
+        self.tokens = torch.randint(V, (M,), generator=random)
+        self.tokens[:likely] = (self.hidden @ self.head.T)[:likely].argmax(-1)
+        self.advantages = torch.randn(M, generator=random)
+        self.weights = torch.rand(M, generator=random)
+        now = self.log_p()[0].detach()
+        self.old = (now + 0.3 * torch.randn(M, generator=random)).float()
+        self.reference = (now + 0.5 * torch.randn(M, generator=random)).float()
+        self.pull = (torch.arange(M) % 4 == 0).float()
+
+    def log_p(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """By full logits in float64: of the tokens [M], of all [M, V]. Differentiable by `hidden`."""
+        rows = (self.hidden.double() @ self.head.double().T / temperature).log_softmax(-1)
+        return rows[torch.arange(M), self.tokens], rows
+
+    def fused(self, objective: PolicyObjective, pull: bool = False, **more: Any) -> PolicyTerms:
+        return policy_gradient_loss(
+            self.hidden,
+            self.head,
+            self.tokens,
+            self.advantages,
+            self.weights,
+            objective,
+            old=self.old,
+            reference=self.reference,
+            pull=self.pull if pull else None,
+            **more,
+        )
+
+    def naive(self, objective: PolicyObjective, pull: bool, temperature: float) -> Tensor:
+        """The equations on full logits, for autograd."""
+        now, _ = self.log_p(temperature)
+        a, ratio = self.advantages.double(), (now - self.old).exp()
+        if objective.kind == "reinforce":
+            loss = -a * now
+        else:
+            held = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+            loss = -torch.minimum(ratio * a, held * a)
+        d = self.reference - now
+        loss = loss + objective.beta * (d.exp() - d - 1)
+        if pull:
+            loss = loss + self.pull * (now - self.old).abs()
+        return (self.weights * loss).sum()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("pull", [False, True], ids=["", "kl-cov"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.7])
+@pytest.mark.parametrize("rows", [1, 7, M, 100])
+def test_value_and_gradient_are_autograds(
+    objective: PolicyObjective, pull: bool, temperature: float, rows: int
+) -> None:
+    given = Inputs()
+    terms = given.fused(objective, pull, temperature=temperature, chunk_bytes=4 * V * rows)
+    (got,) = torch.autograd.grad(3 * terms.loss, given.hidden)
+    expected = given.naive(objective, pull, temperature)
+    (want,) = torch.autograd.grad(3 * expected, given.hidden)
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert want.abs().max() > 1e-3
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("pull", [False, True], ids=["", "kl-cov"])
+def test_it_is_the_reference_token_by_token(objective: PolicyObjective, pull: bool) -> None:
+    given = Inputs()
+    terms = given.fused(objective, pull)
+    now, rows = (x.detach().numpy() for x in given.log_p())
+    reference = policy_loss(
+        now,
+        given.advantages.numpy(),
+        objective,
+        old=given.old.numpy(),
+        reference=given.reference.numpy(),
+        pull=given.pull.numpy() if pull else None,
+    )
+    assert terms.loss.item() == pytest.approx(given.weights.numpy() @ reference.loss, rel=1e-5)
+    assert terms.clipped.numpy().tolist() == reference.clipped.tolist()
+    assert np.allclose(terms.kl, reference.kl, atol=1e-5)
+    if objective.clip_low == 0.05:
+        assert 0 < reference.clipped.sum() < M
+    (got,) = torch.autograd.grad(terms.loss, given.hidden)
+    by_logits = -np.exp(rows)
+    by_logits[np.arange(M), given.tokens] += 1
+    slopes = given.weights.double().numpy() * reference.slope
+    want = (slopes[:, None] * by_logits) @ given.head.double().numpy()
+    assert np.abs(got.numpy() - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_scores_are_those_of_the_reference(temperature: float, rows: int) -> None:
+    given = Inputs()
+    scores = token_scores(
+        given.hidden, given.head, given.tokens, temperature=temperature, chunk_bytes=4 * V * rows
+    )
+    z = given.hidden.detach().double().numpy() @ given.head.double().numpy().T / temperature
+    assert np.allclose(scores.log_prob.detach(), log_softmax(z)[np.arange(M), given.tokens], atol=1e-5)
+    assert np.allclose(scores.entropy, entropy(z), atol=1e-5)
+    assert np.allclose(scores.self_certainty, self_certainty(z), atol=1e-5)
+    assert scores.log_prob.requires_grad
+    assert not scores.entropy.requires_grad
+    assert not scores.self_certainty.requires_grad
+
+
+def test_log_probabilities_take_any_function_on_top() -> None:
+    given = Inputs()
+    scores = token_scores(given.hidden, given.head, given.tokens)
+    (got,) = torch.autograd.grad((scores.log_prob.sin() * given.weights).sum(), given.hidden)
+    (want,) = torch.autograd.grad((given.log_p()[0].sin() * given.weights).sum(), given.hidden)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_scores_without_a_gradient_are_the_same_bit_for_bit() -> None:
+    given = Inputs()
+    with_gradient = token_scores(given.hidden, given.head, given.tokens)
+    with torch.no_grad():
+        without = token_scores(given.hidden, given.head, given.tokens)
+    for one, other in zip(with_gradient, without, strict=True):
+        assert torch.equal(one, other)
+        assert not other.requires_grad
+    assert not token_scores(given.hidden.detach(), given.head, given.tokens).log_prob.requires_grad
+
+
+def test_just_drawn_the_ratio_is_one_and_nothing_is_clipped() -> None:
+    given = Inputs()
+    given.old = token_scores(given.hidden, given.head, given.tokens).log_prob  # its graph is no matter
+    ppo, reinforce = (given.fused(PolicyObjective(kind)) for kind in ("ppo-clip", "reinforce"))
+    assert not ppo.clipped.any()
+    got, want = (torch.autograd.grad(terms.loss, given.hidden)[0] for terms in (ppo, reinforce))
+    assert torch.equal(got, want)
+    assert ppo.loss.item() == pytest.approx(-(given.weights * given.advantages).sum().item(), rel=1e-5)
+
+
+def test_micro_batches_add_up_to_the_step() -> None:
+    given = Inputs()
+    objective = PolicyObjective("ppo-clip", beta=0.1)
+    (whole,) = torch.autograd.grad(given.fused(objective, pull=True).loss, given.hidden)
+    for part in (slice(0, 9), slice(9, M)):
+        terms = policy_gradient_loss(
+            given.hidden[part],
+            given.head,
+            given.tokens[part],
+            given.advantages[part],
+            given.weights[part],
+            objective,
+            old=given.old[part],
+            reference=given.reference[part],
+            pull=given.pull[part],
+        )
+        torch.autograd.backward(terms.loss)
+    assert given.hidden.grad is not None
+    assert (given.hidden.grad - whole).abs().max() <= 1e-6 * whole.abs().max()
+
+
+class Watched(TorchDispatchMode):
+    """The most numbers that any tensor had that an operation gave, and how many products there were."""
+
+    numbers = 0
+    products = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        self.products += function is torch.ops.aten.mm.default
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_logits_of_all_tokens_never_exist(rows: int) -> None:
+    given = Inputs()
+    with Watched() as seen:
+        terms = given.fused(OBJECTIVES[3], pull=True, chunk_bytes=4 * V * rows)
+        torch.autograd.backward(terms.loss)
+    assert seen.numbers == max(rows * V, V * H)  # V · H: the head, transposed for a product
+    with Watched() as seen:
+        torch.autograd.backward(given.naive(OBJECTIVES[3], pull=True, temperature=1.0))
+    assert seen.numbers == M * V
+
+
+def test_a_gradient_costs_one_product_more_and_only_where_it_is_wanted() -> None:
+    given, chunks = Inputs(), 5
+    in_fives = {"chunk_bytes": 4 * V * 5}
+    with Watched() as seen:
+        log_prob = token_scores(given.hidden, given.head, given.tokens, **in_fives).log_prob
+        torch.autograd.backward(log_prob.sum())
+    assert seen.products == 2 * chunks
+    with Watched() as seen, torch.no_grad():
+        token_scores(given.hidden, given.head, given.tokens, **in_fives)
+    assert seen.products == chunks
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
+def test_flat_and_one_hot_rows(scale: float) -> None:
+    given = Inputs(scale, likely=M)
+    terms = given.fused(OBJECTIVES[3], pull=True)
+    (gradient,) = torch.autograd.grad(terms.loss, given.hidden)
+    assert torch.isfinite(terms.loss)
+    assert torch.isfinite(gradient).all()
+    assert (terms.scores.log_prob <= 0).all()
+    assert (terms.scores.self_certainty >= -1e-5).all()
+    assert (terms.kl >= 0).all()
+
+
+def test_bfloat16_states_keep_float32_scores() -> None:
+    given = Inputs(dtype=torch.bfloat16)
+    given.head = given.head.float()
+    terms = given.fused(OBJECTIVES[3])
+    expected = given.naive(OBJECTIVES[3], pull=False, temperature=1.0)
+    assert terms.loss.dtype == torch.float32
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (got,) = torch.autograd.grad(terms.loss, given.hidden)
+    (want,) = torch.autograd.grad(expected, given.hidden)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).abs().max() <= 0.01 * want.abs().max()
+
+
+def test_no_tokens_cost_nothing() -> None:
+    given = Inputs()
+    none = torch.zeros(0)
+    terms = policy_gradient_loss(
+        given.hidden[:0], given.head, given.tokens[:0], none, none, PolicyObjective()
+    )
+    torch.autograd.backward(terms.loss)
+    assert terms.loss == 0
+    assert terms.scores.entropy.shape == (0,)
+
+
+def test_what_is_needed_must_be_there() -> None:
+    given = Inputs()
+    fixed = (given.hidden, given.head, given.tokens, given.advantages, given.weights)
+    with pytest.raises(ValueError, match="drawn with"):
+        policy_gradient_loss(*fixed, PolicyObjective("ppo-clip"))
+    with pytest.raises(ValueError, match="drawn with"):
+        policy_gradient_loss(*fixed, PolicyObjective(), pull=given.pull)
+    with pytest.raises(ValueError, match="reference"):
+        policy_gradient_loss(*fixed, PolicyObjective(beta=0.1))
