@@ -27,7 +27,8 @@ from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.adapters.mlx import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.folder import read_folder_header
-from emlocal.sampling import SamplingParams
+from emlocal.sampling import SamplingParams, Uniforms
+from tests.backends.contract import EM
 
 TINY = {
     "hidden_size": 32,
@@ -120,20 +121,22 @@ def last_logits(engine: Backend, tokens: list[int]) -> np.ndarray:
     return logits
 
 
-def test_greedy_text_and_logits_are_those_of_torch(unpacked_tiny) -> None:
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), EM])
+def test_text_and_logits_are_those_of_torch(unpacked_tiny, params) -> None:
     options = LoadOptions(context=128, sequences=1, threads=1)
     engines = [
         open_folder(unpacked_tiny, options, device="cpu"),
         open_in_torch(unpacked_tiny, options, device="cpu", dtype="float32"),
     ]
     said: list[list[int]] = []
+    uniforms = Uniforms(3)
     rows: list[np.ndarray] = []
     for engine in engines:
         sequence, out = engine.open(), []
         engine.forward([Feed(sequence, [1, 40, 41, 42])])
         for _ in range(40):
             rows.append(engine.logits(sequence))
-            out.append(engine.sample([Row(sequence, SamplingParams(temperature=0), 0.5)])[0].token)
+            out.append(engine.sample([Row(sequence, params, uniforms[len(out)])])[0].token)
             engine.forward([Feed(sequence, out[-1:])])
         said.append(out)
         engine.close()
