@@ -1,9 +1,64 @@
 """Micro-batches: rollouts of similar length together, each batch within a budget of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
+from emlocal.backends.learner import OutOfMemoryError
+from emlocal.errors import CancelledError, EmlocalError
 from emlocal.training.rollouts import Rollout
 from emlocal.training.settings import Normalize
+
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class MicroBatches:
+    """Computes with a step's rollouts in parts that fit into memory."""
+
+    budget: int
+    """Tokens of a part, padding included. Halved when one did not fit, for the rest of the run."""
+    forget: Callable[[], None]
+    """Drops what parts have added to the gradient."""
+    cancelled: Callable[[], bool]
+    progress: Callable[[int, int, int], None]
+    """Takes the step, rollouts done, and how many there are."""
+    warn: Callable[[str], None]
+
+    def run(
+        self, step: int, rollouts: Sequence[Rollout], work: Callable[[list[int]], _Result]
+    ) -> list[tuple[list[int], _Result]]:
+        """Each part's indices, and what `work` makes of them.
+
+        Where a part does not fit, all is forgotten and made anew in smaller ones.
+
+        Raises CancelledError, and EmlocalError where a single rollout does not fit.
+        """
+        lengths = [len(rollout) for rollout in rollouts]
+        while True:
+            try:
+                return self._run(step, micro_batches(lengths, self.budget), work, len(rollouts))
+            except OutOfMemoryError:
+                self.forget()
+                if self.budget < max(lengths):
+                    raise EmlocalError(
+                        f"an answer of {max(lengths):,} tokens does not fit into memory by itself",
+                        "give a smaller --max-tokens, or --gradient-checkpointing",
+                    ) from None
+                self.budget //= 2
+                self.warn(f"out of memory: going on with micro-batches of {self.budget:,} tokens")
+
+    def _run(
+        self, step: int, parts: list[list[int]], work: Callable[[list[int]], _Result], total: int
+    ) -> list[tuple[list[int], _Result]]:
+        results, done = [], 0
+        for part in parts:
+            if self.cancelled():
+                raise CancelledError
+            results.append((part, work(part)))
+            done += len(part)
+            self.progress(step, done, total)
+        return results
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.cli.finetune_view import View
+from emlocal.cli.training_view import View
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.unpacked import unpack
