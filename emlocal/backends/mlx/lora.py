@@ -1,5 +1,8 @@
 """LoRA on an mlx-lm model, in mlx-lm's own layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
@@ -21,11 +24,7 @@ def attach(model: Module, adapter: Adapter, strength: float, dtype: mx.Dtype, ba
         base: what to call the model.
     Raises ModelError where the adapter names a layer that the model does not have or that has another shape.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear | QuantizedLinear | LoRALinear)
-    }
+    layers = _linear_layers(model)
     check_fits(adapter, {name: _shape(layer) for name, layer in layers.items()}, base)
     for name, pair in adapter.pairs.items():
         layer = LoRALinear(pair.a.shape[1], pair.b.shape[0], r=pair.rank, scale=pair.scale * strength)
@@ -35,6 +34,40 @@ def attach(model: Module, adapter: Adapter, strength: float, dtype: mx.Dtype, ba
         _replace(model, name, layer)
     model.eval()
     mx.eval(model.parameters())
+
+
+def linear_layers(model: Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear layer but the head by its name."""
+    return {name: _shape(layer) for name, layer in _linear_layers(model).items() if name != "lm_head"}
+
+
+def lora_layers(model: Module) -> dict[str, LoRALinear]:
+    """The model's LoRA layers by name."""
+    return {name: layer for name, layer in _modules(model) if isinstance(layer, LoRALinear)}
+
+
+@contextmanager
+def base_weights(model: Module) -> Iterator[None]:
+    """Within this block the model computes as if it had no adapter. Nothing outlives it that is not
+    computed."""
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        _replace(model, name, layer.linear)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            _replace(model, name, layer)
+
+
+def _modules(model: Module) -> list[tuple[str, Module]]:
+    """All modules by name, in the model's order, which MLX gives backwards."""
+    return list(reversed(model.named_modules()))
+
+
+def _linear_layers(model: Module) -> dict[str, Module]:
+    kinds = Linear | QuantizedLinear | LoRALinear
+    return {name: layer for name, layer in _modules(model) if isinstance(layer, kinds)}
 
 
 def _shape(layer: Module) -> tuple[int, int]:
