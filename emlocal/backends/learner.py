@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends.processes import Processes
 from emlocal.models.adapters.adapter import Adapter
 
 State = Mapping[str, NDArray[np.generic]]
@@ -43,6 +44,8 @@ class Learner(ABC):
 
     parameters: int
     """Numbers that are trained."""
+    processes: Processes
+    """Who else makes parts of the same gradient."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -50,8 +53,10 @@ class Learner(ABC):
 
     @abstractmethod
     def update(self, learning_rate: float) -> float:
-        """An optimizer step with the gradient, which is dropped. Returns its length before clipping; where
-        that is not finite, nothing was changed."""
+        """An optimizer step with the sum of all processes' gradients, which is dropped.
+
+        Returns its length before clipping; where that is not finite, nothing was changed.
+        """
 
     @abstractmethod
     def adapter(self) -> Adapter:

@@ -5,20 +5,21 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
 import typer
 
 from emlocal import __version__, console
-from emlocal.cli.training_engines import Engines, L, MakeLearner, open_engines
+from emlocal.backends.processes import Processes
+from emlocal.cli.training_engines import Engines, L, MakeLearner, choose_trainer, open_engines
 from emlocal.cli.training_options import AnswerOptions, MachineOptions, RunOptions
 from emlocal.cli.training_validation import Validation, check_answers
 from emlocal.cli.training_view import Column, View
-from emlocal.errors import CancelledError, UsageError
+from emlocal.errors import BackendError, CancelledError, UsageError
 from emlocal.generation import interruptible
-from emlocal.training.folder import RunFolder, Verb
+from emlocal.training.folder import OthersFolder, RunFolder, Verb
 from emlocal.training.folder import check as check_folder
 from emlocal.training.loop import Method, Outcome, Plan, Run
 from emlocal.training.prompts import Prompt, read_prompts
@@ -53,6 +54,8 @@ class Work(Generic[L]):
     told: Callable[[int], Sequence[str]]
     """Of the settings, before it begins; takes how many prompts there are."""
     columns: tuple[Column, ...]
+    engines: tuple[str, ...] = ("torch",)
+    """That can be trained."""
 
 
 def carry_out(work: Work[L], asked: Asked) -> None:
@@ -60,8 +63,14 @@ def carry_out(work: Work[L], asked: Asked) -> None:
 
     Raises what any part of it raises, and Exit(1) for a run that stopped by itself.
     """
-    run, answers, machine = asked.run, asked.answers, asked.machine
     _check(asked)
+    trainer = choose_trainer(asked.machine.backend, work.engines)
+    processes = _processes(asked.machine.device, trainer)
+    if processes.rank > 0:
+        console.hush()
+    run, answers, machine = asked.run, asked.answers, asked.machine
+    if processes.count > 1 and machine.device == "auto":
+        machine = replace(machine, device=processes.device)
     if not run.dry_run:
         check_folder(asked.output, work.verb, resume=run.resume)
     if run.report_to:
@@ -70,21 +79,40 @@ def carry_out(work: Work[L], asked: Asked) -> None:
     work.check(prompts)
     validation = read_prompts(run.validate) if run.validate else []
     check_answers(validation, "--validate")
-    opening = open_engines(asked.model, work.settings, answers, machine, work.make_learner, quiet=run.quiet)
+    opening = open_engines(
+        asked.model, work.settings, answers, machine, work.make_learner, trainer, quiet=run.quiet
+    )
     with opening as engines:
+        engines.learner.processes = processes
         examples = engines.encoded(prompts, answers.system)
         method = work.make_method(engines.learner, [prompt for prompt, _ in examples])
         tokens = [tokens for _, tokens in examples]
-        if run.dry_run:
+        if run.dry_run and processes.rank == 0:
             from emlocal.cli.training_dry_run import show
 
             show(engines, method, tokens, len(prompts), machine)
+        if run.dry_run:
             return
         outcome = _train(work, asked, engines, method, tokens, validation)
     if not run.quiet:
         _say(outcome, engines.model_name, asked.output)
     if outcome.reason != "finished":
         raise typer.Exit(1)
+
+
+def _processes(device: str, trainer: str) -> Processes:
+    """Those that `accelerate launch` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Processes()
+    if trainer != "torch":
+        raise UsageError(f"several processes cannot train on {trainer}", "use --backend torch")
+    try:
+        from emlocal.backends.torch.processes import AcceleratedProcesses
+    except ImportError as why:
+        raise BackendError(
+            "training with several processes needs the package accelerate", "pip install accelerate"
+        ) from why
+    return AcceleratedProcesses(cpu=device == "cpu")
 
 
 def _check(asked: Asked) -> None:
@@ -114,19 +142,33 @@ def _train(
     run, output = asked.run, asked.output
     exam = Validation(engines, validation, asked.answers.system, output)
     identity = _identity(engines, method, tokens)
-    folder, start = RunFolder.open(output, work.verb, identity, resume=run.resume)
+    processes = engines.learner.processes
     with ExitStack() as opened:
-        opened.callback(folder.close)
-        for text in folder.warnings:
-            console.warn(text)
+        folder: RunFolder | OthersFolder = OthersFolder()
+        start = None
+        if processes.rank == 0:
+            folder, start = RunFolder.open(output, work.verb, identity, resume=run.resume)
+            opened.callback(folder.close)
+            for text in folder.warnings:
+                console.warn(text)
+        start = processes.gather(start)[0]
         cancelled = opened.enter_context(interruptible())
         view = opened.enter_context(View(work.settings.steps, work.columns, run.quiet))
-        if run.report_to:
+        if run.report_to and processes.rank == 0:
             view.reporter = opened.enter_context(Reporter(str(run.report_to), output, identity["settings"]))
         view.begin([*engines.describe(), *work.told(len(tokens))], start.step if start else None)
         plan = Plan(asked.machine.token_budget, run.save_every)
         loop = Run(
-            work.settings, plan, tokens, method, engines.learner, engines.answerer, folder, view, cancelled
+            work.settings,
+            plan,
+            tokens,
+            method,
+            engines.learner,
+            engines.answerer,
+            folder,
+            view,
+            cancelled,
+            processes,
         )
         try:
             before = exam.before(cancelled, view.validating)
@@ -149,6 +191,7 @@ def _identity(engines: Engines[L], method: Method, tokens: Sequence[Sequence[int
         "settings": json.loads(json.dumps(asdict(engines.settings))),
         "prompts": {"count": len(tokens), "sha256": digest.hexdigest(), **method.identity()},
         **engines.identity(),
+        **({"processes": count} if (count := engines.learner.processes.count) > 1 else {}),
         "versions": {"emlocal": __version__, **engines.versions()},
     }
 

@@ -1,10 +1,11 @@
 """Micro-batches: rollouts of similar length together, each batch within a budget of tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from emlocal.backends.learner import OutOfMemoryError
+from emlocal.backends.processes import Processes
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.training.rollouts import Rollout
 from emlocal.training.settings import Normalize
@@ -24,6 +25,7 @@ class MicroBatches:
     progress: Callable[[int, int, int], None]
     """Takes the step, rollouts done, and how many there are."""
     warn: Callable[[str], None]
+    processes: Processes = field(default_factory=Processes)
 
     def run(
         self, step: int, rollouts: Sequence[Rollout], work: Callable[[list[int]], _Result]
@@ -37,7 +39,7 @@ class MicroBatches:
         lengths = [len(rollout) for rollout in rollouts]
         while True:
             try:
-                return self._run(step, micro_batches(lengths, self.budget), work, len(rollouts))
+                return self.run_parts(step, micro_batches(lengths, self.budget), work)
             except OutOfMemoryError:
                 self.forget()
                 if self.budget < max(lengths):
@@ -48,17 +50,32 @@ class MicroBatches:
                 self.budget //= 2
                 self.warn(f"out of memory: going on with micro-batches of {self.budget:,} tokens")
 
-    def _run(
-        self, step: int, parts: list[list[int]], work: Callable[[list[int]], _Result], total: int
+    def run_parts(
+        self, step: int, parts: Sequence[list[int]], work: Callable[[list[int]], _Result]
     ) -> list[tuple[list[int], _Result]]:
-        results, done = [], 0
-        for part in parts:
+        """The same with given parts, which the processes share among them.
+
+        Raises CancelledError, and OutOfMemoryError: in all processes, whichever of them it came to.
+        """
+        own, total, done = parts[self.processes.rank :: self.processes.count], sum(map(len, parts)), 0
+        results: list[tuple[list[int], _Result]] = []
+        failure: type[Exception] | None = None
+        for part in own:
             if self.cancelled():
-                raise CancelledError
-            results.append((part, work(part)))
+                failure = CancelledError
+                break
+            try:
+                results.append((part, work(part)))
+            except OutOfMemoryError:
+                failure = OutOfMemoryError
+                break
             done += len(part)
-            self.progress(step, done, total)
-        return results
+            self.progress(step, done * self.processes.count, total)
+        everyone = self.processes.gather((results, failure))
+        for _, found in everyone:
+            if found is not None:
+                raise found
+        return [result for theirs, _ in everyone for result in theirs]
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -160,6 +160,19 @@ class RunFolder:
         self._lock.close()
 
 
+class OthersFolder:
+    """The folder of a run to a process that leaves the writing to another one."""
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Nothing: see RunFolder."""
+
+    def put_adapter(self, adapter: Adapter) -> None:
+        """Nothing: see RunFolder."""
+
+    def save(self, state: Checkpoint) -> None:
+        """Nothing: see RunFolder."""
+
+
 def check(path: Path, verb: Verb, *, resume: bool) -> Mapping[str, Any] | None:
     """What the folder's run.json says, None where a run may begin there. Nothing is written.
 

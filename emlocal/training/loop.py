@@ -7,6 +7,7 @@ weights, bit for bit, as one that was not (on a CPU, with the same engines and t
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from emlocal.backends.base import Backend
 from emlocal.backends.learner import Learner
+from emlocal.backends.processes import Processes
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.sampling.draw import request_key
 from emlocal.training.batching import MicroBatches
 from emlocal.training.checkpoint import Arrays, Checkpoint
-from emlocal.training.folder import RunFolder
+from emlocal.training.folder import OthersFolder, RunFolder
 from emlocal.training.guards import Guards
 from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
 from emlocal.training.settings import TrainingSettings
@@ -160,9 +162,10 @@ class Run:
     method: Method
     learner: Learner
     answerer: Answerer
-    folder: RunFolder
+    folder: RunFolder | OthersFolder
     watcher: Watcher
     cancelled: Callable[[], bool] = lambda: False
+    processes: Processes = field(default_factory=Processes)
     _now: _Progress = field(init=False)
     _batches: MicroBatches = field(init=False)
 
@@ -219,7 +222,12 @@ class Run:
             )
             budget = self.plan.token_budget
         self._batches = MicroBatches(
-            budget, self.learner.forget, self.cancelled, self.watcher.training, self.watcher.warn
+            budget,
+            self.learner.forget,
+            self.cancelled,
+            self.watcher.training,
+            self.watcher.warn,
+            self.processes,
         )
         return start.step if start else 0
 
@@ -259,18 +267,24 @@ class Run:
         return self._not_finite(step, row["gradient_norm"])
 
     def _answers(self, step: int, chosen: Sequence[int]) -> list[Rollout]:
-        total = len(chosen) * self.method.samples
+        total, processes = len(chosen) * self.method.samples, self.processes
         self.watcher.answering(step, 0, total)  # the first answer may take long
-        return draw_rollouts(
-            self.answerer.backend,
-            [self.prompts[i] for i in chosen],
-            self.settings,
-            step,
-            self.answerer.parallel,
-            samples=self.method.samples,
-            cancelled=self.cancelled,
-            progress=lambda done: self.watcher.answering(step, done, total),
-        )
+        own = range(processes.rank, len(chosen), processes.count)
+        drawn: list[Rollout] | None = None
+        with suppress(CancelledError):  # the others must hear of it
+            drawn = draw_rollouts(
+                self.answerer.backend,
+                [self.prompts[chosen[place]] for place in own],
+                self.settings,
+                step,
+                self.answerer.parallel,
+                places=own,
+                samples=self.method.samples,
+                cancelled=self.cancelled,
+                progress=lambda done: self.watcher.answering(step, min(done * processes.count, total), total),
+            )
+        everyone = processes.gather(drawn)
+        return _in_order(everyone, len(chosen), self.method.samples)
 
     def _update(self, step: int, further: Iterator[Gradient]) -> dict[str, Any]:
         """Follow the gradient that is there, and those that come after it. For the metrics."""
@@ -315,6 +329,21 @@ class Run:
     def _outcome(self, reason: Literal["finished", "collapsed", "not finite"], message: str) -> Outcome:
         now = self._now
         return Outcome(reason, message, now.good_step, now.first, now.last)
+
+
+def _in_order(everyone: Sequence[list[Rollout] | None], prompts: int, samples: int) -> list[Rollout]:
+    """The answers of all processes, each of which took every so-many-th prompt. None: it was cancelled.
+
+    Raises CancelledError where any was.
+    """
+    rollouts: list[Rollout] = []
+    for place in range(prompts):
+        theirs = everyone[place % len(everyone)]
+        if theirs is None:
+            raise CancelledError
+        first = place // len(everyone) * samples
+        rollouts += theirs[first : first + samples]
+    return rollouts
 
 
 def _is_endless(value: Any) -> bool:

@@ -86,7 +86,7 @@ class PolicyGradient:
         rewards = weighted_sum(list(of_each.values()), [weight for _, weight in s.reward])
         groups = rewards.reshape(-1, s.samples)
         advantages = _ADVANTAGES[s.advantage](groups).ravel()
-        losses = self._losses(step, rollouts, advantages, scores, base, tokens)
+        losses = self._losses(step, rollouts, batches, advantages, scores, base, tokens)
         row: dict[str, Any] = {
             "reward": float(rewards.mean()),
             "reward_std": float(groups.std(axis=1, ddof=1).mean()),
@@ -141,6 +141,7 @@ class PolicyGradient:
         self,
         step: int,
         rollouts: Sequence[Rollout],
+        batches: MicroBatches,
         advantages: Float64,
         scores: Scores | None,
         base: Scores | None,
@@ -150,7 +151,7 @@ class PolicyGradient:
         s, pull = self.settings, None
         of_tokens = np.repeat(advantages, tokens.lengths)
         if s.token_weights == "tw-grpo":  # noqa: S105
-            of_tokens *= self._token_weights(rollouts)
+            of_tokens *= self._token_weights(step, rollouts, batches)
         if s.regularize != "none":
             assert scores is not None
             cov = covariances(of_tokens, scores.log_probs)
@@ -168,21 +169,24 @@ class PolicyGradient:
             pull,
         )
 
-    def _token_weights(self, rollouts: Sequence[Rollout]) -> Float64:
+    def _token_weights(self, step: int, rollouts: Sequence[Rollout], batches: MicroBatches) -> Float64:
         """TW-GRPO's, of each token."""
-        n, weights = self.settings.samples, []
-        for first in range(0, len(rollouts), n):
-            group = rollouts[first : first + n]
-            try:
-                divergences = self.learner.divergences(group)
-            except OutOfMemoryError:
-                raise EmlocalError(
-                    f"{n} answers to a prompt do not fit into memory at once, as TW-GRPO needs them",
-                    "give fewer --samples or a smaller --max-tokens",
-                ) from None
+        n = self.settings.samples
+        groups = [list(range(i, i + n)) for i in range(0, len(rollouts), n)]
+        try:
+            found = batches.run_parts(
+                step, groups, lambda group: self.learner.divergences([rollouts[i] for i in group])
+            )
+        except OutOfMemoryError:
+            raise EmlocalError(
+                f"{n} answers to a prompt do not fit into memory at once, as TW-GRPO needs them",
+                "give fewer --samples or a smaller --max-tokens",
+            ) from None
+        weights: dict[int, Float64] = {}
+        for group, divergences in found:
             of_positions = tw_grpo_weights(divergences, self.settings.tw_alpha)
-            weights += [of_positions[: len(rollout.answer)] for rollout in group]
-        return np.concatenate(weights)
+            weights |= {i: of_positions[: len(rollouts[i].answer)] for i in group}
+        return np.concatenate([weights[i] for i in range(len(rollouts))])
 
     def _scores(
         self,

@@ -56,6 +56,7 @@ def draw_rollouts(
     step: int,
     parallel: int,
     *,
+    places: Sequence[int] | None = None,
     samples: int = 1,
     cancelled: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda done: None,
@@ -64,6 +65,7 @@ def draw_rollouts(
 
     `samples` to one prompt, then those to the next; a prompt is read once for all of them. The draws are
     addressed by seed, step and place, so a resumed run draws the same. `progress` takes how many are there.
+    `places`: of the prompts in the step, where they are not all of it.
 
     Raises CancelledError, and what the engine raises.
     """
@@ -73,11 +75,13 @@ def draw_rollouts(
             i,
             prompt,
             [
-                Request(params, Uniforms(settings.seed, request_key(f"{step}/{i}"), k), settings.max_tokens)
+                Request(
+                    params, Uniforms(settings.seed, request_key(f"{step}/{place}"), k), settings.max_tokens
+                )
                 for k in range(samples)
             ],
         )
-        for i, prompt in enumerate(prompts)
+        for i, (place, prompt) in enumerate(zip(places or range(len(prompts)), prompts, strict=True))
     )
     done: dict[int, list[Rollout]] = {}
     scheduler = Scheduler[int](backend, parallel)

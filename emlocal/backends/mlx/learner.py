@@ -26,6 +26,7 @@ from emlocal.backends.learner import (
 from emlocal.backends.mlx.lora import attach, base_weights, lora_layers
 from emlocal.backends.mlx.objective import Head, em_ft_terms
 from emlocal.backends.padding import padded
+from emlocal.backends.processes import Processes
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.memory import available
@@ -53,6 +54,7 @@ class MLXEntropyLearner(EntropyLearner):
 
         Raises ModelError for a model whose logits are no plain product of hidden states and head.
         """
+        self.processes = Processes()
         self.model = model
         self._descent = descent
         self._objective = objective

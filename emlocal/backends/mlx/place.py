@@ -29,6 +29,10 @@ class Place:
         return bool(self.device.type == mx.gpu)
 
     @property
+    def on_cpu(self) -> bool:
+        return not self.on_gpu
+
+    @property
     def dtype(self) -> mx.Dtype:
         return DTYPES[self.format]
 

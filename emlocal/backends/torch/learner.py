@@ -12,6 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from emlocal.backends.cpu import peak_memory
 from emlocal.backends.learner import Answer, Descent, Learner, OutOfMemoryError, State
 from emlocal.backends.padding import padded
+from emlocal.backends.processes import Processes
+from emlocal.backends.torch.device import out_of_memory
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
@@ -40,6 +42,7 @@ class TorchLearner(Learner):
         self, model: nn.Module, adapter: Adapter, descent: Descent, *, checkpointing: bool = False
     ) -> None:
         """`checkpointing`: compute activations twice rather than keep them."""
+        self.processes = Processes()
         self.model = model
         self._descent = descent
         model.requires_grad_(False)
@@ -73,10 +76,8 @@ class TorchLearner(Learner):
             with self._fast_products(), self._checkpointing():
                 tokens, predicts = map(torch.from_numpy, padded(batch))
                 yield tokens.to(self._device), predicts.to(self._device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" in str(error):  # torch's way to say it on a CPU
+            if out_of_memory(error):
                 raise OutOfMemoryError from error
             raise
 
@@ -124,6 +125,7 @@ class TorchLearner(Learner):
         self._optimizer.zero_grad(set_to_none=True)
 
     def update(self, learning_rate: float) -> float:
+        self._add_up()
         norm = float(torch.nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None))
         if math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(
@@ -134,6 +136,17 @@ class TorchLearner(Learner):
             self._optimizer.step()
         self.forget()
         return norm
+
+    def _add_up(self) -> None:
+        """Bring the gradient to its sum over all processes: in one piece, for the numbers are few."""
+        if self.processes.count > 1:
+            parts = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._parameters]
+            flat = torch.cat([part.flatten() for part in parts])
+            self.processes.add_up(flat)
+            for parameter, part in zip(
+                self._parameters, torch.split(flat, [p.numel() for p in parts]), strict=True
+            ):
+                parameter.grad = part.view_as(parameter)
 
     def adapter(self) -> Adapter:
         return Adapter({name: layer.pair() for name, layer in self._layers.items()})
