@@ -11,8 +11,8 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
-CHUNK_BYTES = 80 << 20
-"""Of one float32 buffer of logits."""
+CHUNK_BYTES = 40 << 20
+"""Of one float32 buffer of logits. MLX allocates ahead of what it computes: there are up to sixteen."""
 
 
 class Head:
