@@ -248,6 +248,7 @@ class Run:
         stats = describe(rollouts)
         now.first = now.first or stats
         row: dict[str, Any] = {"step": step, **asdict(stats), "rollout_seconds": answered - started}
+        row["rollout_tokens_per_second"] = stats.tokens / row["rollout_seconds"]
         why, last = now.guards.look(stats), step == self.settings.steps
         if why is not None or last:
             self._report(row)
@@ -263,7 +264,9 @@ class Run:
             return self._collapsed(why)
         self._keep_if_sound(step, adapter, stats)
         row |= self._update(step, gradients)
-        self._report(row | {"train_seconds": time.perf_counter() - answered})
+        seconds = time.perf_counter() - answered
+        speed = sum(map(len, rollouts)) / seconds
+        self._report(row | {"train_seconds": seconds, "train_tokens_per_second": speed})
         return self._not_finite(step, row["gradient_norm"])
 
     def _answers(self, step: int, chosen: Sequence[int]) -> list[Rollout]:
