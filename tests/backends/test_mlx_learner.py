@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx.nn import Embedding, Linear
+from mlx.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, quantize
 from mlx_lm.utils import load_model
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +17,7 @@ from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.mlx.learner import MLXEntropyLearner
 from emlocal.backends.mlx.lora import base_weights, linear_layers
 from emlocal.backends.mlx.objective import Head, em_ft_terms
+from emlocal.backends.mlx.place import out_of_memory
 from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
 from emlocal.backends.torch.learner import linear_layers as layers_of_torch
 from emlocal.backends.torch.lora import lora_layers
@@ -206,6 +207,35 @@ def test_a_state_goes_on_bit_for_bit(pair) -> None:
     assert one.state().keys() == fresh.keys()
     with pytest.raises(ValueError, match=r"q_proj\.lora_a is missing or has another shape"):
         one.restore({})
+
+
+def test_a_quantized_model_learns_what_its_numbers_written_out_learn(pair) -> None:
+    packed, plain = load(pair.folder), load(pair.folder)
+    quantize(packed, group_size=32, bits=8)
+    for name, layer in packed.named_modules():
+        if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+            weight = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=32, bits=8)
+            dict(plain.named_modules())[name].weight = weight
+    learners = [
+        MLXEntropyLearner(model, random_adapter(), Descent(), EntropyObjective(1.5, measures_kl=True))
+        for model in (packed, plain)
+    ]
+    one, other = (each.accumulate(BATCH, WEIGHTS) for each in learners)
+    assert (one.loss, one.kl) == pytest.approx((other.loss, other.kl), rel=1e-5)
+    for name, gradient in learners[0]._gradient.items():
+        wanted = np.array(learners[1]._gradient[name])
+        np.testing.assert_allclose(np.array(gradient), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_what_is_out_of_memory() -> None:
+    """As mlx/backend/metal/allocator.cpp and metal/eval.cpp have it."""
+    for text, is_it in (
+        ("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum", True),
+        ("[malloc] Unable to allocate 99 bytes.", True),
+        ("[METAL] Command buffer execution failed: Insufficient Memory (00000008)", True),
+        ("[matmul] Last dimension of first input with shape (2,3) must match", False),
+    ):
+        assert out_of_memory(RuntimeError(text)) is is_it
 
 
 def test_an_adapter_put_and_taken_is_the_same(pair) -> None:

@@ -25,6 +25,7 @@ from emlocal.backends.learner import (
 )
 from emlocal.backends.mlx.lora import attach, base_weights, lora_layers
 from emlocal.backends.mlx.objective import Head, em_ft_terms
+from emlocal.backends.mlx.place import out_of_memory
 from emlocal.backends.padding import padded
 from emlocal.backends.processes import Processes
 from emlocal.errors import ModelError
@@ -69,7 +70,7 @@ class MLXEntropyLearner(EntropyLearner):
         self.parameters = sum(array.size for array in self._arrays().values())
         self._optimizer = self._new_optimizer()
         self._gradient: Arrays = {}
-        mx.set_memory_limit(mx.get_active_memory() + available())  # beyond that MLX would swap first
+        mx.set_memory_limit(mx.get_active_memory() + available())  # near it, MLX waits for what it can free
 
     def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> EntropyTerms:
         tokens, predicts = padded(batch)
@@ -86,7 +87,7 @@ class MLXEntropyLearner(EntropyLearner):
             self._gradient = {name: held[name] + g if held else g for name, g in found.items()}
             mx.eval(self._gradient, sums)
         except RuntimeError as error:  # MLX has nothing more specific
-            if "allocate" in str(error) or "emory" in str(error):
+            if out_of_memory(error):
                 raise OutOfMemoryError from error
             raise
         return EntropyTerms(sum(lengths), *sums.tolist())

@@ -70,6 +70,12 @@ def _stored(tensors: Mapping[str, SafeTensor]) -> str:
     return "float16" if sizes["F16"] > max(sizes["BF16"], sizes["F32"]) else "bfloat16"
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether MLX says so when a buffer or a GPU's command does not fit. On Linux's CPU the process ends."""
+    text = str(error)
+    return "malloc" in text or "Insufficient Memory" in text or "OutOfMemory" in text
+
+
 def memory_terms(header: ModelHeader) -> Terms:
     """What an estimate of the memory that a model takes on the chosen device goes by.
 
