@@ -15,15 +15,14 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
-from emlocal.backends.context import context_length
+from emlocal.backends.base import Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.mlx.decoder import Decoder
 from emlocal.backends.mlx.place import Place
 from emlocal.backends.mlx.sampler import MLXSampler
 from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.passes import Chunk, passes
-from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
-from emlocal.models.tokenizer import Tokenizer
+from emlocal.backends.slots import SlotBackend, Slots, Tokenizer
+from emlocal.errors import BackendError, CancelledError, UsageError
 from emlocal.sampling import Draw, Sampler
 from emlocal.words import counted
 
@@ -32,7 +31,7 @@ CPU_BUDGET, GPU_BUDGET = 512, 2048
 _KV_TYPES: dict[KVType, str] = {"f32": "float32", "f16": "float16"}
 
 
-class MLXBackend(Backend):
+class MLXBackend(SlotBackend):
     """An mlx-lm model."""
 
     name: ClassVar[str] = "mlx"
@@ -51,74 +50,28 @@ class MLXBackend(Backend):
 
         Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
         """
-        self.info = info
-        self.context = context_length(options.context, info.trained_context)
-        self.max_sequences = options.sequences
+        super().__init__(tokenizer, info, options)
         self.place = place
         self._model = model
-        self._tokenizer = tokenizer
-        self._adapters = len(options.adapters)
         self._decoder = Decoder(model)
         self._decoder.check()
         if not options.shared:  # all at once: better to fail now than in the middle of a batch
             self._reserve(options.sequences, self.context)
         self._budget = GPU_BUDGET if place.on_gpu else CPU_BUDGET
-        self._lengths: dict[int, int] = {}
         self._logits: mx.array | None = None  # float32 [rows, V], of the last call, computed
-        self._rows: dict[int, int] = {}
         if on_device_sampler is None:
             on_device_sampler = place.on_gpu
         self._sampler = MLXSampler(info.vocabulary, on_gpu=place.on_gpu) if on_device_sampler else None
         self._host_sampler = Sampler(info.vocabulary)
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
-
-    def control_texts(self) -> Sequence[str]:
-        return self._tokenizer.control_texts()
-
-    def token_bytes(self, token: int) -> bytes:
-        return self._tokenizer.token_bytes(token)
-
-    def open(self) -> int:
-        free = next((s for s in range(self.max_sequences) if s not in self._lengths), None)
-        if free is None:
-            raise BackendError(f"all {self.max_sequences} sequences are in use")
-        self._lengths[free] = 0
-        return free
-
-    def release(self, sequence: int) -> None:
-        self._decoder.cache.clear(sequence, 0, self._lengths.pop(sequence))
-        self._rows.pop(sequence, None)
-
-    def length(self, sequence: int) -> int:
-        return self._lengths[sequence]
-
-    def fork(self, sequence: int) -> int:
-        length = self._lengths[sequence]
-        copy = self.open()
-        if length:
-            try:
-                self._reserve(copy + 1, length)
-            except BackendError:
-                del self._lengths[copy]
-                raise
-            self._decoder.cache.copy(sequence, copy, length)
-        self._lengths[copy] = length
-        return copy
-
-    def trim(self, sequence: int, length: int) -> int:
-        held = self._lengths[sequence]
-        if length < held:
-            self._decoder.cache.clear(sequence, length, held)
-            self._lengths[sequence] = length
-        return self._lengths[sequence]
+    @property
+    def _cache(self) -> Slots:
+        return self._decoder.cache
 
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
         check_feeds(feeds, self.info.vocabulary)
         self._rows, self._logits = {}, None
-        lengths = [self._lengths[feed.sequence] for feed in feeds]
-        self._check_room(feeds, lengths)
+        lengths = self._lengths_of(feeds)
         longest = max(held + len(feed.tokens) for feed, held in zip(feeds, lengths, strict=True))
         self._reserve(max(feed.sequence for feed in feeds) + 1, longest)
         try:
@@ -133,8 +86,7 @@ class MLXBackend(Backend):
             ) from None
         except BaseException:
             self._rows, self._logits = {}, None
-            for feed, held in zip(feeds, lengths, strict=True):  # what was computed of this call goes again
-                self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
+            self._undo(feeds, lengths)
             raise
         for feed in feeds:
             self._lengths[feed.sequence] += len(feed.tokens)
@@ -155,15 +107,6 @@ class MLXBackend(Backend):
             raise CancelledError
         self._logits = self._decoder.step(steps)
         self._rows = {chunk.slot: i for i, chunk in enumerate(steps) if chunk.wanted}
-
-    def _check_room(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        for feed, held in zip(feeds, lengths, strict=True):
-            if held + len(feed.tokens) > self.context:
-                raise ContextFullError(
-                    f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
-                    f" holds {held:,} of {self.context:,}",
-                    "give a larger --context",
-                )
 
     def _reserve(self, slots: int, tokens: int) -> None:
         try:
