@@ -120,7 +120,8 @@ def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]
 
     def told(prompts: int) -> Sequence[str]:
         s = settings
-        worth = " + ".join(name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward)
+        parts = [name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward]
+        worth = " + ".join(parts).replace("+ -", "- ")
         return (
             f"recipe {recipe or 'default'}: {counted(s.steps, 'step')} of {s.samples:,} answers to each of"
             f" {s.prompts_per_step:,} of {counted(prompts, 'prompt')},",
