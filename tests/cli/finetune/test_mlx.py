@@ -12,7 +12,8 @@ import pytest
 from emlocal.cli.training_view import View
 from emlocal.models.adapters.reading import read_adapter
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
-from tests.cli.training import error_of, metrics
+from tests.cli.training import error_of
+from tests.metrics import metrics
 from tests.tiny_pair import ModelPair
 
 MLX = ("--backend", "mlx")
