@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import emlocal
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.passes import Chunk, passes
 from emlocal.backends.select import memory_terms, rooms
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.cache import SlotCache, Window
@@ -19,7 +20,6 @@ from emlocal.backends.torch.decoder import Decoder, attention_windows
 from emlocal.backends.torch.device import Place, choose_place, out_of_memory
 from emlocal.backends.torch.model import check_architecture, load_model, trained_context
 from emlocal.backends.torch.opening import open_folder
-from emlocal.backends.torch.passes import Chunk, passes
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.folder import sampling_settings
 from emlocal.models.memory import estimate, kv_bytes

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from emlocal.backends.passes import Chunk
 from emlocal.backends.torch.cache import SlotCache, Window, is_range
-from emlocal.backends.torch.passes import Chunk
 from emlocal.errors import ModelError
 
 _UNLIKE = 0.3

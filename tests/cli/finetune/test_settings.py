@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from emlocal.models.adapters.reading import read_adapter
-from tests.cli.finetune.runs import Emlocal, Finetune, error_of, metrics, settings_in
+from tests.cli.finetune.runs import Emlocal, Finetune
+from tests.cli.training import error_of, settings_in
+from tests.metrics import metrics
 from tests.tiny_pair import ModelPair
 
 
