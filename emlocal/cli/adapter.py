@@ -141,7 +141,13 @@ def _write_gguf(adapter: "Adapter", out: Path, base: GGUFHeader | None) -> None:
     if out.is_dir():
         raise UsageError(f"{out} is a folder; a GGUF adapter is a file", "choose a name that ends in .gguf")
     if out.exists():
-        read_adapter_pairs(out)  # --force replaces adapters, not models
+        try:
+            read_adapter_pairs(out)
+        except ModelError as why:
+            raise UsageError(
+                f"{out} is no GGUF adapter, and --force replaces nothing else: {why.message}",
+                "choose another name",
+            ) from why
     write_gguf(adapter, out, base)
 
 
