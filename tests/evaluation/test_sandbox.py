@@ -215,7 +215,7 @@ def test_without_containment_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_an_interpreter_that_does_not_start_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_INSIDE", Path("/nowhere/inside.py"))
-    with pytest.raises(EmlocalError, match="did not start: .*/nowhere/inside.py"):
+    with pytest.raises(EmlocalError, match=r"did not start: .*/nowhere/inside\.py"):
         run.run("pass")
 
 

@@ -1,0 +1,101 @@
+"""Whether two mathematical answers are equal: by their notation, else by math-verify.
+
+math-verify computes with sympy what models write, and 9^{9^{9^9}} has no end and no room. So it works in a
+process of its own, which is ended and replaced when an answer takes too long.
+"""
+
+import json
+import selectors
+import subprocess
+import sys
+from types import TracebackType
+from typing import Self
+
+from emlocal.errors import EmlocalError
+from emlocal.methods.answers import canonical
+
+SECONDS = 5.0
+"""For one comparison; what is not decided by then is not equal."""
+LONGEST = 1000
+"""Characters of an answer that is still compared by meaning."""
+_START_SECONDS = 60.0  # sympy is imported
+
+
+class MathJudge:
+    """Compares answers. Use it as a context, or close it: it may hold a process."""
+
+    def __init__(self) -> None:
+        self._worker: subprocess.Popen[bytes] | None = None
+        self.undecided = 0
+        """Comparisons that took too long."""
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether the answer means what the gold answer does (docs/evaluation.md lists where people differ).
+
+        Raises EmlocalError where math-verify cannot be run.
+        """
+        if max(len(gold), len(answer)) > LONGEST:
+            return False
+        if _same_number(gold, answer):
+            return True
+        return self._ask(gold, answer)
+
+    def _ask(self, gold: str, answer: str) -> bool:
+        worker = self._started()
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        worker.stdin.flush()
+        if not _answers(worker, SECONDS):
+            self.undecided += 1
+            self.close()
+            return False
+        said = worker.stdout.readline()
+        if not said:  # it was ended: by its limit of memory, most likely
+            self.undecided += 1
+            self.close()
+            return False
+        return bool(json.loads(said))
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._worker is None:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-P", "-m", "emlocal.evaluation.math_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            ready = _answers(self._worker, _START_SECONDS)
+            if not ready or self._worker.stdout is None or self._worker.stdout.readline() != b"ready\n":
+                self.close()
+                raise EmlocalError("math-verify cannot be started", "pip install 'emlocal[eval]'")
+        return self._worker
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _same_number(gold: str, answer: str) -> bool:
+    """Both write the same rational number: most answers do, and need no algebra."""
+    key = canonical(gold)
+    return isinstance(key, tuple) and key[0] == "number" and key == canonical(answer)
+
+
+def _answers(worker: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it says something, or ends, within so many seconds."""
+    assert worker.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(worker.stdout, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
