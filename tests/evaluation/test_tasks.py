@@ -201,7 +201,7 @@ RIGHT = "def total(numbers):\n    return sum(map(double, numbers))"
         (f"Sure:\n```python\n{RIGHT}\n```\nThis works.", "right"),
         (f"```\n{RIGHT}\n```", "right"),
         (RIGHT, "right"),
-        (f"```python\nfrom typing import List\n{RIGHT}\n```\nUsage:\n```python\nprint(total([1]))\n```", "right"),
+        (f"```python\nimport re\n{RIGHT}\n```\nUse:\n```python\nprint(total([1]))\n```", "right"),
         (f"```python\ndef total(n): return 0\n```\nBetter:\n```python\n{RIGHT}\n```", "right"),
         (f"```python\n{RIGHT}\n", "right"),
         ("```python\ndef total(numbers):\n    return 0\n```", "wrong"),
