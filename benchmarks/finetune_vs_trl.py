@@ -35,8 +35,9 @@ def sequences(steps: int, vocabulary: int) -> list[list[int]]:
 
 def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from emlocal.backends.cpu import peak_memory
-    from emlocal.backends.learner import Objective
-    from emlocal.backends.torch.learner import TorchLearner, linear_layers, use_threads
+    from emlocal.backends.learner import Descent, EntropyObjective
+    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
+    from emlocal.backends.torch.learner import linear_layers, use_threads
     from emlocal.backends.torch.opening import open_model
     from emlocal.training.batching import micro_batches, token_weights
     from emlocal.training.rollouts import Rollout
@@ -45,8 +46,12 @@ def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
 
     use_threads(threads)
     opened = open_model(folder, dtype="bfloat16")
-    layers = {n: shape for n, shape in linear_layers(opened.model).items() if n != "lm_head"}
-    learner = TorchLearner(opened.model, new_adapter(layers, FineTuneSettings()), Objective())
+    learner = TorchEntropyLearner(
+        opened.model,
+        new_adapter(linear_layers(opened.model), FineTuneSettings()),
+        Descent(),
+        EntropyObjective(),
+    )
     loaded = peak_memory()
     times = []
     rows = sequences(steps, opened.info.vocabulary)

@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from common import MODELS, Noise, circumstances, say, wait_until_quiet
 
@@ -22,8 +23,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     chosen = parser.parse_args()
 
-    from emlocal.cli.finetune_engines import open_engines
-    from emlocal.cli.finetune_options import AnswerOptions, MachineOptions, Rollouts
+    from emlocal.cli.training_engines import open_engines
+    from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
     from emlocal.training.rollouts import draw_rollouts
     from emlocal.training.settings import FineTuneSettings
 
@@ -31,9 +32,14 @@ def main() -> None:
     path = str(Path(MODELS[chosen.model]))
     speeds: dict[str, list[float]] = {"llama.cpp": [], "torch": []}
 
+    def learner(model: Any, adapter: Any, descent: Any, checkpointing: bool) -> Any:
+        from emlocal.backends.torch.learner import TorchLearner
+
+        return TorchLearner(model, adapter, descent, checkpointing=checkpointing)
+
     def speed(engine: Rollouts) -> list[float]:
         answers = AnswerOptions(rollouts=engine)
-        with open_engines(path, settings, answers, MachineOptions(), quiet=True) as engines:
+        with open_engines(path, settings, answers, MachineOptions(), learner, quiet=True) as engines:
             engines.answerer.refresh(engines.learner.adapter())
             backend = engines.answerer.backend
             prompts = [

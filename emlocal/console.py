@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -69,11 +69,28 @@ def print_json(value: Any) -> None:
     write(json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None) + "\n")
 
 
+def hush() -> None:
+    """Say nothing but errors on stderr from now on: for one of several processes that do the same."""
+    err().quiet = True
+
+
 def report(error: EmlocalError) -> None:
     """What failed, and what mends it."""
+    err().quiet = False
     err().print(f"error: {error.message}", style="bold red", markup=False)
     if error.hint:
         err().print(f"  fix: {error.hint}", markup=False)
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """A table of (name, text) without a frame, on stdout."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in rows:
+        table.add_row(Text(name), Text(text, overflow="fold"))
+    out().print(table)
 
 
 def heading(text: str) -> None:

@@ -11,6 +11,7 @@ from emlocal.models import starter
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
+from tests.tiny_pair import ModelPair, write_pair
 
 DATA = Path(__file__).parent / "data"
 SMOLLM2 = Path.home() / ".cache" / "emlocal-bench" / "smollm2-135m-instruct-q4_1.gguf"
@@ -45,6 +46,24 @@ def smollm2() -> LocalModel:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     """An 80 kB model with random weights that llama.cpp loads, context 256."""
     return resolve(str(write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")))
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
+    """A tiny Llama as torch has it and as llama.cpp has it."""
+    return write_pair(tmp_path_factory.mktemp("pair"), "llama")
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2"])
+def any_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
+    """The same, of each architecture that `write_pair` knows."""
+    return write_pair(tmp_path_factory.mktemp("pair"), request.param)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A path where nothing is yet."""
+    return tmp_path / "out"
 
 
 @pytest.fixture

@@ -106,6 +106,18 @@ def ints(values: Sequence[int]) -> Value:
     return array(I32, struct.pack(f"<{len(values)}i", *values), len(values))
 
 
+def adapter_metadata(**changes: Value | None) -> dict[str, Value]:
+    """The metadata of a LoRA adapter for the tiny model. `general__type=None` leaves `general.type` out."""
+    values: dict[str, Value | None] = {
+        "general.type": text("adapter"),
+        "general.architecture": text("llama"),
+        "adapter.type": text("lora"),
+        "adapter.lora.alpha": f32(8.0),
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def tiny_metadata() -> dict[str, Value]:
     """The metadata of the tiny model, ready to be changed."""
     return {

@@ -6,7 +6,7 @@ state it keeps, so that a common prefix is computed once. One contract, one test
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.options import LoadOptions as LoadOptions
+from emlocal.errors import BackendError
 from emlocal.sampling import Draw, SamplingParams
 
 
@@ -65,6 +66,14 @@ def check_feeds(feeds: Sequence[Feed], vocabulary: int) -> None:
         low, high = min(feed.tokens), max(feed.tokens)
         if low < 0 or high >= vocabulary:
             raise ValueError(f"there is no token {low if low < 0 else high}; they are 0 to {vocabulary - 1}")
+
+
+def free_sequence(held: Container[int], most: int) -> int:
+    """The smallest number below `most` that is not held. Raises BackendError when all are."""
+    for sequence in range(most):
+        if sequence not in held:
+            return sequence
+    raise BackendError(f"all {most} sequences are in use")
 
 
 class Backend(ABC):

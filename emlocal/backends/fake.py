@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
-from emlocal.errors import BackendError, CancelledError, ContextFullError
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
+from emlocal.errors import CancelledError, ContextFullError
 from emlocal.sampling import Draw, Sampler
 
 END = 256
@@ -90,11 +90,9 @@ class FakeBackend(Backend):
         return bytes([token]) if token < END else b""
 
     def open(self) -> int:
-        free = next((s for s in range(self.max_sequences) if s not in self._held), None)
-        if free is None:
-            raise BackendError(f"all {self.max_sequences} sequences are in use")
-        self._held[free] = []
-        return free
+        sequence = free_sequence(self._held, self.max_sequences)
+        self._held[sequence] = []
+        return sequence
 
     def release(self, sequence: int) -> None:
         del self._held[sequence]

@@ -8,9 +8,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends.processes import Processes
 from emlocal.models.adapters.adapter import Adapter
 
 State = Mapping[str, NDArray[np.generic]]
+Floats = NDArray[np.float32]
 
 
 class Answer(Protocol):
@@ -26,36 +28,11 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The loss, and how its gradient is followed; see FineTuneSettings."""
+class Descent:
+    """How a gradient is followed; see TrainingSettings."""
 
-    kl_beta: float = 0.0
-    measures_kl: bool = False
-    """Compute the KL even where it is not in the loss: another forward pass."""
-    temperature: float = 1.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Sums over the answers' tokens of a micro-batch, nats."""
-
-    tokens: int
-    loss: float
-    """Weighted, as it was trained on."""
-    entropy: float
-    """At the loss's temperature."""
-    kl: float
-    """To the base model; 0 where it was not asked for."""
-
-    def __add__(self, other: "Terms") -> "Terms":
-        return Terms(
-            self.tokens + other.tokens,
-            self.loss + other.loss,
-            self.entropy + other.entropy,
-            self.kl + other.kl,
-        )
 
 
 class OutOfMemoryError(Exception):
@@ -67,15 +44,8 @@ class Learner(ABC):
 
     parameters: int
     """Numbers that are trained."""
-
-    @abstractmethod
-    def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
-        """Forward and backward of one micro-batch; its gradient is added to what there is.
-
-        `weights`: of each answer's tokens in the loss.
-
-        Raises OutOfMemoryError.
-        """
+    processes: Processes
+    """Who else makes parts of the same gradient."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -83,8 +53,10 @@ class Learner(ABC):
 
     @abstractmethod
     def update(self, learning_rate: float) -> float:
-        """An optimizer step with the gradient, which is dropped. Returns its length before clipping; where
-        that is not finite, nothing was changed."""
+        """An optimizer step with the sum of all processes' gradients, which is dropped.
+
+        Returns its length before clipping; where that is not finite, nothing was changed.
+        """
 
     @abstractmethod
     def adapter(self) -> Adapter:
@@ -95,9 +67,121 @@ class Learner(ABC):
         """Take these weights; the optimizer is left as it is."""
 
     @abstractmethod
+    def peak_memory(self) -> int:
+        """Bytes: the most that was taken at once so far, of the device, or of this process on a CPU."""
+
+    @abstractmethod
     def state(self) -> State:
         """A copy of all that the next steps depend on: adapter and optimizer."""
 
     @abstractmethod
     def restore(self, state: State) -> None:
         """Go on from a state. Raises ValueError for one of another shape."""
+
+
+@dataclass(frozen=True)
+class EntropyObjective:
+    """EM-FT's loss; see FineTuneSettings."""
+
+    kl_beta: float = 0.0
+    measures_kl: bool = False
+    """Compute the KL: another forward pass. Where it is in the loss, it must be."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class EntropyTerms:
+    """Sums over the answers' tokens of a micro-batch, nats."""
+
+    tokens: int
+    loss: float
+    """Weighted, as it was trained on."""
+    entropy: float
+    """At the loss's temperature."""
+    kl: float
+    """To the base model; 0 where it was not asked for."""
+
+
+class EntropyLearner(Learner):
+    """Follows the entropy of the distributions that answers' tokens were drawn from (EM-FT)."""
+
+    @abstractmethod
+    def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> EntropyTerms:
+        """Forward and backward of one micro-batch; its gradient is added to what there is.
+
+        `weights`: of each answer's tokens in the loss.
+
+        Raises OutOfMemoryError.
+        """
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each token of some answers, one answer after the other, all [M] float32, nats."""
+
+    log_probs: Floats
+    """log π(y_t | y_<t) of the token that was drawn."""
+    entropies: Floats
+    """H(p_t), full vocabulary."""
+    self_certainties: Floats
+    """KL(U ‖ p_t)."""
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What decides the loss of each token of some answers, all [M] float32, one answer after the other."""
+
+    advantages: Floats
+    weights: Floats
+    """Of each token's loss in the step's."""
+    old: Floats | None = None
+    """Log-probabilities when drawn, by `score`."""
+    reference: Floats | None = None
+    """Log-probabilities of the base model, by `score`."""
+    pull: Floats | None = None
+    """KL-Cov's coefficients."""
+
+    def of(self, tokens: NDArray[np.intp]) -> "TokenLosses":
+        """Those of some tokens."""
+        taken = {name: values[tokens] for name, values in vars(self).items() if values is not None}
+        return TokenLosses(**taken)
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """Sums over the answers' tokens of a micro-batch, nats."""
+
+    tokens: int
+    loss: float
+    """Weighted, as it was trained on."""
+    entropy: float
+    kl: float
+    """k3 to the base model; 0 without a reference."""
+    clipped: int
+    """Tokens held at the clip."""
+
+
+class PolicyLearner(Learner):
+    """Follows the policy gradient of answers that were drawn from the model (EM-RL)."""
+
+    @abstractmethod
+    def score(self, batch: Sequence[Answer], *, base: bool = False) -> Scores:
+        """A forward pass over answers, by the model as it is or, with `base`, without the adapter.
+
+        Raises OutOfMemoryError.
+        """
+
+    @abstractmethod
+    def divergences(self, group: Sequence[Answer]) -> Floats:
+        """How much a prompt's answers disagree at each position, [longest answer], see
+        `emlocal.em.policy_gradient.position_divergence`.
+
+        Raises OutOfMemoryError.
+        """
+
+    @abstractmethod
+    def accumulate(self, batch: Sequence[Answer], losses: TokenLosses) -> PolicyTerms:
+        """Forward and backward of one micro-batch; its gradient is added to what there is.
+
+        Raises OutOfMemoryError, and ValueError where something is missing that the loss needs.
+        """

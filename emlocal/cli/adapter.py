@@ -1,6 +1,5 @@
 """`emlocal adapter`: what an adapter is, in another format, or merged into its model."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emlocal import console
+from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.models.gguf_header import GGUFHeader, shown
 from emlocal.models.resolve import resolve
@@ -44,17 +44,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter is and, with --base, whether it fits that model."""
-    facts = _facts(path, base)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), Text(_plain(key, value), overflow="fold"))
-    console.out().print(table)
+    show_facts(_facts(path, base), as_json=as_json)
 
 
 @app.command()
@@ -190,14 +180,3 @@ def _fit(path: Path, adapter: "Adapter", base: str) -> dict[str, Any]:
     except ModelError as error:
         return {"fits": False, "why_not": error.message}
     return {"fits": True}
-
-
-def _plain(key: str, value: object) -> str:
-    """One fact as people read it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return human_size(value) if key.endswith("bytes") else f"{value:,}"
-    if isinstance(value, list):
-        return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
-    return "not given" if value is None else str(value)

@@ -15,6 +15,8 @@ VERBS = {
     "chat": "Talk with a model. /help inside lists the commands.",
     "batch": "Answer a file of prompts; killed runs go on where they stopped.",
     "finetune": "Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT).",
+    "rl": "Train a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL).",
+    "plot": "Draw entropy, reward, KL, length and repetition of training runs over their steps.",
     "models": "List, fetch, inspect and remove models.",
     "adapter": "Show, convert and merge LoRA adapters.",
     "doctor": "Check this machine: engine, model, folders, settings.",

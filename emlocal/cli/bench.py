@@ -177,15 +177,12 @@ def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[st
 
 def _show(measured: dict[str, Any]) -> None:
     """The same for people."""
-    from rich.table import Table
-
     from emlocal.models.storage import human_size
     from emlocal.words import counted
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
     first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]
     resident = memory["resident_bytes"]
-    table = Table(box=None, show_header=False, pad_edge=False, title_justify="left", highlight=False)
     rows = [
         ("machine", f"{machine['cpu']}, {machine['physical_cores']} cores, {machine['system']}"),
         ("model", f"{measured['model']} on {measured['backend']}, {measured['runs_as']}"),
@@ -223,9 +220,7 @@ def _show(measured: dict[str, Any]) -> None:
             + (f", process {human_size(resident)}" if resident else ""),
         ),
     ]
-    for name, text in rows:
-        table.add_row(name, text)
-    console.out().print(table)
+    console.pairs(rows)
 
 
 def _speed(tokens_per_second: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from emlocal import console
+from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.models import catalog, hub, starter
 from emlocal.models.folder import needed_files
@@ -105,17 +106,8 @@ def show(name: Name, as_json: Json = False) -> None:
         }
     else:
         facts = _facts(resolve(name, formats=FORMATS, download=False))
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), Text(_plain(key, value), overflow="fold"))
-    console.out().print(table)
-    if not facts["on_disk"]:
+    show_facts(facts, as_json=as_json)
+    if not facts["on_disk"] and not as_json:
         console.err().print(f"Not on this machine yet. Fetch it: emlocal models pull {name}", markup=False)
 
 
@@ -186,21 +178,6 @@ def _in_effect(own: Mapping[str, float]) -> dict[str, dict[str, float | str]]:
     }
     em = resolved.params.em
     return effective | {"em": {"value": describe_em(em), "from": "config" if em else "default"}}
-
-
-def _plain(key: str, value: object) -> str:
-    """One fact as people read it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return human_size(value) if key.endswith("bytes") else f"{value:,}"
-    if key == "sampling_in_effect" and isinstance(value, dict):
-        return "\n".join(f"{k} {v['value']} ({v['from']})" for k, v in value.items())
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v:g}" for k, v in value.items()) or "not given"
-    if isinstance(value, list):
-        return "\n".join(str(v) for v in value)
-    return "not given" if value is None else str(value)
 
 
 def _summary(model: Model) -> str:

@@ -10,10 +10,12 @@ answer. With the ratio ρ_t = exp(ℓ_t − ℓ°_t), a token's loss is
 
     + β k3_t,           k3 = e^d − d − 1 with d = ℓʳ − ℓ            Schulman 2020; slope β (1 − e^d)
     + κ_t |ℓ_t − ℓ°_t|  on KL-Cov's tokens                          arXiv 2505.22617; slope κ_t sign(ℓ − ℓ°)
+    − c H_t                                                         the entropy bonus: c = 0 unless asked for
 
-"Slope" is the derivative by ℓ_t, all that the gradient by logits needs: slope · (1[v = y_t] − p_v) / T.
-While ρ = 1 (the first update after drawing) both losses have the same slope. No entropy bonus is here:
-the released code left one on, which works against the method.
+"Slope" is the derivative by ℓ_t; the gradient by logits is slope · (1[v = y_t] − p_v) / T, and that of the
+bonus c p_v (log p_v + H) / T. While ρ = 1 (the first update after drawing) both losses have the same slope.
+The released code left a bonus of 0.001 on, which works against the method. With c = −1 it is the term that
+the token reward leaves out, and EM-FT follows.
 
 k3 is never negative, and its mean over tokens drawn from π is KL(π ‖ reference). As a loss, however, it is
 followed through ℓ_t alone, and that slope's mean is the gradient of the reverse, KL(reference ‖ π).
@@ -47,6 +49,8 @@ class PolicyObjective:
     clip_high: float = 0.2
     beta: float = 0.0
     """Weight of k3 to the reference."""
+    entropy_bonus: float = 0.0
+    """c."""
 
 
 class PolicyTerms(NamedTuple):
@@ -70,6 +74,7 @@ def policy_loss(
     old: ArrayLike | None = None,
     reference: ArrayLike | None = None,
     pull: ArrayLike | None = None,
+    entropies: ArrayLike | None = None,
 ) -> PolicyTerms:
     """The loss of each token by itself; `averaging_weights` says how they add up.
 
@@ -79,6 +84,7 @@ def policy_loss(
         old: [M], ℓ°; needed for ppo-clip and for `pull`.
         reference: [M], ℓʳ; needed where beta is not 0.
         pull: [M], κ of KL-Cov: its coefficient at the tokens that it chose, else 0.
+        entropies: [M], H; needed for the entropy bonus, whose gradient is not part of the slope.
     Raises:
         ValueError: something that is needed is not there.
     """
@@ -100,6 +106,10 @@ def policy_loss(
     if pull is not None:
         kappa = np.asarray(pull, dtype=np.float64)
         loss, slope = loss + kappa * np.abs(moved), slope + kappa * np.sign(moved)
+    if objective.entropy_bonus:
+        if entropies is None:
+            raise ValueError("the entropy bonus needs the tokens' entropies")
+        loss = loss - objective.entropy_bonus * np.asarray(entropies, dtype=np.float64)
     return PolicyTerms(loss, slope, clipped, kl)
 
 

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf_header import shown
+from emlocal.models.header import Weights
 from emlocal.models.json_file import read_chat_template, read_json
 from emlocal.models.safetensors import SafeTensor, read_safetensors_header
 
@@ -33,7 +33,7 @@ _SAMPLING = {
 
 
 @dataclass(frozen=True)
-class FolderHeader:
+class FolderHeader(Weights):
     """What a model folder says of itself. `files` are its weights."""
 
     path: Path
@@ -109,15 +109,6 @@ class FolderHeader:
     def sampling(self) -> dict[str, float]:
         """The authors' sampling settings, by SamplingParams field."""
         return sampling_settings(self.path)
-
-    @property
-    def weights_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights. Of packed weights (MLX's 4-bit ones) their containers are counted."""
-        return sum(prod(t.shape) for t in self.tensors.values())
 
     @property
     def quantization(self) -> str:

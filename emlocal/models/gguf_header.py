@@ -7,11 +7,11 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from emlocal.errors import ModelError
 from emlocal.models import gguf_types as types
+from emlocal.models.header import Weights
 
 MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
 _U64 = struct.Struct("<Q")
@@ -48,7 +48,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class GGUFHeader:
+class GGUFHeader(Weights):
     """What a GGUF file says of itself. For a sharded model: metadata of the first shard, tensors of all."""
 
     path: Path
@@ -136,15 +136,6 @@ class GGUFHeader:
         found = {k.removeprefix(prefix): v for k, v in self.metadata.items() if k.startswith(prefix)}
         numbers = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         return {"temperature" if k == "temp" else k: v for k, v in numbers.items()}
-
-    @property
-    def weights_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return sum(prod(t.shape) for t in self.tensors.values())
 
     @property
     def quantization(self) -> str:

@@ -1,8 +1,33 @@
 """What emlocal asks of a model before it is loaded, whichever format its weights are in."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Protocol
+
+
+class Tensor(Protocol):
+    """A tensor of a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Weights:
+    """What both kinds of header count in their tensors."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights. Of packed weights (MLX's 4-bit ones) their containers are counted."""
+        return sum(prod(t.shape) for t in self.tensors.values())
 
 
 class ModelHeader(Protocol):

@@ -1,328 +1,44 @@
-"""The EM-FT loop: answer prompts, look at the answers, follow the gradient of their entropy, again.
+"""EM-FT: follow the gradient of the entropy of the answers' tokens (paper eq. 2)."""
 
-Everything random is addressed by seed and step, so a run that is stopped anywhere and resumed has the same
-weights, bit for bit, as one that was not (on a CPU, with the same engines and threads).
-"""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
-
-import numpy as np
-
-from emlocal.backends.base import Backend
-from emlocal.backends.learner import Learner, OutOfMemoryError, Terms
-from emlocal.errors import CancelledError, EmlocalError
-from emlocal.models.adapters.adapter import Adapter, LoraPair
-from emlocal.sampling.draw import request_key
-from emlocal.training.batching import micro_batches, token_weights
-from emlocal.training.checkpoint import Arrays, Checkpoint
-from emlocal.training.folder import RunFolder
-from emlocal.training.guards import Guards
-from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
-from emlocal.training.settings import FineTuneSettings, TrainingSettings
-from emlocal.words import counted
-
-MOST_SKIPPED = 3
-"""Steps in a row whose gradient is not finite, before the run stops."""
-
-
-class Answerer(Protocol):
-    """The engine that answers the prompts."""
-
-    @property
-    def backend(self) -> Backend:
-        """Has `parallel` and `SPARE_SEQUENCES` sequences, each with room of its own."""
-
-    @property
-    def parallel(self) -> int:
-        """Answers at once."""
-
-    def refresh(self, adapter: Adapter) -> None:
-        """Answer with this adapter from now on."""
-
-
-class Watcher(Protocol):
-    """Is told how a run goes."""
-
-    def answering(self, step: int, done: int, total: int) -> None:
-        """Prompts of this step answered."""
-
-    def training(self, step: int, done: int, total: int) -> None:
-        """Answers of this step trained on."""
-
-    def finished_step(self, row: dict[str, Any]) -> None:
-        """A line of metrics."""
-
-    def warn(self, text: str) -> None:
-        """Something that people should know."""
+from emlocal.backends.learner import EntropyLearner
+from emlocal.training.batching import MicroBatches, token_weights
+from emlocal.training.loop import Gradient
+from emlocal.training.rollouts import Rollout
+from emlocal.training.settings import FineTuneSettings
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run is besides its settings: how it is carried out."""
-
-    token_budget: int = 2048
-    """Tokens of a micro-batch, padding included."""
-    save_every: int = 5
-    """Steps between checkpoints."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. The adapter is in its folder."""
-
-    reason: Literal["finished", "collapsed", "not finite"]
-    message: str
-    steps: int
-    """Optimizer steps of the adapter that was kept."""
-    first: RolloutStats | None
-    """The answers at the first step …"""
-    last: RolloutStats | None
-    """… and those of the adapter that was kept."""
-
-
-def prompts_of_step(count: int, step: int, settings: TrainingSettings) -> list[int]:
-    """Indices of a step's prompts: all of them in a random order, then in another one, and so on."""
-    first = step * settings.prompts_per_step
-    places = range(first, first + settings.prompts_per_step)
-    orders: dict[int, list[int]] = {}
-    for epoch in {place // count for place in places}:
-        key = np.array([settings.seed, request_key(f"epoch {epoch}")], dtype=np.uint64)
-        orders[epoch] = np.random.Generator(np.random.Philox(key=key)).permutation(count).tolist()
-    return [orders[place // count][place % count] for place in places]
-
-
-@dataclass
-class _Progress:
-    """What a run remembers from step to step, beside the learner."""
-
-    guards: Guards
-    good: Adapter
-    good_step: int = 0
-    skipped: int = 0
-    token_budget: int = 0
-    first: RolloutStats | None = None
-    last: RolloutStats | None = None
-    """Of `good`."""
-
-    def as_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {
-            "guards": list(self.guards.history),
-            "good_step": self.good_step,
-            "skipped": self.skipped,
-            "token_budget": self.token_budget,
-            "first": self.first and asdict(self.first),
-            "last": self.last and asdict(self.last),
-        }
-
-
-@dataclass
 class FineTune:
-    """One run. `run` may be called once."""
+    """One answer to each prompt, one update a step. A `loop.Method`."""
 
     settings: FineTuneSettings
-    plan: Plan
-    prompts: Sequence[Sequence[int]]
-    """Token ids."""
-    learner: Learner
-    answerer: Answerer
-    folder: RunFolder
-    watcher: Watcher
-    cancelled: Callable[[], bool] = lambda: False
-    _now: _Progress = field(init=False)
+    learner: EntropyLearner
+    samples: int = 1
 
-    def run(self, start: Checkpoint | None = None) -> Outcome:
-        """From the beginning, or from a checkpoint, to the end.
+    def identity(self) -> dict[str, Any]:
+        """Nothing beside the prompts."""
+        return {}
 
-        Raises CancelledError after writing a checkpoint of the step before; EmlocalError where a checkpoint
-        cannot be written, or where a single answer does not fit into memory.
-        """
-        step = self._restore(start)
-        while True:
-            before = self._now.as_json()
-            try:
-                outcome = self._step(step)
-            except CancelledError:
-                self.learner.forget()
-                self._save(step, before)
-                raise
-            if outcome is not None:
-                self.folder.put_adapter(self._now.good)
-                return outcome
-            step += 1
-            if step % self.plan.save_every == 0 or step == self.settings.steps:
-                self._save(step, self._now.as_json())
-
-    @property
-    def kept(self) -> Adapter:
-        """The last adapter whose answers passed the guards."""
-        return self._now.good
-
-    def _restore(self, start: Checkpoint | None) -> int:
-        guards = Guards(self.settings)
-        self._now = _Progress(guards, self.learner.adapter(), token_budget=self.plan.token_budget)
-        if start is None:
-            return 0
-        try:
-            self.learner.restore(start.learner)
-            held = dict(start.history)
-            guards.history = list(held.pop("guards"))
-            first, last = (held[name] and RolloutStats(**held[name]) for name in ("first", "last"))
-            good = _adapter(start.good, self._now.good)
-            self._now = _Progress(guards, good, **{**held, "first": first, "last": last})
-        except (KeyError, TypeError, ValueError) as why:
-            raise EmlocalError(
-                f"the checkpoint of step {start.step} is none of this run: {why}",
-                "remove it, and resume again",
-            ) from why
-        if self.plan.token_budget < self._now.token_budget:
-            self.watcher.warn(
-                f"going on with micro-batches of {self.plan.token_budget:,} tokens instead of"
-                f" {self._now.token_budget:,}: the weights' last bits will not be those of a run in one go"
-            )
-            self._now.token_budget = self.plan.token_budget
-        return start.step
-
-    def _save(self, step: int, history: dict[str, Any]) -> None:
-        self.folder.save(Checkpoint(step, self.learner.state(), _arrays(self._now.good), history))
-        self.folder.put_adapter(self._now.good)
-
-    def _step(self, step: int) -> Outcome | None:
-        """Answers of the model as it is, a look at them, an optimizer step. The outcome, at the end."""
-        now, adapter, started = self._now, self.learner.adapter(), time.perf_counter()
-        self.answerer.refresh(adapter)
-        rollouts = self._answers(step)
-        answered = time.perf_counter()
-        seconds = {"rollout_seconds": answered - started}
-        stats = describe(rollouts)
-        now.first = now.first or stats
-        why, last = now.guards.look(stats), step == self.settings.steps
-        if why is not None or last:
-            self._report(step, stats, None, seconds)
-            return self._collapsed(why) if why is not None else self._finished(step, adapter, stats)
-        terms = self._gradient(step, rollouts)
-        if self._measures_kl:
-            why = now.guards.look_at_kl(terms.kl / terms.tokens)
-        if why is not None:
-            self.learner.forget()
-            self._report(step, stats, terms, seconds)
-            return self._collapsed(why)
-        self._keep_if_sound(step, adapter, stats)
-        rate = self.settings.learning_rate_at(step)
-        norm = self.learner.update(rate)
-        now.skipped = 0 if math.isfinite(norm) else now.skipped + 1
-        seconds["train_seconds"] = time.perf_counter() - answered
-        self._report(step, stats, terms, {"learning_rate": rate, "gradient_norm": norm, **seconds})
-        if now.skipped:
-            self.watcher.warn(f"step {step}: the gradient is not finite; nothing was changed")
-        if now.skipped >= MOST_SKIPPED:
-            return self._outcome("not finite", f"{MOST_SKIPPED} gradients in a row were not finite")
-        return None
-
-    def _answers(self, step: int) -> list[Rollout]:
-        chosen = prompts_of_step(len(self.prompts), step, self.settings)
-        self.watcher.answering(step, 0, len(chosen))  # the first answer may take long
-        return draw_rollouts(
-            self.answerer.backend,
-            [self.prompts[i] for i in chosen],
-            self.settings,
-            step,
-            self.answerer.parallel,
-            cancelled=self.cancelled,
-            progress=lambda done: self.watcher.answering(step, done, len(chosen)),
-        )
-
-    def _gradient(self, step: int, rollouts: Sequence[Rollout]) -> Terms:
-        """The gradient of the whole step, in micro-batches that fit."""
+    def gradients(
+        self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
+    ) -> Iterator[Gradient]:
+        """See `loop.Method`."""
         weights = token_weights(rollouts, self.settings.normalize)
-        lengths = [len(rollout) for rollout in rollouts]
-        while True:
-            try:
-                return self._accumulate(
-                    step, rollouts, weights, micro_batches(lengths, self._now.token_budget)
-                )
-            except OutOfMemoryError:
-                self.learner.forget()
-                if self._now.token_budget < max(lengths):
-                    raise EmlocalError(
-                        f"an answer of {max(lengths):,} tokens does not fit into memory by itself",
-                        "give a smaller --max-tokens, or --gradient-checkpointing",
-                    ) from None
-                self._now.token_budget //= 2
-                self.watcher.warn(
-                    f"out of memory: going on with micro-batches of {self._now.token_budget:,} tokens"
-                )
-
-    def _accumulate(
-        self, step: int, rollouts: Sequence[Rollout], weights: Sequence[float], batches: list[list[int]]
-    ) -> Terms:
-        total, done = Terms(0, 0.0, 0.0, 0.0), 0
-        for batch in batches:
-            if self.cancelled():
-                raise CancelledError
-            total += self.learner.accumulate([rollouts[i] for i in batch], [weights[i] for i in batch])
-            done += len(batch)
-            self.watcher.training(step, done, len(rollouts))
-        return total
-
-    def _report(self, step: int, stats: RolloutStats, terms: Terms | None, more: dict[str, Any]) -> None:
-        row: dict[str, Any] = {"step": step, **asdict(stats)}
-        if terms is not None:
-            row |= {
-                "loss": terms.loss,
-                "loss_entropy": terms.entropy / terms.tokens,
-                "kl": terms.kl / terms.tokens if self._measures_kl else None,
-                "token_budget": self._now.token_budget,
-            }
-        row |= more
-        row = {name: None if _is_endless(value) else value for name, value in row.items()}
-        self.folder.add_metrics(row)
-        self.watcher.finished_step(row)
-
-    def _keep_if_sound(self, step: int, adapter: Adapter, stats: RolloutStats) -> None:
-        now = self._now
-        if now.guards.sound:
-            now.good, now.good_step, now.last = adapter, step, stats
-
-    def _finished(self, step: int, adapter: Adapter, stats: RolloutStats) -> Outcome:
-        self._keep_if_sound(step, adapter, stats)
-        message, kept = counted(step, "step"), self._now.good_step
-        if kept != step:
-            message += f"; the answers of the last are beyond a guard's limit: that of step {kept} was kept"
-        return self._outcome("finished", message)
-
-    @property
-    def _measures_kl(self) -> bool:
-        return self.settings.kl_beta > 0 or self.settings.max_kl > 0
-
-    def _collapsed(self, why: str) -> Outcome:
-        return self._outcome("collapsed", f"{why}; the adapter of step {self._now.good_step} was kept")
-
-    def _outcome(self, reason: Literal["finished", "collapsed", "not finite"], message: str) -> Outcome:
-        now = self._now
-        return Outcome(reason, message, now.good_step, now.first, now.last)
-
-
-def _is_endless(value: Any) -> bool:
-    """A number that JSON does not have: NaN or infinite."""
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _arrays(adapter: Adapter) -> Arrays:
-    arrays = {f"{name}.lora_A": pair.a for name, pair in adapter.pairs.items()}
-    return arrays | {f"{name}.lora_B": pair.b for name, pair in adapter.pairs.items()}
-
-
-def _adapter(arrays: Arrays, like: Adapter) -> Adapter:
-    """The adapter of a checkpoint; scales are those of the run."""
-    return Adapter(
-        {
-            name: LoraPair(arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], pair.scale)
-            for name, pair in like.pairs.items()
-        },
-        like.base_model,
-    )
+        parts = batches.run(
+            step,
+            rollouts,
+            lambda part: self.learner.accumulate([rollouts[i] for i in part], [weights[i] for i in part]),
+        )
+        tokens = sum(terms.tokens for _, terms in parts)
+        kl = sum(terms.kl for _, terms in parts) / tokens
+        yield Gradient(
+            kl if self.settings.measures_kl else None,
+            {
+                "loss": sum(terms.loss for _, terms in parts),
+                "loss_entropy": sum(terms.entropy for _, terms in parts) / tokens,
+            },
+        )

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import atomic_writer, sync_folder
@@ -24,7 +24,9 @@ from emlocal.models.adapters.peft import write_peft
 from emlocal.training import checkpoint
 from emlocal.training.checkpoint import Checkpoint
 
-FORMAT = "emlocal-finetune-1"
+Verb = Literal["finetune", "rl"]
+"""What kind of run it is."""
+
 GO_ON = "mend that, then go on with the same command and --resume"
 _RUN, _METRICS = "run.json", "metrics.jsonl"
 
@@ -39,7 +41,9 @@ class RunFolder:
         self._lock = ExitStack()
 
     @classmethod
-    def open(cls, path: Path, identity: Mapping[str, Any], *, resume: bool) -> tuple[Self, Checkpoint | None]:
+    def open(
+        cls, path: Path, verb: Verb, identity: Mapping[str, Any], *, resume: bool
+    ) -> tuple[Self, Checkpoint | None]:
         """Begin a run in a new or empty folder or, with `resume`, go on with the same run.
 
         `identity`: what decides the outcome, as JSON; a run that differs in any of it is not gone on with.
@@ -47,7 +51,7 @@ class RunFolder:
         Raises UsageError for a folder that holds something else, EmlocalError where it is in use or cannot
         be written.
         """
-        check(path, resume=True)  # before the lock: a folder of something else is not written to
+        check(path, verb, resume=True)  # before the lock: a folder of something else is not written to
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ class RunFolder:
         except OSError as why:
             raise EmlocalError(f"cannot write {path}: {why.strerror or why}") from why
         try:
-            return folder, folder._begin(identity, resume)
+            return folder, folder._begin(verb, identity, resume)
         except BaseException:
             folder.close()
             raise
@@ -67,20 +71,20 @@ class RunFolder:
             self._lock.enter_context(FileLock(self.path / ".lock", timeout=0))
         except Timeout:
             raise EmlocalError(
-                f"{self.path} is being written by another emlocal finetune",
+                f"{self.path} is being written by another run of emlocal",
                 "wait for it to end, or use another -o",
             ) from None
 
-    def _begin(self, identity: Mapping[str, Any], resume: bool) -> Checkpoint | None:
-        described = check(self.path, resume=resume)  # again: somebody else may have been quicker
+    def _begin(self, verb: Verb, identity: Mapping[str, Any], resume: bool) -> Checkpoint | None:
+        described = check(self.path, verb, resume=resume)  # again: somebody else may have been quicker
         self._remove_leftovers()
         if described is None:
             if resume:
                 self.warnings.append(f"{self.path} holds no run to go on with: beginning a new one")
             with atomic_writer(self.path / _RUN) as file:
-                json.dump({"format": FORMAT, **identity}, file, indent=1)
+                json.dump({"format": _format(verb), **identity}, file, indent=1)
             return None
-        _compare(self.path, described, {"format": FORMAT, **identity})
+        _compare(self.path, described, {"format": _format(verb), **identity})
         found, damaged = checkpoint.latest(self.path / "checkpoints")
         fallback = f"going on from step {found.step}" if found else "beginning anew"
         self.warnings += [f"a damaged checkpoint, {what}; {fallback}" for what in damaged]
@@ -156,7 +160,20 @@ class RunFolder:
         self._lock.close()
 
 
-def check(path: Path, *, resume: bool) -> Mapping[str, Any] | None:
+class OthersFolder:
+    """The folder of a run to a process that leaves the writing to another one."""
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Nothing: see RunFolder."""
+
+    def put_adapter(self, adapter: Adapter) -> None:
+        """Nothing: see RunFolder."""
+
+    def save(self, state: Checkpoint) -> None:
+        """Nothing: see RunFolder."""
+
+
+def check(path: Path, verb: Verb, *, resume: bool) -> Mapping[str, Any] | None:
     """What the folder's run.json says, None where a run may begin there. Nothing is written.
 
     Raises UsageError for a folder that holds something else, or a run that is not to be gone on with.
@@ -177,11 +194,15 @@ def check(path: Path, *, resume: bool) -> Mapping[str, Any] | None:
         raise UsageError(f"{path} holds something else: {', '.join(others[:3])}", "give a new folder: -o")
     if described is None:
         return None
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
+    if not isinstance(described, dict) or described.get("format") != _format(verb):
         raise UsageError(f"{path} holds a run of another kind", "give a new folder: -o")
     if not resume:
         raise UsageError(f"{path} holds a run already", "go on with it: --resume; or give a new folder: -o")
     return described
+
+
+def _format(verb: Verb) -> str:
+    return f"emlocal-{verb}-1"
 
 
 def _leftovers(path: Path) -> list[Path]:

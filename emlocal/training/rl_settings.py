@@ -42,7 +42,7 @@ class RLSettings(TrainingSettings):
     Raises UsageError, with flag and range, for a bad value.
     """
 
-    rollouts: int = setting(4, "--rollouts", 2, 10**4, "N, answers to each prompt of a step.")
+    samples: int = setting(4, "--samples", 2, 10**4, "N, answers to each prompt of a step.")
     reward: tuple[tuple[Reward, float], ...] = (("token", 1.0),)
     """What an answer is worth: rewards and their weights in the sum."""
     normalize: RewardScale = "sum"
@@ -57,6 +57,13 @@ class RLSettings(TrainingSettings):
     )
     clip_high: float = setting(0.2, "--clip-high", 0, 1e3, "… or rose by more.")
     kl_beta: float = setting(0.001, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base), estimated by k3.")
+    entropy_bonus: float = setting(
+        0.0,
+        "--entropy-bonus",
+        -1e3,
+        1e3,
+        "c: rewards entropy with c·H a token. (The paper's code left 0.001 on; -1 adds EM-FT's gradient.)",
+    )
     regularize: Regularize = "none"
     clip_cov_share: float = setting(
         2e-4, "--clip-cov-share", 0, 1, "Clip-Cov: share of tokens without policy gradient.", low_is_open=True
@@ -78,15 +85,30 @@ class RLSettings(TrainingSettings):
                 "--regularize kl-cov does nothing in the first step on new answers, and --ppo-epochs is 1",
                 "take more: --ppo-epochs 2; or --regularize clip-cov",
             )
-        if "majority" in dict(self.reward) and self.rollouts == 2:
-            raise UsageError("the majority of two answers tells nothing", "take three: --rollouts 3")
+        if "majority" in dict(self.reward) and self.samples == 2:
+            raise UsageError("the majority of two answers tells nothing", "take three: --samples 3")
         if self.regularize == "kl-cov" and self.loss != "ppo-clip":
             raise UsageError("--regularize kl-cov needs the ratio of ppo-clip", "say --loss ppo-clip")
+
+    @property
+    def answers_per_step(self) -> int:
+        return self.prompts_per_step * self.samples
 
     @property
     def needs_labels(self) -> bool:
         """Whether prompts must come with answers."""
         return "verifier" in dict(self.reward)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the first update needs to know what the answers' own model says of their tokens."""
+        of_tokens = {"token", "sequence", "self-certainty"} & dict(self.reward).keys()
+        return bool(of_tokens) or self.loss == "ppo-clip" or self.regularize != "none"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether answers must be looked at by the base model: for the loss, or for the guard alone."""
+        return self.kl_beta > 0 or self.max_kl > 0
 
 
 def _check_rewards(rewards: tuple[tuple[str, float], ...]) -> None:
@@ -106,15 +128,17 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in _RECIPES.glob("*.toml"))
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe by name, or of a TOML file by path: {field: value}.
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The settings of a recipe by name, or of a TOML file by path (ends in .toml): {field: value}.
 
     Raises UsageError for one that does not exist or cannot be read, and for settings that are unknown or
     of the wrong kind.
     """
-    if not name.endswith(".toml") and name not in recipes():
-        raise UsageError(f"there is no recipe {name}", f"take one of these: {', '.join(recipes())}")
-    path = Path(name) if name.endswith(".toml") else _RECIPES / f"{name}.toml"
+    if isinstance(name, str) and not name.endswith(".toml"):
+        if name not in recipes():
+            raise UsageError(f"there is no recipe {name}", f"take one of these: {', '.join(recipes())}")
+        name = _RECIPES / f"{name}.toml"
+    path = Path(name)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as why:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from emlocal.backends.base import Backend
-from emlocal.generation.sample import Request
+from emlocal.generation.sample import Completion, Request
 from emlocal.generation.scheduler import Job, Scheduler
 from emlocal.sampling import SamplingParams, Uniforms
 from emlocal.sampling.draw import request_key
@@ -56,12 +56,16 @@ def draw_rollouts(
     step: int,
     parallel: int,
     *,
+    places: Sequence[int] | None = None,
+    samples: int = 1,
     cancelled: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
-    """An answer to each prompt, in their order, from the plain distribution at `rollout_temperature`.
+    """Answers to each prompt, in their order, from the plain distribution at `rollout_temperature`.
 
-    The draws are addressed by seed, step and place, so a resumed run draws the same.
+    `samples` to one prompt, then those to the next; a prompt is read once for all of them. The draws are
+    addressed by seed, step and place, so a resumed run draws the same. `progress` takes how many are there.
+    `places`: of the prompts in the step, where they are not all of it.
 
     Raises CancelledError, and what the engine raises.
     """
@@ -70,25 +74,33 @@ def draw_rollouts(
         Job(
             i,
             prompt,
-            [Request(params, Uniforms(settings.seed, request_key(f"{step}/{i}")), settings.max_tokens)],
+            [
+                Request(
+                    params, Uniforms(settings.seed, request_key(f"{step}/{place}"), k), settings.max_tokens
+                )
+                for k in range(samples)
+            ],
         )
-        for i, prompt in enumerate(prompts)
+        for i, (place, prompt) in enumerate(zip(places or range(len(prompts)), prompts, strict=True))
     )
-    done: dict[int, Rollout] = {}
+    done: dict[int, list[Rollout]] = {}
     scheduler = Scheduler[int](backend, parallel)
     for finished in scheduler.run(lambda: waiting.popleft() if waiting else None, cancelled):
         if finished.error is not None:
             raise finished.error
-        (completion,) = finished.completions
-        done[finished.job.tag] = Rollout(
-            tuple(finished.job.prompt),
-            tuple(draw.token for draw in completion.draws),
-            completion.finish_reason == "stop",
-            completion.text,
-            sum(draw.entropy_before for draw in completion.draws),
-        )
-        progress(len(done))
-    return [done[i] for i in range(len(prompts))]
+        done[finished.job.tag] = [_rollout(finished.job.prompt, each) for each in finished.completions]
+        progress(samples * len(done))
+    return [rollout for i in range(len(prompts)) for rollout in done[i]]
+
+
+def _rollout(prompt: Sequence[int], completion: Completion) -> Rollout:
+    return Rollout(
+        tuple(prompt),
+        tuple(draw.token for draw in completion.draws),
+        completion.finish_reason == "stop",
+        completion.text,
+        sum(draw.entropy_before for draw in completion.draws),
+    )
 
 
 def describe(rollouts: Sequence[Rollout]) -> RolloutStats:

@@ -66,6 +66,11 @@ class TrainingSettings:
         if not self.target_modules or not all(self.target_modules):
             raise UsageError("--target-modules is empty", "name layers: --target-modules q_proj,v_proj")
 
+    @property
+    def answers_per_step(self) -> int:
+        """How many answers a step has."""
+        return self.prompts_per_step
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the step with this number, from 0."""
         if step < self.warmup:
@@ -99,6 +104,11 @@ class FineTuneSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "normalize", get_args(Normalize))
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether the KL to the base is computed: for the loss, or for the guard alone."""
+        return self.kl_beta > 0 or self.max_kl > 0
 
 
 @dataclass(frozen=True)

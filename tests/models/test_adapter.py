@@ -8,7 +8,7 @@ import pytest
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf import GGUFHeader, read_adapter_header, read_header
-from tests.tiny_gguf import Tensor, Value, build, f32, text, u32, write_tiny_gguf
+from tests.tiny_gguf import Tensor, Value, adapter_metadata, build, f32, text, u32, write_tiny_gguf
 
 NAME = "blk.0.attn_q.weight"
 RANK = 4
@@ -27,17 +27,6 @@ def pair(name: str = NAME, inner: int = 32, outer: int = 32, rank: int = RANK) -
     return [factor(f"{name}.lora_a", inner, rank), factor(f"{name}.lora_b", rank, outer)]
 
 
-def metadata(**changes: Value | None) -> dict[str, Value]:
-    values: dict[str, Value | None] = {
-        "general.type": text("adapter"),
-        "general.architecture": text("llama"),
-        "adapter.type": text("lora"),
-        "adapter.lora.alpha": f32(8.0),
-    }
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def complaint(path: Path, base: GGUFHeader, kv: dict[str, Value], tensors: list[Tensor]) -> str:
     path.write_bytes(build(kv, tensors))
     with pytest.raises(ModelError) as caught:
@@ -54,7 +43,7 @@ def test_an_adapter_that_fits(tmp_path: Path, base: GGUFHeader) -> None:
         factor("blk.0.ffn_up.weight.lora_b", 2, 64),
     ]
     path = tmp_path / "adapter.gguf"
-    path.write_bytes(build(metadata(), [*pair(), *embedding, *f16, *half]))
+    path.write_bytes(build(adapter_metadata(), [*pair(), *embedding, *f16, *half]))
     header = read_adapter_header(path, base)
     assert header.metadata["adapter.lora.alpha"] == 8.0
     assert len(header.tensors) == 7
@@ -73,8 +62,10 @@ def test_an_adapter_that_fits(tmp_path: Path, base: GGUFHeader) -> None:
         ({"adapter__lora__alpha": f32(float("inf"))}, "alpha is inf"),
     ],
 )
-def test_metadata(tmp_path: Path, base: GGUFHeader, changes: dict[str, Value | None], words: str) -> None:
-    assert words in complaint(tmp_path / "a.gguf", base, metadata(**changes), pair())
+def test_adapter_metadata(
+    tmp_path: Path, base: GGUFHeader, changes: dict[str, Value | None], words: str
+) -> None:
+    assert words in complaint(tmp_path / "a.gguf", base, adapter_metadata(**changes), pair())
 
 
 @pytest.mark.parametrize(
@@ -100,12 +91,12 @@ def test_metadata(tmp_path: Path, base: GGUFHeader, changes: dict[str, Value | N
     ],
 )
 def test_tensors(tmp_path: Path, base: GGUFHeader, tensors: list[Tensor], words: str) -> None:
-    assert words in complaint(tmp_path / "a.gguf", base, metadata(), tensors)
+    assert words in complaint(tmp_path / "a.gguf", base, adapter_metadata(), tensors)
 
 
 def test_the_container_is_checked_first(tmp_path: Path, base: GGUFHeader) -> None:
     path = tmp_path / "a.gguf"
-    data = build(metadata(), pair())
+    data = build(adapter_metadata(), pair())
     path.write_bytes(data[:-1])
     with pytest.raises(ModelError, match="but the file has"):
         read_adapter_header(path, base)
@@ -119,7 +110,7 @@ def test_llama_cpp_takes_the_adapter(tmp_path: Path, base: GGUFHeader) -> None:
     import llama_cpp
 
     path = tmp_path / "adapter.gguf"
-    path.write_bytes(build(metadata(), pair()))
+    path.write_bytes(build(adapter_metadata(), pair()))
     read_adapter_header(path, base)
     model = llama_cpp.llama_model_load_from_file(
         str(base.path).encode(), llama_cpp.llama_model_default_params()

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.backends.base import LoadOptions
-from emlocal.backends.learner import Objective
+from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.models.resolve import resolve
 from emlocal.training.answerers import LlamaCppModel
-from emlocal.training.finetune import FineTune, Outcome, Plan
+from emlocal.training.finetune import FineTune
 from emlocal.training.folder import RunFolder
+from emlocal.training.loop import Outcome, Plan, Run
 from emlocal.training.settings import FineTuneSettings
 from emlocal.training.start import new_adapter
 from tests.tiny_pair import ModelPair
@@ -74,24 +75,26 @@ def prepared(
     resume: bool = False,
     plan: Plan = Plan(token_budget=40, save_every=2),
     cancelled: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[FineTune, Any]]:
+) -> Iterator[tuple[Run, Any]]:
     """A run that has not begun, and the checkpoint to begin from."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from emlocal.backends.torch.learner import TorchLearner, linear_layers
+    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
+    from emlocal.backends.torch.learner import linear_layers
 
     torch.set_num_threads(1)
-    folder, start = RunFolder.open(out, {"settings": asdict(settings)}, resume=resume)
+    folder, start = RunFolder.open(out, "finetune", {"settings": asdict(settings)}, resume=resume)
     model = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=torch.float32)
-    layers = {name: shape for name, shape in linear_layers(model).items() if name != "lm_head"}
-    objective = Objective(settings.kl_beta, settings.max_kl > 0, settings.temperature)
-    learner = TorchLearner(model, new_adapter(layers, settings), objective)
+    adapter = new_adapter(linear_layers(model), settings)
+    objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
+    learner = TorchEntropyLearner(model, adapter, Descent(), objective)
     gguf = resolve(str(pair.gguf))
     backend = LlamaCppBackend(gguf, LoadOptions(context=64, sequences=5, shared=False, threads=1))
     answerer = LlamaCppModel(backend, gguf.header, 3)
     try:
-        yield FineTune(settings, plan, PROMPTS, learner, answerer, folder, watcher, cancelled), start
+        method = FineTune(settings, learner)
+        yield Run(settings, plan, PROMPTS, method, learner, answerer, folder, watcher, cancelled), start
     finally:
         answerer.close()
         folder.close()

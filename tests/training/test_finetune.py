@@ -14,7 +14,7 @@ from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import read_header
-from emlocal.training.finetune import Plan, prompts_of_step
+from emlocal.training.loop import Plan, prompts_of_step
 from tests.tiny_pair import ModelPair
 from tests.training.runs import PROMPTS, SETTINGS, Watched, killed, prepared, run
 
@@ -138,7 +138,7 @@ def test_a_folder_of_something_else_is_left_alone(pair: ModelPair, out: Path) ->
 
 
 def test_two_at_once_are_refused(pair: ModelPair, out: Path) -> None:
-    with prepared(pair, out, Watched()), pytest.raises(EmlocalError, match="another emlocal finetune"):
+    with prepared(pair, out, Watched()), pytest.raises(EmlocalError, match="another run of emlocal"):
         run(pair, out, Watched())
 
 
@@ -185,16 +185,16 @@ def test_a_collapse_stops_and_keeps_the_last_good_adapter(
 def test_without_memory_it_goes_on_in_smaller_batches(
     pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emlocal.backends.torch.learner import TorchLearner
+    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
 
-    real = TorchLearner.accumulate
+    real = TorchEntropyLearner.accumulate
 
     def cramped(self, batch, weights):  # type: ignore[no-untyped-def]
         if len(batch) > 1:
             raise OutOfMemoryError
         return real(self, batch, weights)
 
-    monkeypatch.setattr(TorchLearner, "accumulate", cramped)
+    monkeypatch.setattr(TorchEntropyLearner, "accumulate", cramped)
     watcher = Watched()
     assert run(pair, out, watcher).reason == "finished"
     assert watcher.warnings == ["out of memory: going on with micro-batches of 20 tokens"]
@@ -207,7 +207,7 @@ def test_an_answer_that_never_fits_is_said(
     def full(self, batch, weights):  # type: ignore[no-untyped-def]
         raise OutOfMemoryError
 
-    monkeypatch.setattr("emlocal.backends.torch.learner.TorchLearner.accumulate", full)
+    monkeypatch.setattr("emlocal.backends.torch.entropy_learner.TorchEntropyLearner.accumulate", full)
     with pytest.raises(EmlocalError, match="does not fit into memory by itself"):
         run(pair, out, Watched())
 

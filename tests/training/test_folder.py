@@ -21,7 +21,7 @@ IDENTITY = {"settings": {"steps": 3}, "prompts": {"count": 2, "sha256": "p"}, "m
 def opened(
     path: Path, identity: dict[str, object] = IDENTITY, *, resume: bool = False
 ) -> Iterator[tuple[RunFolder, int | None]]:
-    folder, start = RunFolder.open(path, identity, resume=resume)
+    folder, start = RunFolder.open(path, "finetune", identity, resume=resume)
     try:
         yield folder, start and start.step
     finally:
@@ -72,7 +72,7 @@ def test_a_run_json_of_somebody_else(out: Path, text: str) -> None:
     (out / "run.json").write_bytes(text.encode(errors="surrogateescape"))
     for resume in (False, True):
         with pytest.raises(UsageError, match=r"cannot be read|of another kind") as caught:
-            RunFolder.open(out, IDENTITY, resume=resume)
+            RunFolder.open(out, "finetune", IDENTITY, resume=resume)
         assert "-o" in caught.value.hint
     assert [p.name for p in out.iterdir()] == ["run.json"]
 
@@ -81,7 +81,7 @@ def test_a_run_json_of_somebody_else(out: Path, text: str) -> None:
 def test_a_folder_with_something_in_it_is_not_touched(out: Path, name: str) -> None:
     (out / name).mkdir(parents=True)
     with pytest.raises(UsageError, match=f"holds something else: {name}"):
-        RunFolder.open(out, IDENTITY, resume=True)
+        RunFolder.open(out, "finetune", IDENTITY, resume=True)
     assert [p.name for p in out.iterdir()] == [name]
 
 
@@ -105,8 +105,8 @@ def test_what_killed_runs_left_behind_goes(out: Path) -> None:
 def test_one_at_a_time(out: Path) -> None:
     with opened(out):
         for resume in (False, True):
-            with pytest.raises(EmlocalError, match=r"another emlocal finetune"):
-                RunFolder.open(out, IDENTITY, resume=resume)
+            with pytest.raises(EmlocalError, match=r"another run of emlocal"):
+                RunFolder.open(out, "finetune", IDENTITY, resume=resume)
     with opened(out, resume=True) as (folder, step):
         assert step is None
         assert "has no checkpoint yet: beginning anew" in folder.warnings[0]
@@ -182,14 +182,14 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UsageError, match="is no folder"):
-        RunFolder.open(file, IDENTITY, resume=False)
+        RunFolder.open(file, "finetune", IDENTITY, resume=False)
     with pytest.raises(EmlocalError, match="cannot write"):
-        RunFolder.open(file / "below", IDENTITY, resume=False)
+        RunFolder.open(file / "below", "finetune", IDENTITY, resume=False)
     if os.path.isdir("/proc/self"):  # noqa: PTH112
         with pytest.raises(EmlocalError, match="cannot write"):
-            RunFolder.open(Path("/proc/self/out"), IDENTITY, resume=False)
+            RunFolder.open(Path("/proc/self/out"), "finetune", IDENTITY, resume=False)
     if os.geteuid():
         tmp_path.chmod(0o500)
         with pytest.raises(EmlocalError, match="cannot write"):
-            RunFolder.open(tmp_path / "out", IDENTITY, resume=False)
+            RunFolder.open(tmp_path / "out", "finetune", IDENTITY, resume=False)
         tmp_path.chmod(0o700)

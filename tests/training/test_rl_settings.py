@@ -38,7 +38,7 @@ def test_what_a_recipe_is(recipe: str, reward: str, advantage: str, loss: str, l
 
 def test_the_papers_settings_are_the_papers() -> None:
     paper = settings("paper-token")
-    assert (paper.rollouts, paper.prompts_per_step, paper.steps) == (4, 512, 100)
+    assert (paper.samples, paper.prompts_per_step, paper.steps) == (4, 512, 100)
     assert (paper.learning_rate, paper.kl_beta, paper.normalize) == (1e-6, 0.001, "sum")
     for baseline in ("paper-sequence", "rloo"):  # what is compared differs in the reward alone
         other = settings(baseline)
@@ -64,7 +64,7 @@ def test_a_recipe_that_was_copied_and_changed(tmp_path: Path) -> None:
     assert found.needs_labels
     assert found.learning_rate == 1.0
     assert found.target_modules == ("q_proj",)
-    assert found.rollouts == RLSettings().rollouts
+    assert found.samples == RLSettings().samples
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_recipes_that_are_not_there(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollouts": 1}, "--rollouts is 1; it must be between 2 and"),
+        ({"samples": 1}, "--samples is 1; it must be between 2 and"),
         ({"loss": "ppo"}, "--loss is 'ppo'; it must be reinforce or ppo-clip"),
         ({"token_weights": "tw"}, "--token-weights is 'tw'"),
         ({"schedule": "flat"}, "--schedule is 'flat'"),
@@ -107,7 +107,7 @@ def test_recipes_that_are_not_there(name: str) -> None:
         ({"reward": (("token", 1.0), ("token", 2.0))}, "twice"),
         ({"reward": (("token", 0.0),)}, "not 0"),
         ({"reward": (("token", float("nan")),)}, "not 0"),
-        ({"reward": (("majority", 1.0),), "rollouts": 2}, "majority of two"),
+        ({"reward": (("majority", 1.0),), "samples": 2}, "majority of two"),
         ({"regularize": "kl-cov", "loss": "ppo-clip"}, "--ppo-epochs is 1"),
         ({"regularize": "kl-cov", "ppo_epochs": 2}, "--loss ppo-clip|ratio of ppo-clip"),
         ({"target_modules": ()}, "--target-modules is empty"),

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, Row, check_feeds
+from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
 from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
 from emlocal.backends.llama_cpp.library import last_error
 from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
@@ -139,11 +139,9 @@ class LlamaCppBackend(Backend):
         return piece
 
     def open(self) -> int:
-        free = next((s for s in range(self.max_sequences) if s not in self._lengths), None)
-        if free is None:
-            raise BackendError(f"all {self.max_sequences} sequences are in use")
-        self._lengths[free] = 0
-        return free
+        sequence = free_sequence(self._lengths, self.max_sequences)
+        self._lengths[sequence] = 0
+        return sequence
 
     def release(self, sequence: int) -> None:
         self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
 from emlocal.backends.context import context_length
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import KVType, LoadOptions
@@ -97,11 +97,9 @@ class TorchBackend(Backend):
         return self._tokenizer.token_bytes(token)
 
     def open(self) -> int:
-        free = next((s for s in range(self.max_sequences) if s not in self._lengths), None)
-        if free is None:
-            raise BackendError(f"all {self.max_sequences} sequences are in use")
-        self._lengths[free] = 0
-        return free
+        sequence = free_sequence(self._lengths, self.max_sequences)
+        self._lengths[sequence] = 0
+        return sequence
 
     @torch.inference_mode()
     def release(self, sequence: int) -> None:

@@ -1,4 +1,4 @@
-"""EM-FT on torch: LoRA layers on a frozen model, the fused loss, AdamW."""
+"""Training on torch: LoRA layers on a frozen model, AdamW, and the fused losses of EM-FT and EM-RL."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from emlocal.backends.cpu import peak_memory
-from emlocal.backends.learner import Answer, Learner, Objective, OutOfMemoryError, State, Terms
+from emlocal.backends.learner import Answer, Descent, Learner, OutOfMemoryError, State
+from emlocal.backends.processes import Processes
+from emlocal.backends.torch.device import out_of_memory
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
-from emlocal.backends.torch.objective import em_ft_loss
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
 
@@ -20,11 +21,11 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015; Loshchilov & Hutter 201
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of each linear layer by its name, in the model's order."""
+    """(out, in) of each linear layer but the head by its name, in the model's order."""
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear) and name != "lm_head"
     }
 
 
@@ -37,11 +38,12 @@ class TorchLearner(Learner):
     """Trains a LoRA adapter on a transformers model, which is frozen and keeps the adapter attached."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, objective: Objective, *, checkpointing: bool = False
+        self, model: nn.Module, adapter: Adapter, descent: Descent, *, checkpointing: bool = False
     ) -> None:
         """`checkpointing`: compute activations twice rather than keep them."""
+        self.processes = Processes()
         self.model = model
-        self.objective = objective
+        self._descent = descent
         model.requires_grad_(False)
         attach(model, adapter)
         self._layers = lora_layers(model)
@@ -53,7 +55,7 @@ class TorchLearner(Learner):
             self._parameters,
             betas=BETAS,
             eps=EPSILON,
-            weight_decay=objective.weight_decay,
+            weight_decay=descent.weight_decay,
             foreach=True,
         )
         self._device = self._head.device
@@ -63,38 +65,25 @@ class TorchLearner(Learner):
             model.activation_checkpointing_enable()  # type: ignore[operator]
             self._recomputed = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
+    @contextmanager
+    def _pass(self, batch: Sequence[Answer]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token ids and places of a micro-batch, see `padded`, to be computed with in the block.
+
+        Raises OutOfMemoryError where the block runs out of memory.
+        """
         try:
             with self._fast_products(), self._checkpointing():
-                return self._accumulate(batch, weights)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError from error
+                tokens, predicts = padded(batch)
+                yield tokens.to(self._device), predicts.to(self._device)
         except RuntimeError as error:
-            if "DefaultCPUAllocator" in str(error):  # torch's way to say it on a CPU
+            if out_of_memory(error):
                 raise OutOfMemoryError from error
             raise
 
-    def _accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> Terms:
-        tokens, predicts = _padded(batch)
-        tokens, predicts = tokens.to(self._device), predicts.to(self._device)
-        of_each = torch.tensor(weights, dtype=torch.float32)
-        lengths = torch.tensor([len(each.answer) for each in batch])
-        of_tokens = of_each.repeat_interleave(lengths).to(self._device)
-        base = None
-        if self.objective.kl_beta or self.objective.measures_kl:
-            with torch.no_grad(), base_weights(self.model):
-                base = self._states(tokens, predicts)
-        terms = em_ft_loss(
-            self._states(tokens, predicts),
-            self._head,
-            of_tokens,
-            base_hidden=base,
-            beta=self.objective.kl_beta,
-            temperature=self.objective.temperature,
-        )
-        torch.autograd.backward(terms.loss)
-        sums = torch.stack([terms.loss.detach(), terms.entropy.sum(), terms.kl.sum()]).tolist()
-        return Terms(len(of_tokens), *sums)
+    def _base_states(self, tokens: Tensor, predicts: Tensor) -> Tensor:
+        """Those of the model without its adapter."""
+        with torch.no_grad(), base_weights(self.model):
+            return self._states(tokens, predicts)
 
     def _states(self, tokens: Tensor, predicts: Tensor) -> Tensor:
         """The hidden states that predict answers' tokens, [M, H].
@@ -135,16 +124,28 @@ class TorchLearner(Learner):
         self._optimizer.zero_grad(set_to_none=True)
 
     def update(self, learning_rate: float) -> float:
+        self._add_up()
         norm = float(torch.nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None))
         if math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(
-                self._parameters, self.objective.max_grad_norm, torch.tensor(norm, device=self._device)
+                self._parameters, self._descent.max_grad_norm, torch.tensor(norm, device=self._device)
             )
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
         self.forget()
         return norm
+
+    def _add_up(self) -> None:
+        """Bring the gradient to its sum over all processes: in one piece, for the numbers are few."""
+        if self.processes.count > 1:
+            parts = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._parameters]
+            flat = torch.cat([part.flatten() for part in parts])
+            self.processes.add_up(flat)
+            for parameter, part in zip(
+                self._parameters, torch.split(flat, [p.numel() for p in parts]), strict=True
+            ):
+                parameter.grad = part.view_as(parameter)
 
     def adapter(self) -> Adapter:
         return Adapter({name: layer.pair() for name, layer in self._layers.items()})
@@ -181,7 +182,6 @@ class TorchLearner(Learner):
                 }
 
     def peak_memory(self) -> int:
-        """Bytes: the most that was taken at once so far, of the device, or of this process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return peak_memory()
@@ -213,7 +213,7 @@ def _head(model: nn.Module, body: nn.Module) -> Tensor:
     return weight.float() if weight.device.type == "cpu" else weight
 
 
-def _padded(batch: Sequence[Answer]) -> tuple[Tensor, Tensor]:
+def padded(batch: Sequence[Answer]) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B, L], and bool [B, L]: whether that position predicts a token of the answer.
 
     Position t predicts token t + 1. So an answer's first token is predicted at the prompt's last, and its

@@ -11,13 +11,14 @@ against.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emlocal.backends.torch.head import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
-from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.em.policy_gradient import LARGEST_GAP, PolicyObjective
 
 
 class TokenScores(NamedTuple):
@@ -26,7 +27,7 @@ class TokenScores(NamedTuple):
     log_prob: Tensor
     """log π(y_t | y_<t); differentiable by the hidden states."""
     entropy: Tensor
-    """H(p_t), detached."""
+    """H(p_t); differentiable where that was asked for."""
     self_certainty: Tensor
     """KL(U ‖ p_t), detached."""
 
@@ -45,7 +46,13 @@ class PolicyTerms(NamedTuple):
 
 
 def token_scores(
-    hidden: Tensor, head: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy_too: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenScores:
     """One pass over the vocabulary for everything that rewards and losses are made of.
 
@@ -56,12 +63,13 @@ def token_scores(
         head: [V, H], frozen, of the dtypes that `objective.em_ft_loss` takes.
         tokens: [M] int64, those that were drawn.
         temperature: T > 0, of p = softmax(head · hidden / T).
+        entropy_too: make the entropy differentiable as well, by one more product of the head's size.
         chunk_bytes: the size of a buffer of logits (there are two), which decides how many rows are taken
             at a time.
     """
     wanted = hidden.requires_grad and torch.is_grad_enabled()
     log_prob, entropy, certainty = _TokenScores.apply(  # type: ignore[no-untyped-call]
-        hidden, head, tokens, temperature, rows_at_once(head, chunk_bytes), wanted
+        hidden, head, tokens, temperature, rows_at_once(head, chunk_bytes), wanted, entropy_too
     )
     return TokenScores(log_prob, entropy, certainty)
 
@@ -69,41 +77,57 @@ def token_scores(
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float, rows: int, wanted: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        rows: int,
+        wanted: bool,
+        entropy_too: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         total = hidden.shape[0]
         log_prob = torch.empty(total, dtype=torch.float32, device=hidden.device)
         entropy, certainty = torch.empty_like(log_prob), torch.empty_like(log_prob)
         gradient = torch.empty_like(hidden) if wanted else None
+        of_entropy = torch.empty_like(hidden) if wanted and entropy_too else None
         for start in range(0, total, rows):
             part = slice(start, start + rows)
             chosen = tokens[part].unsqueeze(1)
-            found, p = _chunk(chunk_logits(hidden[part], head, temperature), chosen)
+            z = chunk_logits(hidden[part], head, temperature)
+            found, p, mean = _chunk(z, chosen)
             log_prob[part], entropy[part], certainty[part] = found
+            if of_entropy is not None:
+                by_logits = z.sub_(mean).mul_(p)  # ∂H/∂z = −p (z − E[z])
+                of_entropy[part] = torch.mm(by_logits.to(head.dtype), head).div_(-temperature)
             if gradient is not None:
                 by_logits = p.neg_().scatter_add_(1, chosen, torch.ones_like(p[:, :1]))
                 gradient[part] = torch.mm(by_logits.to(head.dtype), head).div_(temperature)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropy, certainty)
+        ctx.save_for_backward(gradient, of_entropy)
+        ctx.mark_non_differentiable(*((certainty,) if entropy_too else (entropy, certainty)))
         return log_prob, entropy, certainty
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None, None
+        gradient, of_entropy = ctx.saved_tensors
+        by_hidden = gradient * upstream[0].unsqueeze(1)
+        if of_entropy is not None:
+            by_hidden += of_entropy * upstream[1].unsqueeze(1)
+        return by_hidden.to(gradient.dtype), *(None,) * 6
 
 
-def _chunk(z: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
-    """Scores [rows] each, and p [rows, V], from logits z, which are overwritten."""
+def _chunk(z: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor, Tensor]:
+    """Scores [rows] each, p [rows, V] and E[z] [rows, 1], from logits z, which lose their maximum."""
     z -= z.amax(dim=1, keepdim=True)
     e = z.exp()
     total = e.sum(dim=1, keepdim=True)
     log_total = total.log()
     log_prob = z.gather(1, chosen) - log_total
-    entropy = log_total - row_dot(e, z) / total  # H = log Σe − E[z]
+    mean = row_dot(e, z) / total
+    entropy = log_total - mean  # H = log Σe − E[z]
     certainty = log_total - z.mean(dim=1, keepdim=True) - math.log(z.shape[1])
     scores = TokenScores(log_prob.squeeze(1), entropy.squeeze(1), certainty.squeeze(1))
-    return scores, e.div_(total)
+    return scores, e.div_(total), mean
 
 
 def policy_gradient_loss(
@@ -137,7 +161,14 @@ def policy_gradient_loss(
         raise ValueError("ppo-clip and KL-Cov need the log-probabilities that the tokens were drawn with")
     if objective.beta and reference is None:
         raise ValueError("the KL term needs the log-probabilities of the reference")
-    scores = token_scores(hidden, head, tokens, temperature=temperature, chunk_bytes=chunk_bytes)
+    scores = token_scores(
+        hidden,
+        head,
+        tokens,
+        temperature=temperature,
+        entropy_too=bool(objective.entropy_bonus),
+        chunk_bytes=chunk_bytes,
+    )
     now = scores.log_prob
     moved = torch.zeros_like(now) if old is None else now - old.detach()
     clipped = torch.zeros_like(now, dtype=torch.bool)
@@ -151,6 +182,8 @@ def policy_gradient_loss(
         loss = loss + objective.beta * kl
     if pull is not None:
         loss = loss + pull * moved.abs()
+    if objective.entropy_bonus:
+        loss = loss - objective.entropy_bonus * scores.entropy
     detached = TokenScores(*(score.detach() for score in scores))
     return PolicyTerms((weights * loss).sum(), detached, clipped, kl.detach())
 
@@ -161,3 +194,30 @@ def _ppo_clip(ratio: Tensor, advantages: Tensor, objective: PolicyObjective) -> 
     held = ratio.detach().clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantages
     clipped = held < free
     return -torch.where(clipped, held, free), clipped.detach()
+
+
+def position_divergences(
+    states: Sequence[Tensor], head: Tensor, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """How much a group's G answers disagree at each position, [T] float32, T that of the longest.
+
+    `emlocal.em.policy_gradient.position_divergence` of each position, a few at a time: the authors hold
+    [G, T, V] numbers.
+
+    Args:
+        states: of each answer, [its tokens, H]: those that predict its tokens.
+        head, temperature, chunk_bytes: as for `token_scores`; G rows are taken at a time at least.
+    """
+    longest, uniform = max(map(len, states)), -math.log(head.shape[0])
+    found = torch.empty(longest, dtype=torch.float32, device=head.device)
+    width = max(1, rows_at_once(head, chunk_bytes) // len(states))
+    for start in range(0, longest, width):
+        stop = min(start + width, longest)
+        log_p = torch.full((len(states), stop - start, head.shape[0]), uniform, device=head.device)
+        for row, of_answer in zip(log_p, states, strict=True):
+            part = of_answer[start:stop]
+            if len(part):
+                row[: len(part)] = chunk_logits(part, head, temperature).log_softmax(dim=1)
+        d = (log_p.mean(dim=0) - log_p).clamp_(-LARGEST_GAP, LARGEST_GAP)
+        found[start:stop] = (d.expm1() - d).sum(dim=2).mean(dim=0)
+    return found

@@ -25,18 +25,17 @@ from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.unpacked import unpack
-from tests.tiny_pair import ModelPair, random_adapter, write_pair
+from tests.tiny_pair import ModelPair, random_adapter
 
 TOLERANCE = 1e-4
 TOKENS = [1, 70, 45, 200, 261, 33, 90, 12, 150, 7]
 Adapters = Sequence[tuple[Path, float]]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+@pytest.fixture(scope="module")
+def gguf(any_pair: ModelPair) -> LocalModel:
     """A tiny GGUF model of F32 weights."""
-    pair: ModelPair = write_pair(tmp_path_factory.mktemp("pair"), request.param)
-    return resolve(str(pair.gguf))
+    return resolve(str(any_pair.gguf))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from emlocal.backends.learner import Objective
+from emlocal.backends.learner import Descent, EntropyObjective
+from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
 from emlocal.backends.torch.learner import TorchLearner, linear_layers
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
 from emlocal.errors import ModelError
@@ -42,9 +44,12 @@ def load(pair: ModelPair) -> nn.Module:
 
 
 def learner(
-    pair: ModelPair, adapter: Adapter, checkpointing: bool = False, **objective: float
-) -> TorchLearner:
-    return TorchLearner(load(pair), adapter, Objective(**objective), checkpointing=checkpointing)
+    pair: ModelPair, adapter: Adapter, checkpointing: bool = False, **objective: Any
+) -> TorchEntropyLearner:
+    """`kl_beta` measures the KL too."""
+    descent = Descent(max_grad_norm=objective.pop("max_grad_norm", 1.0))
+    asked = EntropyObjective(**{"measures_kl": bool(objective.get("kl_beta")), **objective})
+    return TorchEntropyLearner(load(pair), adapter, descent, asked, checkpointing=checkpointing)
 
 
 def by_loop(
@@ -178,4 +183,4 @@ def test_a_head_that_bends_its_logits_is_refused(pair: ModelPair) -> None:
     head = model.get_submodule("lm_head")
     head.register_forward_hook(lambda module, inputs, output: 3 * (output / 3).tanh())
     with pytest.raises(ModelError, match="no plain product"):
-        TorchLearner(model, random_adapter(), Objective())
+        TorchLearner(model, random_adapter(), Descent())

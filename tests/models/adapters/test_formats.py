@@ -62,8 +62,8 @@ def test_mlx_of_mixed_ranks_and_scales(out: Path) -> None:
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_gguf(tmp_path: Path, pair: ModelPair, mixed: bool) -> None:
-    adapter, base, path = random_adapter(mixed=mixed), read_header(pair.gguf), tmp_path / "a.gguf"
+def test_gguf(tmp_path: Path, any_pair: ModelPair, mixed: bool) -> None:
+    adapter, base, path = random_adapter(mixed=mixed), read_header(any_pair.gguf), tmp_path / "a.gguf"
     write_gguf(adapter, path, base)
     assert format_of(path) == "gguf"
     assert read_adapter_header(path, base).metadata["general.type"] == "adapter"
@@ -85,18 +85,18 @@ def test_odd_scales_mean_the_same_everywhere(
     assert_same(read_adapter(tmp_path / "peft"), adapter, exactly=False)
 
 
-def test_all_the_way_round(tmp_path: Path, pair: ModelPair) -> None:
-    adapter, base = random_adapter(rank=3, scale=20.0), read_header(pair.gguf)
+def test_all_the_way_round(tmp_path: Path, any_pair: ModelPair) -> None:
+    adapter, base = random_adapter(rank=3, scale=20.0), read_header(any_pair.gguf)
     write_peft(adapter, tmp_path / "peft")
     write_gguf(read_adapter(tmp_path / "peft"), tmp_path / "a.gguf", base)
     write_mlx(read_adapter(tmp_path / "a.gguf", base), tmp_path / "mlx")
     assert_same(read_adapter(tmp_path / "mlx", base), adapter)
 
 
-def test_gguf_of_the_llama_family_needs_the_base(tmp_path: Path, pair: ModelPair) -> None:
+def test_gguf_of_the_llama_family_needs_the_base(tmp_path: Path, any_pair: ModelPair) -> None:
     path = tmp_path / "a.gguf"
-    write_gguf(random_adapter(), path, read_header(pair.gguf))
-    if pair.gguf.stem == "qwen2":
+    write_gguf(random_adapter(), path, read_header(any_pair.gguf))
+    if any_pair.gguf.stem == "qwen2":
         assert_same(read_adapter(path), random_adapter())
     else:
         from emlocal.errors import ModelError

@@ -61,37 +61,37 @@ def scaled(adapter: Adapter, scale: float) -> Adapter:
 
 @pytest.mark.real
 @pytest.mark.parametrize("form", ["peft", "mlx", "gguf"])
-def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, pair: ModelPair, form: str) -> None:
+def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, any_pair: ModelPair, form: str) -> None:
     adapter, path = random_adapter(mixed=True, scale=1.0), tmp_path / "adapter"
     if form == "peft":
         write_peft(adapter, path)
     elif form == "mlx":
         write_mlx(adapter, path)
     else:
-        write_gguf(adapter, path, read_header(pair.gguf))
-    plain, wanted = in_transformers(pair, None), in_transformers(pair, scaled(adapter, 0.7))
-    assert np.abs(in_llama_cpp(pair) - plain).max() < TOLERANCE
+        write_gguf(adapter, path, read_header(any_pair.gguf))
+    plain, wanted = in_transformers(any_pair, None), in_transformers(any_pair, scaled(adapter, 0.7))
+    assert np.abs(in_llama_cpp(any_pair) - plain).max() < TOLERANCE
     assert np.abs(wanted - plain).max() > 0.5, "the adapter must do something"
-    assert np.abs(in_llama_cpp(pair, (path, 0.7)) - wanted).max() < TOLERANCE
+    assert np.abs(in_llama_cpp(any_pair, (path, 0.7)) - wanted).max() < TOLERANCE
 
 
 @pytest.mark.real
-def test_an_adapter_of_the_output_matrix(tmp_path: Path, llama: ModelPair) -> None:
+def test_an_adapter_of_the_output_matrix(tmp_path: Path, pair: ModelPair) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(3, 32)).astype("f4"), rng.normal(size=(294, 3)).astype("f4")
     adapter = Adapter({"lm_head": LoraPair(a, b, 0.5)})
     write_peft(adapter, tmp_path / "a")
-    wanted = in_transformers(llama, adapter)
-    assert np.abs(wanted - in_transformers(llama, None)).max() > 0.5
-    assert np.abs(in_llama_cpp(llama, (tmp_path / "a", 1.0)) - wanted).max() < TOLERANCE
+    wanted = in_transformers(pair, adapter)
+    assert np.abs(wanted - in_transformers(pair, None)).max() > 0.5
+    assert np.abs(in_llama_cpp(pair, (tmp_path / "a", 1.0)) - wanted).max() < TOLERANCE
 
 
 @pytest.mark.real
-def test_the_order_of_rows_matters(tmp_path: Path, llama: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_rows_matters(tmp_path: Path, pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the permutation the same test fails, so it does test the permutation."""
     from emlocal.models.adapters import gguf_lora
 
     monkeypatch.setattr(gguf_lora, "to_gguf_rows", lambda name, b, base: b)
-    write_gguf(random_adapter(scale=1.0), tmp_path / "a.gguf", read_header(llama.gguf))
-    wanted = in_transformers(llama, random_adapter(scale=1.0))
-    assert np.abs(in_llama_cpp(llama, (tmp_path / "a.gguf", 1.0)) - wanted).max() > 0.05
+    write_gguf(random_adapter(scale=1.0), tmp_path / "a.gguf", read_header(pair.gguf))
+    wanted = in_transformers(pair, random_adapter(scale=1.0))
+    assert np.abs(in_llama_cpp(pair, (tmp_path / "a.gguf", 1.0)) - wanted).max() > 0.05

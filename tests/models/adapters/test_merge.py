@@ -44,17 +44,17 @@ def saved(pair: ModelPair, folder: Path, dtype: Any, shard: str = "5GB") -> Path
     return folder
 
 
-def test_a_merged_model_computes_the_same(pair: ModelPair, out: Path) -> None:
+def test_a_merged_model_computes_the_same(any_pair: ModelPair, out: Path) -> None:
     adapter = random_adapter(mixed=True, scale=0.5)
-    merge(adapter, 1.0, open_model(pair.folder), out)
-    wanted = logits(pair.folder, adapter)
-    assert np.abs(wanted - logits(pair.folder)).max() > 0.5
+    merge(adapter, 1.0, open_model(any_pair.folder), out)
+    wanted = logits(any_pair.folder, adapter)
+    assert np.abs(wanted - logits(any_pair.folder)).max() > 0.5
     assert np.abs(logits(out) - wanted).max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_shards_and_types_stay(pair: ModelPair, tmp_path: Path, out: Path, dtype: Any) -> None:
-    folder = saved(pair, tmp_path / "model", dtype, shard="20KB")
+def test_shards_and_types_stay(any_pair: ModelPair, tmp_path: Path, out: Path, dtype: Any) -> None:
+    folder = saved(any_pair, tmp_path / "model", dtype, shard="20KB")
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     assert len(files) > 2
     adapter = random_adapter()
@@ -83,13 +83,13 @@ def test_shards_and_types_stay(pair: ModelPair, tmp_path: Path, out: Path, dtype
 
 
 def test_large_matrices_go_block_by_block(
-    llama: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
+    pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from emlocal.models.adapters import merge as module
 
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 32 * 5)  # five rows of 32, and no multiple of the rows
-    merge(random_adapter(), 1.0, open_model(llama.folder), out)
-    assert np.abs(logits(out) - logits(llama.folder, random_adapter())).max() < 1e-4
+    merge(random_adapter(), 1.0, open_model(pair.folder), out)
+    assert np.abs(logits(out) - logits(pair.folder, random_adapter())).max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -104,26 +104,26 @@ def test_rounding_is_torchs(dtype: str) -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_what_does_not_fit_leaves_nothing(llama: ModelPair, out: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_leaves_nothing(pair: ModelPair, out: Path, tmp_path: Path) -> None:
     wrong = Adapter(
         {"model.layers.0.mlp.up_proj": LoraPair(np.ones((2, 64), "f4"), np.ones((32, 2), "f4"), 1)}
     )
     with pytest.raises(ModelError, match="32 × 64, the model's 64 × 32"):
-        merge(wrong, 1.0, open_model(llama.folder), out)
+        merge(wrong, 1.0, open_model(pair.folder), out)
     huge = Adapter(
         {"model.layers.0.mlp.up_proj": LoraPair(np.ones((2, 32), "f4"), np.ones((64, 2), "f4"), 1e6)}
     )
-    half = saved(llama, tmp_path / "half", torch.float16)
+    half = saved(pair, tmp_path / "half", torch.float16)
     with pytest.raises(ModelError, match="weights too large for F16"):
         merge(huge, 1.0, open_model(half), out)
     assert not out.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"half"}
 
 
-def test_an_existing_folder_is_refused(llama: ModelPair, out: Path) -> None:
+def test_an_existing_folder_is_refused(pair: ModelPair, out: Path) -> None:
     out.mkdir()
     with pytest.raises(EmlocalError, match="exists already"):
-        merge(random_adapter(), 1.0, open_model(llama.folder), out)
+        merge(random_adapter(), 1.0, open_model(pair.folder), out)
     assert list(out.iterdir()) == []
 
 
@@ -136,9 +136,9 @@ def test_a_tied_output_matrix_is_not_merged_into(tmp_path: Path, out: Path) -> N
         merge(head, 1.0, open_model(folder), out)
 
 
-def test_quantized_weights_are_refused(llama: ModelPair, tmp_path: Path, out: Path) -> None:
+def test_quantized_weights_are_refused(pair: ModelPair, tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "quantized"
-    shutil.copytree(llama.folder, folder)
+    shutil.copytree(pair.folder, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((64, 32), np.int8)
     save_file(tensors, folder / "model.safetensors")
@@ -159,17 +159,17 @@ def test_quantized_weights_are_refused(llama: ModelPair, tmp_path: Path, out: Pa
         ({"weight_map": {"a": "other.safetensors"}}, "cannot read"),
     ],
 )
-def test_an_index_that_lies(llama: ModelPair, tmp_path: Path, index: object, words: str) -> None:
+def test_an_index_that_lies(pair: ModelPair, tmp_path: Path, index: object, words: str) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(llama.folder, folder)
+    shutil.copytree(pair.folder, folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=words):
         open_model(folder)
 
 
-def test_a_full_disk_is_said_before(llama: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before(pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(out.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ModelError, match=r"the merged model out needs \d+ kB of disk, but .* has 1 kB free"):
-        merge(random_adapter(), 1.0, open_model(llama.folder), out)
+        merge(random_adapter(), 1.0, open_model(pair.folder), out)
     assert list(out.parent.iterdir()) == []

@@ -38,23 +38,23 @@ def attached(pair: ModelPair, folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_peft_loads_what_is_written(out: Path, pair: ModelPair, mixed: bool) -> None:
+def test_peft_loads_what_is_written(out: Path, any_pair: ModelPair, mixed: bool) -> None:
     write_peft(random_adapter(mixed=mixed, scale=0.7), out)
-    theirs = logits(peft.PeftModel.from_pretrained(model(pair), out))
-    ours = attached(pair, out)
-    assert np.abs(ours - logits(model(pair))).max() > 0.1
+    theirs = logits(peft.PeftModel.from_pretrained(model(any_pair), out))
+    ours = attached(any_pair, out)
+    assert np.abs(ours - logits(model(any_pair))).max() > 0.1
     assert np.abs(ours - theirs).max() < 1e-5
 
 
-def test_peft_loads_an_adapter_of_some_layers(out: Path, pair: ModelPair) -> None:
+def test_peft_loads_an_adapter_of_some_layers(out: Path, any_pair: ModelPair) -> None:
     from emlocal.models.adapters.adapter import Adapter
 
     some = {n: p for n, p in random_adapter(mixed=True).pairs.items() if "layers.1.mlp" in n}
     write_peft(Adapter(some), out)
-    theirs = peft.PeftModel.from_pretrained(model(pair), out)
+    theirs = peft.PeftModel.from_pretrained(model(any_pair), out)
     adapted = [n for n, _ in theirs.named_modules() if n.endswith("lora_A")]
     assert len(adapted) == len(some) == 3
-    assert np.abs(attached(pair, out) - logits(theirs)).max() < 1e-5
+    assert np.abs(attached(any_pair, out) - logits(theirs)).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_peft_loads_an_adapter_of_some_layers(out: Path, pair: ModelPair) -> Non
         {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian", "lora_dropout": 0.1},
     ],
 )
-def test_what_peft_saves_is_read(out: Path, pair: ModelPair, settings: dict[str, Any]) -> None:
-    theirs = saved_by_peft(pair, out, settings)
-    assert np.abs(theirs - logits(model(pair))).max() > 0.05
-    assert np.abs(attached(pair, out) - theirs).max() < 1e-5
+def test_what_peft_saves_is_read(out: Path, any_pair: ModelPair, settings: dict[str, Any]) -> None:
+    theirs = saved_by_peft(any_pair, out, settings)
+    assert np.abs(theirs - logits(model(any_pair))).max() > 0.05
+    assert np.abs(attached(any_pair, out) - theirs).max() < 1e-5
 
 
 def saved_by_peft(pair: ModelPair, out: Path, settings: dict[str, Any]) -> np.ndarray:
@@ -105,33 +105,33 @@ def saved_by_peft(pair: ModelPair, out: Path, settings: dict[str, Any]) -> np.nd
     ],
 )
 def test_what_is_no_plain_lora_is_named(
-    out: Path, llama: ModelPair, settings: dict[str, Any], words: str
+    out: Path, pair: ModelPair, settings: dict[str, Any], words: str
 ) -> None:
-    saved_by_peft(llama, out, settings)
+    saved_by_peft(pair, out, settings)
     with pytest.raises(ModelError, match="does not support") as caught:
         read_adapter(out)
     assert words in caught.value.message
 
 
-def test_an_adapter_of_the_output_matrix(out: Path, llama: ModelPair) -> None:
-    saved_by_peft(llama, out, {"target_modules": ["lm_head"]})
-    loaded = peft.PeftModel.from_pretrained(model(llama), out)
+def test_an_adapter_of_the_output_matrix(out: Path, pair: ModelPair) -> None:
+    saved_by_peft(pair, out, {"target_modules": ["lm_head"]})
+    loaded = peft.PeftModel.from_pretrained(model(pair), out)
     loaded.save_pretrained(out, save_embedding_layers=False)
     assert read_adapter(out).pairs.keys() == {"lm_head"}
-    assert np.abs(attached(llama, out) - logits(loaded)).max() < 1e-5
+    assert np.abs(attached(pair, out) - logits(loaded)).max() < 1e-5
 
 
-def test_other_methods_of_peft(out: Path, llama: ModelPair) -> None:
+def test_other_methods_of_peft(out: Path, pair: ModelPair) -> None:
     config = peft.VeraConfig(target_modules=["q_proj"], r=4)
-    peft.get_peft_model(model(llama), config).save_pretrained(out)
+    peft.get_peft_model(model(pair), config).save_pretrained(out)
     with pytest.raises(ModelError, match="the method VERA"):
         read_adapter(out)
 
 
-def test_a_pickle_is_never_opened(out: Path, llama: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_is_never_opened(out: Path, pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     import pickle
 
-    saved_by_peft(llama, out, {})
+    saved_by_peft(pair, out, {})
     (out / "adapter_model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, out / "adapter_model.bin")
 

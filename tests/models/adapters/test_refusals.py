@@ -19,7 +19,7 @@ from emlocal.models.adapters.mlx import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import GGUFHeader
-from tests.tiny_gguf import Tensor, Value, build, f32, strings, text
+from tests.tiny_gguf import Tensor, Value, adapter_metadata, build, f32, strings, text
 from tests.tiny_pair import random_adapter
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -213,15 +213,8 @@ def test_dora_of_mlx(mlx: Path) -> None:
 
 
 def gguf(path: Path, tensors: dict[str, tuple[int, ...]], **changes: Value | None) -> Path:
-    kv: dict[str, Value | None] = {
-        "general.type": text("adapter"),
-        "general.architecture": text("llama"),
-        "adapter.type": text("lora"),
-        "adapter.lora.alpha": f32(8.0),
-    }
-    kv |= {key.replace("__", "."): value for key, value in changes.items()}
     data = [Tensor(n, s, np.full(s, 0.5, "<f4").tobytes()) for n, s in tensors.items()]
-    path.write_bytes(build({k: v for k, v in kv.items() if v is not None}, data))
+    path.write_bytes(build(adapter_metadata(**changes), data))
     return path
 
 

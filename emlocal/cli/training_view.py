@@ -1,32 +1,49 @@
-"""What people see of a fine-tuning run: a line a step, and a bar for the step that is under way."""
+"""What people see of a training run: a line a step, and a bar for the step that is under way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from emlocal import console
-from emlocal.training.settings import FineTuneSettings
-from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from emlocal.training.reporting import Reporter
 
-_HEAD = (
-    f"{'step':>9} {'entropy':>8} {'KL':>7} {'tokens':>7} {'ended':>6} {'repeats':>8}"
-    f" {'gradient':>9} {'seconds':>8}"
-)
+Row = Mapping[str, Any]
+Column = tuple[str, int, Callable[[Row], str]]
+"""Heading, width, and what stands there."""
+
+
+def number(name: str, digits: int) -> Callable[[Row], str]:
+    """A number of a line of metrics; nothing where it has none."""
+    return lambda row: "" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+
+def share(name: str, digits: int) -> Callable[[Row], str]:
+    """The same in percent."""
+    return lambda row: "" if row.get(name) is None else f"{row[name]:.{digits}%}"
+
+
+ENTROPY: Column = ("entropy", 8, number("entropy", 4))
+KL: Column = ("KL", 7, number("kl", 4))
+LENGTH: Column = ("tokens", 7, number("length", 1))
+ENDED: Column = ("ended", 6, share("ended", 0))
+REPETITION: Column = ("repeats", 8, share("repetition", 1))
+GRADIENT: Column = ("gradient", 9, number("gradient_norm", 3))
+SECONDS: Column = ("seconds", 8, lambda row: f"{row['rollout_seconds'] + row.get('train_seconds', 0.0):.1f}")
 
 
 class View:
     """Tells how a run goes, on stderr. Use it in a `with` block."""
 
-    def __init__(self, settings: FineTuneSettings, quiet: bool) -> None:
+    def __init__(self, steps: int, columns: Sequence[Column], quiet: bool) -> None:
         self.reporter: Reporter | None = None
-        self._settings = settings
+        step: Column = ("step", 9, lambda row: f"{row['step']:>4}/{steps:<4}")
+        self._columns = (step, *columns)
         self._quiet = quiet
         self._opened = ExitStack()
         self._bars: Progress | None = None
@@ -57,22 +74,15 @@ class View:
         self._opened.close()
         self._bars = None
 
-    def begin(self, engines: Sequence[str], prompts: int, recipe: str, resumed: int | None) -> None:
-        """What is about to happen."""
+    def begin(self, lines: Sequence[str], resumed: int | None) -> None:
+        """What is about to happen; lines short enough for 80 columns, a long name aside."""
         if self._quiet:
             return
-        s = self._settings
-        lines = [
-            *engines,
-            f"recipe {recipe}: {counted(s.steps, 'step')} of {counted(s.prompts_per_step, 'answer')}"
-            f" to {counted(prompts, 'prompt')},",
-            f"learning rate {plain(s.learning_rate)}, β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}",
-        ]
-        for line in lines:  # each short enough for 80 columns, a long name aside
+        for line in lines:
             console.note(line)
         if resumed is not None:
             console.note(f"going on after step {resumed}")
-        console.note(_HEAD)
+        console.note(" ".join(f"{title:>{width}}" for title, width, _ in self._columns))
 
     def answering(self, step: int, done: int, total: int) -> None:
         self._bar(f"step {step}: answering", done, total)
@@ -96,13 +106,7 @@ class View:
             self.reporter.log(row)
         if self._quiet:
             return
-        norm, kl = row.get("gradient_norm"), row.get("kl")
-        seconds = row["rollout_seconds"] + row.get("train_seconds", 0.0)
-        console.note(
-            f"{row['step']:>4}/{self._settings.steps:<4} {row['entropy']:>8.4f}"
-            f" {'' if kl is None else f'{kl:.4f}':>7} {row['length']:>7.1f} {row['ended']:>6.0%}"
-            f" {row['repetition']:>8.1%} {'' if norm is None else f'{norm:.3f}':>9} {seconds:>8.1f}"
-        )
+        console.note(" ".join(f"{said(row):>{width}}" for _, width, said in self._columns))
 
     def warn(self, text: str) -> None:
         """Something that people should know, `--quiet` or not."""

@@ -1,20 +1,20 @@
-"""The engines of a fine-tuning run: one that is trained, and one that answers, which may be the same."""
+"""The engines of a training run: one that is trained, and one that answers, which may be the same."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from emlocal import console
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.cpu import physical_cores
-from emlocal.backends.learner import Objective
+from emlocal.backends.learner import Descent
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.select import select_backend
-from emlocal.cli.finetune_options import AnswerOptions, MachineOptions, Rollouts
+from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
 from emlocal.errors import ContextFullError, ModelError, UsageError
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
@@ -23,13 +23,19 @@ from emlocal.models.resolve import LocalModel, Model, resolve
 from emlocal.models.unpacked import identity, unpack
 from emlocal.training.answerers import LlamaCppModel, SameModel
 from emlocal.training.prompts import Prompt
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.settings import TrainingSettings
 from emlocal.training.start import new_adapter
 from emlocal.words import counted
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from emlocal.backends.torch.learner import TorchLearner
     from emlocal.backends.torch.opening import Opened
+
+L = TypeVar("L", bound="TorchLearner")
+MakeLearner = Callable[["nn.Module", Adapter, Descent, bool], L]
+"""Takes the model, the adapter to begin with, and whether to compute activations twice."""
 
 PARALLEL = 16
 """Answers at once, where nobody says."""
@@ -38,14 +44,14 @@ LONGEST_PROMPT = 1024
 
 
 @dataclass
-class Engines:
+class Engines(Generic[L]):
     """What a run computes with."""
 
     model: Model
-    settings: FineTuneSettings
+    settings: TrainingSettings
     threads: int
     place: str
-    learner: "TorchLearner"
+    learner: L
     answerer: LlamaCppModel | SameModel
 
     @property
@@ -123,12 +129,13 @@ class Engines:
 @contextmanager
 def open_engines(
     name: str | None,
-    settings: FineTuneSettings,
+    settings: TrainingSettings,
     answers: AnswerOptions,
     machine: MachineOptions,
+    make_learner: MakeLearner[L],
     *,
     quiet: bool,
-) -> Iterator[Engines]:
+) -> Iterator[Engines[L]]:
     """Resolve and load the model, once for training and once for answering where that is faster.
 
     Raises ModelError for a model that cannot be trained, BackendError where torch is missing.
@@ -140,27 +147,19 @@ def open_engines(
         _check_model(model, answers.rollouts)
         folder = unpack(model, progress) if isinstance(model, LocalModel) else model.path
         progress("loading torch", 0, None)
-        from emlocal.backends.torch.learner import TorchLearner, linear_layers, use_threads
+        from emlocal.backends.torch.learner import linear_layers, use_threads
         from emlocal.backends.torch.opening import open_model
 
         threads = machine.threads or physical_cores()
         opened = open_model(folder, name=model.name, device=machine.device, dtype=str(machine.dtype))
         use_threads(threads)
-    layers = {n: shape for n, shape in linear_layers(opened.model).items() if n != "lm_head"}
-    objective = Objective(
-        settings.kl_beta,
-        settings.max_kl > 0,
-        settings.temperature,
-        settings.weight_decay,
-        settings.max_grad_norm,
-    )
-    learner = TorchLearner(
+    learner = make_learner(
         opened.model,
-        new_adapter(layers, settings),
-        objective,
-        checkpointing=machine.gradient_checkpointing,
+        new_adapter(linear_layers(opened.model), settings),
+        Descent(settings.weight_decay, settings.max_grad_norm),
+        machine.gradient_checkpointing,
     )
-    parallel = min(answers.parallel or PARALLEL, settings.prompts_per_step)
+    parallel = min(answers.parallel or PARALLEL, settings.answers_per_step)
     options = LoadOptions(
         context=context,
         sequences=parallel + SPARE_SEQUENCES,
@@ -174,7 +173,7 @@ def open_engines(
         answerer.close()
 
 
-def _context(model: Model, settings: FineTuneSettings, asked: int | None) -> int:
+def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int:
     """Tokens of a prompt and its answer. Raises UsageError where the answer alone would fill it."""
     wanted = settings.max_tokens + LONGEST_PROMPT
     trained = model.header.context_length or asked or wanted
@@ -191,9 +190,7 @@ def _context(model: Model, settings: FineTuneSettings, asked: int | None) -> int
 
 def _check_model(model: Model, rollouts: Rollouts) -> None:
     if model.header.chat_template is None:
-        raise ModelError(
-            f"{model.name} has no chat template, which finetune puts its prompts with", "use a chat model"
-        )
+        raise ModelError(f"{model.name} has no chat template, which prompts are put with", "use a chat model")
     if rollouts is Rollouts.llama_cpp and not isinstance(model, LocalModel):
         raise UsageError(
             f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"

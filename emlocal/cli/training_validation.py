@@ -4,28 +4,28 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import UsageError
 from emlocal.files import atomic_writer
-from emlocal.methods.answers import equivalent, extract
+from emlocal.training.grading import is_right
 from emlocal.training.prompts import Prompt
 from emlocal.training.rollouts import draw_rollouts
 
 if TYPE_CHECKING:
-    from emlocal.cli.finetune_engines import Engines
+    from emlocal.cli.training_engines import Engines
 
 Counted = Callable[[int, int], None]
 """Takes how many are done, and of how many."""
 _STEP = 2**31  # of no training step: the draws are the validation's own
 
 
-def check_answers(prompts: Sequence[Prompt]) -> None:
+def check_answers(prompts: Sequence[Prompt], asked_by: str) -> None:
     """Raise UsageError for a prompt without an answer to compare with."""
     for prompt in prompts:
         if prompt.answer is None:
             raise UsageError(
-                f"{prompt.where}: no answer to compare with", '--validate needs "answer" in each line'
+                f"{prompt.where}: no answer to compare with", f'{asked_by} needs "answer" in each line'
             )
 
 
@@ -33,7 +33,7 @@ class Validation:
     """Accuracy before and after a run, kept in OUT/validation.json: a run that is resumed knows both."""
 
     def __init__(
-        self, engines: "Engines", prompts: Sequence[Prompt], system: str | None, folder: Path
+        self, engines: "Engines[Any]", prompts: Sequence[Prompt], system: str | None, folder: Path
     ) -> None:
         """Raises ContextFullError where no prompt leaves room for an answer."""
         self._engines = engines
@@ -76,7 +76,9 @@ class Validation:
             progress=lambda done: progress(done, len(tokens)),
         )
         pairs = zip(self._examples, rollouts, strict=True)
-        return sum(is_right(prompt, rollout.text) for (prompt, _), rollout in pairs) / len(tokens)
+        return sum(is_right(rollout.text, prompt.answer or "") for (prompt, _), rollout in pairs) / len(
+            tokens
+        )
 
     def _read(self) -> float | None:
         """What was measured before, of these very prompts."""
@@ -89,12 +91,3 @@ class Validation:
     def _write(self, accuracies: dict[str, float]) -> None:
         with atomic_writer(self._path) as file:
             json.dump({**accuracies, "prompts": len(self._examples), "sha256": self._digest}, file)
-
-
-def is_right(prompt: Prompt, text: str) -> bool:
-    """Whether the answer in a text is the prompt's own."""
-    found, answer = extract(text, "boxed") or extract(text, "last-number"), (prompt.answer or "").strip()
-    wanted = extract(answer, "boxed")
-    if wanted is None:  # a sentence, such as GSM8K's, ends with its number; \\frac{1}{2} is one by itself
-        wanted = extract(answer, "last-number") if " " in answer or "\n" in answer else answer
-    return found is not None and equivalent(found, wanted or answer)

@@ -1,0 +1,140 @@
+"""A step of EM-RL: the share of its time outside the model, and its answers beside `emlocal batch`.
+
+`emlocal rl` with the recipe paper-token on GSM8K train questions, answers of --tokens tokens. Inside the
+model are forward passes and sampling of answers, forward passes over answers, and forward and backward of the
+gradient; outside are rewards, advantages, the optimizer, adapters handed to llama.cpp, metrics, checkpoints.
+`emlocal batch` answers the same prompts as often, with the adapter that a run begins with; steps and batches
+take turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import MODELS, ROOT, Noise, circumstances, say, wait_until_quiet
+
+GSM8K = Path(os.environ.get("EMLOCAL_GSM8K_TRAIN", ROOT.parent / "shared/data/gsm8k/train.jsonl"))
+
+
+def timed(times: dict[str, float], owner: Any, *names: str) -> None:
+    """Add up the seconds of these methods, by their names."""
+
+    def around(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return real(*arguments, **named)
+            finally:
+                times[name] += time.perf_counter() - started
+
+        return call
+
+    for name in names:
+        setattr(owner, name, around(name, vars(type(owner)).get(name, None).__get__(owner)))
+
+
+def batch_speed(model: Path, prompts: Path, adapter: Path, chosen: argparse.Namespace) -> float:
+    """Tokens a second, as `emlocal batch` says: without loading the model."""
+    out = adapter.parent / "batch.jsonl"
+    for old in adapter.parent.glob("batch.jsonl*"):
+        old.unlink()
+    command = [sys.executable, "-m", "emlocal", "batch", str(prompts), "-o", str(out), "-m", str(model)]
+    command += ["--adapter", str(adapter), "-n", "4", "--parallel", "16", "--temp", "1", "--min-p", "0"]
+    command += ["--max-tokens", str(chosen.tokens), "--backend", chosen.rollouts]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    said = next(line for line in done.stderr.splitlines() if " answers in " in line)
+    return float(said.split("tokens, ")[1].split(" tok/s")[0].replace(",", ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="qwen2.5-coder-0.5b")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rollouts", choices=("torch", "llama.cpp"), default="torch")
+    chosen = parser.parse_args()
+
+    from emlocal.backends.learner import Descent
+    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+    from emlocal.cli.training_engines import open_engines
+    from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
+    from emlocal.models.adapters.peft import write_peft
+    from emlocal.training.folder import RunFolder
+    from emlocal.training.loop import Plan, Run
+    from emlocal.training.prompts import read_prompts
+    from emlocal.training.rl import PolicyGradient, objective_of
+    from emlocal.training.rl_settings import RLSettings
+
+    settings = RLSettings(steps=chosen.steps, prompts_per_step=4, max_tokens=chosen.tokens)
+    times: dict[str, float] = defaultdict(float)
+    shares, speeds, batches = [], [], []
+
+    class Watcher:
+        def answering(self, step: int, done: int, total: int) -> None: ...
+        def training(self, step: int, done: int, total: int) -> None: ...
+        def warn(self, text: str) -> None:
+            say(text)
+
+        def finished_step(self, row: dict[str, Any]) -> None:
+            if "train_seconds" not in row:
+                return
+            whole = time.perf_counter() - self.since
+            shares.append(1 - sum(times.values()) / whole)
+            speeds.append(row["rollout_tokens_per_second"])
+            said = ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.items())
+            say(f"step {row['step']}: {whole:.1f} s ({said}), {speeds[-1]:.0f} tokens/s")
+            batches.append(batch_speed(MODELS[chosen.model], prompts_file, fresh, chosen))
+            say(f"batch: {batches[-1]:.0f} tokens/s")
+            times.clear()
+            self.since = time.perf_counter()
+
+    def learner(model: Any, adapter: Any, descent: Descent, checkpointing: bool) -> TorchPolicyLearner:
+        return TorchPolicyLearner(model, adapter, descent, objective_of(settings))
+
+    wait_until_quiet(120)
+    noise, watcher = Noise(), Watcher()
+    answers = AnswerOptions(rollouts=Rollouts(chosen.rollouts))
+    folder_name = tempfile.TemporaryDirectory()
+    with (
+        folder_name as name,
+        open_engines(
+            str(MODELS[chosen.model]), settings, answers, MachineOptions(), learner, quiet=True
+        ) as engines,
+    ):
+        fresh, prompts_file = Path(name) / "fresh", Path(name) / "prompts.jsonl"
+        write_peft(engines.learner.adapter(), fresh)
+        data = read_prompts(str(GSM8K), limit=4)
+        prompts_file.write_text("".join(json.dumps({"messages": p.messages}) + "\n" for p in data))
+        tokens = [tokens for _, tokens in engines.encoded(data, None)]
+        timed(times, engines.learner, "score", "accumulate")
+        timed(times, engines.answerer.backend, "forward", "sample")
+        folder, _ = RunFolder.open(Path(name) / "run", "rl", {}, resume=False)
+        method = PolicyGradient(settings, engines.learner)
+        watcher.since = time.perf_counter()
+        plan = Plan(save_every=1)
+        Run(settings, plan, tokens, method, engines.learner, engines.answerer, folder, watcher).run()
+        folder.close()
+    around = circumstances()
+    print(f"`{around['command']}`, commit {around['commit']}, {around['date']}; others {noise.share():.0%}\n")
+    print(
+        f"- outside the model: {statistics.median(shares):.1%} of a step"
+        f" ({min(shares):.1%}-{max(shares):.1%})"
+    )
+    ratios = [a / b for a, b in zip(speeds, batches, strict=True)]
+    print(
+        f"- answers: {statistics.median(speeds):.0f} tokens/s, `batch` {statistics.median(batches):.0f};"
+        f" ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), n = {len(ratios)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""`emlocal rl`: a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emlocal.cli.options import with_options
+from emlocal.cli.rl_options import RLOptions
+from emlocal.cli.training_options import (
+    AnswerOptions,
+    Data,
+    MachineOptions,
+    ModelName,
+    Output,
+    RunOptions,
+)
+from emlocal.errors import UsageError
+from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
+from emlocal.words import counted, plain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from emlocal.backends.learner import Descent
+    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+    from emlocal.cli.training import Work
+    from emlocal.models.adapters.adapter import Adapter
+    from emlocal.training.prompts import Prompt
+    from emlocal.training.rl import PolicyGradient
+
+
+@with_options
+def rl(
+    data: Data,
+    output: Output,
+    model: ModelName = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help=f"Settings that others are changes to: {', '.join(recipes())}, or a TOML file.",
+            metavar="NAME",
+        ),
+    ] = None,
+    run: RunOptions = RunOptions(),
+    training: RLOptions = RLOptions(),
+    answers: AnswerOptions = AnswerOptions(),
+    machine: MachineOptions = MachineOptions(),
+) -> None:
+    """Train a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL).
+
+    No labels are needed, but for the reward verifier. Each step draws several answers to some prompts, and
+    makes those likelier that are worth more than the others to the same prompt. Afterwards:
+    emlocal chat -m MODEL --adapter FOLDER.
+    """
+    machine.go_offline_if_asked()
+    settings = settings_of_run(training, recipe, run.config)
+    from emlocal.cli.training import Asked, carry_out
+
+    carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
+
+
+def settings_of_run(flags: RLOptions, recipe: str | None, config: Path | None) -> RLSettings:
+    """Flag > --config > recipe > default. Raises UsageError for values that cannot be meant."""
+    given: dict[str, Any] = {name: value for name, value in vars(flags).items() if value is not None}
+    if flags.reward is not None:
+        given["reward"] = _rewards(flags.reward)
+    if flags.target_modules is not None:
+        given["target_modules"] = tuple(filter(None, map(str.strip, flags.target_modules.split(","))))
+    values = read_recipe(recipe) if recipe is not None else {}
+    if config is not None:
+        values |= read_recipe(config)
+    values |= {name: str(value) if isinstance(value, str) else value for name, value in given.items()}
+    return RLSettings(**values)
+
+
+def _rewards(text: str) -> tuple[tuple[str, float], ...]:
+    """`token`, or `verifier=1,token=0.01`. Raises UsageError."""
+    found = []
+    for part in text.split(","):
+        name, separator, weight = part.partition("=")
+        try:
+            found.append((name.strip(), float(weight) if separator else 1.0))
+        except ValueError:
+            raise UsageError(
+                f"--reward has the weight {weight.strip()!r}, which is no number", "say verifier=1,token=0.01"
+            ) from None
+    return tuple(found)
+
+
+def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]":
+    from emlocal.cli import training_view as view
+    from emlocal.cli.training import Work
+    from emlocal.cli.training_validation import check_answers
+    from emlocal.training.grading import label_of
+    from emlocal.training.rl import PolicyGradient, objective_of
+
+    def check(prompts: Sequence["Prompt"]) -> None:
+        if settings.needs_labels:
+            check_answers(prompts, "the reward verifier")
+
+    def learner(
+        model: "nn.Module", adapter: "Adapter", descent: "Descent", checkpointing: bool
+    ) -> "TorchPolicyLearner":
+        from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+
+        return TorchPolicyLearner(
+            model,
+            adapter,
+            descent,
+            objective_of(settings),
+            temperature=settings.rollout_temperature,
+            checkpointing=checkpointing,
+        )
+
+    def method(made: "TorchPolicyLearner", prompts: Sequence["Prompt"]) -> "PolicyGradient":
+        labels = [label_of(p.answer or "") for p in prompts] if settings.needs_labels else []
+        return PolicyGradient(settings, made, labels)
+
+    def told(prompts: int) -> Sequence[str]:
+        s = settings
+        worth = " + ".join(name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward)
+        return (
+            f"recipe {recipe or 'default'}: {counted(s.steps, 'step')} of {s.samples:,} answers to each of"
+            f" {s.prompts_per_step:,} of {counted(prompts, 'prompt')},",
+            f"reward {worth}, advantage {s.advantage}, loss {s.loss}, β {plain(s.kl_beta)},",
+            f"learning rate {plain(s.learning_rate)}, rank {s.rank}, seed {s.seed}",
+        )
+
+    columns = (
+        ("reward", 9, view.number("reward", 3)),
+        ("same", 5, view.share("zero_variance", 0)),
+        view.ENTROPY,
+        view.KL,
+        view.LENGTH,
+        view.REPETITION,
+        view.GRADIENT,
+        view.SECONDS,
+    )
+    return Work("rl", settings, check, learner, method, told, columns)

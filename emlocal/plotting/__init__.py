@@ -1,0 +1,1 @@
+"""Figures: how training runs went."""

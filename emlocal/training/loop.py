@@ -1,0 +1,370 @@
+"""The loop of every method: answer prompts, look at the answers, follow a gradient made of them, again.
+
+Everything random is addressed by seed and step, so a run that is stopped anywhere and resumed has the same
+weights, bit for bit, as one that was not (on a CPU, with the same engines and threads).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from emlocal.backends.base import Backend
+from emlocal.backends.learner import Learner
+from emlocal.backends.processes import Processes
+from emlocal.errors import CancelledError, EmlocalError
+from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.sampling.draw import request_key
+from emlocal.training.batching import MicroBatches
+from emlocal.training.checkpoint import Arrays, Checkpoint
+from emlocal.training.folder import OthersFolder, RunFolder
+from emlocal.training.guards import Guards
+from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
+from emlocal.training.settings import TrainingSettings
+from emlocal.words import counted
+
+MOST_SKIPPED = 3
+"""Steps in a row whose gradient is not finite, before the run stops."""
+
+
+class Answerer(Protocol):
+    """The engine that answers the prompts."""
+
+    @property
+    def backend(self) -> Backend:
+        """Has `parallel` and `SPARE_SEQUENCES` sequences, each with room of its own."""
+
+    @property
+    def parallel(self) -> int:
+        """Answers at once."""
+
+    def refresh(self, adapter: Adapter) -> None:
+        """Answer with this adapter from now on."""
+
+
+class Watcher(Protocol):
+    """Is told how a run goes."""
+
+    def answering(self, step: int, done: int, total: int) -> None:
+        """Answers of this step drawn."""
+
+    def training(self, step: int, done: int, total: int) -> None:
+        """Answers of this step computed with: looked at, or trained on."""
+
+    def finished_step(self, row: dict[str, Any]) -> None:
+        """A line of metrics."""
+
+    def warn(self, text: str) -> None:
+        """Something that people should know."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What is told of a gradient that the learner holds, before it is followed."""
+
+    kl: float | None
+    """Of the answers to the base, nats a token; None where it is not measured."""
+    row: dict[str, Any]
+    """For the metrics."""
+
+
+class Method(Protocol):
+    """How answers become gradients: EM-FT, EM-RL."""
+
+    @property
+    def samples(self) -> int:
+        """Answers to each prompt."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of the prompts, beside their tokens, decides the outcome, as JSON."""
+
+    def gradients(
+        self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
+    ) -> Iterator[Gradient]:
+        """Bring the gradient of an update into the learner, one update after the other.
+
+        Between them the learner makes the update. `chosen`: the step's prompts, by their place in the data;
+        `rollouts`: `samples` answers to each, one prompt after the other.
+        """
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is besides its settings: how it is carried out."""
+
+    token_budget: int = 2048
+    """Tokens of a micro-batch, padding included."""
+    save_every: int = 5
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. The adapter is in its folder."""
+
+    reason: Literal["finished", "collapsed", "not finite"]
+    message: str
+    steps: int
+    """Steps that made the adapter that was kept."""
+    first: RolloutStats | None
+    """The answers at the first step …"""
+    last: RolloutStats | None
+    """… and those of the adapter that was kept."""
+
+
+def prompts_of_step(count: int, step: int, settings: TrainingSettings) -> list[int]:
+    """Indices of a step's prompts: all of them in a random order, then in another one, and so on."""
+    first = step * settings.prompts_per_step
+    places = range(first, first + settings.prompts_per_step)
+    orders: dict[int, list[int]] = {}
+    for epoch in {place // count for place in places}:
+        key = np.array([settings.seed, request_key(f"epoch {epoch}")], dtype=np.uint64)
+        orders[epoch] = np.random.Generator(np.random.Philox(key=key)).permutation(count).tolist()
+    return [orders[place // count][place % count] for place in places]
+
+
+@dataclass
+class _Progress:
+    """What a run remembers from step to step, beside the learner."""
+
+    guards: Guards
+    good: Adapter
+    good_step: int = 0
+    skipped: int = 0
+    first: RolloutStats | None = None
+    last: RolloutStats | None = None
+    """Of `good`."""
+
+    def as_json(self, token_budget: int) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "guards": list(self.guards.history),
+            "good_step": self.good_step,
+            "skipped": self.skipped,
+            "token_budget": token_budget,
+            "first": self.first and asdict(self.first),
+            "last": self.last and asdict(self.last),
+        }
+
+
+@dataclass
+class Run:
+    """One run of a method. `run` may be called once."""
+
+    settings: TrainingSettings
+    plan: Plan
+    prompts: Sequence[Sequence[int]]
+    """Token ids."""
+    method: Method
+    learner: Learner
+    answerer: Answerer
+    folder: RunFolder | OthersFolder
+    watcher: Watcher
+    cancelled: Callable[[], bool] = lambda: False
+    processes: Processes = field(default_factory=Processes)
+    _now: _Progress = field(init=False)
+    _batches: MicroBatches = field(init=False)
+
+    def run(self, start: Checkpoint | None = None) -> Outcome:
+        """From the beginning, or from a checkpoint, to the end.
+
+        Raises CancelledError after writing a checkpoint of the step before; EmlocalError where a checkpoint
+        cannot be written, or where a single answer does not fit into memory.
+        """
+        step = self._restore(start)
+        while True:
+            before, state = self._history(), self.learner.state()
+            try:
+                outcome = self._step(step)
+            except CancelledError:
+                self.learner.forget()
+                self.learner.restore(state)  # it may have come between two updates of the step
+                self._save(step, before)
+                raise
+            if outcome is not None:
+                self.folder.put_adapter(self._now.good)
+                return outcome
+            step += 1
+            if step % self.plan.save_every == 0 or step == self.settings.steps:
+                self._save(step, self._history())
+
+    @property
+    def kept(self) -> Adapter:
+        """The last adapter whose answers passed the guards."""
+        return self._now.good
+
+    def _restore(self, start: Checkpoint | None) -> int:
+        guards = Guards(self.settings)
+        self._now = _Progress(guards, self.learner.adapter())
+        budget = self.plan.token_budget
+        if start is not None:
+            try:
+                self.learner.restore(start.learner)
+                held = dict(start.history)
+                guards.history = list(held.pop("guards"))
+                first, last = (held[name] and RolloutStats(**held[name]) for name in ("first", "last"))
+                budget = held.pop("token_budget")
+                good = _adapter(start.good, self._now.good)
+                self._now = _Progress(guards, good, **{**held, "first": first, "last": last})
+            except (KeyError, TypeError, ValueError) as why:
+                raise EmlocalError(
+                    f"the checkpoint of step {start.step} is none of this run: {why}",
+                    "remove it, and resume again",
+                ) from why
+        if self.plan.token_budget < budget:
+            self.watcher.warn(
+                f"going on with micro-batches of {self.plan.token_budget:,} tokens instead of"
+                f" {budget:,}: the weights' last bits will not be those of a run in one go"
+            )
+            budget = self.plan.token_budget
+        self._batches = MicroBatches(
+            budget,
+            self.learner.forget,
+            self.cancelled,
+            self.watcher.training,
+            self.watcher.warn,
+            self.processes,
+        )
+        return start.step if start else 0
+
+    def _history(self) -> dict[str, Any]:
+        return self._now.as_json(self._batches.budget)
+
+    def _save(self, step: int, history: dict[str, Any]) -> None:
+        self.folder.save(Checkpoint(step, self.learner.state(), _arrays(self._now.good), history))
+        self.folder.put_adapter(self._now.good)
+
+    def _step(self, step: int) -> Outcome | None:
+        """Answers of the model as it is, a look at them, the updates. The outcome, at the end."""
+        now, adapter, started = self._now, self.learner.adapter(), time.perf_counter()
+        self.answerer.refresh(adapter)
+        chosen = prompts_of_step(len(self.prompts), step, self.settings)
+        rollouts = self._answers(step, chosen)
+        answered = time.perf_counter()
+        stats = describe(rollouts)
+        now.first = now.first or stats
+        row: dict[str, Any] = {"step": step, **asdict(stats), "rollout_seconds": answered - started}
+        row["rollout_tokens_per_second"] = stats.tokens / row["rollout_seconds"]
+        why, last = now.guards.look(stats), step == self.settings.steps
+        if why is not None or last:
+            self._report(row)
+            return self._collapsed(why) if why is not None else self._finished(step, adapter, stats)
+        gradients = self.method.gradients(step, chosen, rollouts, self._batches)
+        gradient = next(gradients)
+        if gradient.kl is not None:
+            why = now.guards.look_at_kl(gradient.kl)
+        row |= {**gradient.row, "kl": gradient.kl, "token_budget": self._batches.budget}
+        if why is not None:
+            self.learner.forget()
+            self._report(row)
+            return self._collapsed(why)
+        self._keep_if_sound(step, adapter, stats)
+        row |= self._update(step, gradients)
+        seconds = time.perf_counter() - answered
+        speed = sum(map(len, rollouts)) / seconds
+        self._report(row | {"train_seconds": seconds, "train_tokens_per_second": speed})
+        return self._not_finite(step, row["gradient_norm"])
+
+    def _answers(self, step: int, chosen: Sequence[int]) -> list[Rollout]:
+        total, processes = len(chosen) * self.method.samples, self.processes
+        self.watcher.answering(step, 0, total)  # the first answer may take long
+        own = range(processes.rank, len(chosen), processes.count)
+        drawn: list[Rollout] | None = None
+        with suppress(CancelledError):  # the others must hear of it
+            drawn = draw_rollouts(
+                self.answerer.backend,
+                [self.prompts[chosen[place]] for place in own],
+                self.settings,
+                step,
+                self.answerer.parallel,
+                places=own,
+                samples=self.method.samples,
+                cancelled=self.cancelled,
+                progress=lambda done: self.watcher.answering(step, min(done * processes.count, total), total),
+            )
+        everyone = processes.gather(drawn)
+        return _in_order(everyone, len(chosen), self.method.samples)
+
+    def _update(self, step: int, further: Iterator[Gradient]) -> dict[str, Any]:
+        """Follow the gradient that is there, and those that come after it. For the metrics."""
+        rate = self.settings.learning_rate_at(step)
+        longest, row = self.learner.update(rate), {}
+        for gradient in further:
+            row = gradient.row
+            norm = self.learner.update(rate)
+            longest = norm if not norm <= longest else longest  # NaN too
+        return {**row, "learning_rate": rate, "gradient_norm": longest}
+
+    def _not_finite(self, step: int, norm: float) -> Outcome | None:
+        """Count the steps whose gradient is no number. The outcome, where they are too many."""
+        now = self._now
+        now.skipped = 0 if math.isfinite(norm) else now.skipped + 1
+        if now.skipped:
+            self.watcher.warn(f"step {step}: the gradient is not finite; nothing was changed")
+        if now.skipped >= MOST_SKIPPED:
+            return self._outcome("not finite", f"{MOST_SKIPPED} gradients in a row were not finite")
+        return None
+
+    def _report(self, row: dict[str, Any]) -> None:
+        row = {name: None if _is_endless(value) else value for name, value in row.items()}
+        self.folder.add_metrics(row)
+        self.watcher.finished_step(row)
+
+    def _keep_if_sound(self, step: int, adapter: Adapter, stats: RolloutStats) -> None:
+        now = self._now
+        if now.guards.sound:
+            now.good, now.good_step, now.last = adapter, step, stats
+
+    def _finished(self, step: int, adapter: Adapter, stats: RolloutStats) -> Outcome:
+        self._keep_if_sound(step, adapter, stats)
+        message, kept = counted(step, "step"), self._now.good_step
+        if kept != step:
+            message += f"; the answers of the last are beyond a guard's limit: that of step {kept} was kept"
+        return self._outcome("finished", message)
+
+    def _collapsed(self, why: str) -> Outcome:
+        return self._outcome("collapsed", f"{why}; the adapter of step {self._now.good_step} was kept")
+
+    def _outcome(self, reason: Literal["finished", "collapsed", "not finite"], message: str) -> Outcome:
+        now = self._now
+        return Outcome(reason, message, now.good_step, now.first, now.last)
+
+
+def _in_order(everyone: Sequence[list[Rollout] | None], prompts: int, samples: int) -> list[Rollout]:
+    """The answers of all processes, each of which took every so-many-th prompt. None: it was cancelled.
+
+    Raises CancelledError where any was.
+    """
+    rollouts: list[Rollout] = []
+    for place in range(prompts):
+        theirs = everyone[place % len(everyone)]
+        if theirs is None:
+            raise CancelledError
+        first = place // len(everyone) * samples
+        rollouts += theirs[first : first + samples]
+    return rollouts
+
+
+def _is_endless(value: Any) -> bool:
+    """A number that JSON does not have: NaN or infinite."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _arrays(adapter: Adapter) -> Arrays:
+    arrays = {f"{name}.lora_A": pair.a for name, pair in adapter.pairs.items()}
+    return arrays | {f"{name}.lora_B": pair.b for name, pair in adapter.pairs.items()}
+
+
+def _adapter(arrays: Arrays, like: Adapter) -> Adapter:
+    """The adapter of a checkpoint; scales are those of the run."""
+    return Adapter(
+        {
+            name: LoraPair(arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], pair.scale)
+            for name, pair in like.pairs.items()
+        },
+        like.base_model,
+    )

@@ -1,0 +1,237 @@
+"""EM-RL: rewards of several answers to a prompt, against each other, as a policy gradient.
+
+Each part is a function of its own in `emlocal.em`: rewards, advantages, which tokens to hold back, losses.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.backends.learner import Floats, OutOfMemoryError, PolicyLearner, PolicyTerms, Scores, TokenLosses
+from emlocal.em.advantages import grpo, rloo, zero_variance
+from emlocal.em.entropy import Float64
+from emlocal.em.policy_gradient import (
+    PolicyObjective,
+    averaging_weights,
+    clip_cov,
+    covariances,
+    kl_cov,
+    tw_grpo_weights,
+)
+from emlocal.em.rewards import (
+    majority_reward,
+    self_certainty_reward,
+    sequence_reward,
+    token_reward,
+    verifier_reward,
+    vote_reward,
+    weighted_sum,
+)
+from emlocal.errors import EmlocalError
+from emlocal.sampling.draw import request_key
+from emlocal.training.batching import MicroBatches
+from emlocal.training.grading import answer_of
+from emlocal.training.loop import Gradient
+from emlocal.training.rl_settings import Reward, RLSettings
+from emlocal.training.rollouts import Rollout
+
+_ADVANTAGES = {"rloo": rloo, "grpo": grpo}
+
+
+def objective_of(settings: RLSettings) -> PolicyObjective:
+    """The loss of a token. With KL-Cov nothing is clipped: it is what holds the policy back."""
+    free = settings.regularize == "kl-cov"
+    return PolicyObjective(
+        settings.loss,
+        np.inf if free else settings.clip_low,
+        np.inf if free else settings.clip_high,
+        settings.kl_beta,
+        settings.entropy_bonus,
+    )
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """N answers to each prompt, `ppo_epochs` updates a step. A `loop.Method`."""
+
+    settings: RLSettings
+    learner: PolicyLearner
+    labels: Sequence[Hashable | None] = ()
+    """Of each prompt in the data (`grading.label_of`), for the reward `verifier`."""
+
+    @property
+    def samples(self) -> int:
+        """Answers to each prompt."""
+        return self.settings.samples
+
+    def identity(self) -> dict[str, Any]:
+        """The labels, where they decide."""
+        if not self.settings.needs_labels:
+            return {}
+        return {"labels": hashlib.sha256(repr(self.labels).encode()).hexdigest()}
+
+    def gradients(
+        self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
+    ) -> Iterator[Gradient]:
+        """See `loop.Method`. Rewards, advantages and the reference are of the answers as they were drawn."""
+        s, tokens = self.settings, _Tokens(rollouts)
+        scores = self._scores(step, rollouts, batches, tokens) if s.needs_scores else None
+        base = self._scores(step, rollouts, batches, tokens, base=True) if s.needs_reference else None
+        of_each = self.rewards(chosen, rollouts, scores, tokens)
+        rewards = weighted_sum(list(of_each.values()), [weight for _, weight in s.reward])
+        groups = rewards.reshape(-1, s.samples)
+        advantages = _ADVANTAGES[s.advantage](groups).ravel()
+        losses = self._losses(step, rollouts, batches, advantages, scores, base, tokens)
+        row: dict[str, Any] = {
+            "reward": float(rewards.mean()),
+            "reward_std": float(groups.std(axis=1, ddof=1).mean()),
+            "zero_variance": float(zero_variance(groups).mean()),
+        }
+        if len(of_each) > 1:
+            row |= {f"reward_{name}": float(each.mean()) for name, each in of_each.items()}
+        for _ in range(s.ppo_epochs):
+            terms = self._accumulate(step, rollouts, batches, losses, tokens)
+            count = sum(each.tokens for each in terms)
+            row |= {
+                "loss": sum(each.loss for each in terms),
+                "policy_entropy": sum(each.entropy for each in terms) / count,
+                "clipped": sum(each.clipped for each in terms) / count,
+            }
+            kl = sum(each.kl for each in terms) / count
+            yield Gradient(kl if s.needs_reference else None, dict(row))
+
+    def rewards(
+        self, chosen: Sequence[int], rollouts: Sequence[Rollout], scores: Scores | None, tokens: "_Tokens"
+    ) -> dict[Reward, Float64]:
+        """Each reward that the settings name, of each answer, [P·N]."""
+        return {
+            name: self._reward(name, chosen, rollouts, scores, tokens) for name, _ in self.settings.reward
+        }
+
+    def _reward(
+        self,
+        name: Reward,
+        chosen: Sequence[int],
+        rollouts: Sequence[Rollout],
+        scores: Scores | None,
+        tokens: "_Tokens",
+    ) -> Float64:
+        if name in ("token", "sequence", "self-certainty"):
+            assert scores is not None
+            if name == "token":
+                return token_reward(scores.entropies, tokens.lengths, self.settings.normalize)
+            if name == "sequence":
+                return sequence_reward(scores.log_probs, tokens.lengths, self.settings.normalize)
+            return self_certainty_reward(scores.self_certainties, tokens.lengths)
+        answers = [answer_of(rollout.text) for rollout in rollouts]
+        n = self.settings.samples
+        groups = [answers[i : i + n] for i in range(0, len(answers), n)]
+        if name == "verifier":
+            pairs = zip(groups, chosen, strict=True)
+            return np.concatenate([verifier_reward(group, self.labels[i]) for group, i in pairs])
+        reward = majority_reward if name == "majority" else vote_reward
+        return np.concatenate([reward(group) for group in groups])
+
+    def _losses(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        batches: MicroBatches,
+        advantages: Float64,
+        scores: Scores | None,
+        base: Scores | None,
+        tokens: "_Tokens",
+    ) -> TokenLosses:
+        """Of each token: advantages of its answer, changed by what the settings ask for."""
+        s, pull = self.settings, None
+        of_tokens = np.repeat(advantages, tokens.lengths)
+        if s.token_weights == "tw-grpo":  # noqa: S105
+            of_tokens *= self._token_weights(step, rollouts, batches)
+        if s.regularize != "none":
+            assert scores is not None
+            cov = covariances(of_tokens, scores.log_probs)
+            if s.regularize == "clip-cov":
+                key = np.array([s.seed, request_key(f"clip-cov {step}")], dtype=np.uint64)
+                uniforms = np.random.Generator(np.random.Philox(key=key)).random(len(cov))
+                of_tokens[clip_cov(cov, uniforms, share=s.clip_cov_share)] = 0.0
+            else:
+                pull = np.where(kl_cov(cov, share=s.kl_cov_share), s.kl_cov_pull, 0.0).astype(np.float32)
+        return TokenLosses(
+            of_tokens.astype(np.float32),
+            averaging_weights(tokens.lengths, s.averaging).astype(np.float32),
+            None if scores is None else scores.log_probs,
+            None if base is None else base.log_probs,
+            pull,
+        )
+
+    def _token_weights(self, step: int, rollouts: Sequence[Rollout], batches: MicroBatches) -> Float64:
+        """TW-GRPO's, of each token."""
+        n = self.settings.samples
+        groups = [list(range(i, i + n)) for i in range(0, len(rollouts), n)]
+        try:
+            found = batches.run_parts(
+                step, groups, lambda group: self.learner.divergences([rollouts[i] for i in group])
+            )
+        except OutOfMemoryError:
+            raise EmlocalError(
+                f"{n} answers to a prompt do not fit into memory at once, as TW-GRPO needs them",
+                "give fewer --samples or a smaller --max-tokens",
+            ) from None
+        weights: dict[int, Float64] = {}
+        for group, divergences in found:
+            of_positions = tw_grpo_weights(divergences, self.settings.tw_alpha)
+            weights |= {i: of_positions[: len(rollouts[i].answer)] for i in group}
+        return np.concatenate([weights[i] for i in range(len(rollouts))])
+
+    def _scores(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        batches: MicroBatches,
+        tokens: "_Tokens",
+        *,
+        base: bool = False,
+    ) -> Scores:
+        """Of all answers' tokens."""
+        parts = batches.run(
+            step, rollouts, lambda part: self.learner.score([rollouts[i] for i in part], base=base)
+        )
+        found: dict[str, Floats] = defaultdict(lambda: np.empty(tokens.count, dtype=np.float32))
+        for part, scores in parts:
+            for name, values in vars(scores).items():
+                found[name][tokens.of(part)] = values
+        return Scores(**found)
+
+    def _accumulate(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        batches: MicroBatches,
+        losses: TokenLosses,
+        tokens: "_Tokens",
+    ) -> list[PolicyTerms]:
+        parts = batches.run(
+            step,
+            rollouts,
+            lambda part: self.learner.accumulate([rollouts[i] for i in part], losses.of(tokens.of(part))),
+        )
+        return [terms for _, terms in parts]
+
+
+class _Tokens:
+    """Where each answer's tokens are among those of all, one answer after the other."""
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self.lengths = np.array([len(rollout.answer) for rollout in rollouts])
+        self.count = int(self.lengths.sum())
+        self._ends = np.cumsum(self.lengths)
+
+    def of(self, answers: Sequence[int]) -> NDArray[np.intp]:
+        """Of some answers, in their order."""
+        ends, lengths = self._ends[answers], self.lengths[answers]
+        return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])

@@ -1,0 +1,92 @@
+"""Figures of runs: what is read, how runs are told apart, what is drawn, what is refused."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from emlocal.errors import EmlocalError, UsageError
+from emlocal.plotting.runs import PANELS, draw_runs, read_runs
+
+
+def run(folder: Path, rows: list[dict[str, object]], end: str = "") -> Path:
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + end, encoding="utf-8")
+    return folder
+
+
+def rows(n: int = 4, **more: float) -> list[dict[str, object]]:
+    return [
+        {"step": i, "entropy": 1.0 / (i + 1), "length": 50.0 + i, "repetition": 0.1, "kl": None, **more}
+        for i in range(n)
+    ]
+
+
+def titles(path: Path) -> set[str]:
+    """The texts of an SVG, which matplotlib writes as comments beside their outlines."""
+    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))  # noqa: S314
+    tree = ElementTree.parse(path, parser)  # noqa: S314
+    comments = (each.text for each in tree.iter() if each.tag is ElementTree.Comment)
+    return {text.strip() for text in comments if text}
+
+
+def test_a_panel_for_each_thing_that_was_measured_and_a_line_for_each_run(tmp_path: Path) -> None:
+    ft, rl = run(tmp_path / "ft", rows()), run(tmp_path / "rl", rows(reward=-3.0))
+    draw_runs(read_runs([ft]), tmp_path / "ft.svg")
+    draw_runs(read_runs([ft, rl]), tmp_path / "both.svg")
+    assert {"Entropy of the answers", "Length of the answers", "ft"} <= titles(tmp_path / "ft.svg")
+    assert not {"Reward", "KL to the base"} & titles(tmp_path / "ft.svg")
+    assert {"Reward", "ft", "rl"} <= titles(tmp_path / "both.svg")
+
+
+def test_numbers_are_where_their_steps_are(tmp_path: Path) -> None:
+    measured = rows()
+    measured[2]["kl"] = 0.5
+    (found,) = read_runs([run(tmp_path / "a", measured)])
+    by_name = {panel.name: found.line(panel) for panel in PANELS}
+    assert by_name["entropy"] == ([0, 1, 2, 3], [1.0, 1 / 2, 1 / 3, 1 / 4])
+    assert by_name["kl"] == ([2], [0.5])
+    assert by_name["repetition"][1] == [10.0] * 4
+    assert by_name["reward"] == ([], [])
+
+
+def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+    folders = [run(tmp_path / a / "out", rows()) for a in ("one", "two")]
+    assert [found.label for found in read_runs(folders)] == ["one/out", "two/out"]
+    assert [found.label for found in read_runs(folders[:1])] == ["out"]
+    with pytest.raises(UsageError, match="given twice"):
+        read_runs([folders[0], tmp_path / "one" / ".." / "one" / "out"])
+
+
+def test_a_run_that_is_being_written(tmp_path: Path) -> None:
+    (found,) = read_runs([run(tmp_path / "a", rows(2), end='{"step": 2, "entr')])
+    assert len(found.rows) == 2
+
+
+def test_a_picture_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    picture = tmp_path / "run.PNG"
+    picture.write_bytes(b"old")
+    draw_runs(read_runs([run(tmp_path / "a", rows(1))]), picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "run.PNG"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "no metrics yet"), ("[1]\n", "no metrics of a run"), ('{"a": 1}\n', "no metrics of a run")],
+)
+def test_what_is_no_run(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        read_runs([run(tmp_path / "a", [], end=text)])
+
+
+def test_what_is_not_there_and_what_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no run: there is no metrics\.jsonl"):
+        read_runs([tmp_path / "none"])
+    found = read_runs([run(tmp_path / "a", rows())])
+    with pytest.raises(UsageError, match=r"ends in \.png|is no picture"):
+        draw_runs(found, tmp_path / "run.gif")
+    with pytest.raises(EmlocalError, match="cannot write"):
+        draw_runs(found, tmp_path / "none" / "run.png")
