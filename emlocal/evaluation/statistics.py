@@ -47,28 +47,33 @@ def bootstrap_mean(
     values: Sequence[float],
     seed: int = 0,
     *,
+    sizes: Sequence[float] | None = None,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
 ) -> Interval:
     """The BCa interval of a mean over questions; of paired differences, if these are the values.
 
-    Bias-corrected and accelerated (Efron 1987), the acceleration by the jackknife. Where all values are
+    Where what is drawn comes in clusters (problems of several steps), `values` are the clusters' sums and
+    `sizes` their numbers of members, and the interval is of the mean over members.
+
+    Bias-corrected and accelerated (Efron 1987), the acceleration by the jackknife. Where all means are
     equal there is nothing to resample, and both ends are that value.
 
     Raises ValueError for no values.
     """
     x = np.asarray(values, dtype=np.float64)
+    n = np.ones_like(x) if sizes is None else np.asarray(sizes, dtype=np.float64)
     if x.size == 0:
         raise ValueError("no values")
-    if np.all(x == x[0]):
-        return Interval(float(x[0]), float(x[0]))
-    means = _resampled_means(x, seed, resamples)
-    observed = x.mean()
+    observed = x.sum() / n.sum()
+    if np.all(x == n * (x[0] / n[0])):
+        return Interval(float(observed), float(observed))
+    means = _resampled_means(x, n, seed, resamples)
     below = (np.sum(means < observed) + 0.5 * np.sum(means == observed)) / resamples
     below = min(max(float(below), 0.5 / resamples), 1 - 0.5 / resamples)
     bias = _NORMAL.inv_cdf(below)
-    # the jackknife's means differ from their mean by (mean - x_i) / (n - 1)
-    centred = x - observed
+    without_each = (x.sum() - x) / (n.sum() - n)
+    centred = without_each.mean() - without_each
     acceleration = float(np.sum(centred**3) / (6 * np.sum(centred**2) ** 1.5))
     ends = []
     for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
@@ -78,14 +83,16 @@ def bootstrap_mean(
     return Interval(float(low), float(high))
 
 
-def _resampled_means(x: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
-    """Means of `resamples` draws of len(x) values with replacement, float64 [resamples]."""
+def _resampled_means(
+    x: NDArray[np.float64], n: NDArray[np.float64], seed: int, resamples: int
+) -> NDArray[np.float64]:
+    """Σx / Σn of `resamples` draws of len(x) clusters with replacement, float64 [resamples]."""
     random = Generator(Philox(key=seed))
     rows = max(1, _CHUNK // x.size)
-    parts = [
-        x[random.integers(x.size, size=(min(rows, resamples - start), x.size))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
+    parts = []
+    for start in range(0, resamples, rows):
+        drawn = random.integers(x.size, size=(min(rows, resamples - start), x.size))
+        parts.append(x[drawn].sum(axis=1) / n[drawn].sum(axis=1))
     return np.concatenate(parts)
 
 

@@ -181,3 +181,26 @@ def test_sign_flips_agree_with_all_of_them() -> None:
 def test_sign_flips_are_never_certain() -> None:
     p = sign_flip([0.5] * 200, seed=1, resamples=999)
     assert p == 1 / 1000
+
+
+def test_clusters_of_one_size_are_their_means() -> None:
+    random = np.random.default_rng(2)
+    values = random.random(30)
+    alone = bootstrap_mean(values.tolist(), seed=3)
+    as_sums = bootstrap_mean((values * 4).tolist(), seed=3, sizes=[4] * 30)
+    assert (as_sums.low, as_sums.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_clusters_of_several_sizes_are_scipys_ratio() -> None:
+    random = np.random.default_rng(5)
+    sizes = random.integers(1, 9, 40)
+    sums = random.binomial(sizes, 0.4).astype(float)
+    found = bootstrap_mean(sums.tolist(), seed=3, sizes=sizes.tolist())
+    expected = scipy.stats.bootstrap(
+        (sums, sizes),
+        lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        rng=np.random.default_rng(6),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.01)
