@@ -1,6 +1,6 @@
 """`emlocal eval`: ways of answering compared on problems with known answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,8 +69,8 @@ def eval(
         str,
         typer.Option(
             "--task",
-            help="gsm8k, math500, amc, aime, minerva, olympiadbench, humaneval, leetcode, scicode, or questions"
-            " for any file.",
+            help="gsm8k, math500, amc, aime, minerva, olympiadbench, humaneval, leetcode, scicode;"
+            " questions: any file.",
         ),
     ],
     methods: Annotated[
@@ -98,9 +98,8 @@ def eval(
 
     config = precedence.read_config()
     contenders = read_contenders(methods)
-    base, chosen = _base(sampling, config, {})
     for contender in contenders:  # what contradicts itself fails before a model is loaded
-        contender.plan(base, chosen)
+        contender.plan(*_base(sampling, config, {}))
     asked = open_task(task, how.data, how.limit, how.code_seconds)
     _check(asked, contenders, how)
     with ExitStack() as opened:
@@ -117,14 +116,14 @@ def eval(
 
 
 def _base(
-    sampling: SamplingOptions, config: "Config", model: "dict[str, float] | object"
+    sampling: SamplingOptions, config: "Config", model: Mapping[str, float]
 ) -> "tuple[Plan, frozenset[str]]":
     """What all methods begin with, and which of it was set on purpose. EM is for methods to say."""
     from emlocal.batch.overrides import Plan
     from emlocal.cli import precedence
 
     plain = replace(config, em=EMOptions())
-    resolved = precedence.sampling(sampling, EMOptions(), plain, model)  # type: ignore[arg-type]
+    resolved = precedence.sampling(sampling, EMOptions(), plain, model)
     chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
     given = precedence.merged(sampling, config.sampling).seed
     seed = 0 if given is None else precedence.seed(sampling, config.sampling)

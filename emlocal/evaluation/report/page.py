@@ -106,7 +106,8 @@ def _lists(document: Document) -> list[_Listed]:
 def _pairs(document: Document, name: str, reference: str) -> tuple[list[_Pair], list[_Pair]]:
     """The problems on which a method is better than the reference, and those on which it is worse."""
     ours, theirs = (_by_problem(document.judged[of]) for of in (name, reference))
-    better, worse = [], []
+    better: list[_Pair] = []
+    worse: list[_Pair] = []
     for problem in document.task.problems:
         a, b = ours.get(problem.id, []), theirs.get(problem.id, [])
         if not a or not b:
