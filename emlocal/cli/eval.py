@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from emlocal import console
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
 from emlocal.cli.running import choose_parallel, identity_of
-from emlocal.errors import CancelledError, UsageError
+from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.words import counted
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from emlocal.evaluation.tasks.task import Task
 
 _MOST_SAMPLES = 1024
+_PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,10 @@ def _base(
 
 
 def _check(task: "Task", contenders: "Sequence[Contender]", how: EvalOptions) -> None:
-    """Raise UsageError for what cannot be meant, EmlocalError where code cannot be contained."""
+    """Raise UsageError for what cannot be meant, EmlocalError for what would fail at the end."""
+    for module, package in _PACKAGES.items():
+        if find_spec(module) is None:
+            raise EmlocalError(f"emlocal eval needs the package {package}", "pip install 'emlocal[eval]'")
     if not 1 <= how.samples <= _MOST_SAMPLES:
         raise UsageError(f"--samples is {how.samples}; it must be between 1 and {_MOST_SAMPLES:,}")
     if task.runs_code:

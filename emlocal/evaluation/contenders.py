@@ -14,6 +14,7 @@ from emlocal.batch.overrides import Plan, known_name, meant
 from emlocal.errors import UsageError
 from emlocal.methods.method import METHODS, Method, MethodName
 from emlocal.settings import EM_PRESETS, describe_em
+from emlocal.words import counted
 
 _PLAIN = {
     "top_k": 0,
@@ -151,5 +152,5 @@ def describe(contender: Contender, plan: Plan) -> str:
     if contender.collecting.name == "self-consistency":
         words.append(f"majority of {plan.samples}")
     if contender.collecting.revisions:
-        words.append(f"revised {contender.collecting.revisions} times")
+        words.append(counted(contender.collecting.revisions, "revision"))
     return ", ".join(words)

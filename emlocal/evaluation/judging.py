@@ -29,6 +29,8 @@ class Judge:
         self._task = task
         self._known = dict(_read(path))
         self._file = path.open("a", encoding="utf-8")
+        if _is_torn(path):
+            self._file.write("\n")
 
     def judge(
         self, answers: Iterable[Answer], cancelled: Callable[[], bool] = lambda: False
@@ -69,6 +71,11 @@ class Judge:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether its last line has no end."""
+    return path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
 
 def _read(path: Path) -> Iterator[tuple[str, tuple[bool, str]]]:

@@ -17,9 +17,14 @@ def share(estimate: Estimate) -> str:
 
 
 def difference(comparison: Comparison | None) -> str:
-    """ "+3.1 (−0.6 to +6.9)", in points; nothing for the reference itself."""
+    """ "+3.1 (−0.6 to +6.9)", in points; nothing for the reference itself.
+
+    Where no problem tells the two apart, resampling gives no interval.
+    """
     if comparison is None:
         return ""
+    if comparison.wins + comparison.losses == 0:
+        return "none"
     d = comparison.difference
     return f"{_signed(d.value)} ({_signed(d.low)} to {_signed(d.high)})"
 
