@@ -52,7 +52,7 @@ def made(repetitions: int) -> Document:
         by_name[name] = [
             one
             for k in range(repetitions)
-            for one in judged(task, marks[k:] + marks[:k], k + 1, 10 * (j + 1))
+            for one in judged(task, marks[k:] + marks[:k], repetition=k + 1, cost=10 * (j + 1))
         ]
     results = [summarize(task, name, "T 1", found, 10**9, 0) for name, found in by_name.items()]
     return Document(
@@ -155,6 +155,7 @@ def test_many_wins_are_cut_and_it_says_so(document: Document, monkeypatch: pytes
 
 def test_figures_are_the_same_each_time(document: Document) -> None:
     cost = figures.accuracy_against_cost(document)
+    assert cost is not None
     assert cost == figures.accuracy_against_cost(document)
     entropy = figures.entropy_along_the_answer(document)
     assert entropy is not None
