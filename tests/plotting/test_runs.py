@@ -26,8 +26,8 @@ def rows(n: int = 4, **more: float) -> list[dict[str, object]]:
 
 def titles(path: Path) -> set[str]:
     """The texts of an SVG, which matplotlib writes as comments beside their outlines."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))  # noqa: S314
-    tree = ElementTree.parse(path, parser)  # noqa: S314
+    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+    tree = ElementTree.parse(path, parser)
     comments = (each.text for each in tree.iter() if each.tag is ElementTree.Comment)
     return {text.strip() for text in comments if text}
 
