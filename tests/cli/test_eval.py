@@ -80,7 +80,7 @@ def test_the_same_command_gives_the_same_results(evaluate: Emlocal, tmp_path: Pa
     assert timeless(results(tmp_path)) == first
 
 
-def test_a_killed_run_goes_on_to_the_same(tiny: str, questions: str, tmp_path: Path) -> None:
+def test_a_stopped_and_killed_run_goes_on_to_the_same(tiny: str, questions: str, tmp_path: Path) -> None:
     values = [{"question": f"{i} times {i}?", "answer": str(i * i)} for i in range(24)]
     data = str(write(tmp_path / "many.jsonl", values))
 
@@ -97,15 +97,16 @@ def test_a_killed_run_goes_on_to_the_same(tiny: str, questions: str, tmp_path: P
         )
 
     assert start("whole").wait() == 0
-    killed = start("cut")
-    journal = tmp_path / "cut" / "answers" / "em-inf.jsonl"
-    until = time.monotonic() + 120
-    while killed.poll() is None and time.monotonic() < until:
-        if journal.exists() and journal.stat().st_size:
-            break
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    for method, how, code in (("sample", signal.SIGINT, 130), ("em-inf", signal.SIGKILL, -signal.SIGKILL)):
+        stopped = start("cut")
+        journal = tmp_path / "cut" / "answers" / f"{method}.jsonl"
+        until = time.monotonic() + 120
+        while stopped.poll() is None and time.monotonic() < until:
+            if journal.exists() and journal.stat().st_size:
+                break
+            time.sleep(0.005)
+        stopped.send_signal(how)
+        assert stopped.wait() == code
     assert not (tmp_path / "cut" / "results.json").exists()
     assert start("cut").wait() == 0
     whole, cut = (
