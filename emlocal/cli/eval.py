@@ -1,11 +1,11 @@
 """`emlocal eval`: ways of answering compared on problems with known answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -205,7 +205,7 @@ def _evaluate(
         answers = len(task.problems) * max(entry.repetitions for entry in entries)
         parallel = choose_parallel(model, None, answers, quiet=how.quiet).sequences
     try:
-        with interruptible() as cancelled:
+        with interruptible() as cancelled, _Progress(how.quiet) as progress:
             answers_of = run.answer(
                 model.backend,
                 task,
@@ -215,9 +215,9 @@ def _evaluate(
                 parallel=parallel or 1,
                 restart=not how.resume,
                 cancelled=cancelled,
-                progress=_progress(how.quiet),
+                progress=progress,
             )
-            judged = run.judge(task, answers_of, folder, cancelled=cancelled, progress=_progress(how.quiet))
+            judged = run.judge(task, answers_of, folder, cancelled=cancelled, progress=progress)
     except CancelledError:
         if not how.quiet:
             console.note("stopped; the same command goes on where it stopped")
@@ -273,21 +273,25 @@ def _document(
     )
 
 
-def _progress(quiet: bool) -> Callable[[str, int, int], None]:
-    """Lines now and then, or a bar for each thing that is done."""
-    shown = ExitStack()
-    current: list[object] = []
+class _Progress:
+    """A bar for each thing that is done, or a line now and then. A context, which ends the last one."""
 
-    def show(what: str, done: int, total: int) -> None:
-        if current[:1] != [what]:
-            shown.close()
-            current[:] = [what, shown.enter_context(console.counting(total, quiet))]
-        current[1](done, what)  # type: ignore[operator]
-        if done == total:
-            shown.close()
-            current.clear()
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._what = ""
+        self._shown = ExitStack()
 
-    return show
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._shown.close()
+            self._what, self._show = what, self._shown.enter_context(console.counting(total, self._quiet))
+        self._show(done, what)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._shown.close()
 
 
 def _show(document: "Document") -> None:
@@ -298,7 +302,7 @@ def _show(document: "Document") -> None:
 
     table = Table(box=None, pad_edge=False)
     for i, head in enumerate(texts.columns(document)):
-        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold")
     for row in texts.rows(document):
         table.add_row(*row)
     console.out().print(table, markup=False)

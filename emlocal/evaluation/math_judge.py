@@ -14,8 +14,8 @@ from typing import Self
 from emlocal.errors import EmlocalError
 from emlocal.methods.answers import canonical
 
-SECONDS = 5.0
-"""For one comparison; what is not decided by then is not equal."""
+SECONDS = 20.0
+"""For one comparison; what is not decided by then is not equal. Nearly all take milliseconds."""
 LONGEST = 1000
 """Characters of an answer that is still compared by meaning."""
 _START_SECONDS = 60.0  # sympy is imported
@@ -24,7 +24,8 @@ _START_SECONDS = 60.0  # sympy is imported
 class MathJudge:
     """Compares answers. Use it as a context, or close it: it may hold a process."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
         self._worker: subprocess.Popen[bytes] | None = None
         self.undecided = 0
         """Comparisons that took too long."""
@@ -46,7 +47,7 @@ class MathJudge:
         assert worker.stdout is not None
         worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
         worker.stdin.flush()
-        if not _answers(worker, SECONDS):
+        if not _answers(worker, self.seconds):
             self.undecided += 1
             self.close()
             return False
@@ -64,6 +65,7 @@ class MathJudge:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us: an answer would be wrong because of it
             )
             ready = _answers(self._worker, _START_SECONDS)
             if not ready or self._worker.stdout is None or self._worker.stdout.readline() != b"ready\n":

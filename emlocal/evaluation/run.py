@@ -4,8 +4,9 @@ A contender's answers are a batch output of its own in OUT/answers, so that a ru
 and contenders can be added to one that is finished.
 """
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from emlocal.batch.journal import Journal
 from emlocal.batch.rows import is_error, key_of
 from emlocal.batch.run import BatchSettings
 from emlocal.errors import CancelledError
-from emlocal.evaluation.answering import Answer, Answering
+from emlocal.evaluation.answering import Answer, Answering, name_of
 from emlocal.evaluation.judging import Judge, Judged
 from emlocal.evaluation.tasks.task import Task
 
@@ -41,13 +42,26 @@ def answers_path(folder: Path, name: str) -> Path:
 
 
 def left_to_answer(folder: Path, task: Task, entries: Sequence[Entry]) -> int:
-    """Answers that are not there yet, or one too many or few; 0 only where nothing is left."""
+    """How many answers are not there yet; a line torn by a crash is none."""
     left = 0
     for entry in entries:
-        path = answers_path(folder, entry.name)
-        there = sum(1 for _ in path.open("rb")) if path.exists() else 0
-        left += max(0, len(task.problems) * entry.repetitions - there)
+        there = {row.get("custom_id") for row in _rows(answers_path(folder, entry.name))}
+        wanted = (name_of(p, k) for p in task.problems for k in range(1, entry.repetitions + 1))
+        left += sum(name not in there for name in wanted)
     return left
+
+
+def _rows(path: Path) -> Iterator[dict[str, object]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
 
 
 def answer(

@@ -154,6 +154,8 @@ def test_answers_that_are_there_are_not_asked_for_again(tmp_path: Path) -> None:
     assert {name: more[name] for name in first} == first
     assert run.left_to_answer(tmp_path, math(), entries("greedy,sample,em-inf")) == 0
     assert run.left_to_answer(tmp_path, math(), entries("greedy,min-p")) == 5
+    few = MathTask("sums", rows(*QUESTIONS[:2]))
+    assert run.left_to_answer(tmp_path, few, entries("sample", repetitions=3)) == 4
 
 
 @pytest.mark.parametrize("after", [1, 4, 7])

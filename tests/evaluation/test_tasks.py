@@ -148,7 +148,7 @@ def test_a_limit_takes_the_first(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[MathJudge]:
-    with MathJudge() as found:
+    with MathJudge(seconds=3) as found:
         yield found
 
 

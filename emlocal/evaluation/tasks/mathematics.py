@@ -45,7 +45,9 @@ class MathTask(Task):
         return None
 
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
-        return self._judge.equal(problem.answer, found), ""
+        before = self._judge.undecided
+        equal = self._judge.equal(problem.answer, found)
+        return equal, "not decided in time" if self._judge.undecided > before else ""
 
     def close(self) -> None:
         self._judge.close()
