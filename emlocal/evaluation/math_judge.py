@@ -5,9 +5,9 @@ process of its own, which is ended and replaced when an answer takes too long.
 """
 
 import json
-import selectors
 import subprocess
 import sys
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -44,21 +44,18 @@ class MathJudge:
     def _ask(self, gold: str, answer: str) -> bool:
         worker = self._started()
         assert worker.stdin is not None
-        assert worker.stdout is not None
         worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
         worker.stdin.flush()
-        if not _answers(worker, self.seconds):
-            self.undecided += 1
-            self.close()
-            return False
-        said = worker.stdout.readline()
-        if not said:  # it was ended: by its limit of memory, most likely
+        said = self._line(worker, self.seconds)
+        if not said:  # out of time, or of memory
             self.undecided += 1
             self.close()
             return False
         return bool(json.loads(said))
 
     def _started(self) -> subprocess.Popen[bytes]:
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()  # ended by the timer just as it answered
         if self._worker is None:
             self._worker = subprocess.Popen(
                 [sys.executable, "-P", "-m", "emlocal.evaluation.math_worker"],
@@ -67,11 +64,21 @@ class MathJudge:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for us: an answer would be wrong because of it
             )
-            ready = _answers(self._worker, _START_SECONDS)
-            if not ready or self._worker.stdout is None or self._worker.stdout.readline() != b"ready\n":
+            if self._line(self._worker, _START_SECONDS).strip() != b"ready":
                 self.close()
                 raise EmlocalError("math-verify cannot be started", "pip install 'emlocal[eval]'")
         return self._worker
+
+    def _line(self, worker: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """What it says next; nothing where it ends, or is ended after so many seconds."""
+        assert worker.stdout is not None
+        timer = threading.Timer(seconds, worker.kill)
+        timer.start()
+        try:
+            return worker.stdout.readline()
+        finally:
+            timer.cancel()
+            timer.join()
 
     def close(self) -> None:
         """End the process."""
@@ -93,11 +100,3 @@ def _same_number(gold: str, answer: str) -> bool:
     """Both write the same rational number: most answers do, and need no algebra."""
     key = canonical(gold)
     return isinstance(key, tuple) and key[0] == "number" and key == canonical(answer)
-
-
-def _answers(worker: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether it says something, or ends, within so many seconds."""
-    assert worker.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(worker.stdout, selectors.EVENT_READ)
-        return bool(selector.select(seconds))

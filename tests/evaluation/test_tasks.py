@@ -132,7 +132,7 @@ def test_what_cannot_be_meant_is_said(tmp_path: Path, name: str, more: dict[str,
 
 def test_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(EmlocalError, match="need the package datasets"):
+    with pytest.raises(EmlocalError, match="needs the package datasets"):
         open_task("gsm8k", None)
 
 

@@ -1,10 +1,11 @@
 """From a task's name and a file to the task."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from emlocal.errors import UsageError
+from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.sandbox.run import Limits
 from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.programs import ProgramTask
@@ -70,5 +71,10 @@ def _rows(name: str, data: Path | None, limit: int | None) -> Rows:
         return read_rows(data)
     if name not in _ON_THE_HUB:
         raise UsageError(f"--task {name} needs its file", "give it with --data FILE")
+    if find_spec("datasets") is None:
+        raise EmlocalError(
+            f"--task {name} without --data is a dataset of the hub, which needs the package datasets",
+            "give its file with --data, or pip install datasets",
+        )
     dataset, split, config = _ON_THE_HUB[name]
     return hub(dataset, split, limit, config)
