@@ -5,7 +5,6 @@ Three forms are read, line by line: {"prompt": text}, {"messages": [...]}, and a
 What is wrong with a line becomes a BadLine; the others go on.
 """
 
-import codecs
 import hashlib
 import json
 import math
@@ -15,9 +14,9 @@ from typing import Any, BinaryIO
 
 from emlocal.batch.overrides import known_name, meant, shown
 from emlocal.errors import UsageError
+from emlocal.lines import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 
-MAX_LINE_BYTES = 64 << 20
 _DEEPEST = 100
 _MOST_DIGITS = 600  # Python itself refuses more than 4300, or as few as 640
 _TOO_DEEP = f"lists and objects are nested more than {_DEEPEST} deep"
@@ -78,18 +77,10 @@ def digest(*parts: str) -> str:
 
 def read_lines(stream: BinaryIO) -> Iterator[Item | BadLine]:
     """The lines of a JSONL stream; blank ones are passed over."""
-    number = 0
-    while raw := stream.readline(MAX_LINE_BYTES):
-        number += 1
-        if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
-            while raw and not raw.endswith(b"\n"):
-                raw = stream.readline(MAX_LINE_BYTES)
-            said = f"the line has more than {MAX_LINE_BYTES:,} bytes"
-            yield BadLine(number, None, said, f"line {number}")
-            continue
-        if number == 1:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        if raw.strip():
+    for number, raw in numbered_lines(stream):
+        if raw is None:
+            yield BadLine(number, None, TOO_LONG, f"line {number}")
+        elif raw.strip():
             yield parse_line(number, raw)
 
 

@@ -10,7 +10,7 @@ from emlocal import console
 from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.models.gguf_header import GGUFHeader, shown
-from emlocal.models.resolve import resolve
+from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.storage import human_size
 from emlocal.words import counted
 
@@ -92,25 +92,35 @@ def convert(
 @app.command()
 def merge(
     model: Annotated[
-        Path, typer.Option("-m", "--model", help="Model folder with safetensors weights.", metavar="FOLDER")
+        str,
+        typer.Option(
+            "-m",
+            "--model",
+            help="Short name, .gguf file (which is unpacked), folder, or org/name of the hub.",
+            metavar="MODEL",
+        ),
     ],
     adapter: Annotated[
         str, typer.Option("--adapter", help="The adapter, and optionally its scale.", metavar="PATH[=SCALE]")
     ],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
 ) -> None:
-    """Write a copy of a model folder with an adapter added to its weights."""
+    """Write a model as a folder of safetensors with an adapter added to its weights."""
     from emlocal.cli.engine import adapter_and_scale
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.reading import read_adapter
+    from emlocal.models.unpacked import unpack
 
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name, or remove it first")
     path, scale = adapter_and_scale(adapter)
-    opened = open_model(model)
-    read = read_adapter(path)
     with console.progress() as progress:
+        found = resolve(model, formats=("safetensors", "gguf"), progress=progress)
+        if isinstance(found, LocalModel):
+            read, opened = read_adapter(path, found.header), open_model(unpack(found, progress))
+        else:
+            read, opened = read_adapter(path), open_model(found.path)
         merge_into(read, scale, opened, out, progress)
     console.err().print(
         f"{out}: {human_size(opened.bytes)}, {counted(len(read.pairs), 'layer')} changed", markup=False

@@ -94,7 +94,6 @@ def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]
     from emlocal.cli import training_view as view
     from emlocal.cli.training import Work
     from emlocal.cli.training_validation import check_answers
-    from emlocal.training.grading import label_of
     from emlocal.training.rl import PolicyGradient, objective_of
 
     def check(prompts: Sequence["Prompt"]) -> None:
@@ -116,12 +115,13 @@ def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]
         )
 
     def method(made: "TorchPolicyLearner", prompts: Sequence["Prompt"]) -> "PolicyGradient":
-        labels = [label_of(p.answer or "") for p in prompts] if settings.needs_labels else []
+        labels = [p.answer or "" for p in prompts] if settings.needs_labels else []
         return PolicyGradient(settings, made, labels)
 
     def told(prompts: int) -> Sequence[str]:
         s = settings
-        worth = " + ".join(name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward)
+        parts = [name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward]
+        worth = " + ".join(parts).replace("+ -", "- ")
         return (
             f"recipe {recipe or 'default'}: {counted(s.steps, 'step')} of {s.samples:,} answers to each of"
             f" {s.prompts_per_step:,} of {counted(prompts, 'prompt')},",

@@ -111,7 +111,7 @@ class RunFolder:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             number = row.get("step") if isinstance(row, dict) else None
             if isinstance(number, int) and number < step:
@@ -186,7 +186,7 @@ def check(path: Path, verb: Verb, *, resume: bool) -> Mapping[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         described = None
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    except (OSError, ValueError) as why:
+    except (OSError, ValueError, RecursionError) as why:
         raise UsageError(f"{path / _RUN} cannot be read: {why}", "give a new folder: -o") from why
     ours = {".lock", *(p.name for p in _leftovers(path))}
     others = [name for name in names if name not in ours]

@@ -177,12 +177,13 @@ class Run:
         """
         step = self._restore(start)
         while True:
-            before, state = self._history(), self.learner.state()
+            before, good, state = self._history(), self._now.good, self.learner.state()
             try:
                 outcome = self._step(step)
             except CancelledError:
                 self.learner.forget()
                 self.learner.restore(state)  # it may have come between two updates of the step
+                self._now.good = good
                 self._save(step, before)
                 raise
             if outcome is not None:

@@ -1,6 +1,5 @@
 """Prompts to train on, without labels: from JSONL, from text files, or from a dataset of the hub."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +10,16 @@ from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.hub_rows import hub_rows
+from emlocal.lines import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 
 FIELDS = ("prompt", "question", "problem")
 """Where a line's prompt is looked for, after "messages"."""
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?", re.ASCII)
+_JSON_LINE = (
+    'a line is {"prompt": "…"}, {"question": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
+)
 _SHOWN = 3  # of the lines that are wrong
 
 
@@ -51,8 +54,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
         more = f"; and {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
         raise UsageError(
             "; ".join(wrong[:_SHOWN]) + more,
-            'a line is {"prompt": "…"}, {"question": "…"} or'
-            ' {"messages": [{"role": "user", "content": "…"}]}',
+            _JSON_LINE if _is_json(path) or not path.exists() else "give text in UTF-8, a prompt a line",
         )
     prompts = [what for what in found if isinstance(what, Prompt)]
     if not prompts:
@@ -61,18 +63,24 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
 
 def _of_file(path: Path) -> Iterator[Prompt | str]:
-    as_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
+    as_json = _is_json(path)
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in numbered_lines(file):
                 where = f"{path.name}, line {number:,}"
-                text = _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
-                if text is None:
+                text = None if raw is None else _decoded(raw)
+                if raw is None:
+                    yield f"{where}: {TOO_LONG}"
+                elif text is None:
                     yield f"{where}: not UTF-8"
                 elif text.strip():
                     yield _of_json(text, where) if as_json else _of_text(text.strip(), where)
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".json", ".ndjson")
 
 
 def _decoded(raw: bytes) -> str | None:

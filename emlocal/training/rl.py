@@ -4,8 +4,9 @@ Each part is a function of its own in `emlocal.em`: rewards, advantages, which t
 """
 
 import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from emlocal.em.rewards import (
 from emlocal.errors import EmlocalError
 from emlocal.sampling.draw import request_key
 from emlocal.training.batching import MicroBatches
-from emlocal.training.grading import answer_of
+from emlocal.training.grading import answer_of, label_of
 from emlocal.training.loop import Gradient
 from emlocal.training.rl_settings import Reward, RLSettings
 from emlocal.training.rollouts import Rollout
@@ -61,8 +62,8 @@ class PolicyGradient:
 
     settings: RLSettings
     learner: PolicyLearner
-    labels: Sequence[Hashable | None] = ()
-    """Of each prompt in the data (`grading.label_of`), for the reward `verifier`."""
+    labels: Sequence[str] = ()
+    """The right answer to each prompt in the data, for the reward `verifier`."""
 
     @property
     def samples(self) -> int:
@@ -73,7 +74,7 @@ class PolicyGradient:
         """The labels, where they decide."""
         if not self.settings.needs_labels:
             return {}
-        return {"labels": hashlib.sha256(repr(self.labels).encode()).hexdigest()}
+        return {"labels": hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()}
 
     def gradients(
         self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
@@ -133,7 +134,7 @@ class PolicyGradient:
         groups = [answers[i : i + n] for i in range(0, len(answers), n)]
         if name == "verifier":
             pairs = zip(groups, chosen, strict=True)
-            return np.concatenate([verifier_reward(group, self.labels[i]) for group, i in pairs])
+            return np.concatenate([verifier_reward(group, label_of(self.labels[i])) for group, i in pairs])
         reward = majority_reward if name == "majority" else vote_reward
         return np.concatenate([reward(group) for group in groups])
 

@@ -141,6 +141,8 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     path = Path(name)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}", "give a TOML file, or a recipe by its name") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as why:
         raise UsageError(f"{path} cannot be read: {why}") from why
     known = names_of_settings()

@@ -156,10 +156,31 @@ def test_merge(emlocal: Emlocal, tmp_path: Path, folder: Path, model_folder: Pat
     assert "exists already" in again.err
 
 
-def test_merge_into_what_is_no_model(emlocal: Emlocal, tmp_path: Path, folder: Path, tiny: str) -> None:
-    done = emlocal("adapter", "merge", "-m", tiny, "--adapter", str(folder), "-o", str(tmp_path / "x"))
-    assert done.code == 1
-    assert "is no model folder of transformers" in done.err
+def test_merge_into_what_is_no_model(emlocal: Emlocal, tmp_path: Path, folder: Path) -> None:
+    for name in (tmp_path / "none.gguf", folder):
+        done = emlocal(
+            "adapter", "merge", "-m", str(name), "--adapter", str(folder), "-o", str(tmp_path / "x")
+        )
+        assert done.code == 1
+        assert f"{name}" in done.err
+        assert not (tmp_path / "x").exists()
+
+
+def test_merge_into_a_gguf_model_whatever_the_adapters_format(
+    emlocal: Emlocal, tmp_path: Path, folder: Path, tiny: str
+) -> None:
+    write_gguf(ADAPTER, tmp_path / "a.gguf", read_header(Path(tiny)))
+    for adapter, out in ((folder, "one"), (tmp_path / "a.gguf", "two")):
+        done = emlocal("adapter", "merge", "-m", tiny, "--adapter", str(adapter), "-o", str(tmp_path / out))
+        assert done.code == 0, done.err
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(np.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert not (tmp_path / "one" / "emlocal.json").exists()  # it says what is in the cache
+    asked = ("--temp", "0", "--max-tokens", "12", "-q", "say 1")
+    merged = emlocal("generate", "-m", str(tmp_path / "one"), *asked)
+    assert merged.out == emlocal("generate", "-m", tiny, "--adapter", str(folder), *asked).out
+    assert merged.out != emlocal("generate", "-m", tiny, *asked).out
 
 
 def test_every_format_answers_the_same(emlocal: Emlocal, tmp_path: Path, folder: Path, tiny: str) -> None:

@@ -23,6 +23,7 @@ RANDOM = np.random.default_rng(7)
 M = 60
 NOW, OLD, REFERENCE = -np.abs(RANDOM.standard_normal((3, M)))
 ADVANTAGES = RANDOM.standard_normal(M)
+ENTROPIES = np.abs(RANDOM.standard_normal(M))
 PULL = (np.arange(M) % 5 == 0).astype(float)
 OBJECTIVES = [
     PolicyObjective("reinforce"),
@@ -30,6 +31,8 @@ OBJECTIVES = [
     PolicyObjective("ppo-clip"),
     PolicyObjective("ppo-clip", clip_low=0.1, clip_high=0.5, beta=0.001),
     PolicyObjective("ppo-clip", clip_low=math.inf, clip_high=math.inf),
+    PolicyObjective("reinforce", entropy_bonus=-1.0),
+    PolicyObjective("ppo-clip", beta=0.3, entropy_bonus=0.7),
 ]
 
 
@@ -43,13 +46,16 @@ def one_by_one(i: int, objective: PolicyObjective, now: float, pull: float) -> t
         loss, clipped = -min(ratio * a, held * a), held * a < ratio * a
     d = REFERENCE[i] - now
     kl = math.exp(d) - d - 1
-    return loss + objective.beta * kl + pull * abs(now - OLD[i]), clipped, kl
+    loss += objective.beta * kl + pull * abs(now - OLD[i]) - objective.entropy_bonus * ENTROPIES[i]
+    return loss, clipped, kl
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("pull", [None, PULL], ids=["", "kl-cov"])
 def test_the_losses_token_by_token(objective: PolicyObjective, pull: np.ndarray | None) -> None:
-    found = policy_loss(NOW, ADVANTAGES, objective, old=OLD, reference=REFERENCE, pull=pull)
+    found = policy_loss(
+        NOW, ADVANTAGES, objective, old=OLD, reference=REFERENCE, pull=pull, entropies=ENTROPIES
+    )
     for i in range(M):
         kappa = 0.0 if pull is None else pull[i]
         loss, clipped, kl = one_by_one(i, objective, NOW[i], kappa)
@@ -91,6 +97,8 @@ def test_what_is_needed_must_be_there() -> None:
         policy_loss(NOW, ADVANTAGES, PolicyObjective(), pull=PULL)
     with pytest.raises(ValueError, match="reference"):
         policy_loss(NOW, ADVANTAGES, PolicyObjective(beta=0.1))
+    with pytest.raises(ValueError, match="entropies"):
+        policy_loss(NOW, ADVANTAGES, PolicyObjective(entropy_bonus=0.1))
 
 
 def test_k3_is_its_definition_and_never_negative() -> None:

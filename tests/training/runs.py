@@ -1,25 +1,37 @@
-"""A small run with real engines: torch trains the tiny model, llama.cpp or torch answers with it."""
+"""A small run with real engines: torch trains the tiny model, llama.cpp answers with it."""
 
+import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.resolve import resolve
 from emlocal.training.answerers import LlamaCppModel
 from emlocal.training.finetune import FineTune
 from emlocal.training.folder import RunFolder
-from emlocal.training.loop import Outcome, Plan, Run
-from emlocal.training.settings import FineTuneSettings
+from emlocal.training.loop import Method, Outcome, Plan, Run
+from emlocal.training.rl import PolicyGradient, objective_of
+from emlocal.training.rl_settings import RLSettings
+from emlocal.training.settings import FineTuneSettings, TrainingSettings
 from emlocal.training.start import new_adapter
 from tests.tiny_pair import ModelPair
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from emlocal.backends.torch.learner import TorchLearner
 SETTINGS = FineTuneSettings(
     steps=6,
     prompts_per_step=4,
@@ -34,6 +46,7 @@ SETTINGS = FineTuneSettings(
     max_kl=1e9,
 )
 PROMPTS = [[5 + i, 9, 10 + i, 11] for i in range(10)]
+LABELS = ["1"] * len(PROMPTS)
 
 
 @dataclass
@@ -70,7 +83,7 @@ def prepared(
     pair: ModelPair,
     out: Path,
     watcher: Watched,
-    settings: FineTuneSettings = SETTINGS,
+    settings: TrainingSettings = SETTINGS,
     *,
     resume: bool = False,
     plan: Plan = Plan(token_budget=40, save_every=2),
@@ -80,24 +93,38 @@ def prepared(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
     from emlocal.backends.torch.learner import linear_layers
 
     torch.set_num_threads(1)
-    folder, start = RunFolder.open(out, "finetune", {"settings": asdict(settings)}, resume=resume)
+    verb = "rl" if isinstance(settings, RLSettings) else "finetune"
+    folder, start = RunFolder.open(out, verb, {"settings": asdict(settings)}, resume=resume)
     model = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=torch.float32)
-    adapter = new_adapter(linear_layers(model), settings)
-    objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
-    learner = TorchEntropyLearner(model, adapter, Descent(), objective)
+    learner, method = _method(settings, model, new_adapter(linear_layers(model), settings))
     gguf = resolve(str(pair.gguf))
     backend = LlamaCppBackend(gguf, LoadOptions(context=64, sequences=5, shared=False, threads=1))
     answerer = LlamaCppModel(backend, gguf.header, 3)
     try:
-        method = FineTune(settings, learner)
         yield Run(settings, plan, PROMPTS, method, learner, answerer, folder, watcher, cancelled), start
     finally:
         answerer.close()
         folder.close()
+
+
+def _method(
+    settings: TrainingSettings, model: "nn.Module", adapter: Adapter
+) -> "tuple[TorchLearner, Method]":
+    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
+    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+
+    if isinstance(settings, RLSettings):
+        by_policy = TorchPolicyLearner(
+            model, adapter, Descent(), objective_of(settings), temperature=settings.rollout_temperature
+        )
+        return by_policy, PolicyGradient(settings, by_policy, LABELS)
+    assert isinstance(settings, FineTuneSettings)
+    objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
+    by_entropy = TorchEntropyLearner(model, adapter, Descent(), objective)
+    return by_entropy, FineTune(settings, by_entropy)
 
 
 def run(pair: ModelPair, out: Path, watcher: Watched, *args: Any, **more: Any) -> Outcome:
@@ -106,7 +133,48 @@ def run(pair: ModelPair, out: Path, watcher: Watched, *args: Any, **more: Any) -
         return work.run(start)
 
 
-def killed(pair: ModelPair, out: Path, event: int, syncs: int) -> None:
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(one: Adapter, other: Adapter) -> None:
+    """Bit for bit."""
+    assert one.pairs.keys() == other.pairs.keys()
+    for name, pair in one.pairs.items():
+        assert np.array_equal(pair.a, other.pairs[name].a), name
+        assert np.array_equal(pair.b, other.pairs[name].b), name
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    """Two runs left the same adapter and, but for times, the same metrics."""
+    assert_equal(read_adapter(out), read_adapter(whole))
+    one, other = ([_timeless(row) for row in metrics(folder)] for folder in (out, whole))
+    assert one == other
+
+
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if "seconds" not in name}
+
+
+def kill_and_resume(pair: ModelPair, out: Path, settings: TrainingSettings, events: int) -> int:
+    """Carry a run to its end over up to ten kills, at moments drawn at random: while answering and training
+    (before so many events of the watcher), and around every write. How many kills there were."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.runs", "torch", "transformers"])
+    random = np.random.default_rng(0)
+    for attempt in range(10):
+        at = (int(random.integers(1, events)), -1) if attempt % 2 else (-1, int(random.integers(1, 16)))
+        process = context.Process(target=_killed, args=(pair, out, settings, *at))
+        process.start()
+        process.join(300)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            return attempt
+    run(pair, out, Watched(), settings, resume=(out / "run.json").exists())
+    return 10
+
+
+def _killed(pair: ModelPair, out: Path, settings: TrainingSettings, event: int, syncs: int) -> None:
     """For a process of its own: go on with the run, and die by SIGKILL at an event, or at a file's fsync."""
 
     def die() -> None:
@@ -122,4 +190,4 @@ def killed(pair: ModelPair, out: Path, event: int, syncs: int) -> None:
         real(descriptor)
 
     os.fsync = fsync
-    run(pair, out, Watched(event, die), resume=(out / "run.json").exists())
+    run(pair, out, Watched(event, die), settings, resume=(out / "run.json").exists())

@@ -1,33 +1,27 @@
 """The loop: entropy falls, runs that are killed go on bit for bit, and what goes wrong is said."""
 
-import json
-import multiprocessing
-import signal
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from emlocal.backends.learner import OutOfMemoryError
 from emlocal.errors import CancelledError, EmlocalError, UsageError
-from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import read_header
 from emlocal.training.loop import Plan, prompts_of_step
 from tests.tiny_pair import ModelPair
-from tests.training.runs import PROMPTS, SETTINGS, Watched, killed, prepared, run
-
-
-def adapter_in(out: Path) -> Adapter:
-    return read_adapter(out)
-
-
-def assert_equal(one: Adapter, other: Adapter) -> None:
-    assert one.pairs.keys() == other.pairs.keys()
-    for name, pair in one.pairs.items():
-        assert np.array_equal(pair.a, other.pairs[name].a), name
-        assert np.array_equal(pair.b, other.pairs[name].b), name
+from tests.training.runs import (
+    PROMPTS,
+    SETTINGS,
+    Watched,
+    assert_equal,
+    assert_same,
+    kill_and_resume,
+    metrics,
+    prepared,
+    run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +31,6 @@ def whole(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = run(pair, out, Watched())
     assert outcome.reason == "finished"
     return out
-
-
-def metrics(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_answers_entropy_falls(pair: ModelPair, out: Path) -> None:
@@ -62,37 +52,19 @@ def test_the_folder_is_the_adapter(pair: ModelPair, whole: Path) -> None:
 
 def test_a_second_run_is_the_same(pair: ModelPair, whole: Path, out: Path) -> None:
     run(pair, out, Watched())
-    assert_equal(adapter_in(out), adapter_in(whole))
+    assert_equal(read_adapter(out), read_adapter(whole))
 
 
 def test_micro_batches_do_not_depend_on_checkpoints(pair: ModelPair, whole: Path, out: Path) -> None:
     run(pair, out, Watched(), plan=Plan(token_budget=40, save_every=100))
-    assert_equal(adapter_in(out), adapter_in(whole))
+    assert_equal(read_adapter(out), read_adapter(whole))
 
 
 def test_killed_anywhere_and_resumed_the_weights_are_the_same(
     pair: ModelPair, whole: Path, out: Path
 ) -> None:
-    """Ten kills, at moments drawn at random: while answering, training, and around every write."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.runs", "torch", "transformers"])
-    random = np.random.default_rng(0)
-    kills = 0
-    for attempt in range(10):
-        event, syncs = (int(random.integers(1, 25)), -1) if attempt % 2 else (-1, int(random.integers(1, 16)))
-        process = context.Process(target=killed, args=(pair, out, event, syncs))
-        process.start()
-        process.join(120)
-        assert process.exitcode in (0, -signal.SIGKILL)
-        kills += process.exitcode == -signal.SIGKILL
-        if process.exitcode == 0:
-            break
-    assert kills >= 3
-    if process.exitcode:
-        run(pair, out, Watched(), resume=(out / "run.json").exists())
-    assert_equal(adapter_in(out), adapter_in(whole))
-    kept = [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(out)]
-    assert kept == [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(whole)]
+    assert kill_and_resume(pair, out, SETTINGS, events=25) >= 3
+    assert_same(out, whole)
     assert not list(out.rglob(".*.tmp"))
 
 
@@ -107,15 +79,15 @@ def test_ctrl_c_writes_a_checkpoint(pair: ModelPair, whole: Path, out: Path) -> 
         run(pair, out, Watched(20, ask), cancelled=lambda: asked)
     assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))][-1] != "step-000000"
     run(pair, out, Watched(), resume=True)
-    assert_equal(adapter_in(out), adapter_in(whole))
+    assert_equal(read_adapter(out), read_adapter(whole))
 
 
 def test_a_finished_run_resumed_ends_at_once_with_the_same(pair: ModelPair, whole: Path) -> None:
-    before = adapter_in(whole)
+    before = read_adapter(whole)
     watcher = Watched()
     assert run(pair, whole, watcher, resume=True).reason == "finished"
     assert len(watcher.rows) == 1
-    assert_equal(adapter_in(whole), before)
+    assert_equal(read_adapter(whole), before)
 
 
 def test_changed_settings_are_refused_with_their_differences(pair: ModelPair, whole: Path) -> None:
@@ -155,7 +127,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(pair: ModelPair, whol
         (warning,) = work.folder.warnings
         assert newest.name in warning
         work.run(start)
-    assert_equal(adapter_in(out), adapter_in(whole))
+    assert_equal(read_adapter(out), read_adapter(whole))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +151,7 @@ def test_a_collapse_stops_and_keeps_the_last_good_adapter(
     kept = watcher.rows[outcome.steps]
     assert kept["entropy"] == outcome.last.entropy >= settings.entropy_floor
     assert kept["kl"] <= settings.max_kl
-    assert any(p.b.any() for p in adapter_in(out).pairs.values())
+    assert any(p.b.any() for p in read_adapter(out).pairs.values())
 
 
 def test_without_memory_it_goes_on_in_smaller_batches(
@@ -222,7 +194,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
     outcome = run(pair, out, watcher)
     assert outcome.reason == "not finite"
     assert len(watcher.warnings) == 3
-    assert not any(p.b.any() for p in adapter_in(out).pairs.values())
+    assert not any(p.b.any() for p in read_adapter(out).pairs.values())
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
@@ -246,7 +218,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     assert "--resume" in caught.value.hint
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
     run(pair, out, Watched(), resume=True)
-    assert_equal(adapter_in(out), adapter_in(whole))
+    assert_equal(read_adapter(out), read_adapter(whole))
 
 
 def test_prompts_come_in_a_random_order_each_once_an_epoch() -> None:

@@ -66,7 +66,9 @@ def test_every_part_of_the_identity_counts(out: Path, change: dict[str, object],
         assert step == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", '{"format": "emlocal-finetune-9"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', "[" * 100_000, "{}", '{"format": "emlocal-finetune-9"}', "\udcff"]
+)
 def test_a_run_json_of_somebody_else(out: Path, text: str) -> None:
     out.mkdir()
     (out / "run.json").write_bytes(text.encode(errors="surrogateescape"))

@@ -2,11 +2,13 @@
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
+from emlocal.lines import MAX_LINE_BYTES
 from emlocal.training.prompts import Prompt, read_prompts
 
 UNICODE = "naïve café — 2 × 3 = 6, 日本語, 👩‍👩‍👧‍👦"
@@ -97,6 +99,27 @@ def test_a_bad_line_is_named_and_nothing_is_used(tmp_path: Path, line: str | byt
     assert says in caught.value.message
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 200
+
+
+def test_what_is_no_text_is_told_how_to_be(tmp_path: Path) -> None:
+    for name, hint in (("p.txt", "text in UTF-8"), ("p.jsonl", '{"prompt": "…"}')):
+        with pytest.raises(UsageError) as caught:
+            read_prompts(written(tmp_path, b"\xff\xfe", name))
+        assert hint in str(caught.value.hint)
+
+
+def test_a_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    with path.open("wb") as file:
+        file.truncate(3 * MAX_LINE_BYTES)  # zeros, without a newline
+        file.seek(0, 2)
+        file.write(b"\nshort\n")
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="line 1: the line has more than 67,108,864 bytes"):
+        read_prompts(str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * MAX_LINE_BYTES
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:

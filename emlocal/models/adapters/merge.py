@@ -27,12 +27,13 @@ from emlocal.models.safetensors import (
     widened,
 )
 from emlocal.models.storage import Progress, check_space, silent
+from emlocal.models.unpacked import MANIFEST
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _BLOCK_BYTES = 64 << 20  # of float32, at once
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py", ""}
-_NOT_COPIED = {"adapter_config.json", "trainer_state.json"}
+_NOT_COPIED = {"adapter_config.json", "trainer_state.json", MANIFEST}
 _PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 

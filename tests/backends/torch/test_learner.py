@@ -1,46 +1,33 @@
 """The torch learner against a loop that feeds every prefix by itself: no mask, no padding, no shift."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
 from emlocal.backends.torch.learner import TorchLearner, linear_layers
-from emlocal.backends.torch.lora import attach, base_weights, lora_layers
+from emlocal.backends.torch.lora import attach, base_weights
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.training.settings import FineTuneSettings
 from emlocal.training.start import new_adapter
-from tests.tiny_pair import ModelPair, random_adapter, write_pair
+from tests.backends.torch.naive import (
+    BATCH,
+    LENGTHS,
+    assert_gradients,
+    entropies_of,
+    gradients_of,
+    load,
+    log_p_of_prefixes,
+)
+from tests.tiny_pair import ModelPair, random_adapter
 
 SETTINGS = FineTuneSettings(rank=4, alpha=8)
-
-
-@dataclass(frozen=True)
-class Example:
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-BATCH = [Example((5, 6, 7), (8, 9, 10, 2)), Example((11,), (12,)), Example((3, 4, 5, 6, 7), (1, 20, 30))]
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    return write_pair(tmp_path_factory.mktemp("pair"), request.param)
-
-
-def load(pair: ModelPair) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=torch.float32)
-    return model
 
 
 def learner(
@@ -59,18 +46,13 @@ def by_loop(
     model = load(pair)
     model.requires_grad_(False)
     attach(model, adapter)
-    loss = torch.zeros(())
-    for example, weight in zip(BATCH, weights, strict=True):
-        for i in range(len(example.answer)):
-            prefix = torch.tensor([[*example.prompt, *example.answer[:i]]])
-            log_p = (model(prefix).logits[0, -1] / t).log_softmax(-1)
-            with torch.no_grad(), base_weights(model):
-                log_p0 = (model(prefix).logits[0, -1] / t).log_softmax(-1)
-            entropy = -(log_p.exp() * log_p).sum()
-            loss = loss + weight * (entropy + beta * (log_p.exp() * (log_p - log_p0)).sum())
+    log_p = log_p_of_prefixes(model, BATCH, t)
+    with torch.no_grad(), base_weights(model):
+        log_p0 = log_p_of_prefixes(model, BATCH, t)
+    kl = (log_p.exp() * (log_p - log_p0)).sum(-1)
+    loss = torch.tensor(weights).repeat_interleave(torch.tensor(LENGTHS)) @ (entropies_of(log_p) + beta * kl)
     loss.backward()
-    gradients = [p.grad for layer in lora_layers(model).values() for p in (layer.a, layer.b)]
-    return loss.item(), [g for g in gradients if g is not None]
+    return loss.item(), gradients_of(model)
 
 
 @pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (1.5, 1.0), (0.3, 0.5)])
@@ -84,11 +66,7 @@ def test_loss_and_gradient_are_those_of_a_loop_over_prefixes(
     loss, gradients = by_loop(pair, adapter, weights, beta, temperature)
     assert terms.tokens == 8
     assert terms.loss == pytest.approx(loss, abs=1e-5)
-    found = [p.grad for layer in lora_layers(ours.model).values() for p in (layer.a, layer.b)]
-    assert len(found) == len(gradients) == 28
-    for mine, theirs in zip(found, gradients, strict=True):
-        assert mine is not None
-        assert (mine - theirs).abs().max() <= 1e-4 * max(1e-3, float(theirs.abs().max()))
+    assert_gradients(gradients_of(ours.model), gradients)
 
 
 def test_between_gradients_a_checkpointed_model_keeps_keys_and_values(pair: ModelPair) -> None:

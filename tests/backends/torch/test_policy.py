@@ -10,10 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from emlocal.backends.torch.policy import PolicyTerms, policy_gradient_loss, token_scores
+from emlocal.backends.torch.objective import em_ft_loss
+from emlocal.backends.torch.policy import (
+    PolicyTerms,
+    policy_gradient_loss,
+    position_divergences,
+    token_scores,
+)
 from emlocal.em.entropy import entropy, log_softmax
-from emlocal.em.policy_gradient import PolicyObjective, policy_loss
+from emlocal.em.policy_gradient import PolicyObjective, policy_loss, position_divergence
 from emlocal.em.rewards import self_certainty
+from tests.backends.torch import naive
 
 M, H, V = 23, 16, 301
 OBJECTIVES = [
@@ -22,6 +29,8 @@ OBJECTIVES = [
     PolicyObjective("ppo-clip"),
     PolicyObjective("ppo-clip", clip_low=0.05, clip_high=0.3, beta=0.1),
     PolicyObjective("ppo-clip", clip_low=math.inf, clip_high=math.inf),
+    PolicyObjective("reinforce", entropy_bonus=-1.0),
+    PolicyObjective("ppo-clip", beta=0.1, entropy_bonus=0.7),
 ]
 
 
@@ -63,18 +72,16 @@ class Inputs:
 
     def naive(self, objective: PolicyObjective, pull: bool, temperature: float) -> Tensor:
         """The equations on full logits, for autograd."""
-        now, _ = self.log_p(temperature)
-        a, ratio = self.advantages.double(), (now - self.old).exp()
-        if objective.kind == "reinforce":
-            loss = -a * now
-        else:
-            held = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-            loss = -torch.minimum(ratio * a, held * a)
-        d = self.reference - now
-        loss = loss + objective.beta * (d.exp() - d - 1)
-        if pull:
-            loss = loss + self.pull * (now - self.old).abs()
-        return (self.weights * loss).sum()
+        return naive.policy_loss(
+            self.log_p(temperature)[1],
+            self.tokens,
+            self.advantages,
+            self.weights,
+            objective,
+            old=self.old,
+            reference=self.reference,
+            pull=self.pull if pull else None,
+        )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -107,6 +114,7 @@ def test_it_is_the_reference_token_by_token(objective: PolicyObjective, pull: bo
         old=given.old.numpy(),
         reference=given.reference.numpy(),
         pull=given.pull.numpy() if pull else None,
+        entropies=entropy(rows),
     )
     assert terms.loss.item() == pytest.approx(given.weights.numpy() @ reference.loss, rel=1e-5)
     assert terms.clipped.numpy().tolist() == reference.clipped.tolist()
@@ -117,7 +125,10 @@ def test_it_is_the_reference_token_by_token(objective: PolicyObjective, pull: bo
     by_logits = -np.exp(rows)
     by_logits[np.arange(M), given.tokens] += 1
     slopes = given.weights.double().numpy() * reference.slope
-    want = (slopes[:, None] * by_logits) @ given.head.double().numpy()
+    by_logits *= slopes[:, None]
+    p, bonus = np.exp(rows), objective.entropy_bonus * given.weights.double().numpy()
+    by_logits += bonus[:, None] * p * (rows + entropy(rows)[:, None])
+    want = by_logits @ given.head.double().numpy()
     assert np.abs(got.numpy() - want).max() <= 1e-5 * np.abs(want).max()
 
 
@@ -187,6 +198,58 @@ def test_micro_batches_add_up_to_the_step() -> None:
     assert (given.hidden.grad - whole).abs().max() <= 1e-6 * whole.abs().max()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("rows", [1, 7, M, 100])
+def test_the_entropy_takes_any_function_on_top_where_that_is_asked_for(temperature: float, rows: int) -> None:
+    given = Inputs()
+    found = token_scores(
+        given.hidden,
+        given.head,
+        given.tokens,
+        temperature=temperature,
+        entropy_too=True,
+        chunk_bytes=4 * V * rows,
+    )
+    (got,) = torch.autograd.grad((found.entropy.sin() + 2 * found.log_prob).sum(), given.hidden)
+    now, log_p = given.log_p(temperature)
+    (want,) = torch.autograd.grad((naive.entropies_of(log_p).sin() + 2 * now).sum(), given.hidden)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert not found.self_certainty.requires_grad
+    plain = token_scores(given.hidden, given.head, given.tokens, temperature=temperature)
+    assert (plain.entropy - found.entropy).abs().max() < 1e-5
+
+
+def test_minus_one_entropy_bonus_and_no_advantage_is_em_ft() -> None:
+    given = Inputs()
+    given.advantages.zero_()
+    (got,) = torch.autograd.grad(given.fused(PolicyObjective(entropy_bonus=-1.0)).loss, given.hidden)
+    fused = em_ft_loss(given.hidden, given.head, given.weights)
+    (want,) = torch.autograd.grad(fused.loss, given.hidden)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("rows", [1, 3, 4, 6, 1000])
+def test_divergences_are_those_of_the_reference_however_they_are_cut(temperature: float, rows: int) -> None:
+    given, lengths = Inputs(), [9, 1, 13]
+    states = torch.split(given.hidden.detach(), lengths)
+    found = position_divergences(states, given.head, temperature=temperature, chunk_bytes=4 * V * rows)
+    log_p = torch.split(given.log_p(temperature)[1].detach(), lengths)
+    for t in range(13):
+        at_t = [row[t].numpy() if t < len(row) else np.full(V, -math.log(V)) for row in log_p]
+        assert found[t].item() == pytest.approx(position_divergence(at_t), rel=1e-4)
+    assert found.shape == (13,)
+    assert found.min() > 1
+
+
+def test_divergences_hold_a_few_positions_at_a_time() -> None:
+    given = Inputs()
+    states = torch.split(given.hidden.detach(), [9, 1, 13])
+    with Watched() as seen:
+        position_divergences(states, given.head, chunk_bytes=4 * V * 6)
+    assert seen.numbers == max(6 * V, V * H)
+
+
 class Watched(TorchDispatchMode):
     """The most numbers that any tensor had that an operation gave, and how many products there were."""
 
@@ -220,6 +283,10 @@ def test_a_gradient_costs_one_product_more_and_only_where_it_is_wanted() -> None
         log_prob = token_scores(given.hidden, given.head, given.tokens, **in_fives).log_prob
         torch.autograd.backward(log_prob.sum())
     assert seen.products == 2 * chunks
+    with Watched() as seen:
+        found = token_scores(given.hidden, given.head, given.tokens, entropy_too=True, **in_fives)
+        torch.autograd.backward((found.log_prob + found.entropy).sum())
+    assert seen.products == 3 * chunks
     with Watched() as seen, torch.no_grad():
         token_scores(given.hidden, given.head, given.tokens, **in_fives)
     assert seen.products == chunks

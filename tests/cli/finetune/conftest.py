@@ -5,21 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.models.resolve import LocalModel, resolve
-from emlocal.models.unpacked import unpack
 from tests.cli.conftest import Outcome
 from tests.cli.finetune.runs import Emlocal, Finetune
 from tests.tiny_pair import ModelPair
-
-
-@pytest.fixture(scope="session")
-def folder(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a Hugging Face folder with its tokenizer."""
-    model = resolve(str(pair.gguf))
-    assert isinstance(model, LocalModel)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        return unpack(model)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from emlocal.cli.training_view import View
-from tests.cli.finetune.runs import ROW, Emlocal, Finetune, error_of, metrics
+from tests.cli.finetune.runs import ROW, Emlocal, Finetune
+from tests.cli.training import error_of, metrics, timeless
 from tests.tiny_pair import ModelPair
 
 
@@ -56,10 +57,7 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     assert resumed.code == 0
     assert f"going on after step {stop_at + 1}" in resumed.err
     assert (out / "adapter_model.safetensors").read_bytes() == weights
-    timeless = [
-        [{k: v for k, v in row.items() if "seconds" not in k} for row in r] for r in (rows, metrics(out))
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(metrics(out)) == timeless(rows)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from emlocal.models.adapters.reading import read_adapter
-from tests.cli.finetune.runs import ROW, Emlocal, Finetune, error_of, metrics
+from tests.cli.finetune.runs import ROW, Emlocal, Finetune
+from tests.cli.training import error_of, metrics
 from tests.tiny_pair import ModelPair
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from emlocal.models.adapters.reading import read_adapter
-from tests.cli.finetune.runs import Emlocal, Finetune, error_of, metrics, settings_in
+from tests.cli.finetune.runs import Emlocal, Finetune
+from tests.cli.training import error_of, metrics, settings_in
 from tests.tiny_pair import ModelPair
 
 
