@@ -49,7 +49,8 @@ def test_every_form_of_file_is_read_alike(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(values))
     columns = {name: {str(i): v[name] for i, v in enumerate(values)} for name in values[0]}
     (tmp_path / "columns.json").write_text(json.dumps(columns))
-    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "columns.json"):
+    (tmp_path / "lists.json").write_text(json.dumps({n: list(c.values()) for n, c in columns.items()}))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "columns.json", "lists.json"):
         assert list(read_rows(tmp_path / name)) == values
     assert read_rows(lines).source.startswith("a.jsonl, sha256 ")
 
@@ -62,6 +63,7 @@ def test_every_form_of_file_is_read_alike(tmp_path: Path) -> None:
         ("a.jsonl", b"{", "cannot be read"),
         ("a.jsonl", b"\xff\n", "cannot be read"),
         ("a.json", b"[1]", "no list of JSON objects"),
+        ("a.json", b'{"a": [1, 2], "b": [1]}', "cannot be read"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.csv", b"a,b", "neither JSONL nor JSON"),
     ],

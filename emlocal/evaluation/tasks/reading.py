@@ -62,7 +62,9 @@ def _lines(text: str) -> list[Row]:
 
 
 def _listed(value: Any) -> list[Row]:
-    """A list of objects; or, as some write tables, an object of columns {name: {row: value}}."""
+    """A list of objects; or, as some write tables, an object of columns: {row: value}, or lists."""
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if isinstance(value, dict) and value and all(isinstance(column, dict) for column in value.values()):
         keys = list(next(iter(value.values())))
         return [{name: column.get(key) for name, column in value.items()} for key in keys]
