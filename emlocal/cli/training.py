@@ -91,6 +91,8 @@ def carry_out(work: Work[L], asked: Asked) -> None:
         outcome = _train(work, asked, engines, method, tokens, validation)
     if not run.quiet:
         _say(outcome, engines.model_name, asked.output)
+    elif outcome.reason != "finished":
+        console.warn(f"stopped: {outcome.message}")
     if outcome.reason != "finished":
         raise typer.Exit(1)
 

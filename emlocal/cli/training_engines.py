@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -155,7 +155,7 @@ def open_engines(
         use_threads(threads)
     learner = make_learner(
         opened.model,
-        new_adapter(linear_layers(opened.model), settings),
+        replace(new_adapter(linear_layers(opened.model), settings), base_model=model.name),
         Descent(settings.weight_decay, settings.max_grad_norm),
         machine.gradient_checkpointing,
     )

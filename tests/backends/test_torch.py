@@ -235,6 +235,13 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
         Decoder(AutoModelForCausalLM.from_config(config).eval(), CPU).check()
 
 
+def test_weights_that_are_no_numbers_are_said() -> None:
+    model = random_model("llama")
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = math.nan
+    with pytest.raises(ModelError, match="LlamaForCausalLM's logits are not finite: weights"):
+        Decoder(model, CPU).check()
+
+
 def test_windows_and_contexts_of_configurations() -> None:
     assert attention_windows({}) == {"full_attention": None}
     assert attention_windows({"sliding_window": 9}) == {"sliding_attention": 9}

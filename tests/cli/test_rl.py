@@ -14,7 +14,8 @@ from emlocal.models.adapters.reading import read_adapter
 from emlocal.training import rl_settings
 from emlocal.training.rl_settings import recipes
 from tests.cli.conftest import Outcome
-from tests.cli.training import error_of, metrics, settings_in, timeless
+from tests.cli.training import error_of, settings_in
+from tests.metrics import metrics, timeless
 from tests.tiny_pair import ModelPair
 
 Emlocal = Callable[..., Outcome]
@@ -105,9 +106,7 @@ def test_several_rewards_and_all_that_holds_back(rl: RL, out: Path) -> None:
         *("--samples", "3", "--gradient-checkpointing"),
     )
     assert done.code == 0
-    assert (
-        "reward 0.1 · token + 2 · verifier + -1 · vote, advantage rloo, loss ppo-clip, β 0.001," in done.err
-    )
+    assert "reward 0.1 · token + 2 · verifier - 1 · vote, advantage rloo, loss ppo-clip, β 0.001," in done.err
     for row in metrics(out)[:-1]:
         of_each = {name: row[f"reward_{name}"] for name in ("token", "verifier", "vote")}
         total = 0.1 * of_each["token"] + 2 * of_each["verifier"] - of_each["vote"]

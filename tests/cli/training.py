@@ -1,7 +1,6 @@
 """What the tests of `emlocal finetune` and `emlocal rl` look at."""
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,3 @@ def error_of(outcome: Outcome) -> str:
 def settings_in(out: Path) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads((out / "run.json").read_text())["settings"]
     return settings
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics that two runs have in common."""
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]

@@ -1,6 +1,5 @@
 """A small run with real engines: torch trains the tiny model, llama.cpp answers with it."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -26,6 +25,7 @@ from emlocal.training.rl import PolicyGradient, objective_of
 from emlocal.training.rl_settings import RLSettings
 from emlocal.training.settings import FineTuneSettings, TrainingSettings
 from emlocal.training.start import new_adapter
+from tests.metrics import metrics, timeless
 from tests.tiny_pair import ModelPair
 
 if TYPE_CHECKING:
@@ -133,10 +133,6 @@ def run(pair: ModelPair, out: Path, watcher: Watched, *args: Any, **more: Any) -
         return work.run(start)
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_equal(one: Adapter, other: Adapter) -> None:
     """Bit for bit."""
     assert one.pairs.keys() == other.pairs.keys()
@@ -148,12 +144,7 @@ def assert_equal(one: Adapter, other: Adapter) -> None:
 def assert_same(out: Path, whole: Path) -> None:
     """Two runs left the same adapter and, but for times, the same metrics."""
     assert_equal(read_adapter(out), read_adapter(whole))
-    one, other = ([_timeless(row) for row in metrics(folder)] for folder in (out, whole))
-    assert one == other
-
-
-def _timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if "seconds" not in name}
+    assert timeless(metrics(out)) == timeless(metrics(whole))
 
 
 def kill_and_resume(pair: ModelPair, out: Path, settings: TrainingSettings, events: int) -> int:

@@ -10,6 +10,7 @@ from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import read_header
 from emlocal.training.loop import Plan, prompts_of_step
+from tests.metrics import metrics
 from tests.tiny_pair import ModelPair
 from tests.training.runs import (
     PROMPTS,
@@ -18,7 +19,6 @@ from tests.training.runs import (
     assert_equal,
     assert_same,
     kill_and_resume,
-    metrics,
     prepared,
     run,
 )

@@ -140,6 +140,10 @@ class Decoder:
                 " keep keys and values"
             )
         assert got is not None
+        if not expected.isfinite().all():
+            raise ModelError(
+                f"{architecture}'s logits are not finite: weights of this model are damaged", "get it again"
+            )
         far = float((got[0] - expected).square().mean().sqrt() / expected.std())
         if not far < _UNLIKE:
             raise ModelError(

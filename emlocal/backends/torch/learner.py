@@ -46,6 +46,7 @@ class TorchLearner(Learner):
         self._descent = descent
         model.requires_grad_(False)
         attach(model, adapter)
+        self._base_model = adapter.base_model
         self._layers = lora_layers(model)
         self._body = model.get_submodule("model")
         self._head = _head(model, self._body)
@@ -148,7 +149,7 @@ class TorchLearner(Learner):
                 parameter.grad = part.view_as(parameter)
 
     def adapter(self) -> Adapter:
-        return Adapter({name: layer.pair() for name, layer in self._layers.items()})
+        return Adapter({name: layer.pair() for name, layer in self._layers.items()}, self._base_model)
 
     def put(self, adapter: Adapter) -> None:
         with torch.no_grad():

@@ -10,7 +10,8 @@ import pytest
 
 from emlocal.cli.training_view import View
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
-from tests.cli.training import error_of, metrics, timeless
+from tests.cli.training import error_of
+from tests.metrics import metrics, timeless
 from tests.tiny_pair import ModelPair
 
 

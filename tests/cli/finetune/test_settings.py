@@ -7,7 +7,8 @@ import pytest
 
 from emlocal.models.adapters.reading import read_adapter
 from tests.cli.finetune.runs import Emlocal, Finetune
-from tests.cli.training import error_of, metrics, settings_in
+from tests.cli.training import error_of, settings_in
+from tests.metrics import metrics
 from tests.tiny_pair import ModelPair
 
 
