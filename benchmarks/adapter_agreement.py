@@ -17,8 +17,8 @@ from common import circumstances, say
 TOKENS = 48
 
 
-def dequantized(source: Path, target: Path) -> None:
-    """The same GGUF file with all tensors in float32."""
+def dequantized(source: Path, target: Path, rounded: type | None = None) -> None:
+    """The same GGUF file with all tensors in float32; quantized ones rounded to a format on the way."""
     import gguf
     import numpy as np
 
@@ -33,6 +33,8 @@ def dequantized(source: Path, target: Path) -> None:
         writer.add_key_value(name, field.contents(), kind, inner)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if rounded is not None and tensor.tensor_type > gguf.GGMLQuantizationType.F16:
+            values = values.astype(rounded)
         writer.add_tensor(tensor.name, np.ascontiguousarray(values, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

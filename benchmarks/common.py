@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ def circumstances() -> dict[str, Any]:
     from emlocal.diagnosis import machine
 
     dirty = _git("status", "--porcelain", "--untracked-files=no")
-    packages = ("numpy", "llama-cpp-python", "typer", "rich")
+    packages = ("numpy", "llama-cpp-python", "mlx", "mlx-lm", "typer", "rich")
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if dirty else ""),
         "machine": machine.describe(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages if any(distributions(name=name))},
     }
 
 

@@ -1,4 +1,4 @@
-"""Accuracy on GSM8K before and after EM-FT: the same questions, the same draws, with and without the adapter.
+"""Accuracy on GSM8K before and after training: the same questions and draws, with and without the adapter.
 
 One answer a question at temperature 1, and one greedy; the answer is what the last \\boxed holds, else the
 last number. Prints accuracies with Wilson intervals (95 %), and the difference with a paired bootstrap.
@@ -118,7 +118,7 @@ def main() -> None:
             low, high = wilson(right, n)
             tokens = sum(row["tokens"] for row in rows)
             print(
-                f"| {temperature:g} | {'EM-FT' if adapter else 'none'} | {n} | {right / n:.1%}"
+                f"| {temperature:g} | {adapter.name if adapter else 'none'} | {n} | {right / n:.1%}"
                 f" | {low:.1%}-{high:.1%} | {sum(row['entropy'] for row in rows) / tokens:.3f}"
                 f" | {tokens / n:.0f} | {sum(row['ended'] for row in rows) / n:.0%}"
                 f" | {sum(row['repetition'] for row in rows) / n:.1%} |",

@@ -23,6 +23,7 @@ HEAVY = {*ENGINES, "huggingface_hub"}
 BELOW = {
     "cli": {"batch", "chat", "training", "evaluation", "generation", "sampling", "em", "backends", "models"},
     "chat": {"generation", "sampling", "em", "backends", "models"},
+    "evaluation": {"batch", "generation", "sampling", "em", "backends", "models"},
     "training": {"generation", "sampling", "em", "backends", "models"},
     "generation": {"sampling", "em", "backends", "models"},
     "backends": {"sampling", "em", "models"},
@@ -65,6 +66,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.cli.app; emlocal.cli.app.run(['adapter', '--help'])", HEAVY | {"numpy", "gguf"}),
         ("import emlocal.models.adapters.reading", HEAVY | {"gguf", "safetensors"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['finetune', '--help'])", HEAVY | {"numpy", "jinja2"}),
+        ("import emlocal.cli.app; emlocal.cli.app.run(['eval', '--help'])", HEAVY | {"numpy", "matplotlib"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['--version'])", HEAVY | {"numpy", "jinja2"}),
     ],
 )

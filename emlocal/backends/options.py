@@ -17,12 +17,12 @@ class LoadOptions:
     """The most sequences held at once."""
     shared: bool = True
     """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
-    their number times the memory, and decoding many at once is faster (docs/decisions.md). In torch each has
-    that room in any case; it is taken at once where it is not shared, else as it is needed."""
+    their number times the memory, and decoding many at once is faster (docs/decisions.md). In torch and mlx
+    each has that room in any case; it is taken at once where it is not shared, else as it is needed."""
     threads: int | None = None
-    """None: one per physical core."""
+    """None: one per physical core. MLX chooses for itself."""
     kv_type: KVType | None = None
-    """None: f16 in llama.cpp, the model's own in torch."""
+    """None: f16 in llama.cpp, the model's own in torch and mlx."""
     adapters: tuple[tuple[Path, float], ...] = ()
     """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
 

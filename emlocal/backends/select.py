@@ -30,6 +30,12 @@ def has_torch() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
 
 
+def has_mlx() -> bool:
+    """Whether the mlx engine's packages are installed; they are not imported."""
+    names = ("mlx", "mlx_lm", "tokenizers")
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
 def has_cuda() -> bool:
     """Whether there is an NVIDIA device and a torch built for it, by files: an import takes 1 s."""
     spec = importlib.util.find_spec("torch")
@@ -55,21 +61,35 @@ def select_backend(asked: str = "auto", model: str | None = None) -> tuple[str, 
     if asked == "torch":
         _check_torch("the torch engine needs torch and transformers, which are not installed")
         return "torch", "asked for"
+    if asked == "mlx":
+        _check_mlx()
+        return "mlx", "asked for"
     if asked != "auto":
         raise UsageError(
-            f"this version of emlocal has no {asked} engine yet", "use --backend llama.cpp, or leave it out"
+            f"there is no engine {asked}", "use --backend llama.cpp, torch or mlx, or leave it out"
         )
+    if on_apple_silicon() and has_mlx():
+        return "mlx", "this is Apple Silicon"
     if model is not None and is_safetensors_folder(model):
         _check_torch(
             f"{model} is a model in safetensors, which the torch engine runs; torch and transformers are not"
             " installed"
         )
         return "torch", "for a model in safetensors"
-    if on_apple_silicon():
-        return "llama.cpp", "the mlx engine is not in this version yet"
     if has_torch() and has_cuda():
         return "torch", "there is a CUDA device"
     return "llama.cpp", "the engine for any CPU"
+
+
+def _check_mlx() -> None:
+    """Raise BackendError, with what to do, where the mlx engine cannot run."""
+    if sys.platform == "win32" or (sys.platform == "darwin" and not on_apple_silicon()):
+        where = "Windows" if sys.platform == "win32" else "Macs with Intel processors"
+        raise BackendError(f"MLX does not run on {where}", "use --backend llama.cpp, or leave it out")
+    if not has_mlx():
+        raise BackendError(
+            "the mlx engine needs mlx-lm, which is not installed", "pip install 'emlocal[mlx]'"
+        )
 
 
 def _check_torch(missing: str) -> None:
@@ -98,7 +118,7 @@ def bare_loop(backend: "Backend") -> Callable[[int, int, int], list[float]] | No
 
 def formats_of(name: str) -> tuple[Format, ...]:
     """The formats of models that an engine runs, the one it likes best first."""
-    return ("safetensors", "gguf") if name == "torch" else ("gguf",)
+    return ("gguf",) if name == "llama.cpp" else ("safetensors", "gguf")
 
 
 def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Terms:
@@ -107,12 +127,17 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
         from emlocal.backends.torch.device import memory_terms as on_device
 
         return on_device(header)
+    if name == "mlx":
+        from emlocal.backends.mlx.place import memory_terms as on_mlx
+
+        return on_mlx(header)
     return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
 
 
 def rooms(name: str, sequences: int, shared: bool) -> int:
-    """For how many whole contexts there must be memory: torch's sequences share none (LoadOptions.shared)."""
-    return 1 if shared and name != "torch" else sequences
+    """For how many whole contexts there must be memory: sequences of torch and mlx share none
+    (LoadOptions.shared)."""
+    return 1 if shared and name == "llama.cpp" else sequences
 
 
 def load_backend(
@@ -135,12 +160,20 @@ def load_backend(
 
             meanwhile()
             return LlamaCppBackend(model, options, loading)
-    if name == "torch":
-        from emlocal.backends.torch.opening import open_folder
-        from emlocal.models.unpacked import unpack
+    if name not in ("torch", "mlx"):
+        raise UsageError(f"there is no engine called {name}")
+    from emlocal.models.unpacked import unpack
 
-        if isinstance(model, FolderModel):
-            return open_folder(model.path, options, name=model.header.name)
-        shown = model.path.name if model.source == "path" else model.name
-        return open_folder(unpack(model, progress), options, name=shown, base=model.header)
-    raise UsageError(f"there is no engine called {name}")
+    open_folder: Callable[..., Backend]
+    if name == "torch":
+        from emlocal.backends.torch.opening import open_folder as open_in_torch
+
+        open_folder = open_in_torch
+    else:
+        from emlocal.backends.mlx.opening import open_folder as open_in_mlx
+
+        open_folder = open_in_mlx
+    if isinstance(model, FolderModel):
+        return open_folder(model.path, options, name=model.header.name)
+    shown = model.path.name if model.source == "path" else model.name
+    return open_folder(unpack(model, progress), options, name=shown, base=model.header)

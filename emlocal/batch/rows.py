@@ -28,6 +28,8 @@ class Answered:
     vote: Vote | None
     extra: Mapping[str, Any]
     """Fields of the line that are carried through."""
+    entropies: bool = False
+    """Whether emlocal's row has the entropy of each token."""
 
     @property
     def completions(self) -> Sequence[Completion]:
@@ -65,6 +67,11 @@ def own_row(answered: Answered) -> Row:
         row["samples"] = [_sample(c) for c in answered.completions]
     if len(rounds) > 1:
         row["rounds"] = [done.completions[0].text for done in rounds]
+    if answered.entropies:
+        row["entropies"] = {
+            "before": [round(draw.entropy_before, 3) for draw in chosen.draws],
+            "after": [round(draw.entropy_after, 3) for draw in chosen.draws],
+        }
     if answered.extra:
         row["kept"] = dict(answered.extra)
     return row | {"key": answered.key}

@@ -40,6 +40,8 @@ class BatchSettings:
     keep: bool = False
     openai: bool = False
     ordered: bool = False
+    entropies: bool = False
+    """Rows have the entropy of each token of the answer, nats."""
     fingerprint: str = ""
     """What else makes two runs different: model, adapters."""
 
@@ -219,6 +221,7 @@ class Batch:
             task.rounds,
             settings.method.pick([c.text for c in completions]),
             task.extra,
+            settings.entropies,
         )
         self.tally.answered += 1
         self.tally.cut_off += answered.chosen.finish_reason in ("length", "context")

@@ -11,7 +11,7 @@ from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.models.gguf_header import GGUFHeader, shown
 from emlocal.models.resolve import LocalModel, resolve
-from emlocal.models.storage import human_size
+from emlocal.models.storage import Progress, human_size
 from emlocal.words import counted
 
 if TYPE_CHECKING:
@@ -110,21 +110,27 @@ def merge(
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.reading import read_adapter
-    from emlocal.models.unpacked import unpack
 
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name, or remove it first")
     path, scale = adapter_and_scale(adapter)
     with console.progress() as progress:
-        found = resolve(model, formats=("safetensors", "gguf"), progress=progress)
-        if isinstance(found, LocalModel):
-            read, opened = read_adapter(path, found.header), open_model(unpack(found, progress))
-        else:
-            read, opened = read_adapter(path), open_model(found.path)
+        folder, header = _as_folder(model, progress)
+        read, opened = read_adapter(path, header), open_model(folder)
         merge_into(read, scale, opened, out, progress)
     console.err().print(
         f"{out}: {human_size(opened.bytes)}, {counted(len(read.pairs), 'layer')} changed", markup=False
     )
+
+
+def _as_folder(model: str, progress: Progress) -> tuple[Path, GGUFHeader | None]:
+    """The model as a folder of safetensors, and its header where it is a GGUF model, which is unpacked."""
+    from emlocal.models.unpacked import unpack
+
+    if _is_folder_model(model):  # of any kind: nothing runs it here
+        return Path(model), None
+    found = resolve(model, formats=("safetensors", "gguf"), progress=progress)
+    return (unpack(found, progress), found.header) if isinstance(found, LocalModel) else (found.path, None)
 
 
 def _write_gguf(adapter: "Adapter", out: Path, base: GGUFHeader | None) -> None:
@@ -135,7 +141,13 @@ def _write_gguf(adapter: "Adapter", out: Path, base: GGUFHeader | None) -> None:
     if out.is_dir():
         raise UsageError(f"{out} is a folder; a GGUF adapter is a file", "choose a name that ends in .gguf")
     if out.exists():
-        read_adapter_pairs(out)  # --force replaces adapters, not models
+        try:
+            read_adapter_pairs(out)
+        except ModelError as why:
+            raise UsageError(
+                f"{out} is no GGUF adapter, and --force replaces nothing else: {why.message}",
+                "choose another name",
+            ) from why
     write_gguf(adapter, out, base)
 
 

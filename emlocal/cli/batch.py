@@ -1,6 +1,5 @@
 """`emlocal batch`: a file of prompts in, a file of completions out."""
 
-import hashlib
 import json
 import os
 import stat
@@ -17,9 +16,9 @@ import typer
 from emlocal import console
 from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.cli.running import choose_parallel, identity_of
 from emlocal.errors import CancelledError, UsageError
 from emlocal.models.storage import human_size
-from emlocal.settings import SamplingParams, describe_em, settings_of
 from emlocal.words import counted
 
 if TYPE_CHECKING:
@@ -27,10 +26,7 @@ if TYPE_CHECKING:
     from emlocal.batch.run import Batch, BatchSettings
     from emlocal.cli.engine import Opened
     from emlocal.cli.precedence import Config
-    from emlocal.generation.parallel import Speed
     from emlocal.methods.method import Method
-
-_END_BYTES = 1 << 20  # of a model file, from either end
 
 
 @with_options
@@ -63,7 +59,7 @@ def batch(
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, (sampling, em, config), method, run)
-        identity = _identity(settings, model)
+        identity = identity_of(settings, model)
         settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
             code = _dry_run(model, source, settings, run)
@@ -148,72 +144,15 @@ def _settings(
     )
 
 
-def _identity(settings: "BatchSettings", model: "Opened") -> dict[str, object]:
-    """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
-    from emlocal.models.adapters.reading import adapter_files
-
-    plan = settings.plan
-    method = settings.method
-    return {
-        "model": _fingerprint(*model.model.files),
-        "adapters": [[_fingerprint(*adapter_files(path)), scale] for path, scale in model.adapters],
-        "method": method.name,
-        "rounds": method.revisions,
-        "extract": method.extraction,
-        "extract-pattern": method.pattern,
-        "system": settings.system,
-        "raw": settings.raw,
-        "keep": settings.keep,
-        "format": "openai" if settings.openai else "emlocal",
-        "context": model.backend.context,
-        "samples": plan.samples,
-        "seed": plan.seed,
-        "max-tokens": plan.max_tokens,
-        "stop": list(plan.stop),
-        "em": describe_em(plan.params.em),
-        "sampling": {name: vars(plan.params)[name] for name in settings_of(SamplingParams)},
-        "logit-bias": [list(pair) for pair in plan.params.logit_bias],
-    }
-
-
-def _fingerprint(*files: Path) -> str:
-    """A file's name, size, and a digest of its ends: enough to tell models apart, at once."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for path in files:
-        with path.open("rb") as file:
-            hashed.update(file.read(_END_BYTES))
-            file.seek(-min(_END_BYTES, path.stat().st_size), os.SEEK_END)
-            hashed.update(file.read())
-    return f"{files[0].name}, {sum(f.stat().st_size for f in files):,} bytes, {hashed.hexdigest()}"
-
-
-def _speed(model: "Opened", run: RunOptions, answers: int | None) -> "Speed":
-    """How many sequences at once, for so many answers at most, and how fast they are."""
-    from emlocal.cli.engine import MOST_PARALLEL
-    from emlocal.generation import parallel
-    from emlocal.generation.parallel import Speed
-
-    most = run.parallel or MOST_PARALLEL
-    if answers is not None:
-        most = max(1, min(most, answers))
-    with console.progress(run.quiet) as progress:
-        progress("measuring how many sequences to run at once", 0, None)
-        speeds = parallel.measure(model.backend, most)
-    chosen = most if run.parallel else parallel.best(speeds)
-    speed = min(speeds, key=lambda s: abs(s.sequences - chosen))
-    if not run.quiet:
-        why = "as asked" if run.parallel else "the fewest that are nearly the fastest"
-        console.note(f"{counted(chosen, 'sequence')} at once, {why}: {speed.tokens_per_second:.0f} tok/s")
-    return Speed(chosen, speed.tokens_per_second)
-
-
 def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: RunOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
 
     lines = _count_lines(source)
-    speed = _speed(model, run, None if lines is None else lines * settings.plan.samples)
+    speed = choose_parallel(
+        model, run.parallel, None if lines is None else lines * settings.plan.samples, quiet=run.quiet
+    )
     with console.counting(None) as show:
         found = survey(
             model.backend,
@@ -276,7 +215,7 @@ def _run(
     with ExitStack() as opened:
         total = _count_lines(source)
         left = None if total is None else (total - (journal.rows if journal else 0)) * settings.plan.samples
-        parallel = run.parallel or _speed(model, run, left).sequences
+        parallel = run.parallel or choose_parallel(model, None, left, quiet=run.quiet).sequences
         batch = Batch(
             model.backend,
             read_lines(source),

@@ -131,7 +131,7 @@ def _adapter(text: str, model: Model, engine: str) -> tuple[Path, float]:
     from emlocal.models.adapters.reading import as_gguf, read_adapter
 
     path, scale = adapter_and_scale(text)
-    if engine == "torch":
+    if engine != "llama.cpp":
         read_adapter(path, None if isinstance(model, FolderModel) else model.header)
         return path, scale
     assert not isinstance(model, FolderModel)

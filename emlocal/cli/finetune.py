@@ -19,11 +19,9 @@ from emlocal.errors import UsageError
 from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from emlocal.backends.learner import Descent
-    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
+    from emlocal.backends.learner import Descent, EntropyLearner
     from emlocal.cli.training import Work
+    from emlocal.cli.training_engines import Opened
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.training.prompts import Prompt
     from emlocal.training.settings import FineTuneSettings
@@ -55,7 +53,7 @@ def finetune(
     carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
 
 
-def _work(settings: "FineTuneSettings", recipe: Recipe) -> "Work[TorchEntropyLearner]":
+def _work(settings: "FineTuneSettings", recipe: Recipe) -> "Work[EntropyLearner]":
     from emlocal.backends.learner import EntropyObjective
     from emlocal.cli import training_view as view
     from emlocal.cli.training import Work
@@ -68,12 +66,16 @@ def _work(settings: "FineTuneSettings", recipe: Recipe) -> "Work[TorchEntropyLea
             )
 
     def learner(
-        model: "nn.Module", adapter: "Adapter", descent: "Descent", checkpointing: bool
-    ) -> "TorchEntropyLearner":
+        opened: "Opened", adapter: "Adapter", descent: "Descent", checkpointing: bool
+    ) -> "EntropyLearner":
+        objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
+        if opened.engine == "mlx":
+            from emlocal.backends.mlx.learner import MLXEntropyLearner
+
+            return MLXEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
         from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
 
-        objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
-        return TorchEntropyLearner(model, adapter, descent, objective, checkpointing=checkpointing)
+        return TorchEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
 
     def told(prompts: int) -> Sequence[str]:
         s = settings
@@ -84,4 +86,13 @@ def _work(settings: "FineTuneSettings", recipe: Recipe) -> "Work[TorchEntropyLea
         )
 
     columns = (view.ENTROPY, view.KL, view.LENGTH, view.ENDED, view.REPETITION, view.GRADIENT, view.SECONDS)
-    return Work("finetune", settings, check, learner, lambda made, _: FineTune(settings, made), told, columns)
+    return Work(
+        "finetune",
+        settings,
+        check,
+        learner,
+        lambda made, _: FineTune(settings, made),
+        told,
+        columns,
+        ("torch", "mlx"),
+    )

@@ -21,11 +21,10 @@ from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
 from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from emlocal.backends.learner import Descent
     from emlocal.backends.torch.policy_learner import TorchPolicyLearner
     from emlocal.cli.training import Work
+    from emlocal.cli.training_engines import Opened
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.training.prompts import Prompt
     from emlocal.training.rl import PolicyGradient
@@ -101,12 +100,13 @@ def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]
             check_answers(prompts, "the reward verifier")
 
     def learner(
-        model: "nn.Module", adapter: "Adapter", descent: "Descent", checkpointing: bool
+        opened: "Opened", adapter: "Adapter", descent: "Descent", checkpointing: bool
     ) -> "TorchPolicyLearner":
         from emlocal.backends.torch.policy_learner import TorchPolicyLearner
 
+        assert opened.engine == "torch"
         return TorchPolicyLearner(
-            model,
+            opened.model,
             adapter,
             descent,
             objective_of(settings),

@@ -13,7 +13,7 @@ import typer
 
 from emlocal import __version__, console
 from emlocal.backends.processes import Processes
-from emlocal.cli.training_engines import Engines, L, MakeLearner, open_engines
+from emlocal.cli.training_engines import Engines, L, MakeLearner, choose_trainer, open_engines
 from emlocal.cli.training_options import AnswerOptions, MachineOptions, RunOptions
 from emlocal.cli.training_validation import Validation, check_answers
 from emlocal.cli.training_view import Column, View
@@ -54,6 +54,8 @@ class Work(Generic[L]):
     told: Callable[[int], Sequence[str]]
     """Of the settings, before it begins; takes how many prompts there are."""
     columns: tuple[Column, ...]
+    engines: tuple[str, ...] = ("torch",)
+    """That can be trained."""
 
 
 def carry_out(work: Work[L], asked: Asked) -> None:
@@ -62,7 +64,8 @@ def carry_out(work: Work[L], asked: Asked) -> None:
     Raises what any part of it raises, and Exit(1) for a run that stopped by itself.
     """
     _check(asked)
-    processes = _processes(asked.machine.device)
+    trainer = choose_trainer(asked.machine.backend, work.engines)
+    processes = _processes(asked.machine.device, trainer)
     if processes.rank > 0:
         console.hush()
     run, answers, machine = asked.run, asked.answers, asked.machine
@@ -76,7 +79,9 @@ def carry_out(work: Work[L], asked: Asked) -> None:
     work.check(prompts)
     validation = read_prompts(run.validate) if run.validate else []
     check_answers(validation, "--validate")
-    opening = open_engines(asked.model, work.settings, answers, machine, work.make_learner, quiet=run.quiet)
+    opening = open_engines(
+        asked.model, work.settings, answers, machine, work.make_learner, trainer, quiet=run.quiet
+    )
     with opening as engines:
         engines.learner.processes = processes
         examples = engines.encoded(prompts, answers.system)
@@ -91,14 +96,18 @@ def carry_out(work: Work[L], asked: Asked) -> None:
         outcome = _train(work, asked, engines, method, tokens, validation)
     if not run.quiet:
         _say(outcome, engines.model_name, asked.output)
+    elif outcome.reason != "finished":
+        console.warn(f"stopped: {outcome.message}")
     if outcome.reason != "finished":
         raise typer.Exit(1)
 
 
-def _processes(device: str) -> Processes:
+def _processes(device: str, trainer: str) -> Processes:
     """Those that `accelerate launch` started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes()
+    if trainer != "torch":
+        raise UsageError(f"several processes cannot train on {trainer}", "use --backend torch")
     try:
         from emlocal.backends.torch.processes import AcceleratedProcesses
     except ImportError as why:

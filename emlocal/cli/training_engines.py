@@ -3,18 +3,17 @@
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
 
 from emlocal import console
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.cpu import physical_cores
-from emlocal.backends.learner import Descent
-from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.learner import Descent, Learner
 from emlocal.backends.select import select_backend
-from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
+from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts, Trainer
 from emlocal.errors import ContextFullError, ModelError, UsageError
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
@@ -28,14 +27,14 @@ from emlocal.training.start import new_adapter
 from emlocal.words import counted
 
 if TYPE_CHECKING:
-    from torch import nn
+    from emlocal.backends.mlx.opening import Opened as OpenedInMLX
+    from emlocal.backends.torch.opening import Opened as OpenedInTorch
 
-    from emlocal.backends.torch.learner import TorchLearner
-    from emlocal.backends.torch.opening import Opened
-
-L = TypeVar("L", bound="TorchLearner")
-MakeLearner = Callable[["nn.Module", Adapter, Descent, bool], L]
+L = TypeVar("L", bound=Learner)
+Opened = Union["OpenedInTorch", "OpenedInMLX"]
+MakeLearner = Callable[[Opened, Adapter, Descent, bool], L]
 """Takes the model, the adapter to begin with, and whether to compute activations twice."""
+_PACKAGES = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx-lm")}
 
 PARALLEL = 16
 """Answers at once, where nobody says."""
@@ -49,6 +48,8 @@ class Engines(Generic[L]):
 
     model: Model
     settings: TrainingSettings
+    trainer: str
+    """torch or mlx."""
     threads: int
     place: str
     learner: L
@@ -64,7 +65,7 @@ class Engines(Generic[L]):
         name = Path(self.model.name).name if self.model.source == "path" else self.model.name
         layers = counted(len(self.learner.adapter().pairs), "layer")
         return (
-            f"{name}, trained on torch, {self.place}",
+            f"{name}, trained on {self.trainer}, {self.place}",
             f"LoRA of {self.learner.parameters:,} parameters in {layers}",
             f"answers by {self.answerer.backend.name}, {self.answerer.parallel} at once,"
             f" {counted(self.threads, 'thread')}",
@@ -120,7 +121,7 @@ class Engines(Generic[L]):
 
     def versions(self) -> dict[str, str]:
         """Of the packages that compute."""
-        names = ["torch", "transformers"]
+        names = [*_PACKAGES[self.trainer]]
         if self.answerer.backend.name == "llama.cpp":
             names.append("llama-cpp-python")
         return {"python": platform.python_version(), **{name: version(name) for name in names}}
@@ -133,29 +134,26 @@ def open_engines(
     answers: AnswerOptions,
     machine: MachineOptions,
     make_learner: MakeLearner[L],
+    trainer: str,
     *,
     quiet: bool,
 ) -> Iterator[Engines[L]]:
     """Resolve and load the model, once for training and once for answering where that is faster.
 
-    Raises ModelError for a model that cannot be trained, BackendError where torch is missing.
+    `trainer`: see `choose_trainer`. Raises ModelError for a model that cannot be trained.
     """
-    select_backend("torch")  # which says what to install where it is missing
+    _check_rollouts(answers.rollouts, trainer)
     with console.progress(quiet) as progress:
         model = resolve(name, formats=("safetensors", "gguf"), offline=machine.offline, progress=progress)
         context = _context(model, settings, machine.context)
         _check_model(model, answers.rollouts)
         folder = unpack(model, progress) if isinstance(model, LocalModel) else model.path
-        progress("loading torch", 0, None)
-        from emlocal.backends.torch.learner import linear_layers, use_threads
-        from emlocal.backends.torch.opening import open_model
-
+        progress(f"loading {trainer}", 0, None)
         threads = machine.threads or physical_cores()
-        opened = open_model(folder, name=model.name, device=machine.device, dtype=str(machine.dtype))
-        use_threads(threads)
+        opened, layers = _open(trainer, folder, model.name, machine, threads)
     learner = make_learner(
-        opened.model,
-        new_adapter(linear_layers(opened.model), settings),
+        opened,
+        replace(new_adapter(layers, settings), base_model=model.name),
         Descent(settings.weight_decay, settings.max_grad_norm),
         machine.gradient_checkpointing,
     )
@@ -168,9 +166,52 @@ def open_engines(
     )
     answerer = _answerer(model, opened, options, answers.rollouts, parallel)
     try:
-        yield Engines(model, settings, threads, opened.place.describe(), learner, answerer)
+        yield Engines(model, settings, trainer, threads, opened.place.describe(), learner, answerer)
     finally:
         answerer.close()
+
+
+def choose_trainer(asked: Trainer, known: Sequence[str]) -> str:
+    """The engine that is trained, torch or mlx: what was asked for, or what fits this machine.
+
+    `known`: those that the method can be trained on. Raises UsageError for another one, BackendError for one
+    that is not installed.
+    """
+    if asked is Trainer.auto:
+        chosen = "mlx" if "mlx" in known and select_backend()[0] == "mlx" else "torch"
+    else:
+        chosen = str(asked)
+    if chosen not in known:
+        raise UsageError(f"this is not for the {chosen} engine yet", f"use --backend {known[0]}")
+    select_backend(chosen)  # which says what to install where it is missing
+    return chosen
+
+
+def _check_rollouts(asked: Rollouts, trainer: str) -> None:
+    if asked not in (Rollouts.auto, Rollouts.llama_cpp) and str(asked) != trainer:
+        raise UsageError(
+            f"--rollouts is {asked}, and {trainer} is trained: the answers are given by that or by llama.cpp",
+            f"use --rollouts {trainer}, or leave it out",
+        )
+
+
+def _open(
+    trainer: str, folder: Path, name: str, machine: MachineOptions, threads: int
+) -> tuple[Opened, dict[str, tuple[int, int]]]:
+    """The model, and (out, in) of its linear layers by name."""
+    options = {"name": name, "device": machine.device, "dtype": str(machine.dtype)}
+    if trainer == "mlx":
+        from emlocal.backends.mlx.lora import linear_layers as layers_in_mlx
+        from emlocal.backends.mlx.opening import open_model as open_in_mlx
+
+        in_mlx = open_in_mlx(folder, **options)
+        return in_mlx, layers_in_mlx(in_mlx.model)
+    from emlocal.backends.torch.learner import linear_layers, use_threads
+    from emlocal.backends.torch.opening import open_model
+
+    opened = open_model(folder, **options)
+    use_threads(threads)
+    return opened, linear_layers(opened.model)
 
 
 def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int:
@@ -206,12 +247,13 @@ def _leaves(most: int) -> str:
 
 
 def _answerer(
-    model: Model, opened: "Opened", options: LoadOptions, asked: Rollouts, parallel: int
+    model: Model, opened: Opened, options: LoadOptions, asked: Rollouts, parallel: int
 ) -> LlamaCppModel | SameModel:
     """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
-    on_cpu = opened.place.device.type == "cpu"
-    wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and on_cpu)
+    wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and opened.place.on_cpu)
     if wanted and isinstance(model, LocalModel):
+        from emlocal.backends.llama_cpp import LlamaCppBackend
+
         return LlamaCppModel(LlamaCppBackend(model, options), model.header, parallel)
     return SameModel(opened.backend(options), parallel)
 

@@ -43,7 +43,14 @@ ModelName = Annotated[
 class Rollouts(StrEnum):
     auto = "auto"
     torch = "torch"
+    mlx = "mlx"
     llama_cpp = "llama.cpp"
+
+
+class Trainer(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    mlx = "mlx"
 
 
 class ScheduleChoice(StrEnum):
@@ -125,8 +132,12 @@ class AnswerOptions:
 class MachineOptions:
     """Where and in which format."""
 
+    backend: Annotated[
+        Trainer, flag(MACHINE, "--backend", help="Engine that is trained. (default: auto)")
+    ] = Trainer.auto
     device: Annotated[
-        str, flag(MACHINE, "--device", help="cpu, cuda, cuda:1 … (default: auto)", metavar="NAME")
+        str,
+        flag(MACHINE, "--device", help="cpu, cuda, cuda:1 …, gpu for mlx. (default: auto)", metavar="NAME"),
     ] = "auto"
     dtype: Annotated[Dtype, flag(MACHINE, "--dtype", help="Of the frozen weights. (default: auto)")] = (
         Dtype.auto

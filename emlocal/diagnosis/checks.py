@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import emlocal
+from emlocal.backends.select import select_backend
 from emlocal.diagnosis import install, machine
 from emlocal.models.storage import human_size, nearest
 from emlocal.words import counted
@@ -129,8 +130,27 @@ def sampler() -> Finding:
     return Finding("sampler", "warn", text, (*install.compiler_lines(), again), said)
 
 
-def llama_cpp() -> Finding:
-    """The llama.cpp engine."""
+def engines() -> Iterator[Finding]:
+    """The engine that this machine uses by itself is tried; the others are there or not, and not imported."""
+    chosen, _ = select_backend()
+    yield llama_cpp(needed=chosen != "mlx")
+    yield mlx() if chosen == "mlx" else _other_engine("mlx", "mlx-lm")
+    yield _other_engine("torch", "torch")
+
+
+def mlx() -> Finding:
+    """The mlx engine."""
+    said = probe("mlx_lm", "__import__('mlx.core').core.default_device()")
+    if "why" not in said:
+        return Finding("mlx", "ok", f"mlx-lm {said['version']}; {said['info']}", facts=said)
+    line = f"{' '.join(install.installer())} --force-reinstall mlx mlx-lm"
+    return Finding("mlx", "fail", f"cannot be loaded: {said['why']}", (line,), said)
+
+
+def llama_cpp(*, needed: bool) -> Finding:
+    """The llama.cpp engine; where it is not needed, it may be missing."""
+    if not needed and importlib.util.find_spec("llama_cpp") is None:
+        return _other_engine("llama.cpp", "llama-cpp-python")
     said = probe("llama_cpp", "module.llama_print_system_info().decode()")
     if "why" in said:
         return Finding("llama.cpp", "fail", f"cannot be loaded: {said['why']}", _mend(said["why"]), said)
@@ -199,22 +219,15 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in parts)
 
 
-def other_engines() -> Iterator[Finding]:
-    """The engines beside llama.cpp: whether they are there, without importing them."""
-    for name, package in (("mlx", "mlx_lm"), ("torch", "torch")):
-        there = importlib.util.find_spec(package) is not None
-        version = importlib.metadata.version(package.replace("_", "-")) if there else None
-        ours = name == "torch"
-        if ours:
-            text = (
-                f"torch {version}: --backend torch"
-                if there
-                else "not installed: pip install 'emlocal[torch]'"
-            )
-        else:
-            has = f"; {package} {version} is installed and not used" if there else ""
-            text = f"comes with a later version of emlocal{has}"
-        yield Finding(name, "info", text, facts={"in_this_version": ours, "installed": version})
+def _other_engine(name: str, package: str) -> Finding:
+    """An engine that is used when asked for."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        extra = name.replace(".", "-")
+        text = f"not installed: pip install 'emlocal[{extra}]'"
+        return Finding(name, "info", text, facts={"installed": None})
+    return Finding(name, "info", f"{package} {version}: --backend {name}", facts={"installed": version})
 
 
 def compiler() -> Finding:

@@ -34,6 +34,7 @@ _HUB_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::(?P<wanted>[\w./ +-]{1,200}))?",
     re.ASCII,
 )
+_ADAPTER = "adapter_config.json"
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -261,10 +262,17 @@ def _model_in(folder: Path, formats: tuple[Format, ...]) -> Path:
             f"the folder {folder} has no model that emlocal can use: {why_not(names)}",
             hint="get it as safetensors or GGUF",
         )
-    said = f"{len(models)} models: {', '.join(models)}" if models else "no GGUF model"
+    if models:
+        raise ModelError(
+            f"the folder {folder} has {len(models)} models: {', '.join(models)}",
+            hint=f"name one: {folder / next(iter(models))}",
+        )
+    if _ADAPTER in names:
+        raise ModelError(
+            f"the folder {folder} is an adapter, not a model",
+            hint=f"give the model that it was trained on, and --adapter {folder}",
+        )
+    kind = "GGUF model" if formats == ("gguf",) else "model, in GGUF or safetensors"
     raise ModelError(
-        f"the folder {folder} has {said}",
-        hint=f"name one: {folder / next(iter(models))}"
-        if models
-        else "see the models emlocal knows: emlocal models list",
+        f"the folder {folder} has no {kind}", hint="see the models emlocal knows: emlocal models list"
     )

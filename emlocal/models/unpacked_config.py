@@ -13,6 +13,9 @@ from emlocal.errors import ModelError
 from emlocal.models.gguf_header import GGUFHeader, TensorInfo, shown
 from emlocal.models.vocabulary import Vocabulary
 
+RUN_AS_IT_IS = "llama.cpp runs it as it is: --backend llama.cpp; to train or merge it give its safetensors"
+"""What to do with a GGUF model that cannot be unpacked."""
+
 Json = dict[str, Any]
 
 # GGUF architecture -> (class, model_type).
@@ -266,9 +269,7 @@ def _float(header: GGUFHeader, name: str, default: float | None = None) -> float
 
 
 def _cannot(header: GGUFHeader, why: str) -> ModelError:
-    return ModelError(
-        f"{header.path.name} cannot be unpacked: {why}", hint="run it with llama.cpp: --backend llama.cpp"
-    )
+    return ModelError(f"{header.path.name} cannot be unpacked: {why}", hint=RUN_AS_IT_IS)
 
 
 def _listed(names: Mapping[str, object]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf_header import GGUFHeader, shown
+from emlocal.models.unpacked_config import RUN_AS_IT_IS
 from emlocal.models.vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _byte_level(header: GGUFHeader) -> tuple[Tokenizer, Vocabulary]:
         raise ModelError(
             f"{header.path.name}: {len(lost):,} of its {len(merges):,} merges are of or to what is no token,"
             f" such as {shown(' '.join(lost[0]))}",
-            hint="run it with llama.cpp: --backend llama.cpp",
+            hint=RUN_AS_IT_IS,
         )
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     steps: list[pre_tokenizers.PreTokenizer] = [
@@ -243,12 +244,12 @@ def _name(vocabulary: Vocabulary, token: int | None) -> list[str]:
 def _refused(header: GGUFHeader, what: str, known: str) -> ModelError:
     return ModelError(
         f"{header.path.name} has {what}; emlocal can unpack {known}",
-        hint="run it with llama.cpp: --backend llama.cpp",
+        hint=RUN_AS_IT_IS,
     )
 
 
 def _inexact(header: GGUFHeader, why: str) -> ModelError:
     return ModelError(
         f"{header.path.name}: its tokenizer cannot be unpacked exactly: {why}",
-        hint="run it with llama.cpp: --backend llama.cpp",
+        hint=RUN_AS_IT_IS,
     )

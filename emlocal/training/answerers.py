@@ -2,12 +2,15 @@
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emlocal.backends.base import Backend
-from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.gguf import GGUFHeader
+
+if TYPE_CHECKING:
+    from emlocal.backends.llama_cpp import LlamaCppBackend
 
 
 class SameModel:
@@ -29,10 +32,10 @@ class LlamaCppModel:
     """Answers with the GGUF file in llama.cpp, which is given the adapter anew at each step.
 
     Faster than torch on CPUs without native bfloat16 (docs/performance.md). Its weights are those that
-    torch trains on; its activations are rounded more, so the answers come from nearly the same model.
+    are trained on; its activations are rounded more, so the answers come from nearly the same model.
     """
 
-    def __init__(self, backend: LlamaCppBackend, header: GGUFHeader, parallel: int) -> None:
+    def __init__(self, backend: "LlamaCppBackend", header: GGUFHeader, parallel: int) -> None:
         self.backend = backend
         self.parallel = parallel
         self._header = header

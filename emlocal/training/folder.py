@@ -146,7 +146,7 @@ class RunFolder:
             sync_folder(self.path)
         except (OSError, EmlocalError) as why:
             said = why.message if isinstance(why, EmlocalError) else f"cannot write: {why.strerror or why}"
-            raise EmlocalError(f"the adapter is not in {self.path}: {said}", GO_ON) from why
+            raise EmlocalError(f"the newest adapter is not in {self.path}: {said}", GO_ON) from why
 
     def save(self, state: Checkpoint) -> None:
         """Write a checkpoint. Raises EmlocalError where it cannot be written."""

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
+from emlocal.hub_rows import hub_rows
 from emlocal.lines import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 
@@ -147,17 +148,5 @@ def _of_text(text: str, where: str) -> Prompt:
 
 def _of_hub(source: str, limit: int | None) -> list[Prompt | str]:
     name, _, split = source.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError as why:
-        raise EmlocalError(
-            f"there is no file {source}, and datasets of the hub need the package datasets",
-            "pip install datasets",
-        ) from why
-    try:
-        rows: Iterable[Mapping[str, Any]] = load_dataset(name, split=split or "train", streaming=True)
-        taken: Sequence[Mapping[str, Any]] = list(islice(rows, limit))
-    except (OSError, ValueError, RuntimeError) as why:  # what the package raises for names and networks
-        said = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
-        raise EmlocalError(f"the dataset {source} cannot be had: {said}") from why
+    taken = hub_rows(name, split or "train", limit)
     return [_of_object(row, f"{source}, row {i:,}") for i, row in enumerate(taken, 1)]

@@ -4,6 +4,7 @@ import numpy as np
 
 from emlocal.backends.base import Backend, Feed, Row
 from emlocal.backends.fake import FakeBackend
+from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.em import EMInf
 from emlocal.sampling import SamplingParams, Uniforms
@@ -35,7 +36,7 @@ def same(backend: Backend) -> float:
     four-bit weights round activations to eight bits in one and not in another."""
     if isinstance(backend, FakeBackend):
         return 0.0
-    if isinstance(backend, TorchBackend):
+    if isinstance(backend, TorchBackend | MLXBackend):
         return 1e-4
     return 0.002 if backend.info.vocabulary < 1000 else 0.1
 

@@ -7,6 +7,7 @@ import pytest
 
 from emlocal.backends.base import Feed, Row
 from emlocal.backends.fake import FakeBackend
+from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.errors import CancelledError, ContextFullError
 from emlocal.sampling import SamplingParams
@@ -75,7 +76,7 @@ class TestInfo:
         assert backend.max_sequences == SEQUENCES
         assert info.chat_template
         assert info.name
-        assert backend.name in ("fake", "llama.cpp", "torch")
+        assert backend.name in ("fake", "llama.cpp", "mlx", "torch")
 
     def test_memory(self, backend) -> None:
         assert backend.memory_bytes() > 0
@@ -184,7 +185,7 @@ class TestErrors:
     def test_sequences_that_share_their_room_hold_no_more_than_the_context(self, backend) -> None:
         ids = (tokens(backend) * CONTEXT)[: CONTEXT // 2]
         one, other = read(backend, ids), read(backend, ids[:-2])
-        if isinstance(backend, TorchBackend):  # each has room of its own
+        if isinstance(backend, TorchBackend | MLXBackend):  # each has room of its own
             backend.forward([Feed(one, [5, 6]), Feed(other, [5])])
             assert (backend.length(one), backend.length(other)) == (len(ids) + 2, len(ids) - 1)
             backend.trim(one, len(ids))

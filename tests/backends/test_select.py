@@ -11,8 +11,11 @@ from emlocal.errors import BackendError, UsageError
 LLAMA_CPP = ("llama.cpp", "the engine for any CPU")
 
 
-def machine(patch: pytest.MonkeyPatch, *, torch: bool, cuda: bool, apple: bool = False) -> None:
-    for name, there in (("has_torch", torch), ("has_cuda", cuda), ("on_apple_silicon", apple)):
+def machine(
+    patch: pytest.MonkeyPatch, *, torch: bool, cuda: bool, mlx: bool = False, apple: bool = False
+) -> None:
+    there_is = {"has_torch": torch, "has_mlx": mlx, "has_cuda": cuda, "on_apple_silicon": apple}
+    for name, there in there_is.items():
         patch.setattr(select, name, lambda there=there: there)
 
 
@@ -31,8 +34,10 @@ def test_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert select_backend()[0] == select_backend("auto", "smollm2:135m")[0] == engine
     machine(monkeypatch, torch=True, cuda=True)
     assert select_backend()[1] == "there is a CUDA device"
+    machine(monkeypatch, torch=True, cuda=False, mlx=True)
+    assert select_backend() == LLAMA_CPP
     machine(monkeypatch, torch=True, cuda=False, apple=True)
-    assert select_backend() == ("llama.cpp", "the mlx engine is not in this version yet")
+    assert select_backend() == LLAMA_CPP
 
 
 def test_by_the_model(monkeypatch: pytest.MonkeyPatch, folder: str, tmp_path: Path) -> None:
@@ -63,16 +68,33 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="not installed") as caught:
         select_backend("torch")
     assert "pip install" in caught.value.hint
-    with pytest.raises(UsageError, match="no mlx engine yet"):
+    with pytest.raises(UsageError, match="there is no engine vllm"):
+        select_backend("vllm")
+
+
+def test_mlx(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    machine(monkeypatch, torch=False, cuda=False, mlx=True)
+    assert select_backend("mlx") == ("mlx", "asked for")
+    machine(monkeypatch, torch=True, cuda=False, mlx=True, apple=True)
+    for model in (None, "smollm2:135m", folder):
+        assert select_backend("auto", model) == ("mlx", "this is Apple Silicon")
+
+
+def test_mlx_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, torch=True, cuda=True)
+    with pytest.raises(BackendError, match="needs mlx-lm, which is not installed") as caught:
         select_backend("mlx")
+    assert caught.value.hint == "pip install 'emlocal[mlx]'"
+    for platform, where in (("win32", "Windows"), ("darwin", "Macs with Intel processors")):
+        monkeypatch.setattr(select.sys, "platform", platform)
+        with pytest.raises(BackendError, match=f"MLX does not run on {where}") as caught:
+            select_backend("mlx")
+        assert caught.value.hint == "use --backend llama.cpp, or leave it out"
 
 
 def test_formats_and_rooms() -> None:
     assert formats_of("torch") == ("safetensors", "gguf")
     assert formats_of("llama.cpp") == ("gguf",)
-    assert [rooms(name, 5, shared) for name in ("llama.cpp", "torch") for shared in (True, False)] == [
-        1,
-        5,
-        5,
-        5,
-    ]
+    assert formats_of("mlx") == ("safetensors", "gguf")
+    assert [rooms("llama.cpp", 5, shared) for shared in (True, False)] == [1, 5]
+    assert [rooms(name, 5, shared) for name in ("torch", "mlx") for shared in (True, False)] == [5] * 4

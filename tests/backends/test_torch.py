@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import emlocal
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.backends.passes import Chunk, passes
 from emlocal.backends.select import memory_terms, rooms
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.cache import SlotCache, Window
@@ -19,7 +20,6 @@ from emlocal.backends.torch.decoder import Decoder, attention_windows
 from emlocal.backends.torch.device import Place, choose_place, out_of_memory
 from emlocal.backends.torch.model import check_architecture, load_model, trained_context
 from emlocal.backends.torch.opening import open_folder
-from emlocal.backends.torch.passes import Chunk, passes
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.folder import sampling_settings
 from emlocal.models.memory import estimate, kv_bytes
@@ -233,6 +233,13 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
     config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=1, vocab_size=50, state_size=4)
     with pytest.raises((ModelError, TypeError, ValueError)):
         Decoder(AutoModelForCausalLM.from_config(config).eval(), CPU).check()
+
+
+def test_weights_that_are_no_numbers_are_said() -> None:
+    model = random_model("llama")
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = math.nan
+    with pytest.raises(ModelError, match="LlamaForCausalLM's logits are not finite: weights"):
+        Decoder(model, CPU).check()
 
 
 def test_windows_and_contexts_of_configurations() -> None:

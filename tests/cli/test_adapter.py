@@ -119,11 +119,21 @@ def test_convert_replaces_adapters_only_and_only_when_forced(
     model = tmp_path / "precious.gguf"
     model.write_bytes(Path(tiny).read_bytes())
     done = emlocal("adapter", "convert", str(folder), "-o", str(model), "--base", tiny, "--force")
-    assert done.code == 1
-    assert "is not a LoRA adapter" in done.err
+    assert done.code == 2
+    assert "precious.gguf is no GGUF adapter, and --force replaces nothing else" in done.err
+    assert "choose another name" in done.err
     assert model.read_bytes() == Path(tiny).read_bytes()
     done = emlocal("adapter", "convert", str(folder), "-o", str(folder), "--to", "mlx", "--force")
     assert "is the adapter itself" in done.err
+
+
+def test_a_file_that_is_no_adapter_is_called_that(emlocal: Emlocal, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "hi"}\n')
+    done = emlocal("adapter", "show", str(path))
+    assert done.code == 1
+    assert f"{path} is no adapter" in done.err
+    assert "emlocal models" not in done.err
 
 
 def test_convert_checks_against_a_model_folder(

@@ -1,5 +1,7 @@
 """`emlocal doctor` on this machine, and on machines that are broken on purpose."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from emlocal.backends import select
 from emlocal.cli.app import build
 from emlocal.diagnosis import checks, install, machine
 from emlocal.models import starter
@@ -65,7 +68,8 @@ def test_a_machine_that_works() -> None:
     assert engine["version"].startswith("0.3.")
     assert said["checks"]["processor"]["physical"] >= 1
     assert said["checks"]["memory"]["free_bytes"] > 0
-    assert said["checks"]["mlx"]["in_this_version"] is False
+    assert "installed" in said["checks"]["mlx"]
+    assert "installed" in said["checks"]["torch"]
 
 
 def test_lines_for_people_end_with_the_verdict() -> None:
@@ -79,6 +83,41 @@ def test_lines_for_people_end_with_the_verdict() -> None:
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     run()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def apple(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine is: mlx is its engine."""
+    monkeypatch.setattr(select, "on_apple_silicon", lambda: True)
+    monkeypatch.setattr(select, "has_mlx", lambda: True)
+
+
+def test_mlx_is_tried_where_it_is_the_engine(apple: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = examined()
+    engine = said["checks"]["mlx"]
+    assert (code, engine["status"]) == (0, "ok")
+    assert engine["text"].startswith("mlx-lm 0.32.")
+    assert "Device(" in engine["text"]
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find_spec(name)
+    )
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: nothing(name))
+    code, said = examined()
+    assert (code, said["checks"]["llama.cpp"]["status"]) == (0, "info")
+    assert said["checks"]["llama.cpp"]["text"] == "not installed: pip install 'emlocal[llama-cpp]'"
+
+
+def nothing(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_mlx_that_cannot_be_loaded(apple: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shadow(tmp_path, monkeypatch, "mlx_lm", "raise ImportError('libmlx.dylib: no such file')")
+    code, said = examined()
+    assert (code, said["checks"]["mlx"]["status"]) == (1, "fail")
+    assert "libmlx.dylib" in said["checks"]["mlx"]["text"]
+    assert "--force-reinstall mlx mlx-lm" in said["checks"]["mlx"]["fix"][0]
 
 
 def test_llama_cpp_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,6 @@ def test_logit_bias_bans_a_token(emlocal: Emlocal, tiny: str, tmp_path: Path) ->
         (["x", "-f", "/"], "cannot read /"),
         (["x", "--context", "3"], "--context is 3"),
         (["x", "--threads", "0"], "--threads is 0"),
-        (["x", "--backend", "mlx"], "no mlx engine yet"),
         (["x", "--context", "100000"], "longer than"),
         (["x", "--adapter", "/no/adapter.gguf"], "there is no adapter"),
         (["x", "--logit-bias", "99999=1"], "names token 99999"),

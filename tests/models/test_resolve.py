@@ -53,10 +53,19 @@ def test_a_folder_with_a_sharded_model(tmp_path: Path) -> None:
 def test_a_folder_with_several_or_no_models(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no GGUF model"):
         resolve(str(tmp_path))
+    with pytest.raises(ModelError, match="has no model, in GGUF or safetensors"):
+        resolve(str(tmp_path), formats=("safetensors", "gguf"))
     write_tiny_gguf(tmp_path / "a.gguf")
     write_tiny_gguf(tmp_path / "b.gguf")
     with pytest.raises(ModelError, match=r"has 2 models: a\.gguf, b\.gguf"):
         resolve(str(tmp_path))
+
+
+def test_a_folder_that_is_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter, not a model") as caught:
+        resolve(str(tmp_path), formats=("safetensors", "gguf"))
+    assert f"--adapter {tmp_path}" in str(caught.value.hint)
 
 
 def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:

@@ -169,7 +169,9 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(out: Path) -> None:
                 folder.add_metrics({"step": 2, "entropy": 1.0})
             with pytest.raises(EmlocalError, match=r"cannot write .*step-000002: .*File too large") as saved:
                 folder.save(state(2))
-            with pytest.raises(EmlocalError, match=r"the adapter is not in .*File too large") as adapter:
+            with pytest.raises(
+                EmlocalError, match=r"the newest adapter is not in .*File too large"
+            ) as adapter:
                 folder.put_adapter(random_adapter())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -111,7 +111,7 @@ def test_what_is_no_text_is_told_how_to_be(tmp_path: Path) -> None:
 def test_a_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     with path.open("wb") as file:
-        file.truncate(3 * MAX_LINE_BYTES)  # zeros, without a newline
+        file.truncate(8 * MAX_LINE_BYTES)  # zeros, without a newline
         file.seek(0, 2)
         file.write(b"\nshort\n")
     tracemalloc.start()
@@ -119,7 +119,7 @@ def test_a_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:
         read_prompts(str(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2.5 * MAX_LINE_BYTES
+    assert peak < 4 * MAX_LINE_BYTES
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:

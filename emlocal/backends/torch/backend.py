@@ -5,23 +5,23 @@ the device, and so does sampling.
 """
 
 import itertools
-from collections.abc import Callable, Sequence, Set
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
-from emlocal.backends.context import context_length
+from emlocal.backends.base import Feed, ModelInfo, Row, check_feeds
 from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import KVType, LoadOptions
+from emlocal.backends.passes import passes
+from emlocal.backends.slots import SlotBackend, Slots, Tokenizer
 from emlocal.backends.torch.decoder import Decoder
 from emlocal.backends.torch.device import Place, out_of_memory
-from emlocal.backends.torch.passes import passes
 from emlocal.backends.torch.sampler import TorchSampler
-from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
+from emlocal.errors import BackendError, CancelledError, UsageError
 from emlocal.sampling import Draw, Sampler
 from emlocal.words import counted
 
@@ -30,23 +30,7 @@ CPU_BUDGET, CUDA_BUDGET = 512, 4096
 _KV_TYPES: dict[KVType, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
 
 
-class Tokenizer(Protocol):
-    """What the engine needs of a tokenizer; `emlocal.models.tokenizer.Tokenizer` is one."""
-
-    @property
-    def end_tokens(self) -> Set[int]: ...
-    @property
-    def bos(self) -> str: ...
-    @property
-    def eos(self) -> str: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
-    def control_texts(self) -> Sequence[str]: ...
-    def token_bytes(self, token: int) -> bytes: ...
-
-
-class TorchBackend(Backend):
+class TorchBackend(SlotBackend):
     """A transformers model in torch."""
 
     name: ClassVar[str] = "torch"
@@ -67,84 +51,36 @@ class TorchBackend(Backend):
         """
         if place.device.type == "cpu":
             torch.set_num_threads(options.threads or physical_cores())
-        self.info = info
-        self.context = context_length(options.context, info.trained_context)
-        self.max_sequences = options.sequences
+        super().__init__(tokenizer, info, options)
         self.place = place
         self._model: Any = model
-        self._tokenizer = tokenizer
-        self._adapters = len(options.adapters)
         self._decoder = Decoder(model, place.device)
         self._decoder.check()
         if not options.shared:  # all at once: better to fail now than in the middle of a batch
             self._reserve(options.sequences, self.context)
         self._budget = CPU_BUDGET if place.device.type == "cpu" else CUDA_BUDGET
-        self._lengths: dict[int, int] = {}
         self._logits: Tensor | None = None  # float32 [rows, V], of the last call
-        self._rows: dict[int, int] = {}
         if on_device_sampler is None:
             on_device_sampler = place.device.type != "cpu"
         self._sampler = TorchSampler(info.vocabulary, place.device) if on_device_sampler else None
         self._host_sampler = Sampler(info.vocabulary)
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
-
-    def control_texts(self) -> Sequence[str]:
-        return self._tokenizer.control_texts()
-
-    def token_bytes(self, token: int) -> bytes:
-        return self._tokenizer.token_bytes(token)
-
-    def open(self) -> int:
-        sequence = free_sequence(self._lengths, self.max_sequences)
-        self._lengths[sequence] = 0
-        return sequence
-
-    @torch.inference_mode()
-    def release(self, sequence: int) -> None:
-        self._decoder.cache.clear(sequence, 0, self._lengths.pop(sequence))
-        self._rows.pop(sequence, None)
-
-    def length(self, sequence: int) -> int:
-        return self._lengths[sequence]
-
-    @torch.inference_mode()
-    def fork(self, sequence: int) -> int:
-        length = self._lengths[sequence]
-        copy = self.open()
-        if length:
-            try:
-                self._reserve(copy + 1, length)
-            except BackendError:
-                del self._lengths[copy]
-                raise
-            self._decoder.cache.copy(sequence, copy, length)
-        self._lengths[copy] = length
-        return copy
-
-    @torch.inference_mode()
-    def trim(self, sequence: int, length: int) -> int:
-        held = self._lengths[sequence]
-        if length < held:
-            self._decoder.cache.clear(sequence, length, held)
-            self._lengths[sequence] = length
-        return self._lengths[sequence]
+    @property
+    def _cache(self) -> Slots:
+        return self._decoder.cache
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
         check_feeds(feeds, self.info.vocabulary)
         self._rows, self._logits = {}, None
-        lengths = [self._lengths[feed.sequence] for feed in feeds]
-        self._check_room(feeds, lengths)
+        lengths = self._lengths_of(feeds)
         longest = max(held + len(feed.tokens) for feed, held in zip(feeds, lengths, strict=True))
         self._reserve(max(feed.sequence for feed in feeds) + 1, longest)
         try:
             self._compute(feeds, lengths, cancelled)
         except BaseException as error:
             self._rows, self._logits = {}, None
-            for feed, held in zip(feeds, lengths, strict=True):  # what was computed of this call goes again
-                self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
+            self._undo(feeds, lengths)
             if out_of_memory(error):
                 raise BackendError(
                     f"{self.place.device} has no memory for {counted(len(feeds), 'sequence')} at once",
@@ -169,15 +105,6 @@ class TorchBackend(Backend):
             raise CancelledError
         if rows:
             self._logits = rows[0] if len(rows) == 1 else torch.cat(rows)
-
-    def _check_room(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        for feed, held in zip(feeds, lengths, strict=True):
-            if held + len(feed.tokens) > self.context:
-                raise ContextFullError(
-                    f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
-                    f" holds {held:,} of {self.context:,}",
-                    "give a larger --context",
-                )
 
     def _reserve(self, slots: int, tokens: int) -> None:
         try:

@@ -9,6 +9,7 @@ that only fill a gap would write.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -113,11 +114,13 @@ class SlotCache(Cache):
             raise
         self.slots, self.capacity = slots, tokens
 
+    @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cells of one slot into another, empty one."""
         for tensor in (*self._keys, *self._values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    @torch.inference_mode()
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zero these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
         if slot < self.slots:

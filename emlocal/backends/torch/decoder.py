@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from emlocal.backends.passes import Chunk
 from emlocal.backends.torch.cache import SlotCache, Window, is_range
-from emlocal.backends.torch.passes import Chunk
 from emlocal.errors import ModelError
 
 _UNLIKE = 0.3
@@ -140,6 +140,10 @@ class Decoder:
                 " keep keys and values"
             )
         assert got is not None
+        if not expected.isfinite().all():
+            raise ModelError(
+                f"{architecture}'s logits are not finite: weights of this model are damaged", "get it again"
+            )
         far = float((got[0] - expected).square().mean().sqrt() / expected.std())
         if not far < _UNLIKE:
             raise ModelError(

@@ -22,6 +22,10 @@ class Place:
     dtype: torch.dtype
     reason: str
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
     def describe(self) -> str:
         """ "cpu, float32 (no CUDA device)"."""
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"

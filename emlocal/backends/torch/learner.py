@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from emlocal.backends.cpu import peak_memory
 from emlocal.backends.learner import Answer, Descent, Learner, OutOfMemoryError, State
+from emlocal.backends.padding import padded
 from emlocal.backends.processes import Processes
 from emlocal.backends.torch.device import out_of_memory
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
@@ -46,6 +47,7 @@ class TorchLearner(Learner):
         self._descent = descent
         model.requires_grad_(False)
         attach(model, adapter)
+        self._base_model = adapter.base_model
         self._layers = lora_layers(model)
         self._body = model.get_submodule("model")
         self._head = _head(model, self._body)
@@ -73,7 +75,7 @@ class TorchLearner(Learner):
         """
         try:
             with self._fast_products(), self._checkpointing():
-                tokens, predicts = padded(batch)
+                tokens, predicts = map(torch.from_numpy, padded(batch))
                 yield tokens.to(self._device), predicts.to(self._device)
         except RuntimeError as error:
             if out_of_memory(error):
@@ -148,7 +150,7 @@ class TorchLearner(Learner):
                 parameter.grad = part.view_as(parameter)
 
     def adapter(self) -> Adapter:
-        return Adapter({name: layer.pair() for name, layer in self._layers.items()})
+        return Adapter({name: layer.pair() for name, layer in self._layers.items()}, self._base_model)
 
     def put(self, adapter: Adapter) -> None:
         with torch.no_grad():
@@ -211,22 +213,6 @@ def _head(model: nn.Module, body: nn.Module) -> Tensor:
     if (logits - ours).abs().max() > 0.02 * logits.abs().max():  # what bfloat16 rounds is less
         raise ModelError("the model's logits are no plain product of its head: EM-FT cannot train it")
     return weight.float() if weight.device.type == "cpu" else weight
-
-
-def padded(batch: Sequence[Answer]) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [B, L], and bool [B, L]: whether that position predicts a token of the answer.
-
-    Position t predicts token t + 1. So an answer's first token is predicted at the prompt's last, and its
-    last token (the end token, where there is one) is not fed at all.
-    """
-    longest = max(len(each.prompt) + len(each.answer) - 1 for each in batch)
-    tokens = torch.zeros((len(batch), longest), dtype=torch.long)
-    predicts = torch.zeros((len(batch), longest), dtype=torch.bool)
-    for i, each in enumerate(batch):
-        fed = (*each.prompt, *each.answer[:-1])
-        tokens[i, : len(fed)] = torch.tensor(fed)
-        predicts[i, len(each.prompt) - 1 : len(fed)] = True
-    return tokens, predicts
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from emlocal.models.tokenizer import Tokenizer
 class Opened:
     """A model in torch, to be trained or made an engine of."""
 
+    engine: ClassVar[Literal["torch"]] = "torch"
     model: nn.Module
     tokenizer: Tokenizer
     info: ModelInfo

@@ -30,10 +30,20 @@ def format_of(path: Path) -> Format:
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".pth", ".npz", ".safetensors"):
             raise ModelError(f"{path} is not an adapter by itself", f"give its folder: {path.parent}")
+        if path.suffix != ".gguf" and not _begins_like_gguf(path):
+            raise ModelError(f"{path} is no adapter", "give a PEFT or MLX folder, or a GGUF file")
         return "gguf"
     if not path.is_dir():
         raise ModelError(f"there is no adapter {path}", "give a PEFT or MLX folder, or a GGUF file")
     return _settled(path, _folder_format)
+
+
+def _begins_like_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", "make it readable") from error
 
 
 def _folder_format(folder: Path) -> Literal["peft", "mlx"]:

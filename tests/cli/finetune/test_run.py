@@ -33,6 +33,7 @@ def test_a_run_to_the_end_and_its_adapter_on_both_engines(
     assert [row["step"] for row in metrics(out)] == list(range(5))
     model = folder if how == "folder" else pair.gguf
     assert lines[-1] == f"  emlocal chat -m {model} --adapter {out}"
+    assert read_adapter(out).base_model == str(model)
 
     greedy = ("--temp", "0", "--max-tokens", "12", "-q", "say 1")
     base = emlocal("generate", "-m", str(pair.gguf), *greedy)
@@ -96,6 +97,13 @@ def test_a_collapse_is_exit_1_with_the_adapter_of_before(finetune: Finetune, out
     kept = int(re.findall(r"the adapter of (\d+) step", done.err)[-1])
     assert rows[kept]["entropy"] >= 4.5 > rows[-1]["entropy"]
     assert read_adapter(out).pairs
+
+
+def test_a_collapse_is_said_in_quiet_too(finetune: Finetune) -> None:
+    done = finetune("-q", "--entropy-floor", "100")
+    assert done.code == 1
+    (line,) = done.err.splitlines()
+    assert line.startswith("warning: stopped: the answers' entropy is ")
 
 
 def test_prompts_that_do_not_fit_are_counted_or_all_that_there_is(

@@ -1,0 +1,262 @@
+"""EM-FT on MLX: mlx-lm's LoRA layers on a frozen model, MLX's AdamW, and the chunked loss."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx.nn.utils import value_and_grad
+from mlx.optimizers import AdamW, clip_grad_norm
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
+
+from emlocal.backends.cpu import peak_memory
+from emlocal.backends.learner import (
+    Answer,
+    Descent,
+    EntropyLearner,
+    EntropyObjective,
+    EntropyTerms,
+    OutOfMemoryError,
+    State,
+)
+from emlocal.backends.mlx.lora import attach, base_weights, lora_layers
+from emlocal.backends.mlx.objective import Head, em_ft_terms
+from emlocal.backends.mlx.place import out_of_memory
+from emlocal.backends.padding import padded
+from emlocal.backends.processes import Processes
+from emlocal.errors import ModelError
+from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.models.memory import available
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015; Loshchilov & Hutter 2019
+Arrays = dict[str, mx.array]
+
+
+class MLXEntropyLearner(EntropyLearner):
+    """Trains a LoRA adapter on an mlx-lm model, which is frozen and keeps the adapter attached.
+
+    A and B are float32 whatever the model is, so that small optimizer steps are not rounded away.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        adapter: Adapter,
+        descent: Descent,
+        objective: EntropyObjective,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        """`checkpointing`: compute activations twice rather than keep them.
+
+        Raises ModelError for a model whose logits are no plain product of hidden states and head.
+        """
+        self.processes = Processes()
+        self.model = model
+        self._base_model = adapter.base_model
+        self._descent = descent
+        self._objective = objective
+        self._checkpointing = checkpointing
+        self._body: Any = model["model"]
+        self._head = _head(model, self._body)
+        attach(model, adapter, 1.0, mx.float32, "the model")
+        self._layers = lora_layers(model)
+        model.freeze()
+        for layer in self._layers.values():
+            layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        self.parameters = sum(array.size for array in self._arrays().values())
+        self._optimizer = self._new_optimizer()
+        self._gradient: Arrays = {}
+        mx.set_memory_limit(mx.get_active_memory() + available())  # near it, MLX waits for what it can free
+
+    def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> EntropyTerms:
+        tokens, predicts = padded(batch)
+        lengths = [len(each.answer) for each in batch]
+        ids, places = mx.array(tokens.astype(np.int32)), mx.array(np.flatnonzero(predicts).astype(np.int32))
+        of_each = mx.array(np.repeat(np.array(weights, np.float32), lengths))
+        try:
+            base = self._base_states(ids, places) if self._objective.measures_kl else None
+            with _checkpointing(self.model if self._checkpointing else None):
+                follow = value_and_grad(self.model, self._loss)
+                (_, sums), gradient = follow(ids, places, of_each, base)
+            found: Arrays = tree_flatten(gradient, destination={})  # type: ignore[assignment]
+            held = self._gradient
+            self._gradient = {name: held[name] + g if held else g for name, g in found.items()}
+            mx.eval(self._gradient, sums)
+        except RuntimeError as error:  # MLX has nothing more specific
+            if out_of_memory(error):
+                raise OutOfMemoryError from error
+            raise
+        return EntropyTerms(sum(lengths), *sums.tolist())
+
+    def _loss(
+        self, ids: mx.array, places: mx.array, weights: mx.array, base: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """A number whose gradient is the loss's, and the sums of loss, entropy and KL, [3].
+
+        The gradient by the hidden states is known; autograd is asked for the rest, through their product.
+        """
+        states = self._states(ids, places)
+        objective = self._objective
+        terms = em_ft_terms(
+            mx.stop_gradient(states),
+            self._head,
+            weights,
+            base_hidden=base,
+            beta=objective.kl_beta,
+            temperature=objective.temperature,
+        )
+        loss = (weights * (terms.entropy + objective.kl_beta * terms.kl)).sum()
+        sums = mx.stack([loss, terms.entropy.sum(), terms.kl.sum()])
+        return (states * mx.stop_gradient(terms.gradient).astype(states.dtype)).sum(), sums
+
+    def _states(self, ids: mx.array, places: mx.array) -> mx.array:
+        """The hidden states at these places of the rectangle, counted row by row: [M, H].
+
+        Rows are padded on the right, where causal attention does not look: they need no mask.
+        """
+        states: mx.array = self._body(ids)
+        return states.reshape(-1, states.shape[-1])[places]
+
+    def _base_states(self, ids: mx.array, places: mx.array) -> mx.array:
+        """Those of the model without its adapter."""
+        with base_weights(self.model):
+            states = self._states(ids, places)
+            mx.eval(states)
+        return states
+
+    def forget(self) -> None:
+        self._gradient = {}
+        mx.clear_cache()
+
+    def update(self, learning_rate: float) -> float:
+        clipped, length = clip_grad_norm(self._gradient, self._descent.max_grad_norm)
+        norm = float(length)
+        if math.isfinite(norm):
+            self._optimizer.learning_rate = learning_rate
+            self._set(self._optimizer.apply_gradients(clipped, self._arrays()))
+            mx.eval(self._arrays(), self._optimizer.state)
+        self.forget()
+        return norm
+
+    def adapter(self) -> Adapter:
+        return Adapter(
+            {
+                name: LoraPair(_numbers(layer.lora_a.T), _numbers(layer.lora_b.T), layer.scale)
+                for name, layer in self._layers.items()
+            },
+            self._base_model,
+        )
+
+    def put(self, adapter: Adapter) -> None:
+        for name, layer in self._layers.items():
+            layer.lora_a = mx.array(adapter.pairs[name].a.T)
+            layer.lora_b = mx.array(adapter.pairs[name].b.T)
+        mx.eval(self._arrays())
+
+    def peak_memory(self) -> int:
+        return mx.get_peak_memory() if mx.default_device().type == mx.gpu else peak_memory()
+
+    def state(self) -> State:
+        state = {name: _numbers(array) for name, array in self._arrays().items()}
+        moments: dict[str, Any] = self._optimizer.state
+        for name in self._arrays():
+            if name in moments:
+                state[f"{name}.mean"] = _numbers(moments[name]["m"])
+                state[f"{name}.square"] = _numbers(moments[name]["v"])
+        return {**state, "steps": np.array(moments["step"])}
+
+    def restore(self, state: State) -> None:
+        arrays = self._arrays()
+        for name, array in arrays.items():
+            if name not in state or state[name].shape != tuple(array.shape):
+                raise ValueError(f"{name} is missing or has another shape")
+        self._set({name: mx.array(state[name]) for name in arrays})
+        self._optimizer = self._new_optimizer()
+        if f"{next(iter(arrays))}.mean" in state:
+            self._optimizer.init(arrays)
+            for name in arrays:
+                self._optimizer.state[name] = {
+                    "m": mx.array(state[f"{name}.mean"]),
+                    "v": mx.array(state[f"{name}.square"]),
+                }
+            self._optimizer.state["step"] = mx.array(state["steps"])
+        mx.eval(self._arrays(), self._optimizer.state)
+
+    def _new_optimizer(self) -> AdamW:
+        return AdamW(
+            0.0,
+            betas=list(BETAS),
+            eps=EPSILON,
+            weight_decay=self._descent.weight_decay,
+            bias_correction=True,
+        )
+
+    def _arrays(self) -> Arrays:
+        """What is trained, by the names that gradients have: A as [in, rank], B as [rank, out]."""
+        found: Arrays = {}
+        for name, layer in self._layers.items():
+            found |= {f"{name}.lora_a": layer.lora_a, f"{name}.lora_b": layer.lora_b}
+        return found
+
+    def _set(self, arrays: Arrays) -> None:
+        for name, layer in self._layers.items():
+            layer.lora_a, layer.lora_b = arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"]
+
+
+def _head(model: Module, body: Any) -> Head:
+    """The model's head. Raises ModelError where its logits are not its plain product: some models scale or
+    bend them."""
+    layer = model["lm_head"] if "lm_head" in model else body["embed_tokens"]
+    if isinstance(layer, LoRALinear):
+        raise ModelError("the model's head has an adapter: EM-FT cannot train it")
+    try:
+        head = Head(layer)
+    except TypeError:
+        raise ModelError("the model's head has a bias: EM-FT cannot train it") from None
+    untyped: Any = model
+    tokens = mx.arange(min(4, head.vocabulary))[None]
+    logits = untyped(tokens).astype(mx.float32)[0]
+    if float(mx.abs(logits - head.logits(body(tokens)[0])).max()) > 0.02 * float(mx.abs(logits).max()):
+        raise ModelError("the model's logits are no plain product of its head: EM-FT cannot train it")
+    return head
+
+
+@contextmanager
+def _checkpointing(model: Module | None) -> Iterator[None]:
+    """Within this block the model's layers compute their activations twice; None: of no model.
+
+    mlx-lm's `grad_checkpoint` does the same to a class for good; answering would then be slower.
+    """
+    untyped: Any = model
+    kinds = {type(layer) for layer in untyped.layers} if model is not None else set()
+    before = {kind: kind.__call__ for kind in kinds}
+    for kind, call in before.items():
+        kind.__call__ = _recomputed(call)
+    try:
+        yield
+    finally:
+        for kind, call in before.items():
+            kind.__call__ = call
+
+
+def _recomputed(call: Any) -> Any:
+    """A layer's __call__ that keeps its inputs only, and computes the rest again for the gradient."""
+
+    def run(layer: Module, *arguments: Any, **more: Any) -> Any:
+        def inner(parameters: Any, *arguments: Any, **more: Any) -> Any:
+            layer.update(parameters)
+            return call(layer, *arguments, **more)
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), *arguments, **more)
+
+    return run
+
+
+def _numbers(array: mx.array) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A copy on the host."""
+    return np.array(array, dtype=np.float32, order="C")

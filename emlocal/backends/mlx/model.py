@@ -1,0 +1,115 @@
+"""Loading a model folder with mlx-lm: safetensors only, no code from the folder, no network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.utils import load_model as load_with_mlx_lm
+
+from emlocal.backends.mlx.place import Place
+from emlocal.errors import ModelError
+from emlocal.models.folder import FolderHeader
+
+
+def load_model(header: FolderHeader, place: Place) -> Module:
+    """The causal language model in a checked folder, in the place's format, ready to be run.
+
+    Quantized layers stay quantized; their scales and all other weights take the format. The device becomes
+    MLX's default one.
+
+    Raises ModelError for a model that mlx-lm does not know or whose weights do not fit its config.
+    """
+    check_config(header.config)
+    mx.set_default_device(place.device)
+    try:
+        loaded: tuple[Module, Any] = load_with_mlx_lm(
+            header.path, lazy=True, model_config=old_names(header.config)
+        )
+        model = loaded[0]
+        model.set_dtype(place.dtype)
+        model.eval()
+        mx.eval(model.parameters())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        said = str(error).strip().splitlines()
+        why = said[0] if said else type(error).__name__
+        raise ModelError(
+            f"{header.path} cannot be loaded with mlx-lm: {why}", "try --backend torch or llama.cpp"
+        ) from None
+    return model
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a config that asks for code of its own, or for other things than text."""
+    name = config.get("model_type") or "?"
+    if config.get("model_file") is not None:
+        raise ModelError(
+            f"{name} wants to run {config['model_file']} from its folder, which emlocal never does"
+        )
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{name} is an encoder and a decoder; the mlx engine runs decoders only")
+
+
+def old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5's `rope_parameters` under the names that mlx-lm's models read, where those are missing.
+
+    Without this a model would run with the wrong frequencies, and say so only in its answers.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    by_kind = {kind: part for kind, part in rope.items() if isinstance(part, dict)}
+    main = by_kind.get("full_attention", rope)
+    found: dict[str, Any] = {}
+    if isinstance(main.get("rope_theta"), int | float):
+        found["rope_theta"] = main["rope_theta"]
+    if main.get("rope_type", "default") != "default":
+        found["rope_scaling"] = main
+    local = by_kind.get("sliding_attention", {}).get("rope_theta")
+    if isinstance(local, int | float):
+        found["rope_local_base_freq"] = local
+    return {name: value for name, value in found.items() if config.get(name) is None}
+
+
+def windows(model: Module) -> list[int | None]:
+    """How far back each of the model's caches reaches; None: to the beginning.
+
+    Raises ModelError for a model that keeps anything else than keys and values of attention.
+    """
+    untyped: Any = model
+    new_cache: Any = KVCache
+    caches: list[Any] = (
+        untyped.make_cache() if "make_cache" in dir(type(model)) else [new_cache() for _ in untyped.layers]
+    )
+    found: list[int | None] = []
+    for cache in caches:
+        if type(cache) is KVCache:
+            found.append(None)
+        elif type(cache) is RotatingKVCache and cache.keep == 0:
+            found.append(int(cache.max_size))
+        else:
+            raise ModelError(
+                f"{type(model).__module__.rpartition('.')[2]} keeps a {type(cache).__name__}; the mlx engine"
+                " runs models of full and sliding attention only",
+                "use --backend llama.cpp, if there is a GGUF of it",
+            )
+    return found
+
+
+def context_of(header: FolderHeader, reach: list[int | None]) -> int:
+    """The tokens that the model was trained for, as far as mlx-lm computes it right.
+
+    mlx-lm leaves the sliding window out of some architectures (Mistral's first model): up to the window's
+    length that makes no difference.
+    """
+    config, length = header.config, header.context_length
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) == "dynamic":  # which mlx-lm does not stretch
+        length = min(length, rope.get("original_max_position_embeddings") or length)
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types") or ["sliding_attention"]
+    slides = window and config.get("use_sliding_window") is not False and "sliding_attention" in kinds
+    if slides and isinstance(window, int) and all(size is None for size in reach):
+        length = min(length, window)
+    return length

@@ -1,0 +1,90 @@
+"""From a model folder to a model, and to a running engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from mlx.nn.layers.base import Module
+
+from emlocal.backends.base import LoadOptions, ModelInfo
+from emlocal.backends.mlx.backend import MLXBackend, check_kv_type
+from emlocal.backends.mlx.lora import attach
+from emlocal.backends.mlx.model import context_of, load_model, windows
+from emlocal.backends.mlx.place import Place, choose_place
+from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.folder import FolderHeader, read_folder_header
+from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in MLX, to be trained or made an engine of."""
+
+    engine: ClassVar[Literal["mlx"]] = "mlx"
+    model: Module
+    tokenizer: Tokenizer
+    info: ModelInfo
+    place: Place
+
+    def backend(self, options: LoadOptions, *, on_device_sampler: bool | None = None) -> MLXBackend:
+        """The engine on this model as it is at any time; see MLXBackend. The adapters of `options` have to
+        be attached already."""
+        return MLXBackend(
+            self.model, self.tokenizer, self.info, options, self.place, on_device_sampler=on_device_sampler
+        )
+
+
+def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> Opened:
+    """The model in `folder`, loaded. `name`: what people call it.
+
+    Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
+    """
+    header = read_folder_header(folder)
+    return _open(header, choose_place(header.tensors, device, dtype), name)
+
+
+def _open(header: FolderHeader, place: Place, name: str) -> Opened:
+    tokenizer = Tokenizer(header.path)
+    model = load_model(header, place)
+    info = ModelInfo(
+        name=name or header.name,
+        architecture=header.architecture,
+        vocabulary=header.vocab_size,
+        trained_context=context_of(header, windows(model)),
+        end_tokens=tokenizer.end_tokens,
+        chat_template=tokenizer.chat_template,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        sampling=header.sampling,
+    )
+    return Opened(model, tokenizer, info, place)
+
+
+def open_folder(
+    folder: Path,
+    options: LoadOptions,
+    *,
+    name: str = "",
+    base: GGUFHeader | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_device_sampler: bool | None = None,
+) -> MLXBackend:
+    """The engine on the model in `folder`, with its adapters.
+
+    Args:
+        name: what people call it.
+        base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
+        on_device_sampler: see MLXBackend.
+
+    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options.
+    """
+    header = read_folder_header(folder)
+    place = choose_place(header.tensors, device, dtype)
+    check_kv_type(options.kv_type, place.format)
+    adapters = [(read_adapter(path, base), scale) for path, scale in options.adapters]
+    opened = _open(header, place, name)
+    for adapter, strength in adapters:
+        attach(opened.model, adapter, strength, place.dtype, opened.info.name)
+    return opened.backend(options, on_device_sampler=on_device_sampler)

@@ -1,0 +1,311 @@
+"""`emlocal eval`: ways of answering compared on problems with known answers."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+
+from emlocal import console
+from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.cli.running import choose_parallel, identity_of
+from emlocal.errors import CancelledError, EmlocalError, UsageError
+from emlocal.words import counted
+
+if TYPE_CHECKING:
+    from emlocal.batch.overrides import Plan
+    from emlocal.cli.engine import Opened
+    from emlocal.cli.precedence import Config
+    from emlocal.evaluation.contenders import Contender
+    from emlocal.evaluation.judging import Judged
+    from emlocal.evaluation.report.document import Document
+    from emlocal.evaluation.run import Entry
+    from emlocal.evaluation.tasks.task import Task
+
+_MOST_SAMPLES = 1024
+_PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is asked, and what becomes of it."""
+
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="File of problems, .jsonl or .json; without it, from the hub."),
+    ] = None
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N problems.", metavar="N")] = (
+        None
+    )
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", help="Answers to each: mean@N and pass@k.", metavar="N")
+    ] = 1
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message, instead of the task's.", metavar="TEXT")
+    ] = None
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder. (default: eval-TASK-MODEL)", metavar="DIR")
+    ] = None
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run code that the model writes, contained.")
+    ] = False
+    code_seconds: Annotated[
+        float | None,
+        typer.Option("--code-seconds", help="For such a program. (default: 10; scicode 300)", metavar="X"),
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with answers that are there, or begin anew.")
+    ] = True
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", help="Sequences at once. (default: measured)", metavar="N")
+    ] = None
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the table.")] = False
+
+
+@with_options
+def eval(
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            help="gsm8k, math500, amc, aime, minerva, olympiadbench, humaneval, leetcode, scicode;"
+            " questions: any file.",
+        ),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            help="Such as greedy,sample:1,em-inf,em-inf:paper,self-consistency:4. The others are held against"
+            " the first.",
+            metavar="LIST",
+        ),
+    ] = "greedy,sample,em-inf",
+    how: EvalOptions = EvalOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    engine: EngineOptions = EngineOptions(),
+) -> None:
+    """Compare ways of answering on problems with known answers: accuracy, cost, and how sure that is.
+
+    All methods have the same engine, prompts and draws. What is there is not answered again: a killed run
+    goes on, and methods can be added. The folder gets results.json, results.md and report.html.
+    """
+    from emlocal.cli import precedence
+    from emlocal.cli.engine import open_for_batch
+    from emlocal.evaluation.contenders import read_contenders
+    from emlocal.evaluation.tasks.open import open_task
+
+    config = precedence.read_config()
+    contenders = read_contenders(methods)
+    for contender in contenders:  # what contradicts itself fails before a model is loaded
+        contender.plan(*_base(sampling, config, {}))
+    asked = open_task(task, how.data, how.limit, how.code_seconds)
+    _check(asked, contenders, how)
+    with ExitStack() as opened:
+        options = precedence.merged(engine, config.engine)
+        model = opened.enter_context(open_for_batch(options, how.parallel, quiet=how.quiet))
+        entries = _entries(
+            asked, contenders, _base(sampling, config, model.backend.info.sampling), model, how
+        )
+        folder = how.output or Path(f"eval-{asked.name}-{model.backend.info.name}".replace("/", "-"))
+        document = _evaluate(asked, entries, model, folder, how)
+    _show(document)
+    if not how.quiet:
+        console.note(f"{folder}: results.json, results.md, report.html, and all answers")
+
+
+def _base(
+    sampling: SamplingOptions, config: "Config", model: Mapping[str, float]
+) -> "tuple[Plan, frozenset[str]]":
+    """What all methods begin with, and which of it was set on purpose. EM is for methods to say."""
+    from emlocal.batch.overrides import Plan
+    from emlocal.cli import precedence
+
+    plain = replace(config, em=EMOptions())
+    resolved = precedence.sampling(sampling, EMOptions(), plain, model)
+    chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
+    given = precedence.merged(sampling, config.sampling).seed
+    seed = 0 if given is None else precedence.seed(sampling, config.sampling)
+    max_tokens, stop = precedence.limits(sampling, config.sampling)
+    return Plan(resolved.params, max_tokens, stop, seed, 1), chosen
+
+
+def _check(task: "Task", contenders: "Sequence[Contender]", how: EvalOptions) -> None:
+    """Raise UsageError for what cannot be meant, EmlocalError for what would fail at the end."""
+    for module, package in _PACKAGES.items():
+        if find_spec(module) is None:
+            raise EmlocalError(f"emlocal eval needs the package {package}", "pip install 'emlocal[eval]'")
+    if not 1 <= how.samples <= _MOST_SAMPLES:
+        raise UsageError(f"--samples is {how.samples}; it must be between 1 and {_MOST_SAMPLES:,}")
+    if task.runs_code:
+        if not how.allow_code:
+            raise UsageError(
+                f"--task {task.name} runs code that the model writes",
+                "add --allow-code; docs/evaluation.md says how it is contained",
+            )
+        from emlocal.evaluation.sandbox.run import check_containment
+
+        check_containment()
+    voting = [c.name for c in contenders if c.collecting.name == "self-consistency"]
+    if voting and not task.votes:
+        raise UsageError(
+            f"{voting[0]} votes on answers; those of {task.name} are programs", "leave it out of --methods"
+        )
+
+
+def _entries(
+    task: "Task",
+    contenders: "Sequence[Contender]",
+    base: "tuple[Plan, frozenset[str]]",
+    model: "Opened",
+    how: EvalOptions,
+) -> "list[Entry]":
+    from emlocal.batch.lines import canonical
+    from emlocal.batch.run import BatchSettings
+    from emlocal.evaluation.contenders import describe
+    from emlocal.evaluation.run import Entry
+
+    entries = []
+    for contender in contenders:
+        plan = contender.plan(*base)
+        settings = BatchSettings(plan, contender.collecting, base[1], entropies=True)
+        identity = identity_of(settings, model) | {
+            "task": task.name,
+            "data": task.source,
+            "system": _system(task, how),
+        }
+        repetitions = 1 if plan.params.temperature == 0 else how.samples
+        settings = replace(settings, fingerprint=canonical(identity))
+        described = describe(contender, plan)
+        entries.append(Entry(contender.name, described, settings, identity, repetitions))
+    return entries
+
+
+def _system(task: "Task", how: EvalOptions) -> str | None:
+    return task.system if how.system is None else how.system or None
+
+
+def _evaluate(
+    task: "Task", entries: "Sequence[Entry]", model: "Opened", folder: Path, how: EvalOptions
+) -> "Document":
+    """Answer, judge, and write the folder's files."""
+    from emlocal.evaluation import run
+    from emlocal.evaluation.report.document import write_json
+    from emlocal.evaluation.report.page import write_page
+    from emlocal.evaluation.report.texts import write_markdown
+    from emlocal.generation import interruptible
+
+    folder.mkdir(parents=True, exist_ok=True)
+    left = run.left_to_answer(folder, task, entries) if how.resume else 1
+    parallel = how.parallel
+    if left and parallel is None:
+        answers = len(task.problems) * max(entry.repetitions for entry in entries)
+        parallel = choose_parallel(model, None, answers, quiet=how.quiet).sequences
+    try:
+        with interruptible() as cancelled, _Progress(how.quiet) as progress:
+            answers_of = run.answer(
+                model.backend,
+                task,
+                entries,
+                folder,
+                system=_system(task, how),
+                parallel=parallel or 1,
+                restart=not how.resume,
+                cancelled=cancelled,
+                progress=progress,
+            )
+            judged = run.judge(task, answers_of, folder, cancelled=cancelled, progress=progress)
+    except CancelledError:
+        if not how.quiet:
+            console.note("stopped; the same command goes on where it stopped")
+        raise
+    document = _document(task, entries, model, judged, parallel, how)
+    write_json(document, folder / "results.json")
+    write_markdown(document, folder / "results.md")
+    write_page(document, folder / "report.html")
+    return document
+
+
+def _document(
+    task: "Task",
+    entries: "Sequence[Entry]",
+    model: "Opened",
+    judged: "dict[str, list[Judged]]",
+    parallel: int | None,
+    how: EvalOptions,
+) -> "Document":
+    from emlocal.evaluation.provenance import provenance, sha256
+    from emlocal.evaluation.report.document import Document
+    from emlocal.evaluation.results import compare, summarize
+
+    header, plan = model.model.header, entries[0].settings.plan
+    results = [
+        summarize(task, entry.name, entry.described, judged[entry.name], header.parameters, plan.seed)
+        for entry in entries
+    ]
+    return Document(
+        task,
+        {
+            "name": model.backend.info.name,
+            "file": model.model.files[0].name,
+            "sha256": sha256(model.model.files),
+            "parameters": header.parameters,
+            "quantization": header.quantization,
+            "adapters": [f"{path} × {scale:g}" for path, scale in model.adapters],
+        },
+        {
+            "engine": model.backend.name,
+            "runs": model.backend.describe(),
+            "parallel": parallel,
+            "seed": plan.seed,
+            "samples": how.samples,
+            "max_tokens": plan.max_tokens,
+            "stop": list(plan.stop),
+            "system": _system(task, how),
+        },
+        provenance(model.backend.name),
+        results,
+        compare(task, results, plan.seed),
+        judged,
+    )
+
+
+class _Progress:
+    """A bar for each thing that is done, or a line now and then. A context, which ends the last one."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._what = ""
+        self._shown = ExitStack()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._shown.close()
+            self._what, self._show = what, self._shown.enter_context(console.counting(total, self._quiet))
+        self._show(done, what)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._shown.close()
+
+
+def _show(document: "Document") -> None:
+    """The table, on stdout."""
+    from rich.table import Table
+
+    from emlocal.evaluation.report import texts
+
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(texts.columns(document)):
+        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold")
+    for row in texts.rows(document):
+        table.add_row(*row)
+    console.out().print(table, markup=False)
+    failed = sum(method.errors for method in document.methods)
+    if failed:
+        console.warn(f"{counted(failed, 'question')} could not be asked: give a larger --context")

@@ -1,0 +1,1 @@
+"""Honest comparisons: tasks, judging, statistics and reports for `emlocal eval`."""

@@ -1,0 +1,156 @@
+"""A task's questions, answered by one contender through the batch, into a journal."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emlocal.backends.base import Backend
+from emlocal.batch.journal import Journal
+from emlocal.batch.lines import Item
+from emlocal.batch.rows import is_error
+from emlocal.batch.run import Batch, BatchSettings
+from emlocal.errors import UsageError
+from emlocal.evaluation.tasks.task import Problem, Task
+from emlocal.generation.prompt import chat_tokens
+from emlocal.models.templates import Message
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one problem, as its row has it."""
+
+    problem: Problem
+    repetition: int
+    """From 1."""
+    row: Row
+    earlier: Mapping[str, str]
+    """Texts that it built on, by problem id."""
+
+    @property
+    def text(self) -> str:
+        """Empty where it failed."""
+        return str(self.row.get("text", ""))
+
+    @property
+    def error(self) -> str | None:
+        """Why there is none."""
+        return str(self.row["error"]) if is_error(self.row) else None
+
+
+def name_of(problem: Problem, repetition: int) -> str:
+    """The name of an answer: it addresses the draws, so that all contenders share them."""
+    return f"{problem.id}#{repetition}"
+
+
+class Answering:
+    """One contender's run over a task. The journal is open, and its settings are these."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        task: Task,
+        settings: BatchSettings,
+        repetitions: int,
+        journal: Journal,
+        parallel: int,
+        system: str | None,
+    ) -> None:
+        """`system`: said before each question; `settings` has none of its own."""
+        self._backend, self._task, self._settings, self._system = backend, task, settings, system
+        self._journal, self._parallel = journal, parallel
+        self.repetitions = repetitions
+        self._rows: dict[str, Row] = {row["custom_id"]: row for row in _read(journal.path)}
+        self._takes_system = takes_system(backend)
+
+    def run(self, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Row]:
+        """Answer what is not answered, yielding each row once it is in the journal.
+
+        A row has the seconds since the one before besides; their sum is the time that the answers took.
+
+        Raises CancelledError, and what the engine and the journal raise.
+        """
+        for stage in self._task.stages():
+            items = [
+                self._item(problem, repetition, line)
+                for line, (problem, repetition) in enumerate(self._asked(stage), 1)
+            ]
+            batch = Batch(
+                self._backend, iter(items), self._settings, parallel=self._parallel, done=self._journal.done
+            )
+            last = time.perf_counter()
+            for row in batch.rows(cancelled):
+                now = time.perf_counter()
+                timed = {**row, "elapsed": round(now - last, 4)}
+                last = now
+                self._journal.append(timed)
+                self._rows[timed["custom_id"]] = timed
+                yield timed
+
+    @property
+    def total(self) -> int:
+        """Answers that the whole run has."""
+        return len(self._task.problems) * self.repetitions
+
+    def answers(self) -> list[Answer]:
+        """Those that are there, in the order of the problems."""
+        return [
+            Answer(problem, k, self._rows[name_of(problem, k)], self._earlier(problem, k))
+            for problem, k in self._asked(self._task.problems)
+            if name_of(problem, k) in self._rows
+        ]
+
+    def _asked(self, problems: Sequence[Problem]) -> list[tuple[Problem, int]]:
+        """Repetitions of a problem follow one another: its prompt is then read once."""
+        return [(problem, k) for problem in problems for k in range(1, self.repetitions + 1)]
+
+    def _item(self, problem: Problem, repetition: int, line: int) -> Item:
+        asked, system = self._task.ask(problem, self._earlier(problem, repetition)), self._system
+        name = name_of(problem, repetition)
+        if self._takes_system is None:
+            return Item(line, name, None, f"{system}\n\n{asked}\n\n" if system else f"{asked}\n\n")
+        if system and not self._takes_system:
+            asked = f"{system}\n\n{asked}"
+        messages: list[Message] = [{"role": "user", "content": asked}]
+        if system and self._takes_system:
+            messages.insert(0, {"role": "system", "content": system})
+        return Item(line, name, tuple(messages), None)
+
+    def _earlier(self, problem: Problem, repetition: int) -> dict[str, str]:
+        whole = self._task.whole(problem)
+        if whole == problem.id:
+            return {}
+        names = {
+            other.id: name_of(other, repetition)
+            for other in self._task.problems
+            if self._task.whole(other) == whole
+        }
+        return {
+            id_: str(self._rows[name].get("text", "")) for id_, name in names.items() if name in self._rows
+        }
+
+
+def takes_system(backend: Backend) -> bool | None:
+    """Whether the chat template takes a system message; None where there is no template.
+
+    Where it does not, what it would say comes first in the user's message.
+    """
+    if backend.info.chat_template is None:
+        return None
+    try:
+        chat_tokens(
+            backend, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+        )
+    except UsageError:
+        return False
+    return True
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,102 @@
+"""Whether two mathematical answers are equal: by their notation, else by math-verify.
+
+math-verify computes with sympy what models write, and 9^{9^{9^9}} has no end and no room. So it works in a
+process of its own, which is ended and replaced when an answer takes too long.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import Self
+
+from emlocal.errors import EmlocalError
+from emlocal.methods.answers import canonical
+
+SECONDS = 20.0
+"""For one comparison; what is not decided by then is not equal. Nearly all take milliseconds."""
+LONGEST = 1000
+"""Characters of an answer that is still compared by meaning."""
+_START_SECONDS = 60.0  # sympy is imported
+
+
+class MathJudge:
+    """Compares answers. Use it as a context, or close it: it may hold a process."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self._worker: subprocess.Popen[bytes] | None = None
+        self.undecided = 0
+        """Comparisons that took too long."""
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether the answer means what the gold answer does (docs/evaluation.md lists where people differ).
+
+        Raises EmlocalError where math-verify cannot be run.
+        """
+        if max(len(gold), len(answer)) > LONGEST:
+            return False
+        if _same_number(gold, answer):
+            return True
+        return self._ask(gold, answer)
+
+    def _ask(self, gold: str, answer: str) -> bool:
+        worker = self._started()
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        worker.stdin.flush()
+        said = self._line(worker, self.seconds)
+        if not said:  # out of time, or of memory
+            self.undecided += 1
+            self.close()
+            return False
+        return bool(json.loads(said))
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()  # ended by the timer just as it answered
+        if self._worker is None:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-P", "-m", "emlocal.evaluation.math_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us: an answer would be wrong because of it
+            )
+            if self._line(self._worker, _START_SECONDS).strip() != b"ready":
+                self.close()
+                raise EmlocalError("math-verify cannot be started", "pip install 'emlocal[eval]'")
+        return self._worker
+
+    def _line(self, worker: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """What it says next; nothing where it ends, or is ended after so many seconds."""
+        assert worker.stdout is not None
+        timer = threading.Timer(seconds, worker.kill)
+        timer.start()
+        try:
+            return worker.stdout.readline()
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _same_number(gold: str, answer: str) -> bool:
+    """Both write the same rational number: most answers do, and need no algebra."""
+    key = canonical(gold)
+    return isinstance(key, tuple) and key[0] == "number" and key == canonical(answer)

@@ -1,0 +1,29 @@
+"""The process that `MathJudge` asks: a line [gold, answer] in, true or false out."""
+
+import json
+import sys
+
+_MEMORY = 4 << 30  # bytes of address space
+
+
+def _limit_memory() -> None:
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    _limit_memory()
+    from math_verify import parse, verify
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
+        # no timeouts of its own: they are signals, which sympy's long divisions do not hear
+        print(json.dumps(bool(verify(gold, answer, timeout_seconds=None))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

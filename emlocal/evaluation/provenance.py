@@ -1,0 +1,68 @@
+"""What a result was made with: versions, commit, machine, and the model by its hash."""
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import emlocal
+from emlocal.diagnosis.machine import cpu
+
+_ENGINES = {
+    "llama.cpp": ("llama-cpp-python",),
+    "mlx": ("mlx", "mlx-lm"),
+    "torch": ("torch", "transformers"),
+}
+
+
+def provenance(engine: str) -> dict[str, object]:
+    """Versions, commit and machine; for results.json."""
+    machine = cpu()
+    packages = ("numpy", *_ENGINES.get(engine, ()), "math-verify")
+    return {
+        "emlocal": emlocal.__version__,
+        "commit": commit(),
+        "packages": {name: found for name in packages if (found := _version(name))},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": machine.model,
+        "cores": machine.physical,
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout that emlocal runs from, "-dirty" where it was changed; None where there is none."""
+    folder = Path(emlocal.__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        inside = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (head + ("-dirty" if changed else "")) if inside else None
+
+
+def sha256(files: Sequence[Path]) -> str:
+    """Of all bytes of a model's files, in their order: about a second a gigabyte."""
+    hashed = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                hashed.update(block)
+    return hashed.hexdigest()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
+    )
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,92 @@
+"""The report's figures, as SVG texts that stand by themselves."""
+
+import io
+from typing import TYPE_CHECKING
+
+from emlocal.errors import BackendError
+from emlocal.evaluation.report.document import Document
+from emlocal.evaluation.report.texts import accuracy_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH, _HEIGHT = 7.2, 3.8  # inches
+_APART = 1.012
+"""Between methods of the same cost, so that their bars do not hide each other."""
+
+
+def accuracy_against_cost(document: Document) -> str | None:
+    """A point with its interval for each method, over the FLOPs of an answer. None where none answered."""
+    if not any(method.cost.flops for method in document.methods):
+        return None
+    figure, axes = _figure()
+    for i, method in enumerate(document.methods):
+        if not method.cost.flops:
+            continue
+        value, low, high = (
+            100 * x for x in (method.accuracy.value, method.accuracy.low, method.accuracy.high)
+        )
+        axes.errorbar(
+            [method.cost.flops * _APART ** (i - len(document.methods) / 2)],
+            [value],
+            yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+            marker="o",
+            linestyle="none",
+            capsize=3,
+            color=f"C{i % 10}",
+            label=method.name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
+    axes.set_ylabel(f"{accuracy_name(document)} (bars: 95 %)")
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.25)
+    _legend(figure)
+    return _svg(figure)
+
+
+def entropy_along_the_answer(document: Document) -> str | None:
+    """Mean entropy by token: dashed before EM, solid as drawn. None where no entropies were kept."""
+    if all(method.curve is None for method in document.methods):
+        return None
+    figure, axes = _figure()
+    for i, method in enumerate(document.methods):
+        curve = method.curve
+        if curve is None:
+            continue
+        axes.plot(curve.position, curve.after, color=f"C{i % 10}", label=method.name)
+        if abs(method.entropy_before - method.entropy_after) >= 0.005:
+            axes.plot(curve.position, curve.before, color=f"C{i % 10}", linestyle="--", alpha=0.7)
+    axes.set_xlabel("token of the answer")
+    axes.set_ylabel("mean entropy, nats")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    _legend(figure)
+    return _svg(figure)
+
+
+def _figure() -> "tuple[Figure, Axes]":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as why:
+        raise BackendError("the report's figures need matplotlib", "pip install 'emlocal[eval]'") from why
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: "Figure") -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+
+
+def _svg(figure: "Figure") -> str:
+    """The same text each time: no date, and ids of a fixed salt."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": "emlocal"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

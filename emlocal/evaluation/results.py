@@ -1,0 +1,253 @@
+"""From judged answers to figures: accuracies with intervals, costs, and paired differences.
+
+The unit is the *whole* problem: answers to one question, or the steps of one problem, are not independent,
+so intervals draw whole problems, and a paired difference is one number a problem.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from emlocal.evaluation.judging import Judged
+from emlocal.evaluation.statistics import (
+    Interval,
+    bootstrap_mean,
+    holm,
+    pass_at_k,
+    sign_flip,
+    wilson,
+)
+from emlocal.evaluation.tasks.task import Task
+
+BINS = 40
+"""Points of the curve of entropy along the answer, at most."""
+_ENOUGH = 0.25  # the curve ends where fewer of the answers go on
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A share or a mean, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one answer by the method, on average: everything that was sampled for it counts."""
+
+    read: float
+    """Prompt tokens, as if each question were asked alone: what prompts share counts for each."""
+    written: float
+    """Tokens drawn."""
+    passes: float
+    """Forward passes that it took part in."""
+    seconds: float
+    """Of the run, over its answers; it depends on how many sequences run at once."""
+    flops: float
+    """2 P D: two for each parameter and each token read or written."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean entropy along the answers, nats."""
+
+    position: tuple[float, ...]
+    """Tokens from the beginning of the answer."""
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """How one contender did."""
+
+    name: str
+    settings: str
+    repetitions: int
+    accuracy: Estimate
+    """mean@K."""
+    pass_at: Mapping[int, Estimate]
+    """By k, where there are several answers to each question."""
+    solved: Estimate | None
+    """Whole problems with all steps right, where problems have steps."""
+    no_answer: int
+    """Answers in which none was found."""
+    guessed: int
+    """Answers found without the form that was asked for: the last number of a text without a box."""
+    cut_off: int
+    """Answers that reached a limit."""
+    errors: int
+    """Questions that could not be asked: the prompt does not fit the context."""
+    cost: Cost
+    entropy_before: float
+    """Mean over tokens, nats."""
+    entropy_after: float
+    curve: Curve | None
+    right: Mapping[str, float]
+    """By whole problem: its right answers, the mean over repetitions."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One contender against the reference, problem by problem."""
+
+    name: str
+    reference: str
+    difference: Estimate
+    """Of mean@K: positive where `name` is better."""
+    wins: int
+    """Whole problems on which it is better, and …"""
+    losses: int
+    p: float
+    """McNemar's exact test for single answers, else random flips of signs."""
+    p_holm: float
+    """The same, adjusted for all comparisons of the evaluation."""
+
+
+def summarize(
+    task: Task, name: str, settings: str, judged: Sequence[Judged], parameters: int, seed: int
+) -> MethodResult:
+    """The figures of one contender. `parameters`: of the model, for the FLOPs."""
+    repetitions = max(one.answer.repetition for one in judged)
+    rows = [one.answer.row for one in judged]
+    before, after = _entropy(rows)
+    right = _right_by_whole(task, judged, repetitions)
+    return MethodResult(
+        name,
+        settings,
+        repetitions,
+        _accuracy(task, judged, right, repetitions, seed),
+        _pass_at(judged, repetitions, seed),
+        _solved(task, right) if any(size > 1 for size in _sizes(task).values()) else None,
+        sum(one.verdict.mark == "no answer" and one.answer.error is None for one in judged),
+        sum(one.verdict.detail == "last-number" for one in judged),
+        sum(row.get("finish_reason") in ("length", "context") for row in rows),
+        sum(one.answer.error is not None for one in judged),
+        _cost(rows, parameters),
+        before,
+        after,
+        _curve(rows),
+        right,
+    )
+
+
+def compare(task: Task, results: Sequence[MethodResult], seed: int) -> list[Comparison]:
+    """Each contender against the first."""
+    reference, *others = results
+    sizes = _sizes(task)
+    found = []
+    for other in others:
+        differences = [other.right[whole] - reference.right[whole] for whole in sizes]
+        total = sum(sizes.values())
+        interval = bootstrap_mean(differences, seed, sizes=list(sizes.values()))
+        found.append(
+            (
+                other.name,
+                _estimate(sum(differences) / total, interval),
+                sum(d > 0 for d in differences),
+                sum(d < 0 for d in differences),
+                sign_flip(differences, seed),
+            )
+        )
+    adjusted = holm([p for *_, p in found])
+    return [
+        Comparison(name, reference.name, difference, wins, losses, p, p_holm)
+        for (name, difference, wins, losses, p), p_holm in zip(found, adjusted, strict=True)
+    ]
+
+
+def _sizes(task: Task) -> dict[str, int]:
+    """Problems in each whole one."""
+    sizes: dict[str, int] = {}
+    for problem in task.problems:
+        whole = task.whole(problem)
+        sizes[whole] = sizes.get(whole, 0) + 1
+    return sizes
+
+
+def _right_by_whole(task: Task, judged: Sequence[Judged], repetitions: int) -> dict[str, float]:
+    right: dict[str, int] = dict.fromkeys(_sizes(task), 0)
+    for one in judged:
+        right[task.whole(one.answer.problem)] += one.verdict.right
+    return {whole: n / repetitions for whole, n in right.items()}
+
+
+def _accuracy(
+    task: Task, judged: Sequence[Judged], right: Mapping[str, float], repetitions: int, seed: int
+) -> Estimate:
+    sizes = _sizes(task)
+    value = sum(right.values()) / len(task.problems)
+    if repetitions == 1 and max(sizes.values()) == 1:
+        return _estimate(value, wilson(round(sum(right.values())), len(judged)))
+    return _estimate(value, bootstrap_mean(list(right.values()), seed, sizes=list(sizes.values())))
+
+
+def _pass_at(judged: Sequence[Judged], repetitions: int, seed: int) -> dict[int, Estimate]:
+    """At 1, 2, 4, … and K. Of single steps, where problems have steps."""
+    if repetitions == 1:
+        return {}
+    right: dict[str, int] = {}
+    for one in judged:
+        id_ = one.answer.problem.id
+        right[id_] = right.get(id_, 0) + one.verdict.right
+    ks = sorted({2**i for i in range(repetitions.bit_length())} | {repetitions})
+    found = {}
+    for k in (k for k in ks if k <= repetitions):
+        values = [pass_at_k(repetitions, n, k) for n in right.values()]
+        found[k] = _estimate(fmean(values), bootstrap_mean(values, seed))
+    return found
+
+
+def _solved(task: Task, right: Mapping[str, float]) -> Estimate:
+    """Of one repetition: with several, a problem counts where all of them are right throughout."""
+    sizes = _sizes(task)
+    solved = sum(right[whole] >= size for whole, size in sizes.items())
+    return _estimate(solved / len(sizes), wilson(solved, len(sizes)))
+
+
+def _cost(rows: Sequence[Mapping[str, Any]], parameters: int) -> Cost:
+    answered = [row for row in rows if "text" in row]
+    if not answered:
+        return Cost(0.0, 0.0, 0.0, 0.0, 0.0)
+    read = fmean(row["prompt_tokens"] for row in answered)
+    written = fmean(row["completion_tokens"] for row in answered)
+    return Cost(
+        read,
+        written,
+        fmean(row["forward_passes"] for row in answered),
+        sum(row["elapsed"] for row in rows) / len(answered),
+        2.0 * parameters * (read + written),
+    )
+
+
+def _entropy(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean over all tokens of the chosen answers, before and after EM."""
+    before = [h for row in rows if "entropies" in row for h in row["entropies"]["before"]]
+    after = [h for row in rows if "entropies" in row for h in row["entropies"]["after"]]
+    return (fmean(before), fmean(after)) if before else (0.0, 0.0)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> Curve | None:
+    """Mean over the answers that are so long, in bins of tokens; None where there is nothing."""
+    traces = [row["entropies"] for row in rows if "entropies" in row and row["entropies"]["before"]]
+    if not traces:
+        return None
+    lengths = sorted((len(trace["before"]) for trace in traces), reverse=True)
+    end = max(1, lengths[min(len(lengths) - 1, int(_ENOUGH * len(lengths)))])
+    width = max(1, -(-end // BINS))
+    points = []
+    for start in range(0, end, width):
+        bins = {
+            side: [h for trace in traces for h in trace[side][start : min(start + width, end)]]
+            for side in ("before", "after")
+        }
+        points.append((start + (width - 1) / 2, fmean(bins["before"]), fmean(bins["after"])))
+    position, before, after = zip(*points, strict=True)
+    return Curve(position, before, after)
+
+
+def _estimate(value: float, interval: Interval) -> Estimate:
+    return Estimate(value, interval.low, interval.high)

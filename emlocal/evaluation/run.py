@@ -1,0 +1,125 @@
+"""An evaluation: contenders one after the other over a task's questions, then the judging of all answers.
+
+A contender's answers are a batch output of its own in OUT/answers, so that a run goes on where it stopped,
+and contenders can be added to one that is finished.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emlocal.backends.base import Backend
+from emlocal.batch.journal import Journal
+from emlocal.batch.rows import is_error, key_of
+from emlocal.batch.run import BatchSettings
+from emlocal.errors import CancelledError
+from emlocal.evaluation.answering import Answer, Answering, name_of
+from emlocal.evaluation.judging import Judge, Judged
+from emlocal.evaluation.tasks.task import Task
+
+Progress = Callable[[str, int, int], None]
+"""Takes what is being done, how many are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender in an evaluation."""
+
+    name: str
+    described: str
+    """Its settings in words."""
+    settings: BatchSettings
+    identity: Mapping[str, object]
+    """What a run that goes on must have the same."""
+    repetitions: int
+
+
+def answers_path(folder: Path, name: str) -> Path:
+    """Where a contender's answers are."""
+    return folder / "answers" / (re.sub(r"[^\w.+=-]", "_", name) + ".jsonl")
+
+
+def left_to_answer(folder: Path, task: Task, entries: Sequence[Entry]) -> int:
+    """How many answers are not there yet; a line torn by a crash is none."""
+    left = 0
+    for entry in entries:
+        there = {row.get("custom_id") for row in _rows(answers_path(folder, entry.name))}
+        wanted = (name_of(p, k) for p in task.problems for k in range(1, entry.repetitions + 1))
+        left += sum(name not in there for name in wanted)
+    return left
+
+
+def _rows(path: Path) -> Iterator[dict[str, object]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def answer(
+    backend: Backend,
+    task: Task,
+    entries: Sequence[Entry],
+    folder: Path,
+    *,
+    system: str | None,
+    parallel: int,
+    restart: bool = False,
+    cancelled: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, list[Answer]]:
+    """Every contender's answers to every question, by the contender's name.
+
+    Raises CancelledError, UsageError for answers that are there and were made otherwise, and what the engine
+    and the journal raise.
+    """
+    answers_path(folder, "").parent.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for entry in entries:
+        with Journal.open(
+            answers_path(folder, entry.name),
+            entry.identity,
+            key_of=key_of,
+            is_error=is_error,
+            restart=restart,
+        ) as journal:
+            running = Answering(
+                backend, task, entry.settings, entry.repetitions, journal, parallel, system=system
+            )
+            there = len(running.answers())
+            progress(entry.name, there, running.total)
+            for done, _ in enumerate(running.run(cancelled), there + 1):
+                progress(entry.name, done, running.total)
+            found[entry.name] = running.answers()
+    return found
+
+
+def judge(
+    task: Task,
+    answers: Mapping[str, Sequence[Answer]],
+    folder: Path,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, list[Judged]]:
+    """The verdicts on all answers. Raises CancelledError, and what the task's judging raises."""
+    total, done = sum(map(len, answers.values())), 0
+    found: dict[str, list[Judged]] = {}
+    with Judge(task, folder / "verdicts.jsonl") as judge:
+        for name, given in answers.items():
+            found[name] = []
+            for judged in judge.judge(given, cancelled):
+                found[name].append(judged)
+                done += 1
+                progress("judging", done, total)
+            if cancelled():
+                raise CancelledError
+    return found

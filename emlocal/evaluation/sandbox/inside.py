@@ -1,0 +1,95 @@
+"""Runs in the fresh interpreter: locks itself in, runs the program, reports through a pipe.
+
+    python -I inside.py DESCRIPTOR SECONDS BYTES
+
+takes {"secret": …, "program": …} on stdin. It writes a line to the descriptor when it is locked in, and
+{"secret": …, "error": null or text} when the program has come to its end. A program that leaves early
+(os._exit, a signal) reports nothing and has not passed. It shares the interpreter with what tests it: one
+that sets out to cheat can.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import struct
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from emlocal.evaluation.sandbox import landlock, seccomp
+
+sys.path.pop(0)  # the program is not to find what is beside emlocal in a checkout
+
+_SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo")
+_SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
+_LONGEST = 2000
+_NO_NEW_PRIVILEGES = 38
+_CAPABILITIES_VERSION = 0x20080522
+
+
+def _readable() -> list[Path]:
+    """Python, its packages and the system's libraries; no home, no secrets, no other process."""
+    own = [sys.prefix, sys.base_prefix] if sys.prefix != "/usr" else []
+    own += [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
+    wanted = [Path(path) for path in (*own, *_SYSTEM, *_SINGLE) if path not in ("", "/", "/usr")]
+    return [path for path in dict.fromkeys(wanted) if path.exists()]
+
+
+def _limit(seconds: int, memory: int) -> None:
+    for what, most in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, and SIGKILL if that is ignored
+
+
+def _no_new_privileges() -> None:
+    """Without it only root may lock itself in: a program with more rights would run locked in as well."""
+    zero = ctypes.c_ulong(0)
+    if ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), zero, zero, zero):
+        raise OSError(ctypes.get_errno(), "new privileges cannot be given up")
+
+
+def _drop_capabilities() -> None:
+    """Root's privileges, where it is root: limits and locks then hold for it as well."""
+    header = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
+    if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)):
+        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
+
+
+def _error_of(program: str) -> str | None:
+    """Run it; what it raised, last lines first to survive."""
+    names = {"__name__": "__main__", "__builtins__": __builtins__}
+    try:
+        exec(compile(program, "<answer>", "exec"), names)  # noqa: S102 (that is what it is for)
+    except BaseException as error:  # noqa: BLE001 (sys.exit() is no way to pass)
+        said = "".join(traceback.format_exception_only(error)).strip()
+        return said[-_LONGEST:] or type(error).__name__
+    return None
+
+
+def _main() -> None:
+    report, seconds, memory = (int(argument) for argument in sys.argv[1:4])
+    asked = json.load(sys.stdin)
+    null = os.open("/dev/null", os.O_RDWR)
+    _limit(seconds, memory)
+    _no_new_privileges()
+    landlock.restrict(_readable())
+    _drop_capabilities()
+    seccomp.restrict()
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+    os.write(report, b"ready\n")
+    error = _error_of(asked["program"])
+    os.write(report, json.dumps({"secret": asked["secret"], "error": error}).encode())
+    os._exit(0)  # what the program left to be done at exit is not done
+
+
+_main()

@@ -1,0 +1,123 @@
+"""Runs a program in a fresh interpreter that is locked in, and says what came of it."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Literal
+
+from emlocal.errors import EmlocalError
+from emlocal.evaluation.sandbox import landlock, seccomp
+
+Ending = Literal["passed", "failed", "time", "killed"]
+_INSIDE = Path(__file__).with_name("inside.py")
+_START_SECONDS = 5.0  # for the interpreter, besides the program's own time
+_REPORT_BYTES = 1 << 16  # what a pipe holds: a program that writes more waits until its time is up
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""Nothing of the user's own. Libraries that would start threads do not try."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use."""
+
+    seconds: float = 10.0
+    """Of the processor; on the clock twice as many, since others may use the processor too."""
+    memory: int = 2 << 30
+    """Bytes of address space: numpy and scipy take about 0.5 GB of it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a program."""
+
+    ending: Ending
+    detail: str = ""
+    """What it raised, or the signal that ended it."""
+
+    @property
+    def passed(self) -> bool:
+        """It ran to its end and nothing was raised."""
+        return self.ending == "passed"
+
+
+def check_containment() -> None:
+    """Raise EmlocalError where programs cannot be contained: they are not run then."""
+    if not seccomp.known() or landlock.abi() < landlock.OLDEST_ABI:
+        raise EmlocalError(
+            "generated code cannot be contained here: that takes Linux 6.2 or newer with Landlock, on x86-64"
+            " or ARM64",
+            "run code tasks there: in a virtual machine, or a container on such a kernel",
+        )
+
+
+def run(program: str, limits: Limits = Limits()) -> Outcome:
+    """Run a Python program, contained. It can read Python and its packages, and write nothing.
+
+    Raises EmlocalError where it cannot be contained, or the interpreter does not start.
+    """
+    check_containment()
+    secret = secrets.token_hex(16)
+    reading, writing = os.pipe()
+    try:
+        arguments = [str(_INSIDE), str(writing), str(ceil(limits.seconds)), str(limits.memory)]
+        with subprocess.Popen(
+            [sys.executable, "-I", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # of what comes before the program, which has none
+            pass_fds=(writing,),
+            env=_ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+        ) as process:
+            asked = json.dumps({"secret": secret, "program": program}).encode()
+            try:
+                _, said = process.communicate(asked, timeout=2 * limits.seconds + _START_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return Outcome("time", f"ended after {2 * limits.seconds + _START_SECONDS:g} s")
+            finally:
+                if process.poll() is None:  # Ctrl-C
+                    process.kill()
+        os.close(writing)
+        writing = -1
+        ready, _, report = os.read(reading, _REPORT_BYTES).partition(b"\n")
+        if ready != b"ready":
+            raise EmlocalError(
+                "the interpreter for generated code did not start:"
+                f" {_last_line(said) or f'exit code {process.returncode}'}"
+            )
+        return _outcome(process.returncode, report, secret, limits)
+    finally:
+        os.close(reading)
+        if writing >= 0:
+            os.close(writing)
+
+
+def _last_line(said: bytes) -> str:
+    return said.decode(errors="replace").strip().rpartition("\n")[2]
+
+
+def _outcome(code: int, report: bytes, secret: str, limits: Limits) -> Outcome:
+    if code == -signal.SIGXCPU:
+        return Outcome("time", f"ended after {limits.seconds:g} s of the processor")
+    if code < 0:
+        return Outcome("killed", f"ended by signal {-code}")
+    try:
+        said = json.loads(report)
+        if said["secret"] != secret:
+            return Outcome("failed", "the program reported for itself")
+        return Outcome("passed") if said["error"] is None else Outcome("failed", str(said["error"]))
+    except (ValueError, KeyError, TypeError):
+        return Outcome("failed", f"left before its end, with exit code {code}")

@@ -1,0 +1,80 @@
+"""From a task's name and a file to the task."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+from emlocal.errors import EmlocalError, UsageError
+from emlocal.evaluation.sandbox.run import Limits
+from emlocal.evaluation.tasks.mathematics import MathTask
+from emlocal.evaluation.tasks.programs import ProgramTask
+from emlocal.evaluation.tasks.reading import Rows, hub, read_rows
+from emlocal.evaluation.tasks.scicode import LIMITS as SCICODE_LIMITS
+from emlocal.evaluation.tasks.scicode import SciCodeTask
+from emlocal.evaluation.tasks.task import Task
+
+TaskName = Literal[
+    "gsm8k",
+    "math500",
+    "amc",
+    "aime",
+    "minerva",
+    "olympiadbench",
+    "humaneval",
+    "leetcode",
+    "scicode",
+    "questions",
+]
+NAMES: tuple[TaskName, ...] = get_args(TaskName)
+_ON_THE_HUB = {
+    "gsm8k": ("openai/gsm8k", "test", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", "test", None),
+    "amc": ("AI-MO/aimo-validation-amc", "train", None),
+    "aime": ("AI-MO/aimo-validation-aime", "train", None),
+    "olympiadbench": ("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP"),
+    "humaneval": ("openai/openai_humaneval", "test", None),
+}
+
+
+def open_task(
+    name: str, data: Path | None, limit: int | None = None, code_seconds: float | None = None
+) -> Task:
+    """The task, with its first `limit` problems, from a file or from the hub.
+
+    `questions` is any file of questions with answers. Raises UsageError for an unknown name, a file that is
+    none of its kind, or no file where the hub has none; EmlocalError where the hub cannot be had.
+    """
+    if name not in NAMES:
+        raise UsageError(f"--task is {name!r}; it must be one of {', '.join(NAMES)}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}; it must be at least 1")
+    rows = _rows(name, data, limit)
+    chosen = Rows(rows[:limit], rows.source)
+    if name == "scicode":
+        return SciCodeTask(chosen, _limits(SCICODE_LIMITS, code_seconds))
+    if name in ("humaneval", "leetcode"):
+        return ProgramTask(name, chosen, _limits(Limits(), code_seconds))
+    return MathTask(name if name != "questions" or data is None else data.stem, chosen)
+
+
+def _limits(usual: Limits, seconds: float | None) -> Limits:
+    if seconds is None:
+        return usual
+    if not 0 < seconds <= 3600:
+        raise UsageError(f"--code-seconds is {seconds:g}; it must be more than 0 and at most 3600")
+    return replace(usual, seconds=seconds)
+
+
+def _rows(name: str, data: Path | None, limit: int | None) -> Rows:
+    if data is not None:
+        return read_rows(data)
+    if name not in _ON_THE_HUB:
+        raise UsageError(f"--task {name} needs its file", "give it with --data FILE")
+    if find_spec("datasets") is None:
+        raise EmlocalError(
+            f"--task {name} without --data is a dataset of the hub, which needs the package datasets",
+            "give its file with --data, or pip install datasets",
+        )
+    dataset, split, config = _ON_THE_HUB[name]
+    return hub(dataset, split, limit, config)

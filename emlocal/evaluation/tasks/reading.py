@@ -1,0 +1,93 @@
+"""Rows of problems: from .jsonl, .json (a list, or columns), either with .gz, or from the hub."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emlocal.errors import EmlocalError, UsageError
+from emlocal.hub_rows import hub_rows
+
+Row = Mapping[str, Any]
+_SUFFIXES = (".jsonl", ".json", ".ndjson")
+
+
+class Rows(list[Row]):
+    """Rows, and where they come from."""
+
+    def __init__(self, rows: Sequence[Row], source: str) -> None:
+        super().__init__(rows)
+        self.source = source
+        """Name and SHA-256 of the file; of the hub's the name."""
+
+
+def read_rows(path: Path) -> Rows:
+    """The objects of a file. Raises UsageError for a file that is missing, empty, or holds something else."""
+    try:
+        raw = path.expanduser().read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}", "give a .jsonl or .json file with --data") from None
+    except OSError as why:
+        raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
+    source = f"{path.name}, sha256 {hashlib.sha256(raw).hexdigest()}"
+    names = path.with_suffix("") if path.suffix == ".gz" else path
+    if names.suffix not in _SUFFIXES:
+        raise UsageError(f"{path} is neither JSONL nor JSON", f"its name must end in {', '.join(_SUFFIXES)}")
+    try:
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        rows = _listed(json.loads(text)) if names.suffix == ".json" else _lines(text)
+    except (ValueError, EOFError, OSError, RecursionError) as why:
+        raise UsageError(f"{path} cannot be read: {why}") from why
+    if not rows:
+        raise UsageError(f"{path} holds no problems")
+    return Rows(rows, source)
+
+
+def hub(name: str, split: str, limit: int | None, config: str | None = None) -> Rows:
+    """The first rows of a dataset of the hub. Raises EmlocalError as `hub_rows` does."""
+    return Rows(hub_rows(name, split, limit, config), f"{name}:{split} of the hub")
+
+
+def _lines(text: str) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError(f"line {number:,} is no JSON object")
+            rows.append(value)
+    return rows
+
+
+def _listed(value: Any) -> list[Row]:
+    """A list of objects; or, as some write tables, an object of columns: {row: value}, or lists."""
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    if isinstance(value, dict) and value and all(isinstance(column, dict) for column in value.values()):
+        keys = list(next(iter(value.values())))
+        return [{name: column.get(key) for name, column in value.items()} for key in keys]
+    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        return value
+    raise ValueError("it is no list of JSON objects")
+
+
+def text_of(row: Row, names: Sequence[str]) -> str | None:
+    """The first of these fields that has a text or a number in it, stripped; a list's parts with commas."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+            return str(value).strip()
+    return None
+
+
+def ids(rows: Sequence[Row]) -> list[str]:
+    """A name for each row: its own where all have one and none twice, else their numbers from 1."""
+    for field in ("id", "unique_id", "task_id", "question_id"):
+        own = [row.get(field) for row in rows]
+        if all(isinstance(name, str | int) for name in own) and len({str(name) for name in own}) == len(own):
+            return [str(name) for name in own]
+    return [str(number) for number in range(1, len(rows) + 1)]
