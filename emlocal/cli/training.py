@@ -104,7 +104,10 @@ def carry_out(work: Work[L], asked: Asked) -> None:
 
 def _processes(device: str, trainer: str) -> Processes:
     """Those that `accelerate launch` started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    count = os.environ.get("WORLD_SIZE", "1")  # as all launchers set it
+    if not count.isdecimal():
+        raise UsageError(f"WORLD_SIZE is {count!r}, and no number of processes", "unset WORLD_SIZE")
+    if int(count) < 2:
         return Processes()
     if trainer != "torch":
         raise UsageError(f"several processes cannot train on {trainer}", "use --backend torch")

@@ -37,6 +37,8 @@ def show(
     console.heading("Settings")
     for name, value in vars(settings).items():
         _line(_flag(settings, name), _said(value))
+    _line("--context", f"{engines.answerer.backend.context:,}")
+    _line("--tokens-per-batch", f"{machine.token_budget:,}")
     _line("prompts", f"{len(tokens):,} of {prompts:,}")
     for name, text in zip(("model", "adapter", "engine"), engines.describe(), strict=True):
         _line(name, text)

@@ -54,6 +54,7 @@ class Engines(Generic[L]):
     place: str
     learner: L
     answerer: LlamaCppModel | SameModel
+    quiet: bool = False
 
     @property
     def model_name(self) -> str:
@@ -80,11 +81,7 @@ class Engines(Generic[L]):
         room = self.settings.max_tokens
         fitting, most = [], backend.context - room
         too_long: list[tuple[Prompt, int]] = []
-        for prompt in prompts:
-            try:
-                tokens = chat_tokens(backend, with_system(prompt.messages, system))
-            except UsageError as why:
-                raise UsageError(f"{prompt.where}: {why.message}", why.hint) from why
+        for prompt, tokens in self._tokens(prompts, system):
             if len(tokens) > most:
                 too_long.append((prompt, len(tokens)))
             else:
@@ -100,6 +97,17 @@ class Engines(Generic[L]):
                 raise ContextFullError(said, "shorten them, or give a larger --context")
             console.warn(f"{said}; left out")
         return fitting
+
+    def _tokens(self, prompts: Sequence[Prompt], system: str | None) -> Iterator[tuple[Prompt, list[int]]]:
+        """Of each prompt. A million takes minutes, so it says how far it is."""
+        with console.progress(self.quiet) as progress:
+            for i, prompt in enumerate(prompts):
+                if i and i % 1000 == 0:
+                    progress(f"encoding prompts: {i:,} of {len(prompts):,}", 0, None)
+                try:
+                    yield prompt, chat_tokens(self.answerer.backend, with_system(prompt.messages, system))
+                except UsageError as why:
+                    raise UsageError(f"{prompt.where}: {why.message}", why.hint) from why
 
     def use(self, adapter: Adapter) -> None:
         """Answer with this adapter from now on."""
@@ -166,7 +174,7 @@ def open_engines(
     )
     answerer = _answerer(model, opened, options, answers.rollouts, parallel)
     try:
-        yield Engines(model, settings, trainer, threads, opened.place.describe(), learner, answerer)
+        yield Engines(model, settings, trainer, threads, opened.place.describe(), learner, answerer, quiet)
     finally:
         answerer.close()
 

@@ -168,7 +168,8 @@ def test_ctrl_c_in_a_step_leaves_the_state_before_it(
         work.learner.update = lambda rate: updates.append(rate) or real(rate)  # type: ignore[func-returns-value]
         with pytest.raises(CancelledError):
             work.run(start)
-    assert len(updates) == 3 * SETTINGS.ppo_epochs + (passes == PASSES - 1)  # between the two updates of a step
+    # between the two updates of a step
+    assert len(updates) == 3 * SETTINGS.ppo_epochs + (passes == PASSES - 1)
     (held, damaged) = checkpoint.latest(out / "checkpoints")
     assert held is not None
     assert (held.step, held.history["good_step"], damaged) == (3, 2, [])
