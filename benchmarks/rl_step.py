@@ -10,6 +10,7 @@ take turns.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def batch_speed(model: Path, prompts: Path, adapter: Path, chosen: argparse.Name
     command += ["--max-tokens", str(chosen.tokens), "--backend", chosen.rollouts]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     said = next(line for line in done.stderr.splitlines() if " answers in " in line)
-    return float(said.split("tokens, ")[1].split(" tok/s")[0].replace(",", ""))
+    return float(re.search(r"([\d,.]+) tok/s", said)[1].replace(",", ""))  # type: ignore[index]
 
 
 def main() -> None:
@@ -97,8 +98,8 @@ def main() -> None:
             times.clear()
             self.since = time.perf_counter()
 
-    def learner(model: Any, adapter: Any, descent: Descent, checkpointing: bool) -> TorchPolicyLearner:
-        return TorchPolicyLearner(model, adapter, descent, objective_of(settings))
+    def learner(opened: Any, adapter: Any, descent: Descent, checkpointing: bool) -> TorchPolicyLearner:
+        return TorchPolicyLearner(opened.model, adapter, descent, objective_of(settings))
 
     wait_until_quiet(120)
     noise, watcher = Noise(), Watcher()
@@ -107,7 +108,7 @@ def main() -> None:
     with (
         folder_name as name,
         open_engines(
-            str(MODELS[chosen.model]), settings, answers, MachineOptions(), learner, quiet=True
+            str(MODELS[chosen.model]), settings, answers, MachineOptions(), learner, "torch", quiet=True
         ) as engines,
     ):
         fresh, prompts_file = Path(name) / "fresh", Path(name) / "prompts.jsonl"

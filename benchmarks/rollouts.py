@@ -32,14 +32,14 @@ def main() -> None:
     path = str(Path(MODELS[chosen.model]))
     speeds: dict[str, list[float]] = {"llama.cpp": [], "torch": []}
 
-    def learner(model: Any, adapter: Any, descent: Any, checkpointing: bool) -> Any:
+    def learner(opened: Any, adapter: Any, descent: Any, checkpointing: bool) -> Any:
         from emlocal.backends.torch.learner import TorchLearner
 
-        return TorchLearner(model, adapter, descent, checkpointing=checkpointing)
+        return TorchLearner(opened.model, adapter, descent, checkpointing=checkpointing)
 
     def speed(engine: Rollouts) -> list[float]:
         answers = AnswerOptions(rollouts=engine)
-        with open_engines(path, settings, answers, MachineOptions(), learner, quiet=True) as engines:
+        with open_engines(path, settings, answers, MachineOptions(), learner, "torch", quiet=True) as engines:
             engines.answerer.refresh(engines.learner.adapter())
             backend = engines.answerer.backend
             prompts = [
