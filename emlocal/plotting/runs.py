@@ -27,7 +27,7 @@ class Panel:
 
 PANELS = (
     Panel("entropy", "Entropy of the answers", "nats a token"),
-    Panel("reward", "Reward", ""),
+    *(Panel("reward", "Reward", unit) for unit in ("nats", "share", "weighted sum", "")),
     Panel("kl", "KL to the base", "nats a token"),
     Panel("length", "Length of the answers", "tokens"),
     Panel("repetition", "Repeated text", "%", 100),
@@ -40,9 +40,13 @@ class RunMetrics:
 
     label: str
     rows: tuple[dict[str, Any], ...]
+    reward: str = ""
+    """The unit of its reward: runs of different ones have no axis in common."""
 
     def line(self, panel: Panel) -> tuple[list[int], list[float]]:
         """Steps and numbers, of the steps that have one."""
+        if panel.name == "reward" and panel.unit != self.reward:
+            return [], []
         found = [(row["step"], row.get(panel.name)) for row in self.rows]
         known = [(step, panel.scale * n) for step, n in found if isinstance(n, int | float)]
         return [step for step, _ in known], [n for _, n in known]
@@ -56,7 +60,19 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
     Raises UsageError for a folder that holds no run, or one that has no metrics yet.
     """
     labels = _labels([folder.resolve() for folder in folders])
-    return [RunMetrics(label, _rows(folder)) for label, folder in zip(labels, folders, strict=True)]
+    pairs = zip(labels, folders, strict=True)
+    return [RunMetrics(label, _rows(folder), _reward(folder)) for label, folder in pairs]
+
+
+def _reward(folder: Path) -> str:
+    """The unit of a run's reward, as far as its run.json tells."""
+    try:
+        ((name, _), *more) = json.loads((folder / "run.json").read_text("utf-8"))["settings"]["reward"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    if more:
+        return "weighted sum"
+    return "nats" if name in ("token", "sequence", "self-certainty") else "share"
 
 
 def _rows(folder: Path) -> tuple[dict[str, Any], ...]:

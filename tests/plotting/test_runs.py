@@ -52,6 +52,26 @@ def test_numbers_are_where_their_steps_are(tmp_path: Path) -> None:
     assert by_name["reward"] == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("reward", "unit"),
+    [
+        ([["token", 1.0]], "nats"),
+        ([["verifier", 1.0]], "share"),
+        ([["verifier", 1.0], ["token", 0.1]], "weighted sum"),
+        ("broken", ""),
+    ],
+)
+def test_rewards_share_a_panel_with_those_of_their_unit(tmp_path: Path, reward: object, unit: str) -> None:
+    folder, other = run(tmp_path / "a", rows(reward=0.5)), run(tmp_path / "b", rows(reward=0.7))
+    (folder / "run.json").write_text(json.dumps({"settings": {"reward": reward}}))
+    found = read_runs([folder, other])
+    assert [each.reward for each in found] == [unit, ""]
+    lines = [found[0].line(panel)[1] for panel in PANELS if panel.name == "reward"]
+    assert sorted(lines) == [[], [], [], [0.5] * 4]
+    draw_runs(found, tmp_path / "run.svg")
+    assert not unit or unit in titles(tmp_path / "run.svg")
+
+
 def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     folders = [run(tmp_path / a / "out", rows()) for a in ("one", "two")]
     assert [found.label for found in read_runs(folders)] == ["one/out", "two/out"]
