@@ -11,7 +11,7 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
-from emlocal.cli.running import choose_parallel, identity_of
+from emlocal.cli.running import identity_of
 from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.words import counted
 
@@ -60,7 +60,8 @@ class EvalOptions:
         bool, typer.Option("--resume/--restart", help="Go on with answers that are there, or begin anew.")
     ] = True
     parallel: Annotated[
-        int | None, typer.Option("--parallel", help="Sequences at once. (default: measured)", metavar="N")
+        int | None,
+        typer.Option("--parallel", help="Sequences at once. (default: 16, or as memory allows)", metavar="N"),
     ] = None
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the table.")] = False
 
@@ -94,9 +95,10 @@ def eval(
     goes on, and methods can be added. The folder gets results.json, results.md and report.html.
     """
     from emlocal.cli import precedence
-    from emlocal.cli.engine import open_for_batch
+    from emlocal.cli.engine import MOST_PARALLEL, open_for_batch
     from emlocal.evaluation.contenders import read_contenders
     from emlocal.evaluation.tasks.open import open_task
+    from emlocal.generation.scheduler import SPARE_SEQUENCES
 
     config = precedence.read_config()
     contenders = read_contenders(methods)
@@ -107,11 +109,11 @@ def eval(
     with ExitStack() as opened:
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, how.parallel, quiet=how.quiet))
-        entries = _entries(
-            asked, contenders, _base(sampling, config, model.backend.info.sampling), model, how
-        )
+        parallel = how.parallel or min(MOST_PARALLEL, model.backend.max_sequences - SPARE_SEQUENCES)
+        base = _base(sampling, config, model.backend.info.sampling)
+        entries = _entries(asked, contenders, base, model, parallel, how)
         folder = how.output or Path(f"eval-{asked.name}-{model.backend.info.name}".replace("/", "-"))
-        document = _evaluate(asked, entries, model, folder, how)
+        document = _evaluate(asked, entries, model, folder, parallel, how)
     _show(document)
     if not how.quiet:
         console.note(f"{folder}: results.json, results.md, report.html, and all answers")
@@ -161,8 +163,10 @@ def _entries(
     contenders: "Sequence[Contender]",
     base: "tuple[Plan, frozenset[str]]",
     model: "Opened",
+    parallel: int,
     how: EvalOptions,
 ) -> "list[Entry]":
+    """The contenders as they will run. How many run at once is part of what an answer comes from."""
     from emlocal.batch.lines import canonical
     from emlocal.batch.run import BatchSettings
     from emlocal.evaluation.contenders import describe
@@ -176,6 +180,7 @@ def _entries(
             "task": task.name,
             "data": task.source,
             "system": _system(task, how),
+            "parallel": parallel,
         }
         repetitions = 1 if plan.params.temperature == 0 else how.samples
         settings = replace(settings, fingerprint=canonical(identity))
@@ -189,7 +194,12 @@ def _system(task: "Task", how: EvalOptions) -> str | None:
 
 
 def _evaluate(
-    task: "Task", entries: "Sequence[Entry]", model: "Opened", folder: Path, how: EvalOptions
+    task: "Task",
+    entries: "Sequence[Entry]",
+    model: "Opened",
+    folder: Path,
+    parallel: int,
+    how: EvalOptions,
 ) -> "Document":
     """Answer, judge, and write the folder's files."""
     from emlocal.evaluation import run
@@ -199,11 +209,6 @@ def _evaluate(
     from emlocal.generation import interruptible
 
     folder.mkdir(parents=True, exist_ok=True)
-    left = run.left_to_answer(folder, task, entries) if how.resume else 1
-    parallel = how.parallel
-    if left and parallel is None:
-        answers = len(task.problems) * max(entry.repetitions for entry in entries)
-        parallel = choose_parallel(model, None, answers, quiet=how.quiet).sequences
     try:
         with interruptible() as cancelled, _Progress(how.quiet) as progress:
             answers_of = run.answer(
@@ -212,7 +217,7 @@ def _evaluate(
                 entries,
                 folder,
                 system=_system(task, how),
-                parallel=parallel or 1,
+                parallel=parallel,
                 restart=not how.resume,
                 cancelled=cancelled,
                 progress=progress,
@@ -234,7 +239,7 @@ def _document(
     entries: "Sequence[Entry]",
     model: "Opened",
     judged: "dict[str, list[Judged]]",
-    parallel: int | None,
+    parallel: int,
     how: EvalOptions,
 ) -> "Document":
     from emlocal.evaluation.provenance import provenance, sha256

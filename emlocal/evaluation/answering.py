@@ -1,4 +1,9 @@
-"""A task's questions, answered by one contender through the batch, into a journal."""
+"""A task's questions, answered by one contender through the batch, into a journal.
+
+Questions go in blocks, each of which begins with an empty engine and ends before the next. A block that was
+cut short is answered anew from its beginning, and what was there of it is kept: an engine's sums depend on
+what is computed in the same pass, so only then are a killed run's answers those of one that was not.
+"""
 
 import json
 import time
@@ -18,6 +23,8 @@ from emlocal.generation.prompt import chat_tokens
 from emlocal.models.templates import Message
 
 Row = Mapping[str, Any]
+_ROUNDS_OF_A_BLOCK = 6
+"""So many times more samples than run at once: at a block's end places are empty, and what is lost is its price."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +82,22 @@ class Answering:
         Raises CancelledError, and what the engine and the journal raise.
         """
         for stage in self._task.stages():
-            items = [
-                self._item(problem, repetition, line)
-                for line, (problem, repetition) in enumerate(self._asked(stage), 1)
-            ]
-            batch = Batch(
-                self._backend, iter(items), self._settings, parallel=self._parallel, done=self._journal.done
-            )
-            last = time.perf_counter()
-            for row in batch.rows(cancelled):
-                now = time.perf_counter()
-                timed = {**row, "elapsed": round(now - last, 4)}
-                last = now
+            asked = self._asked(stage)
+            size = max(1, _ROUNDS_OF_A_BLOCK * self._parallel // self._settings.plan.samples)
+            for start in range(0, len(asked), size):
+                block = asked[start : start + size]
+                if any(name_of(problem, k) not in self._rows for problem, k in block):
+                    yield from self._answer(block, cancelled)
+
+    def _answer(self, block: Sequence[tuple[Problem, int]], cancelled: Callable[[], bool]) -> Iterator[Row]:
+        items = [self._item(problem, k, line) for line, (problem, k) in enumerate(block, 1)]
+        batch = Batch(self._backend, iter(items), self._settings, parallel=self._parallel)
+        last = time.perf_counter()
+        for row in batch.rows(cancelled):
+            now = time.perf_counter()
+            timed = {**row, "elapsed": round(now - last, 4)}
+            last = now
+            if timed["custom_id"] not in self._rows:
                 self._journal.append(timed)
                 self._rows[timed["custom_id"]] = timed
                 yield timed

@@ -4,9 +4,8 @@ A contender's answers are a batch output of its own in OUT/answers, so that a ru
 and contenders can be added to one that is finished.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from emlocal.batch.journal import Journal
 from emlocal.batch.rows import is_error, key_of
 from emlocal.batch.run import BatchSettings
 from emlocal.errors import CancelledError
-from emlocal.evaluation.answering import Answer, Answering, name_of
+from emlocal.evaluation.answering import Answer, Answering
 from emlocal.evaluation.judging import Judge, Judged
 from emlocal.evaluation.tasks.task import Task
 
@@ -39,29 +38,6 @@ class Entry:
 def answers_path(folder: Path, name: str) -> Path:
     """Where a contender's answers are."""
     return folder / "answers" / (re.sub(r"[^\w.+=-]", "_", name) + ".jsonl")
-
-
-def left_to_answer(folder: Path, task: Task, entries: Sequence[Entry]) -> int:
-    """How many answers are not there yet; a line torn by a crash is none."""
-    left = 0
-    for entry in entries:
-        there = {row.get("custom_id") for row in _rows(answers_path(folder, entry.name))}
-        wanted = (name_of(p, k) for p in task.problems for k in range(1, entry.repetitions + 1))
-        left += sum(name not in there for name in wanted)
-    return left
-
-
-def _rows(path: Path) -> Iterator[dict[str, object]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 def answer(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from emlocal.backends.base import Feed
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed
 from emlocal.batch.lines import canonical
 from emlocal.batch.overrides import Plan
@@ -152,10 +153,6 @@ def test_answers_that_are_there_are_not_asked_for_again(tmp_path: Path) -> None:
     assert again.fed == 0
     more = texts(answered(tmp_path, math(), "greedy,sample,em-inf"))
     assert {name: more[name] for name in first} == first
-    assert run.left_to_answer(tmp_path, math(), entries("greedy,sample,em-inf")) == 0
-    assert run.left_to_answer(tmp_path, math(), entries("greedy,min-p")) == 5
-    few = MathTask("sums", rows(*QUESTIONS[:2]))
-    assert run.left_to_answer(tmp_path, few, entries("sample", repetitions=3)) == 4
 
 
 @pytest.mark.parametrize("after", [1, 4, 7])
@@ -171,6 +168,41 @@ def test_a_run_that_was_stopped_goes_on_to_the_same(tmp_path: Path, after: int) 
     with pytest.raises(CancelledError):
         answered(tmp_path / "cut", math(), methods, cancelled=lambda: seen >= after, progress=progress)
     assert texts(answered(tmp_path / "cut", math(), methods)) == whole
+
+
+class Watched(FakeBackend):
+    """Remembers what went through it together."""
+
+    def __init__(self) -> None:
+        super().__init__(hashed, sequences=PARALLEL + SPARE_SEQUENCES, shared=False)
+        self.passes: list[list[tuple[int, tuple[int, ...]]]] = []
+
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> Any:
+        self.passes.append([(self.length(feed.sequence), tuple(feed.tokens)) for feed in feeds])
+        return super().forward(feeds, cancelled)
+
+
+def test_a_run_that_was_stopped_computes_what_it_would_have(tmp_path: Path) -> None:
+    many = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(50)]
+    whole, cut, resumed = Watched(), Watched(), Watched()
+    first = texts(answered(tmp_path / "whole", MathTask("sums", rows(*many)), "sample", whole))
+    done = 0
+
+    def progress(what: str, n: int, total: int) -> None:
+        nonlocal done
+        done = n
+
+    with pytest.raises(CancelledError):
+        task = MathTask("sums", rows(*many))
+        answered(tmp_path / "cut", task, "sample", cut, cancelled=lambda: done >= 29, progress=progress)
+    assert cut.passes == whole.passes[: len(cut.passes)]
+    journal = tmp_path / "cut" / "answers" / "sample.jsonl"
+    kept = journal.read_bytes()
+    assert texts(answered(tmp_path / "cut", MathTask("sums", rows(*many)), "sample", resumed)) == first
+    # the second block of 18 was cut short: it is computed again from its beginning, the first is not
+    assert resumed.passes == whole.passes[-len(resumed.passes) :]
+    assert 0.5 * len(whole.passes) < len(resumed.passes) < 0.8 * len(whole.passes)
+    assert journal.read_bytes().startswith(kept)
 
 
 def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
