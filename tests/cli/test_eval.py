@@ -115,6 +115,26 @@ def test_a_stopped_and_killed_run_goes_on_to_the_same(tiny: str, questions: str,
     assert cut == whole
 
 
+@pytest.mark.parametrize("engine", ["torch", "mlx"])
+def test_other_engines_are_evaluated_with_the_same_draws(
+    evaluate: Emlocal, tmp_path: Path, engine: str
+) -> None:
+    methods = ("--methods", "sample:1,em-inf:em_steps=0:temperature=1:top_k=0:top_p=1:min_p=0,em-inf:paper")
+    done = evaluate(*methods, "--backend", engine, "--samples", "2")
+    assert done.code == 0, done.err
+    found = results(tmp_path)
+    assert found["settings"]["engine"] == engine
+    assert found["made_with"]["packages"][engine]
+    plain, no_steps, sharp = found["methods"]
+    assert no_steps["entropy_after"] == plain["entropy_after"]
+    assert sharp["entropy_after"] < sharp["entropy_before"]
+    answers = [
+        [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted((tmp_path / "out" / "answers").glob("*.jsonl"))
+    ]
+    assert sorted(map(len, answers)) == [8, 8, 8]
+
+
 @pytest.mark.skipif(landlock.abi() < landlock.OLDEST_ABI, reason="needs Landlock (Linux 6.2)")
 def test_code_is_run_only_where_it_is_allowed(evaluate: Emlocal, tmp_path: Path) -> None:
     data = str(write(tmp_path / "h.jsonl", [HUMANEVAL_ROW]))
