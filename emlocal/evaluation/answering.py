@@ -23,8 +23,9 @@ from emlocal.generation.prompt import chat_tokens
 from emlocal.models.templates import Message
 
 Row = Mapping[str, Any]
-_ROUNDS_OF_A_BLOCK = 6
-"""So many times more samples than run at once: at a block's end places are empty, and what is lost is its price."""
+_ROUNDS_OF_A_BLOCK = 6.25
+"""So many times more samples than run at once, 100 for 16: at a block's end places are empty. People ask for round
+numbers of questions."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Answering:
         """
         for stage in self._task.stages():
             asked = self._asked(stage)
-            size = max(1, _ROUNDS_OF_A_BLOCK * self._parallel // self._settings.plan.samples)
+            size = max(1, int(_ROUNDS_OF_A_BLOCK * self._parallel) // self._settings.plan.samples)
             for start in range(0, len(asked), size):
                 block = asked[start : start + size]
                 if any(name_of(problem, k) not in self._rows for problem, k in block):

@@ -199,7 +199,7 @@ def test_a_run_that_was_stopped_computes_what_it_would_have(tmp_path: Path) -> N
     journal = tmp_path / "cut" / "answers" / "sample.jsonl"
     kept = journal.read_bytes()
     assert texts(answered(tmp_path / "cut", MathTask("sums", rows(*many)), "sample", resumed)) == first
-    # the second block of 18 was cut short: it is computed again from its beginning, the first is not
+    # the second block, of 18, was cut short: it is computed again from its beginning, the first is not
     assert resumed.passes == whole.passes[-len(resumed.passes) :]
     assert 0.5 * len(whole.passes) < len(resumed.passes) < 0.8 * len(whole.passes)
     assert journal.read_bytes().startswith(kept)
