@@ -1,8 +1,9 @@
 """The fused losses of EM-FT and EM-RL against logits in full and autograd: time and peak extra memory.
 
-Forward and backward. On CPUs also with float32 matrices multiplied in bfloat16, both ways, as `emlocal finetune` has
-it where the processor can. Each way runs in a process of its own for the memory (its peak less what it had before), and both
-alternate in one process for the time. Shapes: 2,048 tokens, V = 151,936, hidden 896 (Qwen2.5-0.5B's).
+Forward and backward. On CPUs also with float32 matrices multiplied in bfloat16, both ways, as `emlocal
+finetune` has it where the processor can. Each way runs in a process of its own for the memory (its peak less
+what it had before), and both alternate in one process for the time. Shapes: 2,048 tokens, V = 151,936,
+hidden 896 (Qwen2.5-0.5B's).
 """
 
 import json

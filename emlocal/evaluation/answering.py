@@ -24,8 +24,8 @@ from emlocal.models.templates import Message
 
 Row = Mapping[str, Any]
 _ROUNDS_OF_A_BLOCK = 6.25
-"""So many times more samples than run at once, 100 for 16: at a block's end places are empty. People ask for round
-numbers of questions."""
+"""So many times more samples than run at once, 100 for 16: at a block's end places are empty. People ask for
+round numbers of questions."""
 
 
 @dataclass(frozen=True)

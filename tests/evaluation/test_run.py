@@ -192,8 +192,8 @@ def test_a_run_that_was_stopped_computes_what_it_would_have(tmp_path: Path) -> N
         nonlocal done
         done = n
 
+    task = MathTask("sums", rows(*many))
     with pytest.raises(CancelledError):
-        task = MathTask("sums", rows(*many))
         answered(tmp_path / "cut", task, "sample", cut, cancelled=lambda: done >= 29, progress=progress)
     assert cut.passes == whole.passes[: len(cut.passes)]
     journal = tmp_path / "cut" / "answers" / "sample.jsonl"
