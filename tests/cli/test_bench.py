@@ -87,7 +87,7 @@ def test_a_table_for_people(model: str) -> None:
     assert result.exit_code == 0
     for name in ("decode, EM off", "decode, EM on", "bare llama.cpp", "EM on / off", "plain numpy", "memory"):
         assert name in result.stdout
-    assert re.search(r"^EM on / off +\d\.\d{3}  \(2 rounds: \d\.\d{3} to \d\.\d{3}\)", result.stdout, re.M)
+    assert re.search(r"^EM on / off +\d+\.\d{3}  \(2 rounds: \d+\.\d{3} to \d+\.\d{3}\)", result.stdout, re.M)
     assert "95 %" not in result.stdout
     assert "loading the model" in result.stderr
     assert "\x1b" not in result.stdout
