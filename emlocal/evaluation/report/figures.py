@@ -1,10 +1,12 @@
 """The report's figures, as SVG texts that stand by themselves."""
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import BackendError
 from emlocal.evaluation.report.document import Document
+from emlocal.evaluation.report.reading import Standing
 from emlocal.evaluation.report.texts import accuracy_name
 
 if TYPE_CHECKING:
@@ -14,36 +16,62 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT = 7.2, 3.8  # inches
 _APART = 1.012
 """Between methods of the same cost, so that their bars do not hide each other."""
+_MARGIN = 1.25
+"""On both sides of the costs, as a factor: `_APART` must look as little as it is."""
+_MARKERS = "osD^vP"
 
 
 def accuracy_against_cost(document: Document) -> str | None:
     """A point with its interval for each method, over the FLOPs of an answer. None where none answered."""
-    if not any(method.cost.flops for method in document.methods):
+    standings = [Standing.of(method) for method in document.methods]
+    if not any(standing.flops for standing in standings):
         return None
     figure, axes = _figure()
-    for i, method in enumerate(document.methods):
-        if not method.cost.flops:
-            continue
-        value, low, high = (
-            100 * x for x in (method.accuracy.value, method.accuracy.low, method.accuracy.high)
-        )
-        axes.errorbar(
-            [method.cost.flops * _APART ** (i - len(document.methods) / 2)],
-            [value],
-            yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
-            marker="o",
-            linestyle="none",
-            capsize=3,
-            color=f"C{i % 10}",
-            label=method.name,
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
+    draw_accuracy_against_cost(axes, standings)
     axes.set_ylabel(f"{accuracy_name(document)} (bars: 95 %)")
-    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
-    axes.grid(alpha=0.25)
     _legend(figure)
     return _svg(figure)
+
+
+def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> None:
+    """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's."""
+    for i, standing in enumerate(standings):
+        if not standing.flops:
+            continue
+        accuracy = standing.accuracy
+        value, low, high = (100 * x for x in (accuracy.value, accuracy.low, accuracy.high))
+        axes.errorbar(
+            [standing.flops * _APART ** (i - len(standings) / 2)],
+            [value],
+            yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+            linestyle="none",
+            capsize=3,
+            clip_on=False,
+            label=standing.name,
+            **look(i),
+        )
+    _scale_costs(axes, [standing.flops for standing in standings if standing.flops])
+    axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.25)
+
+
+def _scale_costs(axes: "Axes", costs: Sequence[float]) -> None:
+    """An axis of costs: by powers of ten only where they span one, since it has no other numbers on it."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+    if max(costs) >= 10 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlim(min(costs) / _MARGIN, max(costs) * _MARGIN)
+    axes.xaxis.set_major_formatter(EngFormatter())
+
+
+def look(i: int) -> dict[str, Any]:
+    """The i-th method's colour and marker: after ten the colours come again, with another marker."""
+    return {"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)]}
 
 
 def entropy_along_the_answer(document: Document) -> str | None:
