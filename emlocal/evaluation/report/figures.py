@@ -1,7 +1,8 @@
 """The report's figures, as SVG texts that stand by themselves."""
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import BackendError
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 7.2, 3.8  # inches
-_APART = 1.012
-"""Between methods of the same cost, so that their bars do not hide each other."""
-_MARGIN = 1.25
-"""On both sides of the costs, as a factor: `_APART` must look as little as it is."""
+_APART = 0.02
+"""Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
+_MARGIN, _WIDE = 1.25, 4
+"""Around the costs, as a factor; and the factor between them from which on the axis is logarithmic."""
 _MARKERS = "osD^vP"
 
 
@@ -35,13 +36,14 @@ def accuracy_against_cost(document: Document) -> str | None:
 
 def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> None:
     """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's."""
+    places = _cost_axis(axes, [standing.flops for standing in standings if standing.flops])
     for i, standing in enumerate(standings):
         if not standing.flops:
             continue
         accuracy = standing.accuracy
         value, low, high = (100 * x for x in (accuracy.value, accuracy.low, accuracy.high))
         axes.errorbar(
-            [standing.flops * _APART ** (i - len(standings) / 2)],
+            [next(places)],
             [value],
             yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
             linestyle="none",
@@ -50,23 +52,29 @@ def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> N
             label=standing.name,
             **look(i),
         )
-    _scale_costs(axes, [standing.flops for standing in standings if standing.flops])
     axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.25)
 
 
-def _scale_costs(axes: "Axes", costs: Sequence[float]) -> None:
-    """An axis of costs: by powers of ten only where they span one, since it has no other numbers on it."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+def _cost_axis(axes: "Axes", costs: Sequence[float]) -> Iterator[float]:
+    """An axis for the costs; where each has its place, those of the same cost beside each other."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-    if max(costs) >= 10 * min(costs):
+    low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
+    wide = max(costs) >= _WIDE * min(costs)
+    if wide:
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlim(min(costs) / _MARGIN, max(costs) * _MARGIN)
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlim(low, high)
+    scale = math.log if wide else float
+    shares = [(scale(cost) - scale(low)) / (scale(high) - scale(low)) for cost in costs]
+    for i, share in enumerate(shares):
+        near = [k for k, other in enumerate(shares) if abs(other - share) < 2 * _APART]
+        moved = share + _APART * (near.index(i) - (len(near) - 1) / 2)
+        yield low * (high / low) ** moved if wide else low + (high - low) * moved
 
 
 def look(i: int) -> dict[str, Any]:

@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH, _ROW, _LEAST = 11.0, 0.42, 3.4  # inches; a method has a row, and so has a heading
+_WIDTH, _LETTER, _LEAST = 10.0, 0.08, 3.4  # inches; a letter is one of a method's name
+_ROW = 0.42  # inches; a method has one, and so has a heading
 
 
 def draw_evaluations(evaluations: Sequence[Evaluation]) -> "Figure":
     """The figure of all evaluations. Raises BackendError where matplotlib is missing."""
-    rows: list[Evaluation | Standing] = [
-        row for each in evaluations for row in (each, *each.results.standings)
-    ]
-    figure = new_figure(_WIDTH, max(_LEAST, _ROW * len(rows) + 1.2))
+    rows: list[Evaluation | Standing] = []
+    for each in evaluations:
+        rows += [each, *each.results.standings]
     standings = [row for row in rows if isinstance(row, Standing)]
+    names = _LETTER * max(len(standing.name) for standing in standings)
+    figure = new_figure(_WIDTH + names, max(_LEAST, _ROW * len(rows) + 1.2))
     costs = any(standing.flops for standing in standings)
     left = figure.add_subplot(1, 2 if costs else 1, 1)
     _draw_accuracies(left, rows, several=len(evaluations) > 1)
@@ -31,7 +33,7 @@ def draw_evaluations(evaluations: Sequence[Evaluation]) -> "Figure":
         right = figure.add_subplot(1, 2, 2)
         draw_accuracy_against_cost(right, standings)
         right.set_ylabel(f"{accuracy_name(evaluations)} %")
-        plain_axes(right, "Accuracy against cost (colours as on the left)")
+        plain_axes(right, "Accuracy against cost")
     return figure
 
 
