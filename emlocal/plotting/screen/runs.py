@@ -6,7 +6,7 @@ from rich.text import Text
 
 from emlocal.plotting.runs import Panel, RunMetrics, panels_of
 from emlocal.plotting.screen.canvas import Canvas, letter
-from emlocal.plotting.screen.frame import STYLES, axis_width, framed
+from emlocal.plotting.screen.frame import STYLES, axis_width, framed, short
 
 _ROWS = 6
 _TWO = 70  # columns: two panels have place beside each other
@@ -65,11 +65,6 @@ def _panel(
             ]
             canvas.line(points, i)
     title = f"{panel.title}, {panel.unit}" if panel.unit else panel.title
-    if len(runs) == 1:
-        title += f": {_last(found[0][1])}"
-    body = framed(canvas.rows(), low, high, f"{first:,}", "step", f"{last:,}" if last > first else "")
+    middle = f"step (last: {short(found[0][1][-1])})" if len(runs) == 1 else "step"
+    body = framed(canvas.rows(), low, high, f"{first:,}", middle, f"{last:,}" if last > first else "")
     return [Text(title, "bold"), *body]
-
-
-def _last(line: Sequence[float]) -> str:
-    return f"{line[0]:.3g} → {line[-1]:.3g}"
