@@ -34,8 +34,9 @@ def plot(
 ) -> None:
     """Draw training runs, evaluations or traces: a picture with -o, else on the terminal.
 
-    Runs: entropy, reward, KL, length and repetition over their steps. Evaluations: accuracy with intervals,
-    and cost. Traces: each token's entropy before and after EM, and which tokens EM changed.
+    Runs: entropy, reward, KL, length, repetition. Evaluations: accuracy
+    with intervals, and cost. Traces: the entropy of each token before and
+    after EM, and which tokens EM changed.
     """
     from emlocal.plotting.draw import screen_lines, write_picture
 

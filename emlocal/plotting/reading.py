@@ -40,9 +40,11 @@ def labels(paths: Sequence[Path], what: str) -> list[str]:
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
         raise UsageError(f"{what} is given twice", "give each once")
-    found = [path.name for path in whole]
-    for parts in range(2, max(len(path.parts) for path in whole) + 1):
+    # links go by their own names, as they were given
+    named = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
+    found = [path.name for path in named]
+    for parts in range(2, max(len(path.parts) for path in named) + 1):
         if len(set(found)) == len(found):
             break
-        found = ["/".join(path.parts[-parts:]) for path in whole]
+        found = ["/".join(path.parts[-parts:]) for path in named]
     return [harmless(label) for label in found]
