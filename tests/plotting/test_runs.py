@@ -12,12 +12,12 @@ from tests.plotting.data import rows, run, texts
 
 
 def test_a_panel_for_each_thing_that_was_measured_and_a_line_for_each_run(tmp_path: Path) -> None:
-    ft, rl = run(tmp_path / "ft", rows()), run(tmp_path / "rl", rows(reward=-3.0))
+    ft, rl = run(tmp_path / "ft", rows()), run(tmp_path / "_rl", rows(reward=-3.0))
     write_picture([ft], tmp_path / "ft.svg")
     write_picture([ft / "metrics.jsonl", rl], tmp_path / "both.svg")
     assert {"Entropy of the answers", "Length of the answers", "ft"} <= texts(tmp_path / "ft.svg")
     assert not {"Reward", "KL to the base"} & texts(tmp_path / "ft.svg")
-    assert {"Reward", "ft", "rl"} <= texts(tmp_path / "both.svg")
+    assert {"Reward", "ft", "_rl"} <= texts(tmp_path / "both.svg")
 
 
 def test_numbers_are_where_their_steps_are(tmp_path: Path) -> None:

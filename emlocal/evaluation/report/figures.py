@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import BackendError
@@ -36,14 +36,13 @@ def accuracy_against_cost(document: Document) -> str | None:
 
 def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> None:
     """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's."""
-    places = _cost_axis(axes, [standing.flops for standing in standings if standing.flops])
-    for i, standing in enumerate(standings):
-        if not standing.flops:
-            continue
+    costly = [(i, standing) for i, standing in enumerate(standings) if standing.flops]
+    places = _cost_axis(axes, [standing.flops for _, standing in costly])
+    for (i, standing), place in zip(costly, places, strict=True):
         accuracy = standing.accuracy
         value, low, high = (100 * x for x in (accuracy.value, accuracy.low, accuracy.high))
         axes.errorbar(
-            [next(places)],
+            [place],
             [value],
             yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
             linestyle="none",
@@ -57,8 +56,8 @@ def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> N
     axes.grid(alpha=0.25)
 
 
-def _cost_axis(axes: "Axes", costs: Sequence[float]) -> Iterator[float]:
-    """An axis for the costs; where each has its place, those of the same cost beside each other."""
+def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
+    """Make the axis one of costs; the places of these, the same ones beside each other."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
@@ -71,10 +70,12 @@ def _cost_axis(axes: "Axes", costs: Sequence[float]) -> Iterator[float]:
     axes.set_xlim(low, high)
     scale = math.log if wide else float
     shares = [(scale(cost) - scale(low)) / (scale(high) - scale(low)) for cost in costs]
+    places = []
     for i, share in enumerate(shares):
         near = [k for k, other in enumerate(shares) if abs(other - share) < 2 * _APART]
         moved = share + _APART * (near.index(i) - (len(near) - 1) / 2)
-        yield low * (high / low) ** moved if wide else low + (high - low) * moved
+        places.append(low * (high / low) ** moved if wide else low + (high - low) * moved)
+    return places
 
 
 def look(i: int) -> dict[str, Any]:

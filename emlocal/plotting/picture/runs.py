@@ -29,7 +29,7 @@ def draw_runs(runs: Sequence[RunMetrics]) -> "Figure":
         for k, run in enumerate(runs):
             steps, numbers = run.line(panel)
             if steps:
-                axes.plot(steps, numbers, marker=".", label=run.label, color=f"C{k}")
+                axes.plot(steps, numbers, marker=".", label=_shown(run.label), color=f"C{k}")
         plain_axes(axes, panel.title)
         axes.set_ylabel(panel.unit)
         axes.set_xlabel("step")
@@ -38,3 +38,8 @@ def draw_runs(runs: Sequence[RunMetrics]) -> "Figure":
             axes.set_ylim(bottom=0)
     legend_above(figure)
     return figure
+
+
+def _shown(label: str) -> str:
+    """matplotlib leaves names that begin with an underscore out of its legends."""
+    return f" {label}" if label.startswith("_") else label

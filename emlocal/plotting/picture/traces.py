@@ -33,13 +33,13 @@ def draw_traces(answers: Sequence[TracedAnswer]) -> "Figure":
     tokens = max(len(answer.draws) for answer in answers)
     words = tokens <= _WORDS
     figure = new_figure(_WIDTH, (_HEIGHT + _LABELS * words) * len(answers) + 0.6)
-    top = max(max(d.entropy_before, d.entropy_after) for answer in answers for d in answer.draws)
+    top = max(max(d.entropy_before, d.entropy_after) for answer in answers for d in answer.draws) or 1.0
     for i, answer in enumerate(answers):
         axes = figure.add_subplot(len(answers), 1, i + 1)
-        _draw(axes, answer)
+        _draw(axes, answer, top)
         plain_axes(axes, f"{answer.label}: {answer.describe()}")
         axes.set_xlim(0.3, tokens + 0.7)
-        axes.set_ylim(-0.12 * (top or 1), 1.05 * (top or 1))
+        axes.set_ylim(-0.12 * top, 1.05 * top)
         axes.set_ylabel("entropy, nats")
         if words:
             _label_tokens(axes, answer)
@@ -49,7 +49,7 @@ def draw_traces(answers: Sequence[TracedAnswer]) -> "Figure":
     return figure
 
 
-def _draw(axes: "Axes", answer: TracedAnswer) -> None:
+def _draw(axes: "Axes", answer: TracedAnswer, top: float) -> None:
     """A bar for each token; below them a mark for each that EM changed."""
     places = range(1, len(answer.draws) + 1)
     before = [draw.entropy_before for draw in answer.draws]
@@ -62,10 +62,9 @@ def _draw(axes: "Axes", answer: TracedAnswer) -> None:
         axes.bar(places, before, color=_AFTER, label="entropy (EM did nothing)", width=width, linewidth=0)
     changed = [place for place, is_changed in zip(places, answer.changed, strict=True) if is_changed]
     if changed:
-        low = -0.06 * max(*before, 1e-9)
         axes.plot(
             changed,
-            [low] * len(changed),
+            [-0.06 * top] * len(changed),
             linestyle="none",
             marker="^",
             markersize=5 if len(before) <= _WORDS else 3,
