@@ -64,6 +64,11 @@ def write(text: str) -> None:
 CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
+def harmless(text: str) -> str:
+    """A file's or a model's text in a form that any terminal takes: no escape codes, no half characters."""
+    return text.translate(CONTROLS).encode(errors="replace").decode()
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout."""
     write(json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None) + "\n")

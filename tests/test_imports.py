@@ -21,7 +21,19 @@ ENGINES = {
 }
 HEAVY = {*ENGINES, "huggingface_hub"}
 BELOW = {
-    "cli": {"batch", "chat", "training", "evaluation", "generation", "sampling", "em", "backends", "models"},
+    "cli": {
+        "batch",
+        "chat",
+        "training",
+        "evaluation",
+        "plotting",
+        "generation",
+        "sampling",
+        "em",
+        "backends",
+        "models",
+    },
+    "plotting": {"evaluation", "generation", "sampling"},
     "chat": {"generation", "sampling", "em", "backends", "models"},
     "evaluation": {"batch", "generation", "sampling", "em", "backends", "models"},
     "training": {"generation", "sampling", "em", "backends", "models"},
@@ -61,12 +73,16 @@ def modules_after(code: str) -> set[str]:
         ),
         ("import emlocal.backends.llama_cpp.loading", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app", HEAVY | {"numpy", "jinja2", "prompt_toolkit"}),
-        ("import emlocal.cli.app; emlocal.cli.app.run(['--help'])", HEAVY | {"numpy", "jinja2"}),
+        (
+            "import emlocal.cli.app; emlocal.cli.app.run(['--help'])",
+            HEAVY | {"numpy", "jinja2", "matplotlib"},
+        ),
         ("import emlocal.cli.app; emlocal.cli.app.run(['chat', '--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['adapter', '--help'])", HEAVY | {"numpy", "gguf"}),
         ("import emlocal.models.adapters.reading", HEAVY | {"gguf", "safetensors"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['finetune', '--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['eval', '--help'])", HEAVY | {"numpy", "matplotlib"}),
+        ("import emlocal.cli.app; emlocal.cli.app.run(['plot', '--help'])", HEAVY | {"numpy", "matplotlib"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['--version'])", HEAVY | {"numpy", "jinja2"}),
     ],
 )

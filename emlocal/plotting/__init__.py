@@ -1,1 +1,1 @@
-"""Figures: how training runs went."""
+"""Figures of training runs, traces and evaluations: their readers, pictures in files, plots on a terminal."""

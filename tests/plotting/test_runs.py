@@ -2,43 +2,22 @@
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.plotting.runs import PANELS, draw_runs, read_runs
-
-
-def run(folder: Path, rows: list[dict[str, object]], end: str = "") -> Path:
-    folder.mkdir(parents=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(text + end, encoding="utf-8")
-    return folder
-
-
-def rows(n: int = 4, **more: float) -> list[dict[str, object]]:
-    return [
-        {"step": i, "entropy": 1.0 / (i + 1), "length": 50.0 + i, "repetition": 0.1, "kl": None, **more}
-        for i in range(n)
-    ]
-
-
-def titles(path: Path) -> set[str]:
-    """The texts of an SVG, which matplotlib writes as comments beside their outlines."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    tree = ElementTree.parse(path, parser)
-    comments = (each.text for each in tree.iter() if each.tag is ElementTree.Comment)
-    return {text.strip() for text in comments if text}
+from emlocal.plotting.draw import write_picture
+from emlocal.plotting.runs import PANELS, panels_of, read_runs
+from tests.plotting.data import rows, run, texts
 
 
 def test_a_panel_for_each_thing_that_was_measured_and_a_line_for_each_run(tmp_path: Path) -> None:
-    ft, rl = run(tmp_path / "ft", rows()), run(tmp_path / "rl", rows(reward=-3.0))
-    draw_runs(read_runs([ft]), tmp_path / "ft.svg")
-    draw_runs(read_runs([ft, rl]), tmp_path / "both.svg")
-    assert {"Entropy of the answers", "Length of the answers", "ft"} <= titles(tmp_path / "ft.svg")
-    assert not {"Reward", "KL to the base"} & titles(tmp_path / "ft.svg")
-    assert {"Reward", "ft", "rl"} <= titles(tmp_path / "both.svg")
+    ft, rl = run(tmp_path / "ft", rows()), run(tmp_path / "_rl", rows(reward=-3.0))
+    write_picture([ft], tmp_path / "ft.svg")
+    write_picture([ft / "metrics.jsonl", rl], tmp_path / "both.svg")
+    assert {"Entropy of the answers", "Length of the answers", "ft"} <= texts(tmp_path / "ft.svg")
+    assert not {"Reward", "KL to the base"} & texts(tmp_path / "ft.svg")
+    assert {"Reward", "ft", "_rl"} <= texts(tmp_path / "both.svg")
 
 
 def test_numbers_are_where_their_steps_are(tmp_path: Path) -> None:
@@ -68,8 +47,8 @@ def test_rewards_share_a_panel_with_those_of_their_unit(tmp_path: Path, reward: 
     assert [each.reward for each in found] == [unit, ""]
     lines = [found[0].line(panel)[1] for panel in PANELS if panel.name == "reward"]
     assert sorted(lines) == [[], [], [], [0.5] * 4]
-    draw_runs(found, tmp_path / "run.svg")
-    assert not unit or unit in titles(tmp_path / "run.svg")
+    write_picture([folder, other], tmp_path / "run.svg")
+    assert not unit or unit in texts(tmp_path / "run.svg")
 
 
 def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
@@ -88,14 +67,20 @@ def test_a_run_that_is_being_written(tmp_path: Path) -> None:
 def test_a_picture_replaces_the_old_one_whole(tmp_path: Path) -> None:
     picture = tmp_path / "run.PNG"
     picture.write_bytes(b"old")
-    draw_runs(read_runs([run(tmp_path / "a", rows(1))]), picture)
+    write_picture([run(tmp_path / "a", rows(1))], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "run.PNG"]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "no metrics yet"), ("[1]\n", "no metrics of a run"), ('{"a": 1}\n', "no metrics of a run")],
+    [
+        ("", "no metrics yet"),
+        ("[1]\n", "no metrics of a run"),
+        ('{"a": 1}\n', "no metrics of a run"),
+        ("\x7fELF\x00", "line 1 is no JSON"),
+        ('{"step": 0}\n{"ste\n{"step": 2}\n', "line 2 is no JSON"),
+    ],
 )
 def test_what_is_no_run(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
@@ -105,8 +90,20 @@ def test_what_is_no_run(tmp_path: Path, text: str, says: str) -> None:
 def test_what_is_not_there_and_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no run: there is no metrics\.jsonl"):
         read_runs([tmp_path / "none"])
-    found = read_runs([run(tmp_path / "a", rows())])
-    with pytest.raises(UsageError, match=r"ends in \.png|is no picture"):
-        draw_runs(found, tmp_path / "run.gif")
+    found = run(tmp_path / "a", rows())
+    with pytest.raises(UsageError, match=r"is no picture"):
+        write_picture([found], tmp_path / "run.gif")
     with pytest.raises(EmlocalError, match="cannot write"):
-        draw_runs(found, tmp_path / "none" / "run.png")
+        write_picture([found], tmp_path / "none" / "run.png")
+
+
+def test_what_is_no_number_has_no_place(tmp_path: Path) -> None:
+    odd = [
+        {"step": 0, "entropy": float("nan")},
+        {"step": 1, "entropy": True},
+        {"step": 2, "entropy": 10**400},
+    ]
+    found = read_runs([run(tmp_path / "a", [*odd, {"step": 3, "entropy": 0.5}])])
+    assert found[0].line(PANELS[0]) == ([3], [0.5])
+    with pytest.raises(UsageError, match="no number to draw"):
+        panels_of(read_runs([run(tmp_path / "b", odd)]))

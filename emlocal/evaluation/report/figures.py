@@ -1,10 +1,13 @@
 """The report's figures, as SVG texts that stand by themselves."""
 
 import io
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import BackendError
 from emlocal.evaluation.report.document import Document
+from emlocal.evaluation.report.reading import Standing
 from emlocal.evaluation.report.texts import accuracy_name
 
 if TYPE_CHECKING:
@@ -12,38 +15,72 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 7.2, 3.8  # inches
-_APART = 1.012
-"""Between methods of the same cost, so that their bars do not hide each other."""
+_APART = 0.02
+"""Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
+_MARGIN, _WIDE = 1.25, 4
+"""Around the costs, as a factor; and the factor between them from which on the axis is logarithmic."""
+_MARKERS = "osD^vP"
 
 
 def accuracy_against_cost(document: Document) -> str | None:
     """A point with its interval for each method, over the FLOPs of an answer. None where none answered."""
-    if not any(method.cost.flops for method in document.methods):
+    standings = [Standing.of(method) for method in document.methods]
+    if not any(standing.flops for standing in standings):
         return None
     figure, axes = _figure()
-    for i, method in enumerate(document.methods):
-        if not method.cost.flops:
-            continue
-        value, low, high = (
-            100 * x for x in (method.accuracy.value, method.accuracy.low, method.accuracy.high)
-        )
-        axes.errorbar(
-            [method.cost.flops * _APART ** (i - len(document.methods) / 2)],
-            [value],
-            yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
-            marker="o",
-            linestyle="none",
-            capsize=3,
-            color=f"C{i % 10}",
-            label=method.name,
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
+    draw_accuracy_against_cost(axes, standings)
     axes.set_ylabel(f"{accuracy_name(document)} (bars: 95 %)")
-    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
-    axes.grid(alpha=0.25)
     _legend(figure)
     return _svg(figure)
+
+
+def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> None:
+    """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's."""
+    costly = [(i, standing) for i, standing in enumerate(standings) if standing.flops]
+    places = _cost_axis(axes, [standing.flops for _, standing in costly])
+    for (i, standing), place in zip(costly, places, strict=True):
+        accuracy = standing.accuracy
+        value, low, high = (100 * x for x in (accuracy.value, accuracy.low, accuracy.high))
+        axes.errorbar(
+            [place],
+            [value],
+            yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+            linestyle="none",
+            capsize=3,
+            clip_on=False,
+            label=standing.name,
+            **look(i),
+        )
+    axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.25)
+
+
+def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
+    """Make the axis one of costs; the places of these, the same ones beside each other."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
+    wide = max(costs) >= _WIDE * min(costs)
+    if wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlim(low, high)
+    scale = math.log if wide else float
+    shares = [(scale(cost) - scale(low)) / (scale(high) - scale(low)) for cost in costs]
+    places = []
+    for i, share in enumerate(shares):
+        near = [k for k, other in enumerate(shares) if abs(other - share) < 2 * _APART]
+        moved = share + _APART * (near.index(i) - (len(near) - 1) / 2)
+        places.append(low * (high / low) ** moved if wide else low + (high - low) * moved)
+    return places
+
+
+def look(i: int) -> dict[str, Any]:
+    """The i-th method's colour and marker: after ten the colours come again, with another marker."""
+    return {"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)]}
 
 
 def entropy_along_the_answer(document: Document) -> str | None:
