@@ -35,7 +35,9 @@ HEAD = """\
 def page() -> str:
     """The whole of docs/cli.md."""
     lines = [HEAD, "| verb | what it does |", "|---|---|"]
-    lines += [f"| [`emlocal {verb}`](#emlocal-{verb}) | {_cell(summary)} |" for verb, summary in VERBS.items()]
+    lines += [
+        f"| [`emlocal {verb}`](#emlocal-{verb}) | {_cell(summary)} |" for verb, summary in VERBS.items()
+    ]
     for verb in VERBS:
         root: Any = typer.main.get_command(build([verb]))
         lines += _verb(f"emlocal {verb}", root.commands[verb])
@@ -83,7 +85,9 @@ def _names(option: Any) -> str:
     """The flag in all its spellings, short ones first, with the name of its value."""
     names = sorted(option.opts, key=len) + list(option.secondary_opts)
     value = "" if option.is_flag else f" {_metavar(option)}"
-    return ", ".join(f"`{name}`" for name in names[:-1]) + (", " if names[1:] else "") + f"`{names[-1]}{value}`"
+    return (
+        ", ".join(f"`{name}`" for name in names[:-1]) + (", " if names[1:] else "") + f"`{names[-1]}{value}`"
+    )
 
 
 def _metavar(parameter: Any) -> str:
