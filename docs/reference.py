@@ -85,9 +85,8 @@ def _names(option: Any) -> str:
     """The flag in all its spellings, short ones first, with the name of its value."""
     names = sorted(option.opts, key=len) + list(option.secondary_opts)
     value = "" if option.is_flag else f" {_metavar(option)}"
-    return (
-        ", ".join(f"`{name}`" for name in names[:-1]) + (", " if names[1:] else "") + f"`{names[-1]}{value}`"
-    )
+    names[-1] += value
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _metavar(parameter: Any) -> str:
@@ -101,8 +100,9 @@ def _metavar(parameter: Any) -> str:
 
 
 def _said(parameter: Any) -> str:
-    """The help text with what typer says beside it: values to choose from, the default, that it is required."""
-    text, note = re.match(r"(.*?)(?: (\(default: .*\)))?$", parameter.help or "", re.DOTALL).groups()
+    """The help text with what typer says beside it: the choices, that it is required, the default."""
+    text, bracket, rest = (parameter.help or "").partition(" (default: ")
+    note = f"{bracket}{rest}".strip()
     choices = getattr(parameter.type, "choices", None)
     if choices:
         text += f" One of {', '.join(f'`{_value(c)}`' for c in choices)}."
@@ -113,7 +113,7 @@ def _said(parameter: Any) -> str:
     if shown and not note and not callable(default):
         default = max(parameter.opts, key=len) if default is True else _value(default)
         note = f"(default: {default})"
-    return _cell(f"{text} {note or ''}".strip())
+    return _cell(f"{text} {note}".strip())
 
 
 def _value(value: Any) -> Any:

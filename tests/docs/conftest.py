@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,9 @@ def home(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture
-def at_home(home: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def at_home(home: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """This process in that environment, and in an empty folder."""
     for name, value in home.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path

@@ -15,7 +15,7 @@ _PROMPT, _TYPED = "$ ", ">>> "
 
 @dataclass(frozen=True)
 class Command:
-    """A line after `$ ` in a console block, its continuation lines joined; what is typed into it after `>>> `."""
+    """A line after `$ ` in a console block, with those that continue it; `typed`: the lines after `>>> `."""
 
     line: int
     text: str

@@ -41,7 +41,7 @@ def test_every_command_of_the_page_runs(name: str, home: dict[str, str], tmp_pat
 
 
 def run(name: str, command: Command, home: dict[str, str], folder: Path) -> None:
-    """Run one command as a shell would; what is typed into a chat comes through a pipe and ends with /exit."""
+    """Run one command as a shell would; what is typed into a chat comes through a pipe, then /exit."""
     typed = "".join(f"{line}\n" for line in (*command.typed, "/exit")) if command.typed else ""
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command.text],
