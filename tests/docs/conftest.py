@@ -10,7 +10,7 @@ import pytest
 from emlocal.models import starter
 from emlocal.models.resolve import LocalModel
 
-CONFIG = "max-tokens = 48\n"
+CONFIG = "max-tokens = 32\n"
 """Ends the answers of commands that say nothing about it; the pages are about the same with longer ones."""
 
 
