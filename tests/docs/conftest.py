@@ -1,0 +1,39 @@
+"""Folders of their own for what the pages run: nothing of the user's config or cache is read or written."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from emlocal.models import starter
+from emlocal.models.resolve import LocalModel
+
+CONFIG = "max-tokens = 32\n"
+"""Ends the answers of commands that say nothing about it; the pages are about the same with longer ones."""
+
+
+@pytest.fixture(scope="session")
+def home(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of the pages' commands: emlocal on the path, the starter model in a fresh cache."""
+    folder = tmp_path_factory.mktemp("home")
+    places = {f"EMLOCAL_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMLOCAL_CACHE_DIR", places["EMLOCAL_CACHE_DIR"])
+        model = starter.starter_path()
+    model.parent.mkdir(parents=True)
+    shutil.copyfile(smollm2.path, model)
+    (folder / "config").mkdir()
+    (folder / "config" / "config.toml").write_text(CONFIG, encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return places | {"PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
+
+
+@pytest.fixture
+def at_home(home: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """This process in that environment, and in an empty folder."""
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

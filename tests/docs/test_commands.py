@@ -1,0 +1,67 @@
+"""Every command of README.md and docs/tutorial.md runs, in the order of the page, in one folder."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, Command, commands
+
+BY_CI = "runs in .ci/run, of which these tests are a part"
+EXCLUDED = {
+    "README.md": {
+        "pip install .": BY_CI,
+        'pip install -c constraints.txt -e ".[test]" && pytest': BY_CI,
+    },
+    "docs/tutorial.md": {
+        'pip install ".[torch,eval]"': "the tests' own environment has these packages",
+    },
+}
+"""The commands that are not run here, and why. One that a page no longer has is an error."""
+
+SECONDS = 1800
+"""For one command: a busy machine is no defect."""
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(shutil.which("bash") is None, reason="the pages' commands are written for bash"),
+]
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_every_command_of_the_page_runs(name: str, home: dict[str, str], tmp_path: Path) -> None:
+    found = commands(ROOT / name)
+    excluded = EXCLUDED[name]
+    gone = excluded.keys() - {command.text for command in found}
+    assert not gone, f"{name} no longer has {gone}: take it out of EXCLUDED"
+    for command in found:
+        if command.text not in excluded:
+            run(name, command, home, tmp_path)
+
+
+def run(name: str, command: Command, home: dict[str, str], folder: Path) -> None:
+    """Run one command as a shell would; what is typed into a chat comes through a pipe, then /exit."""
+    typed = "".join(f"{line}\n" for line in (*command.typed, "/exit")) if command.typed else ""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.text],
+        cwd=folder,
+        env=os.environ | home,
+        input=typed,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=SECONDS,
+        check=False,
+    )
+    if shown := os.environ.get("EMLOCAL_SHOW_DOCS"):  # to see what the pages should show
+        with Path(shown).open("a", encoding="utf-8") as file:
+            file.write(f"$ {command.text}\n{done.stdout}{done.stderr}\n")
+    assert done.returncode == 0, f"{name}:{command.line}: $ {command.text}\n{done.stdout}{done.stderr}"
+
+
+def test_a_chat_is_fed_what_the_page_types(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ one \\\n    two\n>>> Hi\nout $ put\n>>> /stats\n$ three\n```\n")
+    assert commands(page) == [Command(2, "one \\\n    two", ("Hi", "/stats")), Command(7, "three")]

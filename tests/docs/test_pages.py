@@ -1,0 +1,31 @@
+"""The pages agree with the code and with each other."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, anchors, links
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "reference.py"))["page"]()
+    shown = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert shown == page, "docs/cli.md is not what the code says; write it anew: python docs/reference.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}: there is no {target}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: no such heading"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {link.partition("#")[0] for link in links(ROOT / "README.md")}
+    missing = {f"docs/{page.name}" for page in PAGES[1:]} - linked
+    assert not missing, f"README.md has no link to {sorted(missing)}"
