@@ -15,7 +15,7 @@ import typer
 
 from emlocal import console
 from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
-from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, check_roles, with_options
 from emlocal.cli.running import choose_parallel, identity_of
 from emlocal.errors import CancelledError, UsageError
 from emlocal.models.storage import human_size
@@ -77,8 +77,7 @@ def _check(input_: str, output: str, run: RunOptions) -> None:
     if _is_input(output, input_):
         shown = "the output" if output == "-" else output
         raise UsageError(f"{shown} is the input: it would be overwritten", "give -o another file")
-    if run.raw and run.system is not None:
-        raise UsageError("--raw and --system contradict each other: without a template there are no roles")
+    check_roles(run.raw, run.system)
     if input_ == "-" and sys.stdin.isatty():
         raise UsageError("the input is the terminal", "give a JSONL file, or pipe one in")
 
@@ -215,7 +214,10 @@ def _run(
     with ExitStack() as opened:
         total = _count_lines(source)
         left = None if total is None else (total - (journal.rows if journal else 0)) * settings.plan.samples
-        parallel = run.parallel or choose_parallel(model, None, left, quiet=run.quiet).sequences
+        done = left is not None and left <= 0  # there may be more rows than lines
+        parallel = run.parallel or (
+            1 if done else choose_parallel(model, None, left, quiet=run.quiet).sequences
+        )
         batch = Batch(
             model.backend,
             read_lines(source),

@@ -46,7 +46,8 @@ class MethodOptions:
         typer.Option("-n", "--samples", help="Answers to each prompt. (default: 1; 8 to vote)", metavar="N"),
     ] = None
     rounds: Annotated[
-        int | None, typer.Option("--rounds", help="Revisions of sequential-refinement. (default: 2)")
+        int | None,
+        typer.Option("--rounds", help="Revisions of sequential-refinement. (default: 2)", metavar="N"),
     ] = None
     extract: Annotated[Extract | None, typer.Option("--extract", help="What self-consistency votes on.")] = (
         None

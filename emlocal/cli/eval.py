@@ -1,5 +1,6 @@
 """`emlocal eval`: ways of answering compared on problems with known answers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class EvalOptions:
 
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="File of problems, .jsonl or .json; without it, from the hub."),
+        typer.Option("--data", help="Problems, .jsonl or .json; without it, from the hub.", metavar="FILE"),
     ] = None
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N problems.", metavar="N")] = (
         None
@@ -112,7 +113,8 @@ def eval(
         parallel = how.parallel or min(MOST_PARALLEL, model.backend.max_sequences - SPARE_SEQUENCES)
         base = _base(sampling, config, model.backend.info.sampling)
         entries = _entries(asked, contenders, base, model, parallel, how)
-        folder = how.output or Path(f"eval-{asked.name}-{model.backend.info.name}".replace("/", "-"))
+        name = f"eval-{asked.name}-{model.backend.info.name}"
+        folder = how.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))  # as Windows has them, too
         document = _evaluate(asked, entries, model, folder, parallel, how)
     _show(document)
     if not how.quiet:

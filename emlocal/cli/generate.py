@@ -15,6 +15,7 @@ from emlocal.cli.options import (
     OutputOptions,
     PromptOptions,
     SamplingOptions,
+    check_roles,
     with_options,
 )
 from emlocal.errors import UsageError
@@ -53,6 +54,7 @@ def generate(
         raise UsageError(f"--samples is {samples}; it must be between 1 and 256")
     if as_json and output.show_entropy:
         raise UsageError("--json and --show-entropy contradict each other", "leave one of them out")
+    check_roles(prompting.raw, prompting.system)
     config = precedence.read_config()
     precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
     seed = precedence.seed(sampling, config.sampling)
@@ -127,10 +129,6 @@ def encode(backend: "Backend", text: str, prompting: PromptOptions) -> list[int]
     from emlocal.generation.prompt import chat_tokens
 
     if prompting.raw:
-        if prompting.system is not None:
-            raise UsageError(
-                "--raw and --system contradict each other: without a template there are no roles"
-            )
         return backend.encode(text, add_special=True, parse_special=True)
     if backend.info.chat_template is None:
         console.warn(f"{backend.info.name} has no chat template; the prompt goes in as it is (--raw)")

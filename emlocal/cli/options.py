@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from emlocal.errors import UsageError
 from emlocal.settings import SamplingParams, settings_of
 
 R = TypeVar("R")
@@ -216,6 +217,12 @@ class PromptOptions:
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without chat template.")] = (
         False
     )
+
+
+def check_roles(raw: bool, system: str | None) -> None:
+    """Raise UsageError where a system message has no template to go into."""
+    if raw and system is not None:
+        raise UsageError("--raw and --system contradict each other: without a template there are no roles")
 
 
 @dataclass(frozen=True)

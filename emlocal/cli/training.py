@@ -211,5 +211,8 @@ def _say(outcome: Outcome, model: str, output: Path) -> None:
             f" length {first.length:.0f} → {last.length:.0f},"
             f" repetition {first.repetition:.1%} → {last.repetition:.1%}"
         )
+    if outcome.steps == 0:
+        console.note(f"no step was taken that could be kept: the adapter in {output} changes nothing")
+        return
     console.note(f"the adapter of {counted(outcome.steps, 'step')} is in {output}; try it:")
     console.command(["emlocal", "chat", "-m", model, "--adapter", str(output)])

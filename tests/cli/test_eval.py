@@ -178,3 +178,14 @@ def test_other_settings_are_refused_by_name(evaluate: Emlocal) -> None:
     done = evaluate("--methods", "sample", "--seed", "4")
     assert done.code == 2
     assert "seed: 0 -> 4" in done.err
+
+
+def test_the_folder_has_a_name_that_every_system_takes(
+    emlocal: Emlocal, tiny: str, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(tiny).with_name("a:b?.gguf").write_bytes(Path(tiny).read_bytes())
+    model = str(Path(tiny).with_name("a:b?.gguf"))
+    done = emlocal("eval", "-m", model, "--task", "gsm8k", "--data", questions, "--methods", "greedy", "-q")
+    assert done.code == 0, done.err
+    assert (tmp_path / "eval-gsm8k-a-b-.gguf" / "results.json").exists()

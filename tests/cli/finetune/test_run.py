@@ -99,6 +99,13 @@ def test_a_collapse_is_exit_1_with_the_adapter_of_before(finetune: Finetune, out
     assert read_adapter(out).pairs
 
 
+def test_a_run_that_took_no_step_does_not_offer_its_adapter(finetune: Finetune) -> None:
+    done = finetune("--entropy-floor", "100")
+    assert done.code == 1
+    assert "changes nothing" in done.err
+    assert "try it" not in done.err
+
+
 def test_a_collapse_is_said_in_quiet_too(finetune: Finetune) -> None:
     done = finetune("-q", "--entropy-floor", "100")
     assert done.code == 1
