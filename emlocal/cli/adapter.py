@@ -109,6 +109,7 @@ def merge(
     from emlocal.cli.engine import adapter_and_scale
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
+    from emlocal.models.adapters.origin import other_base
     from emlocal.models.adapters.reading import read_adapter
 
     if out.exists():
@@ -117,6 +118,8 @@ def merge(
     with console.progress() as progress:
         folder, header = _as_folder(model, progress)
         read, opened = read_adapter(path, header), open_model(folder)
+        if other := other_base(path, model, header):
+            console.warn(other)
         merge_into(read, scale, opened, out, progress)
     console.err().print(
         f"{out}: {human_size(opened.bytes)}, {counted(len(read.pairs), 'layer')} changed", markup=False
@@ -191,6 +194,7 @@ def _facts(path: Path, base: str | None) -> dict[str, Any]:
 
 def _fit(path: Path, adapter: "Adapter", base: str) -> dict[str, Any]:
     """Whether it fits, and why not. Raises only for what is wrong with `base` itself."""
+    from emlocal.models.adapters.origin import other_base
     from emlocal.models.adapters.reading import read_adapter
 
     header = None if _is_folder_model(base) else _gguf_base(base)
@@ -201,4 +205,5 @@ def _fit(path: Path, adapter: "Adapter", base: str) -> dict[str, Any]:
             read_adapter(path, header)
     except ModelError as error:
         return {"fits": False, "why_not": error.message}
-    return {"fits": True}
+    other = other_base(path, base, header)
+    return {"fits": True} if other is None else {"fits": True, "but": other}

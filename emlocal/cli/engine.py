@@ -66,7 +66,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         model = resolve(
             options.model, formats=formats_of(name), offline=bool(options.offline), progress=progress
         )
-    adapters = tuple(_adapter(text, model, name) for text in options.adapter or [])
+    adapters = tuple(_adapter(text, model, name, quiet) for text in options.adapter or [])
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
     kv_type: KVType | None = str(options.kv_type) if options.kv_type else None  # type: ignore[assignment]
@@ -126,17 +126,21 @@ def _check(options: EngineOptions) -> None:
         raise UsageError(f"--threads is {options.threads}; it must be between 1 and {4 * cores} here")
 
 
-def _adapter(text: str, model: Model, engine: str) -> tuple[Path, float]:
+def _adapter(text: str, model: Model, engine: str, quiet: bool) -> tuple[Path, float]:
     """PATH or PATH=SCALE, the adapter checked against the model before that is loaded."""
+    from emlocal.models.adapters.origin import other_base
     from emlocal.models.adapters.reading import as_gguf, read_adapter
 
     path, scale = adapter_and_scale(text)
     if engine != "llama.cpp":
         read_adapter(path, None if isinstance(model, FolderModel) else model.header)
-        return path, scale
-    assert not isinstance(model, FolderModel)
-    with as_gguf(path, model.header):
-        return path, scale
+    else:
+        assert not isinstance(model, FolderModel)
+        with as_gguf(path, model.header):
+            pass
+    if not quiet and (other := other_base(path, model.name, model.header)):
+        console.warn(other)
+    return path, scale
 
 
 def adapter_and_scale(text: str) -> tuple[Path, float]:

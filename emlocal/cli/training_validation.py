@@ -23,7 +23,7 @@ _STEP = 2**31  # of no training step: the draws are the validation's own
 def check_answers(prompts: Sequence[Prompt], asked_by: str) -> None:
     """Raise UsageError for a prompt without an answer to compare with."""
     for prompt in prompts:
-        if prompt.answer is None:
+        if prompt.answer is None or not prompt.answer.strip():
             raise UsageError(
                 f"{prompt.where}: no answer to compare with", f'{asked_by} needs "answer" in each line'
             )

@@ -1,7 +1,8 @@
 """When a run has to stop by itself: it may collapse, and no labels are there to show it.
 
 A model that only minimizes its entropy ends in answers that are certain and worthless: loops, one-word
-answers, text without end. These show in the answers themselves, against those of the first steps.
+answers, text without end. These show in the answers themselves, against those of the model as it was before
+the first update: a collapse can be over within one or two of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class Guards:
 
     def _beyond(self, now: Mapping[str, float]) -> str | None:
         """Which limit is passed, in words."""
-        first, limits = _mean(self.history[:WINDOW]), self.settings
+        first, limits = self.history[0], self.settings
         if now["entropy"] < limits.entropy_floor:
             return (
                 f"the answers' entropy is {now['entropy']:.3f} nats a token,"

@@ -100,7 +100,8 @@ def _of_json(text: str, where: str) -> Prompt | str:
 
 def _of_object(value: Mapping[str, Any], where: str) -> Prompt | str:
     answer = value.get("answer")
-    answer = None if answer is None else str(answer)
+    # what is no text or number is nothing to compare with
+    answer = str(answer) if isinstance(answer, str | int | float) and not isinstance(answer, bool) else None
     if "messages" in value:
         messages = value["messages"]
         if isinstance(messages, list) and messages and all(map(_is_message, messages)):

@@ -89,6 +89,32 @@ class RLSettings(TrainingSettings):
             raise UsageError("the majority of two answers tells nothing", "take three: --samples 3")
         if self.regularize == "kl-cov" and self.loss != "ppo-clip":
             raise UsageError("--regularize kl-cov needs the ratio of ppo-clip", "say --loss ppo-clip")
+        if self.ppo_epochs > 1 and self.loss != "ppo-clip":
+            raise UsageError(
+                f"--ppo-epochs is {self.ppo_epochs}; from the second update on the answers are an older"
+                " model's, which takes the ratio of ppo-clip",
+                "say --loss ppo-clip, or --ppo-epochs 1",
+            )
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Raise UsageError for a setting that was changed and that nothing looks at."""
+        defaults = {f.name: f.default for f in fields(self)}
+        scaled = bool({"token", "sequence"} & dict(self.reward).keys())
+        for name, needed, used in (
+            ("normalize", "--reward token or sequence", scaled),
+            ("clip_low", "--loss ppo-clip", self.loss == "ppo-clip"),
+            ("clip_high", "--loss ppo-clip", self.loss == "ppo-clip"),
+            ("clip_cov_share", "--regularize clip-cov", self.regularize == "clip-cov"),
+            ("kl_cov_share", "--regularize kl-cov", self.regularize == "kl-cov"),
+            ("kl_cov_pull", "--regularize kl-cov", self.regularize == "kl-cov"),
+            ("tw_alpha", "--token-weights tw-grpo", self.token_weights == "tw-grpo"),  # noqa: S105 (of text)
+        ):
+            if not used and vars(self)[name] != defaults[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag} is {vars(self)[name]}, and does nothing without {needed}", f"leave out {flag}"
+                )
 
     @property
     def answers_per_step(self) -> int:

@@ -43,6 +43,7 @@ def model_folder(tmp_path: Path) -> Path:
 def test_show(emlocal: Emlocal, folder: Path, tiny: str) -> None:
     facts = json.loads(emlocal("adapter", "show", str(folder), "--json", "--base", tiny).out)
     assert facts.pop("size_bytes") > 4 * facts["parameters"]
+    assert "trained on tiny/base, and this is" in facts.pop("but")
     assert facts == {
         "path": str(folder),
         "format": "peft",

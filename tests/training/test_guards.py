@@ -34,7 +34,7 @@ def test_the_entropy_floor_is_that_of_a_window() -> None:
     assert looked([replace(WELL, entropy=0.02)] * 5)[1] == [None] * 5
 
 
-def test_repetition_is_compared_with_the_first_steps() -> None:
+def test_repetition_is_compared_with_the_first_step() -> None:
     looping = replace(WELL, repetition=0.3)
     assert looked([looping] * 10)[1] == [None] * 10  # it was so at first
     said = looked([WELL] * 3 + [looping] * 3)[1]
@@ -51,6 +51,33 @@ def test_length_by_a_factor_either_way(length: float, words: str) -> None:
     assert words in said[5]
     limit = replace(WELL, length=200 if length > 100 else 50)
     assert looked([WELL] * 3 + [limit] * 5)[1] == [None] * 8
+
+
+@pytest.mark.parametrize(
+    ("other", "stops_at"),
+    [
+        (replace(WELL, length=1000), 1),  # 550 in the mean
+        (replace(WELL, length=300), 2),  # 200, then 233
+        (replace(WELL, length=20), 2),  # 60, then 47
+        (replace(WELL, repetition=0.55), 1),
+        (replace(WELL, repetition=0.3), 3),
+    ],
+)
+def test_a_collapse_in_the_first_update_is_no_standard_for_later_ones(
+    other: RolloutStats, stops_at: int
+) -> None:
+    guards = Guards(SETTINGS)
+    assert guards.look(WELL) is None
+    for step in range(1, stops_at + 1):
+        why = guards.look(other)
+        assert not guards.sound
+        assert (why is not None) == (step == stops_at)
+
+
+def test_growth_that_doubles_step_by_step_stops() -> None:
+    said = looked([replace(WELL, length=length) for length in (60, 120, 240, 256, 256)])[1]
+    assert said[:2] == [None, None]
+    assert said[2] is not None  # 140 in the mean
 
 
 def test_kl_of_a_window_and_of_the_step_itself() -> None:

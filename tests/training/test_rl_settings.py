@@ -113,6 +113,12 @@ def test_recipes_that_are_not_there(name: str) -> None:
         ({"target_modules": ()}, "--target-modules is empty"),
         ({"kl_beta": -0.1}, "--kl-beta is -0.1"),
         ({"ppo_epochs": 1.5}, "whole number"),
+        ({"ppo_epochs": 2}, "--ppo-epochs is 2; .* the ratio of ppo-clip"),
+        ({"clip_low": 0.5}, "--clip-low is 0.5, and does nothing without --loss ppo-clip"),
+        ({"clip_cov_share": 0.5}, "nothing without --regularize clip-cov"),
+        ({"kl_cov_pull": 2.0}, "nothing without --regularize kl-cov"),
+        ({"tw_alpha": 2.0}, "nothing without --token-weights tw-grpo"),
+        ({"normalize": "mean", "reward": (("vote", 1.0),)}, "nothing without --reward token or sequence"),
     ],
 )
 def test_settings_that_cannot_be_meant(changes: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ from emlocal.models.adapters.names import (
 from emlocal.models.gguf import GGUFHeader, TensorInfo, read_adapter_pairs
 from emlocal.models.gguf_header import shown, unusable
 
-_BASE_NAME = "general.base_model.0.name"
+BASE_NAME = "general.base_model.0.name"
 _ALORA = "adapter.alora.invocation_tokens"
 _MOST_LAYERS = 1024
 
@@ -81,7 +81,7 @@ def read_in_file_order(path: Path) -> tuple[str, Adapter]:
         a, b = _floats(path, a_info), _floats(path, b_info)
         scale = alpha / b.shape[-1] if alpha and b.shape[-1] else 1.0
         pairs[names[there]] = checked_pair(path.name, names[there], a, b, scale)
-    said = header.metadata.get(_BASE_NAME)
+    said = header.metadata.get(BASE_NAME)
     return header.architecture, Adapter(pairs, said if isinstance(said, str) else "")
 
 
@@ -105,7 +105,7 @@ def write_gguf(adapter: Adapter, path: Path, base: GGUFHeader) -> None:
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
             if adapter.base_model:
-                writer.add_string(_BASE_NAME, adapter.base_model)
+                writer.add_string(BASE_NAME, adapter.base_model)
             for name, pair in adapter.pairs.items():
                 b = to_gguf_rows(name, folded(name, pair, alpha / pair.rank), base)
                 writer.add_tensor(f"{names[name]}.lora_a", np.ascontiguousarray(pair.a, np.float32))

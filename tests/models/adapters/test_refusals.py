@@ -79,6 +79,7 @@ def mlx(out: Path) -> Path:
         (lambda t: t.update({KEY_B: t[KEY_B][None]}), "not matrices"),
         (lambda t: t[KEY].__setitem__((0, 0), np.nan), "infinite or not a number"),
         (lambda t: t[KEY_B].__setitem__((0, 0), -np.inf), "infinite or not a number"),
+        (lambda t: t[KEY_B].__setitem__((0, 0), -1e30), "has a weight of 1e+30"),
         (lambda t: t.update({KEY: t[KEY].astype("f2") * np.float16(1e9)}), "infinite or not a number"),
         (lambda t: t.update({KEY: t[KEY].astype("f8")}), "is of type F64, not F32, F16 or BF16"),
         (lambda t: t.update({KEY: t[KEY].astype("i4")}), "is of type I32"),
