@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -57,9 +58,22 @@ def choose_place(tensors: Mapping[str, SafeTensor], device: str = "auto", dtype:
         raise UsageError(f"there is no format {dtype}", f"use {', '.join(DTYPES)}")
     chosen = mx.gpu if device == "gpu" or (device == "auto" and gpu) else mx.cpu
     reason = "asked for" if device != "auto" else "Apple's GPU" if gpu else "MLX sees no GPU"
+    if device == "auto" and not gpu and _has_reference_blas():
+        reason += "; slow without OpenBLAS: docs/backends.md#mlx"
     if dtype == "auto":
         dtype = "float32" if chosen == mx.cpu else _stored(tensors)
     return Place(mx.Device(chosen, 0), dtype, reason)
+
+
+def _has_reference_blas() -> bool:
+    """Whether matrices are multiplied by the BLAS of Linux's wheel, 25 times as slowly as OpenBLAS does it.
+
+    numpy's OpenBLAS (libscipy_openblas) is in the process too, under names of its own.
+    """
+    try:
+        return "/libopenblas" not in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux
+        return False
 
 
 def _stored(tensors: Mapping[str, SafeTensor]) -> str:
