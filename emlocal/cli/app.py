@@ -16,7 +16,7 @@ VERBS = {
     "batch": "Answer a file of prompts; killed runs go on where they stopped.",
     "finetune": "Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT).",
     "rl": "Train a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL).",
-    "plot": "Draw training runs, evaluations or traces: as a picture, or on the terminal.",
+    "plot": "Draw training runs, evaluations or traces: a picture with -o, else on the terminal.",
     "eval": "Compare ways of answering on problems with known answers: accuracy, cost, and how sure that is.",
     "models": "List, fetch, inspect and remove models.",
     "adapter": "Show, convert and merge LoRA adapters.",

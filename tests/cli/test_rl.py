@@ -374,7 +374,7 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
 
 
 def test_a_collapse_is_exit_1_with_the_adapter_of_before(rl: RL, out: Path) -> None:
-    flags: tuple[Any, ...] = ("--steps", "40", "--learning-rate", "0.05", "--samples", "4", *FREE)
+    flags: tuple[Any, ...] = ("--steps", "40", "--learning-rate", "0.01", "--samples", "4", *FREE)
     done = rl(*flags, "--max-kl", "0.5")
     assert done.code == 1
     assert "stopped: the KL to the base is" in done.err

@@ -14,8 +14,8 @@ from emlocal.models.gguf_header import shown
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _LONGEST_NAME = 200
 _LARGEST_SCALE = 1e6
-_LARGEST_WEIGHT = 65_504.0
-"""float16's largest: engines compute adapters in half precision; what training makes is below 100."""
+_LARGEST_WEIGHT = 1e9
+"""What training makes is below 100, and the largest scale may have been folded into it."""
 
 
 def checked_pair(
@@ -24,7 +24,7 @@ def checked_pair(
     """A pair of which nothing can go wrong later. A is [rank, in], B [out, rank]; `where` is the file.
 
     Raises ModelError: `name` is no module's, shapes that are no pair, a rank of 0 or above 4,096, a scale
-    above a million, a weight that is infinite, above 65,504, or not a number.
+    above a million, a weight that is infinite, above a billion, or not a number.
     """
     if len(name) > _LONGEST_NAME or not _MODULE.fullmatch(name):
         raise unusable(where, f"{shown(name)} is not the name of a layer")
