@@ -305,7 +305,7 @@ class Run:
         now = self._now
         now.skipped = 0 if math.isfinite(norm) else now.skipped + 1
         if now.skipped:
-            self.watcher.warn(f"step {step}: the gradient is not finite; nothing was changed")
+            self.watcher.warn(f"step {step}: a gradient is not finite and was left out")
         if now.skipped >= MOST_SKIPPED:
             return self._outcome("not finite", f"{MOST_SKIPPED} gradients in a row were not finite")
         return None

@@ -17,6 +17,8 @@ FIELDS = ("prompt", "question", "problem")
 """Where a line's prompt is looked for, after "messages"."""
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?", re.ASCII)
+_FILES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".md", ".gz", ".parquet")
+"""No dataset's name ends so: a file that is not there is meant."""
 _JSON_LINE = (
     'a line is {"prompt": "…"}, {"question": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 )
@@ -45,7 +47,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
         raise UsageError(f"{source} is a folder", "give a file of prompts, .jsonl or text")
     if path.exists():
         found = list(islice(_of_file(path), limit))
-    elif _HUB_NAME.fullmatch(source) and path.suffix not in (".jsonl", ".txt", ".json"):
+    elif _HUB_NAME.fullmatch(source) and path.suffix not in _FILES:
         found = _of_hub(source, limit)
     else:
         raise UsageError(f"there is no file {source}", "give a .jsonl or text file, or ORG/NAME of the hub")

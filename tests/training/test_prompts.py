@@ -145,8 +145,9 @@ def test_what_is_no_file_of_prompts(tmp_path: Path) -> None:
         read_prompts(str(tmp_path))
     with pytest.raises(UsageError, match="there is no file"):
         read_prompts(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UsageError, match=r"there is no file data/none\.jsonl"):
-        read_prompts("data/none.jsonl")
+    for name in ("data/none.jsonl", "data/none.csv"):
+        with pytest.raises(UsageError, match=f"there is no file {name}"):
+            read_prompts(name)
     with pytest.raises(UsageError, match="there is no file -"):
         read_prompts("-")
     if sys.platform != "win32":
