@@ -20,6 +20,7 @@ from emlocal.backends.passes import passes
 from emlocal.backends.slots import SlotBackend, Slots, Tokenizer
 from emlocal.backends.torch.decoder import Decoder
 from emlocal.backends.torch.device import Place, out_of_memory
+from emlocal.backends.torch.packed import packed_bytes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError, UsageError
 from emlocal.sampling import Draw, Sampler
@@ -145,7 +146,7 @@ class TorchBackend(SlotBackend):
         return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}{adapters}"
 
     def memory_bytes(self) -> int:
-        weights: int = sum(p.nbytes for p in self._model.parameters())
+        weights: int = sum(p.nbytes for p in self._model.parameters()) + packed_bytes(self._model)
         logits = 0 if self._logits is None else self._logits.nbytes
         return weights + self._decoder.cache.nbytes + logits
 

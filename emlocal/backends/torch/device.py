@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from emlocal.backends.torch.packed import can_pack
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, available
@@ -85,4 +86,6 @@ def memory_terms(header: ModelHeader) -> Terms:
     place = choose_place()
     size = place.dtype.itemsize
     free = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else available()
-    return Terms(size, header.parameters * size, free, RUNTIME_BYTES)
+    # packed, an output layer has its own weights even where it shares the embedding's (packed.py)
+    head = header.vocab_size * header.embedding_length if can_pack(place.device, place.dtype) else 0
+    return Terms(size, (header.parameters + head) * size, free, RUNTIME_BYTES)

@@ -11,6 +11,7 @@ from emlocal.backends.torch.backend import TorchBackend, check_kv_type
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.lora import attach
 from emlocal.backends.torch.model import load_model, skeleton, trained_context
+from emlocal.backends.torch.packed import can_pack, pack
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import sampling_settings
@@ -88,6 +89,8 @@ def open_folder(
     opened = open_model(folder, name=name, device=device, dtype=dtype)
     for adapter in adapters:
         attach(opened.model, adapter, opened.place.dtype)
+    if can_pack(opened.place.device, opened.place.dtype):
+        pack(opened.model)
     return opened.backend(options, on_device_sampler=on_device_sampler)
 
 
