@@ -146,6 +146,12 @@ class Backend(ABC):
     def describe(self) -> str:
         """How it runs, for people: "context 8,192 tokens, 4 threads"."""
 
+    @property
+    @abstractmethod
+    def arithmetic(self) -> str:
+        """Device and number format of its sums: "cpu, bfloat16". Where it differs, so do the last bits, and
+        answers with them."""
+
     @abstractmethod
     def memory_bytes(self) -> int:
         """Bytes that the model, its sequences' states and its buffers take, as far as the engine knows."""

@@ -138,6 +138,10 @@ class FakeBackend(Backend):
     def describe(self) -> str:
         return f"context {self.context:,} tokens"
 
+    @property
+    def arithmetic(self) -> str:
+        return "none"
+
     def memory_bytes(self) -> int:
         return 4 * self.context
 

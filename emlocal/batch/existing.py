@@ -131,8 +131,8 @@ def check_settings(path: Path, old: Mapping[str, object] | None, new: Mapping[st
     """Raises UsageError where an output with rows was not made with these settings (None: not by us)."""
     if old is None:
         raise UsageError(
-            f"{path} exists and is not the output of an emlocal batch run",
-            "use another file with -o, or --restart to overwrite it",
+            f"{path} exists and is no output of emlocal",
+            "use another -o, or --restart to overwrite it",
         )
     before, now = _leaves(old), _leaves(new)
     names = [*now, *(name for name in before if name not in now)]

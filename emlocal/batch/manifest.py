@@ -37,7 +37,7 @@ class Manifest:
         content = _content(descriptor)
         if not _START.startswith(content[: len(_START)]):
             raise UsageError(
-                f"{path} exists and is not a file of this emlocal batch (format {FORMAT})",
+                f"{path} exists and is not a file of this emlocal (format {FORMAT})",
                 "move it away, or use another -o",
             )
         self.settings = _settings(content)
@@ -125,7 +125,7 @@ def _in_use(called: Path, descriptor: int) -> EmlocalError:
     except (ValueError, LookupError, TypeError, OSError):
         process = ""  # it has the lock and has not signed yet
     return EmlocalError(
-        f"{called} is being written by another emlocal batch{process}",
+        f"{called} is being written by another emlocal{process}",
         "wait for it to end, or use another -o",
     )
 

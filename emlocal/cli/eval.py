@@ -1,5 +1,7 @@
 """`emlocal eval`: ways of answering compared on problems with known answers."""
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -98,6 +100,7 @@ def eval(
     from emlocal.cli import precedence
     from emlocal.cli.engine import MOST_PARALLEL, open_for_batch
     from emlocal.evaluation.contenders import read_contenders
+    from emlocal.evaluation.run import others_in
     from emlocal.evaluation.tasks.open import open_task
     from emlocal.generation.scheduler import SPARE_SEQUENCES
 
@@ -107,6 +110,7 @@ def eval(
         contender.plan(*_base(sampling, config, {}))
     asked = open_task(task, how.data, how.limit, how.code_seconds)
     _check(asked, contenders, how)
+    _check_folder(how.output)
     with ExitStack() as opened:
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, how.parallel, quiet=how.quiet))
@@ -115,8 +119,11 @@ def eval(
         entries = _entries(asked, contenders, base, model, parallel, how)
         name = f"eval-{asked.name}-{model.backend.info.name}"
         folder = how.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))  # as Windows has them, too
+        folder.mkdir(parents=True, exist_ok=True)
         document = _evaluate(asked, entries, model, folder, parallel, how)
     _show(document)
+    if others := others_in(folder, entries):
+        console.note(f"not reported, since --methods does not name them: {', '.join(others)}")
     if not how.quiet:
         console.note(f"{folder}: results.json, results.md, report.html, and all answers")
 
@@ -160,6 +167,17 @@ def _check(task: "Task", contenders: "Sequence[Contender]", how: EvalOptions) ->
         )
 
 
+def _check_folder(output: Path | None) -> None:
+    """Raise UsageError where no folder can be: before a model is loaded."""
+    if output is None:
+        return
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there} is a file, and -o names a folder", "use another -o")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"nothing can be written into {there}", "use another -o")
+
+
 def _entries(
     task: "Task",
     contenders: "Sequence[Contender]",
@@ -180,15 +198,21 @@ def _entries(
         settings = BatchSettings(plan, contender.collecting, base[1], entropies=True)
         identity = identity_of(settings, model) | {
             "task": task.name,
-            "data": task.source,
+            "data": task.identity,
+            "prompt": _digest(task.ask(task.problems[0], {})),
             "system": _system(task, how),
             "parallel": parallel,
         }
         repetitions = 1 if plan.params.temperature == 0 else how.samples
         settings = replace(settings, fingerprint=canonical(identity))
-        described = describe(contender, plan)
+        described = describe(contender, plan, base[0])
         entries.append(Entry(contender.name, described, settings, identity, repetitions))
     return entries
+
+
+def _digest(text: str) -> str:
+    """Of the first question as it is asked: a sign of the words that this version asks with."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _system(task: "Task", how: EvalOptions) -> str | None:
@@ -205,12 +229,13 @@ def _evaluate(
 ) -> "Document":
     """Answer, judge, and write the folder's files."""
     from emlocal.evaluation import run
+    from emlocal.evaluation.provenance import provenance
     from emlocal.evaluation.report.document import write_json
     from emlocal.evaluation.report.page import write_page
     from emlocal.evaluation.report.texts import write_markdown
     from emlocal.generation import interruptible
 
-    folder.mkdir(parents=True, exist_ok=True)
+    made_with = provenance(model.backend.name)
     try:
         with interruptible() as cancelled, _Progress(how.quiet) as progress:
             answers_of = run.answer(
@@ -220,16 +245,21 @@ def _evaluate(
                 folder,
                 system=_system(task, how),
                 parallel=parallel,
+                made_with=made_with,
                 restart=not how.resume,
                 cancelled=cancelled,
                 progress=progress,
             )
-            judged = run.judge(task, answers_of, folder, cancelled=cancelled, progress=progress)
+            judged = run.judge(
+                task, answers_of, folder, restart=not how.resume, cancelled=cancelled, progress=progress
+            )
     except CancelledError:
         if not how.quiet:
             console.note("stopped; the same command goes on where it stopped")
         raise
-    document = _document(task, entries, model, judged, parallel, how)
+    document = _document(
+        task, entries, model, judged, parallel, how, made_with | _answered(folder, entries, made_with)
+    )
     write_json(document, folder / "results.json")
     write_markdown(document, folder / "results.md")
     write_page(document, folder / "report.html")
@@ -243,8 +273,9 @@ def _document(
     judged: "dict[str, list[Judged]]",
     parallel: int,
     how: EvalOptions,
+    made_with: Mapping[str, object],
 ) -> "Document":
-    from emlocal.evaluation.provenance import provenance, sha256
+    from emlocal.evaluation.provenance import sha256
     from emlocal.evaluation.report.document import Document
     from emlocal.evaluation.results import compare, summarize
 
@@ -273,11 +304,27 @@ def _document(
             "stop": list(plan.stop),
             "system": _system(task, how),
         },
-        provenance(model.backend.name),
+        made_with,
         results,
         compare(task, results, plan.seed),
         judged,
     )
+
+
+def _answered(folder: Path, entries: "Sequence[Entry]", now: Mapping[str, object]) -> dict[str, list[str]]:
+    """By method, what its answers were made with where that is not what this run has: versions, commit."""
+    from emlocal.evaluation.provenance import answered_with
+
+    before = answered_with(folder)
+    found = {}
+    for entry in entries:
+        others = [made for made in before.get(entry.name, []) if made != now]
+        if others:
+            found[entry.name] = [
+                ", ".join(f"{name} {value}" for name, value in made.items() if value != now.get(name))
+                for made in others
+            ]
+    return found
 
 
 class _Progress:
@@ -313,6 +360,9 @@ def _show(document: "Document") -> None:
     for row in texts.rows(document):
         table.add_row(*row)
     console.out().print(table, markup=False)
-    failed = sum(method.errors for method in document.methods)
-    if failed:
-        console.warn(f"{counted(failed, 'question')} could not be asked: give a larger --context")
+    for method in document.methods:
+        if method.errors:
+            console.warn(
+                f"{method.name}: {counted(method.errors, 'question')} could not be asked; a larger --context"
+                " needs --restart, or another -o"
+            )

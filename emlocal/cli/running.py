@@ -34,6 +34,7 @@ def identity_of(settings: "BatchSettings", model: "Opened") -> dict[str, object]
         "raw": settings.raw,
         "keep": settings.keep,
         "format": "openai" if settings.openai else "emlocal",
+        "engine": f"{model.backend.name}, {model.backend.arithmetic}",
         "context": model.backend.context,
         "samples": plan.samples,
         "seed": plan.seed,

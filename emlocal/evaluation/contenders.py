@@ -34,6 +34,11 @@ _VALUES: Mapping[str, str] = {  # what NAME:VALUE sets
     "adaptive-temperature": "em_ratio",
     "dynamic-temperature": "dynatemp_range",
 }
+_COMMON: Mapping[str, str] = {
+    "seed": "all methods share their draws; --seed says which",
+    "samples": "self-consistency:N says how many vote, and --samples how many answers each question gets",
+}
+"""What cannot be one method's own."""
 _EXAMPLES = "such as greedy, sample:1, em-inf:paper, self-consistency:4 or em-inf+self-consistency:4"
 
 
@@ -117,6 +122,8 @@ def _settings(part: str, word: str, arguments: Sequence[str]) -> dict[str, Any]:
             found |= _PLAIN if word == "sample" else {}
             if word == "em-inf" and text not in EM_PRESETS:
                 raise UsageError(f"--methods has {part!r}; the presets are {', '.join(EM_PRESETS)}")
+        elif name in _COMMON:
+            raise UsageError(f"--methods has {part!r}: {_COMMON[name]}")
         elif not known_name(name):
             near = meant(name)
             hint = f"did you mean {near}?" if near else "docs/batch.md lists them"
@@ -133,8 +140,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def describe(contender: Contender, plan: Plan) -> str:
-    """The settings in words: "T 0.8, min-p 0.05, EM-INF δ 0.3 …; the majority of 4"."""
+def describe(contender: Contender, plan: Plan, base: Plan) -> str:
+    """The settings in words: "T 0.8, min-p 0.05, EM-INF δ 0.3 …; the majority of 4".
+
+    What `base` has too is left out where it is no setting of the draw: limits and stops.
+    """
     params = plan.params
     words = ["the most probable token"] if params.temperature == 0 else [f"T {params.temperature:g}"]
     if params.temperature != 0:
@@ -153,4 +163,8 @@ def describe(contender: Contender, plan: Plan) -> str:
         words.append(f"majority of {plan.samples}")
     if contender.collecting.revisions:
         words.append(counted(contender.collecting.revisions, "revision"))
+    if plan.max_tokens != base.max_tokens:
+        words.append(f"at most {counted(plan.max_tokens, 'token')}")
+    if plan.stop != base.stop:
+        words.append(f"stops {list(plan.stop)}")
     return ", ".join(words)

@@ -52,6 +52,9 @@ class Judge:
         key = self._task.digest(answer.problem, what)
         if key not in self._known:
             right, said = self._task.check(answer.problem, what)
+            said = said.encode(
+                errors="replace"
+            ).decode()  # a program may raise any text, half a surrogate too
             self._known[key] = (right, said)
             line = json.dumps({"key": key, "right": right, "said": said}) + "\n"
             self._file.write(line)

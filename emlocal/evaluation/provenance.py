@@ -1,15 +1,17 @@
 """What a result was made with: versions, commit, machine, and the model by its hash."""
 
 import hashlib
+import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import emlocal
 from emlocal.diagnosis.machine import cpu
 
+_ANSWERED = "made_with.jsonl"
 _ENGINES = {
     "llama.cpp": ("llama-cpp-python",),
     "mlx": ("mlx", "mlx-lm"),
@@ -30,6 +32,27 @@ def provenance(engine: str) -> dict[str, object]:
         "processor": machine.model,
         "cores": machine.physical,
     }
+
+
+def note_answering(folder: Path, method: str, made_with: Mapping[str, object]) -> None:
+    """Remember in the folder of an evaluation what a method's answers are made with, from here on."""
+    if answered_with(folder).get(method, [])[-1:] != [dict(made_with)]:
+        with (folder / _ANSWERED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"method": method, "made_with": made_with}, ensure_ascii=False) + "\n")
+
+
+def answered_with(folder: Path) -> dict[str, list[dict[str, object]]]:
+    """What each method's answers were made with, from the first on; more than one where the run went on with
+    another version, or elsewhere."""
+    found: dict[str, list[dict[str, object]]] = {}
+    path = folder / _ANSWERED
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(line)
+            found.setdefault(value["method"], []).append(dict(value["made_with"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a crash
+    return found
 
 
 def commit() -> str | None:

@@ -182,6 +182,8 @@ def _accuracy(
     value = sum(right.values()) / len(task.problems)
     if repetitions == 1 and max(sizes.values()) == 1:
         return _estimate(value, wilson(round(sum(right.values())), len(judged)))
+    if value in (0.0, 1.0):  # nothing to resample: as if each whole problem were one answer
+        return _estimate(value, wilson(round(value * len(sizes)), len(sizes)))
     return _estimate(value, bootstrap_mean(list(right.values()), seed, sizes=list(sizes.values())))
 
 
@@ -197,7 +199,12 @@ def _pass_at(judged: Sequence[Judged], repetitions: int, seed: int) -> dict[int,
     found = {}
     for k in (k for k in ks if k <= repetitions):
         values = [pass_at_k(repetitions, n, k) for n in right.values()]
-        found[k] = _estimate(fmean(values), bootstrap_mean(values, seed))
+        mean = fmean(values)
+        all_alike = mean in (0.0, 1.0)
+        interval = (
+            wilson(round(mean * len(values)), len(values)) if all_alike else bootstrap_mean(values, seed)
+        )
+        found[k] = _estimate(mean, interval)
     return found
 
 

@@ -16,6 +16,7 @@ from emlocal.batch.run import BatchSettings
 from emlocal.errors import CancelledError
 from emlocal.evaluation.answering import Answer, Answering
 from emlocal.evaluation.judging import Judge, Judged
+from emlocal.evaluation.provenance import note_answering
 from emlocal.evaluation.tasks.task import Task
 
 Progress = Callable[[str, int, int], None]
@@ -40,6 +41,12 @@ def answers_path(folder: Path, name: str) -> Path:
     return folder / "answers" / (re.sub(r"[^\w.+=-]", "_", name) + ".jsonl")
 
 
+def others_in(folder: Path, entries: Sequence[Entry]) -> list[str]:
+    """The files of other contenders' answers, by their names without the ending."""
+    own = {answers_path(folder, entry.name) for entry in entries}
+    return sorted(path.stem for path in (folder / "answers").glob("*.jsonl") if path not in own)
+
+
 def answer(
     backend: Backend,
     task: Task,
@@ -48,11 +55,14 @@ def answer(
     *,
     system: str | None,
     parallel: int,
+    made_with: Mapping[str, object],
     restart: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, list[Answer]]:
     """Every contender's answers to every question, by the contender's name.
+
+    `made_with` is remembered for those that are answered now.
 
     Raises CancelledError, UsageError for answers that are there and were made otherwise, and what the engine
     and the journal raise.
@@ -72,6 +82,8 @@ def answer(
             )
             there = len(running.answers())
             progress(entry.name, there, running.total)
+            if there < running.total:
+                note_answering(folder, entry.name, made_with)
             for done, _ in enumerate(running.run(cancelled), there + 1):
                 progress(entry.name, done, running.total)
             found[entry.name] = running.answers()
@@ -83,13 +95,20 @@ def judge(
     answers: Mapping[str, Sequence[Answer]],
     folder: Path,
     *,
+    restart: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, list[Judged]]:
-    """The verdicts on all answers. Raises CancelledError, and what the task's judging raises."""
+    """The verdicts on all answers, with `restart` all made anew.
+
+    Raises CancelledError, and what the task's judging raises.
+    """
+    verdicts = folder / "verdicts.jsonl"
+    if restart:
+        verdicts.unlink(missing_ok=True)
     total, done = sum(map(len, answers.values())), 0
     found: dict[str, list[Judged]] = {}
-    with Judge(task, folder / "verdicts.jsonl") as judge:
+    with Judge(task, verdicts) as judge:
         for name, given in answers.items():
             found[name] = []
             for judged in judge.judge(given, cancelled):

@@ -80,10 +80,30 @@ def extract(text: str, how: Extraction, pattern: str | None = None) -> str | Non
     return (found or "").strip() or None
 
 
-def _boxed(text: str) -> str | None:
+def find_answer(text: str) -> tuple[str, Literal["boxed", "last-number"]] | None:
+    """The answer of a text that was asked for a box, and how it was found: what the last \\boxed holds; where
+    there is no box the last number. A box that was cut off holds no answer, and no number in it is one.
+    """
+    boxed = extract(text, "boxed")
+    if boxed is not None:
+        return boxed, "boxed"
+    start = _last_box(text)
+    if start is not None and text[start : start + 1] == "{" and _boxed(text) is None:
+        return None
+    number = extract(text, "last-number")
+    return None if number is None else (number, "last-number")
+
+
+def _last_box(text: str) -> int | None:
+    """Where the last box's content begins, its brace included."""
     start = None
     for box in _BOX.finditer(text):
         start = box.end()
+    return start
+
+
+def _boxed(text: str) -> str | None:
+    start = _last_box(text)
     if start is None:
         return None
     if text[start : start + 1] != "{":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from emlocal.errors import UsageError
-from emlocal.methods.answers import Extraction, check_pattern, equivalent, extract, majority
+from emlocal.methods.answers import Extraction, check_pattern, equivalent, extract, find_answer, majority
 from emlocal.models.templates import Message
 from emlocal.settings import AdaptiveTemperature, EMInf, SamplingParams
 
@@ -124,8 +124,8 @@ class Method:
     def _answer(self, text: str) -> str | None:
         if self.extraction is not None:
             return extract(text, self.extraction, self.pattern)
-        boxed = extract(text, "boxed")
-        return boxed if boxed is not None else extract(text, "last-number")
+        found = find_answer(text)
+        return None if found is None else found[0]
 
     def follow_up(self, messages: Sequence[Message], answer: str) -> list[Message]:
         """The conversation in which the model is asked to revise its answer."""

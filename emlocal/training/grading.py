@@ -2,16 +2,13 @@
 
 from collections.abc import Hashable
 
-from emlocal.methods.answers import canonical, extract
+from emlocal.methods.answers import canonical, extract, find_answer
 
 
 def answer_of(text: str) -> Hashable | None:
-    """A key that texts with equivalent answers share; None where there is none.
-
-    The answer is what the last \\boxed holds, else the last number.
-    """
-    found = extract(text, "boxed") or extract(text, "last-number")
-    return None if found is None else canonical(found)
+    """A key that texts with equivalent answers share; None where there is none (`find_answer`)."""
+    found = find_answer(text)
+    return None if found is None else canonical(found[0])
 
 
 def label_of(text: str) -> Hashable | None:

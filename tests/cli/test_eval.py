@@ -180,6 +180,28 @@ def test_other_settings_are_refused_by_name(evaluate: Emlocal) -> None:
     assert "seed: 0 -> 4" in done.err
 
 
+def test_answers_of_two_engines_do_not_mix(evaluate: Emlocal) -> None:
+    assert evaluate("--methods", "sample:1").code == 0
+    done = evaluate("--methods", "sample:1,em-inf", "--backend", "torch")
+    assert done.code == 2
+    assert "engine:" in done.err
+    assert "llama.cpp, cpu" in done.err
+
+
+def test_methods_that_are_left_out_are_named(evaluate: Emlocal) -> None:
+    assert evaluate("--methods", "greedy,sample:1").code == 0
+    done = evaluate("--methods", "greedy")
+    assert done.code == 0
+    assert "not reported, since --methods does not name them: sample_1" in done.err
+
+
+def test_a_folder_that_cannot_be_fails_before_the_model_loads(evaluate: Emlocal, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    done = evaluate("--model", str(tmp_path / "none.gguf"))
+    assert (done.code, done.out) == (2, "")
+    assert "is a file, and -o names a folder" in done.err
+
+
 def test_the_folder_has_a_name_that_every_system_takes(
     emlocal: Emlocal, tiny: str, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,8 @@ def test_flags_are_for_those_that_sample() -> None:
         ("sample:0.5:0.6", "says nothing there"),
         ("em-inf:papers", "the presets are"),
         ("em-inf:em_step=3", "no setting 'em_step'"),
+        ("sample:seed=9", "--seed says which"),
+        ("sample:samples=3", "--samples how many"),
         ("self-consistency:x", "comes one number"),
         ("self-consistency:4:5", "comes one number"),
         ("self-consistency:1", "at least 2"),
@@ -105,9 +107,11 @@ def test_settings_in_words() -> None:
     words = {}
     for text in ("greedy", "sample:1", "em-inf+self-consistency:3", "sequential-refinement:2"):
         (contender,) = read_contenders(text)
-        words[text] = describe(contender, contender.plan(BASE, frozenset()))
+        words[text] = describe(contender, contender.plan(BASE, frozenset()), BASE)
     assert words["greedy"].startswith("the most probable token")
     assert words["sample:1"] == "T 1"
     assert "EM δ 0.3" in words["em-inf+self-consistency:3"]
     assert words["em-inf+self-consistency:3"].endswith("majority of 3")
     assert words["sequential-refinement:2"].endswith("2 revisions")
+    (short,) = read_contenders("sample:1:max_tokens=4")
+    assert describe(short, short.plan(BASE, frozenset()), BASE) == "T 1, at most 4 tokens"

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_every_table_has_as_many_cells_as_heads(document: Document) -> None:
         heads = texts.columns(one)
         assert all(len(row) == len(heads) for row in texts.rows(one))
     assert "mean@3 % (95 %)" in texts.columns(made(3))
-    assert {"pass@2 %", "pass@3 %"} <= set(texts.columns(made(3)))
+    assert {"pass@2 % (95 %)", "pass@3 % (95 %)"} <= set(texts.columns(made(3)))
 
 
 def test_markdown_tables_are_whole(document: Document) -> None:
@@ -144,6 +145,30 @@ def test_the_page_shows_wins_and_losses_side_by_side(document: Document) -> None
     assert "em-inf:paper is right, greedy is not: 3" in text
     assert "greedy is right, em-inf:paper is not: 1" in text
     assert text.count("<details>") == 4
+
+
+def test_with_several_answers_a_win_is_more_right_ones() -> None:
+    text = page.html(made(3))
+    assert "em-inf:paper is right more often, greedy is not" in text
+    assert "is right, greedy" not in text
+
+
+def test_methods_that_are_always_right_or_never_have_an_interval() -> None:
+    task = MathTask("sums", rows(*({"question": f"{i}?", "answer": "1"} for i in range(6))))
+    for mark, ends in (("right", (0.61, 1.0)), ("wrong", (0.0, 0.39))):
+        found = [one for k in (1, 2) for one in judged(task, [mark] * 6, repetition=k, cost=10)]  # type: ignore[list-item]
+        result = summarize(task, mark, "T 1", found, 10**9, 0)
+        for estimate in (result.accuracy, result.pass_at[2]):
+            assert (round(estimate.low, 2), round(estimate.high, 2)) == ends
+
+
+def test_points_of_the_same_cost_stand_in_its_order() -> None:
+    shares = [0.5003, 0.52, 0.5001, 0.5, 0.9]
+    places = figures._apart(shares)
+    assert sorted(range(5), key=places.__getitem__) == sorted(range(5), key=shares.__getitem__)
+    ordered = sorted(places)
+    assert min(b - a for a, b in pairwise(ordered)) >= figures._APART - 1e-9
+    assert places[4] == 0.9
 
 
 def test_many_wins_are_cut_and_it_says_so(document: Document, monkeypatch: pytest.MonkeyPatch) -> None:

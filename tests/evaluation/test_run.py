@@ -19,6 +19,7 @@ from emlocal.evaluation import run
 from emlocal.evaluation.answering import Answer, takes_system
 from emlocal.evaluation.contenders import describe, read_contenders
 from emlocal.evaluation.judging import Judge, Judged
+from emlocal.evaluation.provenance import answered_with
 from emlocal.evaluation.results import compare, summarize
 from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.mathematics import MathTask
@@ -29,6 +30,7 @@ from emlocal.settings import SamplingParams
 from tests.evaluation.data import SCICODE_ROW, rows
 
 PARALLEL = 3
+MADE_WITH = {"emlocal": "0", "commit": "a"}
 QUESTIONS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 6)]
 
 
@@ -66,7 +68,7 @@ def entries(
         identity: dict[str, object] = {"method": contender.name, "seed": seed}
         settings = BatchSettings(plan, contender.collecting, entropies=True, fingerprint=canonical(identity))
         repeated = 1 if plan.params.temperature == 0 else repetitions
-        made.append(run.Entry(contender.name, describe(contender, plan), settings, identity, repeated))
+        made.append(run.Entry(contender.name, describe(contender, plan, base), settings, identity, repeated))
     return made
 
 
@@ -74,7 +76,8 @@ def answered(
     folder: Path, task: Task, methods: str, engine: FakeBackend | None = None, **more: Any
 ) -> dict[str, list[Answer]]:
     made = entries(methods, **{k: more.pop(k) for k in ("repetitions", "seed") if k in more})
-    return run.answer(engine or backend(), task, made, folder, system=task.system, parallel=PARALLEL, **more)
+    more = {"system": task.system, "parallel": PARALLEL, "made_with": MADE_WITH, **more}
+    return run.answer(engine or backend(), task, made, folder, **more)
 
 
 def judged(folder: Path, task: Task, methods: str, *args: Any, **more: Any) -> dict[str, list[Judged]]:
@@ -142,7 +145,9 @@ def test_the_prompt_of_a_repetition_is_read_once(tmp_path: Path) -> None:
     short = entries("sample:1")[0]
     for engine, repetitions, folder in ((once, 1, "a"), (often, 4, "b")):
         made = [replace(short, repetitions=repetitions)]
-        run.answer(engine, math(), made, tmp_path / folder, system=None, parallel=PARALLEL)
+        run.answer(
+            engine, math(), made, tmp_path / folder, system=None, parallel=PARALLEL, made_with=MADE_WITH
+        )
     assert often.fed < 4 * once.fed
 
 
@@ -231,6 +236,43 @@ def test_a_template_without_system_gets_it_with_the_question(tmp_path: Path) -> 
     assert all(a.error is None for a in answered(tmp_path / "b", math(), "greedy", bare)["greedy"])
 
 
+def test_a_restart_judges_anew(tmp_path: Path) -> None:
+    task = math()
+    given = answered(tmp_path, task, "greedy", backend(knowing(HALF)))
+    right = [one.verdict.right for one in run.judge(task, given, tmp_path)["greedy"]]
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text(path.read_text("utf-8").replace("true", "false"), "utf-8")
+    assert not any(one.verdict.right for one in run.judge(task, given, tmp_path)["greedy"])
+    assert [one.verdict.right for one in run.judge(task, given, tmp_path, restart=True)["greedy"]] == right
+
+
+def test_what_is_there_besides_is_told(tmp_path: Path) -> None:
+    answered(tmp_path, math(), "greedy,sample:1", backend(knowing(HALF)))
+    assert run.others_in(tmp_path, entries("greedy,sample:1")) == []
+    assert run.others_in(tmp_path, entries("greedy")) == ["sample_1"]
+
+
+def test_what_answers_were_made_with_is_remembered(tmp_path: Path) -> None:
+    engine, newer = backend(knowing(HALF)), {"emlocal": "1", "commit": "b"}
+    answered(tmp_path, math(), "greedy", engine)
+    answered(tmp_path, math(), "greedy", engine, made_with=newer)  # nothing is answered
+    assert answered_with(tmp_path) == {"greedy": [MADE_WITH]}
+    answered(tmp_path, math(), "greedy,sample:1", engine, made_with=newer)
+    assert answered_with(tmp_path) == {"greedy": [MADE_WITH], "sample:1": [newer]}
+
+
+def test_a_program_may_raise_what_is_no_text(tmp_path: Path) -> None:
+    class Odd(MathTask):
+        def check(self, problem: Any, found: str) -> tuple[bool, str]:
+            return False, "half \ud800"
+
+    task = Odd("sums", rows(*QUESTIONS))
+    given = answered(tmp_path, task, "greedy", backend(knowing(HALF)))["greedy"]
+    for _ in range(2):  # found, and read again
+        with Judge(task, tmp_path / "verdicts.jsonl") as judge:
+            assert {one.verdict.detail for one in judge.judge(given)} == {"half ?"}
+
+
 def test_verdicts_are_kept_and_torn_ones_made_again(tmp_path: Path) -> None:
     class Counting(MathTask):
         checks = 0
@@ -266,7 +308,9 @@ def test_steps_are_asked_with_what_was_answered(tmp_path: Path) -> None:
     engine = backend(knowing({"'''Squares of x.'''": squares, "'''Their sum, and how many.'''": total}))
     made = [replace(e, settings=replace(e.settings, plan=replace(e.settings.plan, max_tokens=200)))
             for e in entries("greedy,sample", repetitions=2)]  # fmt: skip
-    given = run.answer(engine, task, made, tmp_path, system=task.system, parallel=PARALLEL)
+    given = run.answer(
+        engine, task, made, tmp_path, system=task.system, parallel=PARALLEL, made_with=MADE_WITH
+    )
     found = run.judge(task, given, tmp_path)
     assert [one.verdict.mark for one in found["greedy"]] == ["right", "right"]
     assert given["greedy"][1].earlier == {"900.1": squares, "900.2": total}
@@ -274,7 +318,7 @@ def test_steps_are_asked_with_what_was_answered(tmp_path: Path) -> None:
     assert result.solved is not None
     assert (result.accuracy.value, result.solved.value) == (1.0, 1.0)
     again = backend(hashed)
-    run.answer(again, task, made, tmp_path, system=task.system, parallel=PARALLEL)
+    run.answer(again, task, made, tmp_path, system=task.system, parallel=PARALLEL, made_with=MADE_WITH)
     assert again.fed == 0
 
 

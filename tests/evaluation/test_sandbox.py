@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,6 +53,44 @@ def test_leaving_early_is_failing(program: str, said: str) -> None:
     outcome = run.run(program)
     assert outcome.ending == "failed"
     assert said in outcome.detail
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())",
+        "fcntl.fcntl(r, 10, 9)",  # F_SETSIG
+        "fcntl.fcntl(r, 15, bytes(8))",  # F_SETOWN_EX
+        "fcntl.ioctl(r, 0x8901, bytes(4))",  # FIOSETOWN
+        "fcntl.ioctl(r, 0x8902, bytes(4))",  # SIOCSPGRP
+    ],
+)
+def test_the_kernel_sends_no_signals_for_it(call: str) -> None:
+    """Landlock keeps signals in from Linux 6.12 on; before that F_SETOWN and O_ASYNC would kill anybody."""
+    outcome = run.run(f"import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_GETFL)\n{call}")
+    assert outcome.ending == "failed"
+    assert NOT_PERMITTED in outcome.detail
+
+
+def test_a_program_ends_with_the_process_that_runs_it() -> None:
+    code = (
+        "from emlocal.evaluation.sandbox.run import run\n"
+        "print('started', flush=True)\nrun('import time; time.sleep(60)')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"started\n"
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    until = time.monotonic() + 20
+    while not (child := children.read_text().strip()) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(1)  # it has locked itself in, and sleeps
+    parent.kill()
+    parent.communicate()
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert child
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_report_of_its_own_does_not_count() -> None:

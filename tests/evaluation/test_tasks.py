@@ -79,6 +79,36 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "nothing.jsonl")
 
 
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 1,}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match="line 3, character 9"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "x"}\n{"a": "\\ud800"}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match="problem 2 of .* holds half a surrogate pair"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_a_limit_changes_no_names(tmp_path: Path) -> None:
+    """Answers are found again by name: with all rows in view the files' own ids are none, since one repeats."""
+    values = [{"id": i, "question": q, "answer": "1"} for i, q in (("2", "a"), ("1", "b"), ("1", "c"))]
+    path = write(tmp_path / "q.jsonl", values)
+    for limit in (1, 2, None):
+        task = open_task("questions", path, limit)
+        assert [(p.id, p.question) for p in task.problems] == [("1", "a"), ("2", "b"), ("3", "c")][:limit]
+
+
+def test_the_same_file_is_known_under_another_name(tmp_path: Path) -> None:
+    tasks = [
+        open_task("gsm8k", write(tmp_path / name, [{"question": "a", "answer": "1"}]))
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+    assert tasks[0].identity == tasks[1].identity
+    assert tasks[0].source != tasks[1].source
+
+
 def test_problems_have_names() -> None:
     assert ids([{"id": "a"}, {"id": 7}]) == ["a", "7"]
     assert ids([{"id": "a"}, {"id": "a"}]) == ["1", "2"]
@@ -154,6 +184,36 @@ def judge() -> Iterator[MathJudge]:
         yield found
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("Mary", "Army", False),
+        ("Mary", "mary", True),
+        ("Mary", "\\text{Mary}", True),
+        ("listen", "silent", False),
+        ("the cat", "cat the", False),
+        ("True", "true", True),
+        ("2024-01-05", "2018", False),
+        ("2024-01-05", "2024-01-05", True),
+        ("xy", "yx", True),  # a product
+        ("\\text{east}", "east", True),
+        ("ellipse", "An ellipse", False),
+    ],
+)
+def test_words_are_no_products_of_letters(gold: str, answer: str, right: bool) -> None:
+    with MathJudge() as judge:
+        assert judge.equal(gold, answer) is right
+
+
+def test_a_box_that_was_cut_off_holds_no_answer() -> None:
+    task = MathTask("x", rows({"question": "?", "answer": "12"}))
+    (problem,) = task.problems
+    assert task.find(problem, "so \\boxed{12", {}) is None
+    assert task.find(problem, "first \\boxed{11}, no, \\boxed{\\frac{12", {}) is None
+    assert task.find(problem, "so \\boxed{} or 12", {}) == ("12", "last-number")
+    assert task.find(problem, "so \\boxed{12}", {}) == ("12", "boxed")
+
+
 def test_judging_agrees_with_people_but_for_those_listed() -> None:
     labelled = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
     assert len(labelled) == 100
@@ -210,6 +270,19 @@ RIGHT = "def total(numbers):\n    return sum(map(double, numbers))"
         ("```python\ndef total(numbers):\n    return (\n```", "wrong"),
         ("```python\ndef total(numbers):\n    while True: pass\n```", "wrong"),
         ("```python\nimport sys\ndef total(n): return 0\nsys.exit(0)\n```", "wrong"),
+        (f"```python\nfrom __future__ import annotations\n{RIGHT}\n```", "right"),
+        (f"```python\n{RIGHT}\nif __name__ == '__main__':\n    print(total(input()))\n```", "right"),
+        (f"```python\nimport unittest\n{RIGHT}\nif __name__ == '__main__':\n    unittest.main()\n```", "right"),
+        (f"```python\r\n{RIGHT}\r\n```\r\n", "right"),
+        (f"~~~py3\n{RIGHT}\n~~~", "right"),
+        (f"```python title=total.py\n{RIGHT}\n```", "right"),
+        ("```python\ntotal = lambda numbers: sum(numbers)\n```", "right"),
+        ("- So:\n\n  ```python\n  def total(numbers):\n      return sum(numbers)\n  ```", "right"),
+        (
+            "```python\nfrom __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n"
+            "    n: int\ndef total(numbers):\n    return A(sum(numbers)).n\n```",
+            "right",
+        ),
         ("```python\ndef totals(numbers):\n    return 0\n```", "no answer"),
         ("```bash\necho def total\n```", "no answer"),
         ("I would sum them.", "no answer"),
@@ -237,6 +310,41 @@ def test_a_method_of_a_class_is_an_entry_point() -> None:
     assert mark(task, "```python\ndef twice(n):\n    return n * 2\n```") == "no answer"
 
 
+TWICE = "class Solution:\n    def twice(self, n: int) -> int:"
+
+
+@contained
+@pytest.mark.parametrize(
+    "row",
+    [
+        {  # LeetCodeDataset
+            "prompt": "from typing import *\nfrom math import *\n",
+            "query": f"Double n.\n\nPlease complete the following python code precisely:\n```python\n{TWICE}\n```",
+            "entry_point": "Solution().twice",
+            "test": "def check(candidate):\n    assert candidate(n=4) == 8",
+        },
+        {  # its older files
+            "prompt": "from typing import *\nfrom math import *\n",
+            "meta": {"query": f"Double n.\n```python\n{TWICE}\n```"},
+            "entry_point": "Solution().twice",
+            "test": "def check(candidate):\n    assert candidate(n=4) == 8",
+        },
+        {  # DeepSeek-Coder's contests
+            "prompt": f'"""\nDouble n.\n"""\n{TWICE}\n        ',
+            "prompt_sft": f"Double n.\n```python\n{TWICE}\n        \n```",
+            "test": '\nmy_solution = Solution()\ntest_input = {"n": 4}\nassert my_solution.twice(**test_input) == 8',
+        },
+    ],
+)
+def test_leetcode_in_its_published_forms(row: dict[str, Any]) -> None:
+    task = ProgramTask("leetcode", rows(row))
+    assert "Double n." in task.problems[0].question
+    assert TWICE in task.problems[0].question
+    right = f"```python\n{TWICE}\n        return int(sqrt(n * n)) + n if List else 0\n```"
+    assert mark(task, right) == "right"
+    assert mark(task, right.replace("+ n", "+ 1")) == "wrong"
+
+
 @contained
 def test_a_prompt_in_words_is_no_program() -> None:
     row = {"prompt": "Write f(x) = 2x.", "entry_point": "f", "test": "def check(f):\n    assert f(2) == 4"}
@@ -256,7 +364,7 @@ def test_the_prompt_shows_the_head() -> None:
 
 def test_blocks_in_lists_and_of_other_languages() -> None:
     text = "1. Here:\n   ```python\n   def f(): pass\n   ```\n```js\ndef f() {}\n```"
-    assert code_with(text, "def f") == "   def f(): pass\n"
+    assert code_with(text, "def f") == "def f(): pass\n"
     assert code_with("```js\ndef f()\n```", "def f") is None
 
 

@@ -250,6 +250,10 @@ class LlamaCppBackend(Backend):
         adapters = f", {counted(len(self._adapters), 'adapter')}" if self._adapters else ""
         return f"context {counted(self.context, 'token')}, {counted(self.threads, 'thread')}{adapters}"
 
+    @property
+    def arithmetic(self) -> str:
+        return f"cpu, keys and values in {self._kv_type}"
+
     def memory_bytes(self) -> int:
         # the compute buffers it does not tell
         return int(self._lib.llama_model_size(self._model)) + self._kv_bytes

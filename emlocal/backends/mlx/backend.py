@@ -140,6 +140,10 @@ class MLXBackend(SlotBackend):
         adapters = f", {counted(self._adapters, 'adapter')}" if self._adapters else ""
         return f"context {counted(self.context, 'token')}, {self.place.describe()}{adapters}"
 
+    @property
+    def arithmetic(self) -> str:
+        return f"{'gpu' if self.place.on_gpu else 'cpu'}, {self.place.format}"
+
     def memory_bytes(self) -> int:
         parameters: dict[str, mx.array] = tree_flatten(self._model.parameters(), destination={})  # type: ignore[assignment]
         weights: int = sum(array.nbytes for array in parameters.values())

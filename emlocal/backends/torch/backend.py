@@ -145,6 +145,10 @@ class TorchBackend(SlotBackend):
         adapters = f", {counted(self._adapters, 'adapter')}" if self._adapters else ""
         return f"context {counted(self.context, 'token')}, {self.place.describe()}{threads}{adapters}"
 
+    @property
+    def arithmetic(self) -> str:
+        return f"{self.place.device.type}, {str(self.place.dtype).removeprefix('torch.')}"
+
     def memory_bytes(self) -> int:
         weights: int = sum(p.nbytes for p in self._model.parameters()) + packed_bytes(self._model)
         logits = 0 if self._logits is None else self._logits.nbytes

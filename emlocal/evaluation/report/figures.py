@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import BackendError
@@ -70,11 +71,24 @@ def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
     axes.set_xlim(low, high)
     scale = math.log if wide else float
     shares = [(scale(cost) - scale(low)) / (scale(high) - scale(low)) for cost in costs]
-    places = []
-    for i, share in enumerate(shares):
-        near = [k for k, other in enumerate(shares) if abs(other - share) < 2 * _APART]
-        moved = share + _APART * (near.index(i) - (len(near) - 1) / 2)
-        places.append(low * (high / low) ** moved if wide else low + (high - low) * moved)
+    return [low * (high / low) ** share if wide else low + (high - low) * share for share in _apart(shares)]
+
+
+def _apart(shares: Sequence[float]) -> list[float]:
+    """Places on the axis in the order of these, none nearer to another than `_APART`, those of a group around
+    its middle."""
+    order = sorted(range(len(shares)), key=lambda i: shares[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and shares[i] - shares[groups[-1][-1]] < _APART:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    places = list(shares)
+    for group in groups:
+        middle = fmean(shares[i] for i in group)
+        for k, i in enumerate(group):
+            places[i] = middle + _APART * (k - (len(group) - 1) / 2)
     return places
 
 
@@ -84,7 +98,7 @@ def look(i: int) -> dict[str, Any]:
 
 
 def entropy_along_the_answer(document: Document) -> str | None:
-    """Mean entropy by token: dashed before EM, solid as drawn. None where no entropies were kept."""
+    """Mean entropy by token: dashed before EM, solid after it. None where no entropies were kept."""
     if all(method.curve is None for method in document.methods):
         return None
     figure, axes = _figure()

@@ -33,6 +33,7 @@ class _Pair:
     """A problem that one method alone got right, or more often."""
 
     id: str
+    title: str
     question: str
     answer: str
     sides: tuple[_Side, _Side]
@@ -57,10 +58,14 @@ def html(document: Document) -> str:
         lstrip_blocks=True,
     )
     pictures = [
-        ("Accuracy against cost", "Up is better, left is cheaper.", figures.accuracy_against_cost(document)),
+        (
+            "Accuracy against cost",
+            "Up is better, left is cheaper. Methods of nearly the same cost are drawn side by side.",
+            figures.accuracy_against_cost(document),
+        ),
         (
             "Entropy along the answer",
-            "Solid: as tokens were drawn. Dashed: before the entropy was minimized.",
+            "Of the distribution before temperature and truncation. Dashed: before EM; solid: after it.",
             figures.entropy_along_the_answer(document),
         ),
     ]
@@ -91,11 +96,12 @@ def _as_url(svg: str) -> str:
 def _lists(document: Document) -> list[_Listed]:
     lists = []
     reference = document.methods[0].name
+    right = "right" if document.repetitions == 1 else "right more often"
     for method in document.methods[1:]:
         better, worse = _pairs(document, method.name, reference)
         for found, says in (
-            (better, f"{method.name} is right, {reference} is not"),
-            (worse, f"{reference} is right, {method.name} is not"),
+            (better, f"{method.name} is {right}, {reference} is not"),
+            (worse, f"{reference} is {right}, {method.name} is not"),
         ):
             if found:
                 left_out = max(0, len(found) - MOST_SHOWN)
@@ -117,8 +123,9 @@ def _pairs(document: Document, name: str, reference: str) -> tuple[list[_Pair], 
             continue
         wins = share_a > share_b
         sides = _side(name, a, right=wins), _side(reference, b, right=not wins)
+        title = " ".join(document.task.title(problem).split())
         answer = "" if document.task.runs_code else problem.answer
-        (better if wins else worse).append(_Pair(problem.id, problem.question, answer, sides))
+        (better if wins else worse).append(_Pair(problem.id, title, problem.question, answer, sides))
     return better, worse
 
 

@@ -55,8 +55,8 @@ def accuracy_name(document: Document) -> str:
 def columns(document: Document) -> list[str]:
     """The heads of the table of methods."""
     heads = ["method", f"{accuracy_name(document)} (95 %)"]
-    heads += [f"pass@{k} %" for k in _ks(document)]
-    heads += ["problems solved %"] if _has_steps(document) else []
+    heads += [f"pass@{k} % (95 %)" for k in _ks(document)]
+    heads += ["problems solved % (95 %)"] if _has_steps(document) else []
     heads += [f"against {document.methods[0].name}", "p (Holm)"] if document.comparisons else []
     heads += ["no answer", "cut off", "read", "written", "passes", "seconds", "FLOPs"]
     return [*heads, "entropy, nats"]
@@ -72,7 +72,7 @@ def _row(document: Document, method: MethodResult, comparison: Comparison | None
     cells = [method.name, share(method.accuracy)]
     cells += [_pass_at(method, k) for k in _ks(document)]
     if _has_steps(document):
-        cells.append("" if method.solved is None else f"{100 * method.solved.value:.1f}")
+        cells.append("" if method.solved is None else share(method.solved))
     if document.comparisons:
         cells += [difference(comparison), "" if comparison is None else p_value(comparison.p_holm)]
     cost = method.cost
@@ -84,7 +84,7 @@ def _row(document: Document, method: MethodResult, comparison: Comparison | None
 
 
 def _pass_at(method: MethodResult, k: int) -> str:
-    return f"{100 * method.pass_at[k].value:.1f}" if k in method.pass_at else ""
+    return share(method.pass_at[k]) if k in method.pass_at else ""
 
 
 def _ks(document: Document) -> list[int]:
@@ -105,9 +105,14 @@ def notes(document: Document) -> list[str]:
         + (" where answers are drawn" if k > 1 else "")
         + f"; seed {document.settings['seed']}.",
         "Intervals: "
-        + ("Wilson's" if k == 1 and not _has_steps(document) else "BCa bootstrap over questions")
+        + _kinds_of_intervals(document)
         + ("; of differences BCa bootstrap over paired questions." if document.comparisons else "."),
     ]
+    if _has_steps(document):
+        said.append(
+            "A problem is solved when all of its steps are right"
+            + (", in all of its answers." if k > 1 else ".")
+        )
     if document.comparisons:
         test = "McNemar's exact test" if k == 1 else "McNemar's exact test, or random flips of signs"
         said.append(
@@ -127,6 +132,18 @@ def notes(document: Document) -> list[str]:
     if errors:
         said.append(f"Not asked, because the prompt does not fit the context: {', '.join(errors)}.")
     return said
+
+
+def _kinds_of_intervals(document: Document) -> str:
+    """Which apply to the accuracies: of single answers, of several to a question, of steps."""
+    if _has_steps(document):
+        return "BCa bootstrap over problems; of problems solved Wilson's"
+    if document.repetitions == 1:
+        return "Wilson's"
+    single = any(method.repetitions == 1 for method in document.methods)
+    return "BCa bootstrap over questions" + (
+        "; Wilson's of methods with one answer to each" if single else ""
+    )
 
 
 def markdown(document: Document) -> str:

@@ -12,9 +12,11 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 import traceback
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -27,6 +29,7 @@ _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/s
 _SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
 _LONGEST = 2000
 _NO_NEW_PRIVILEGES = 38
+_SET_DEATH_SIGNAL = 1
 _CAPABILITIES_VERSION = 0x20080522
 
 
@@ -65,17 +68,27 @@ def _drop_capabilities() -> None:
 
 def _error_of(program: str) -> str | None:
     """Run it; what it raised, last lines first to survive."""
-    names = {"__name__": "__main__", "__builtins__": __builtins__}
+    module = types.ModuleType("answer")  # no main program: its tests are not to run or to read input
+    sys.modules["answer"] = module
     try:
-        exec(compile(program, "<answer>", "exec"), names)  # noqa: S102 (that is what it is for)
+        exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 (that is what it is for)
     except BaseException as error:  # noqa: BLE001 (sys.exit() is no way to pass)
         said = "".join(traceback.format_exception_only(error)).strip()
         return said[-_LONGEST:] or type(error).__name__
     return None
 
 
+def _die_with(parent: int) -> None:
+    """Be killed when the process is that started this one, however it ends."""
+    zero = ctypes.c_ulong(0)
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero)
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
+
+
 def _main() -> None:
-    report, seconds, memory = (int(argument) for argument in sys.argv[1:4])
+    report, seconds, memory, parent = (int(argument) for argument in sys.argv[1:5])
+    _die_with(parent)
     asked = json.load(sys.stdin)
     null = os.open("/dev/null", os.O_RDWR)
     _limit(seconds, memory)

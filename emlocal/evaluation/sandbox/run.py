@@ -70,7 +70,13 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
     secret = secrets.token_hex(16)
     reading, writing = os.pipe()
     try:
-        arguments = [str(_INSIDE), str(writing), str(ceil(limits.seconds)), str(limits.memory)]
+        arguments = [
+            str(_INSIDE),
+            str(writing),
+            str(ceil(limits.seconds)),
+            str(limits.memory),
+            str(os.getpid()),
+        ]
         with subprocess.Popen(
             [sys.executable, "-I", *arguments],
             stdin=subprocess.PIPE,

@@ -20,6 +20,13 @@ _KILL, _ALLOW, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
 _NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 _NEW = 424
 """The first system call whose number is the same everywhere; x86's 32-bit calls are above it as well."""
+_SECOND_ARGUMENT_AT = 24
+_SIGNALS_BY = {
+    "x86_64": ((72, (8, 10, 15)), (16, (0x8901, 0x8902))),
+    "aarch64": ((25, (8, 10, 15)), (29, (0x8901, 0x8902))),
+}
+"""System calls and their commands, the second argument, that let the kernel send signals to other processes:
+fcntl's F_SETOWN, F_SETSIG and F_SETOWN_EX; ioctl's FIOSETOWN and SIOCSPGRP."""
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _REFUSED = {
@@ -83,6 +90,14 @@ def restrict() -> None:
     ]
     for number in _REFUSED[machine]:
         program += [_jump(_EQUALS, number, not_over=1), refuse]
+    for number, commands in _SIGNALS_BY[machine]:
+        program += [
+            _jump(_EQUALS, number, not_over=2 + 2 * len(commands)),
+            _statement(_LOAD, _SECOND_ARGUMENT_AT),
+        ]
+        for command in commands:
+            program += [_jump(_EQUALS, command, not_over=1), refuse]
+        program.append(_statement(_RETURN, _ALLOW))
     program += [
         _jump(_EQUALS, _PRLIMIT[machine], not_over=3),  # limits of this process only: pid 0
         _statement(_LOAD, _FIRST_ARGUMENT_AT),

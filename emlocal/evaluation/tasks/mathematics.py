@@ -9,16 +9,16 @@ from importlib.metadata import version
 
 from emlocal.errors import UsageError
 from emlocal.evaluation.math_judge import MathJudge
-from emlocal.evaluation.tasks.reading import Row, Rows, ids, text_of
+from emlocal.evaluation.tasks.reading import Row, Rows, text_of
 from emlocal.evaluation.tasks.task import Problem, Task
-from emlocal.methods.answers import extract
+from emlocal.methods.answers import extract, find_answer
 
 QUESTION = ("prompt", "question", "problem", "Problem", "Question")
 ANSWER = ("answer", "final_answer", "expected_answer", "target", "Answer")
 SOLUTION = ("solution",)
 """A worked one, whose \\boxed is the answer where a row has no answer by itself (Minerva)."""
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
-_FIRST_JUDGE = 1
+_FIRST_JUDGE = 2
 
 
 class MathTask(Task):
@@ -26,9 +26,9 @@ class MathTask(Task):
 
     def __init__(self, name: str, rows: Rows) -> None:
         """Raises UsageError for a row without question or answer."""
-        named = zip(ids(rows), rows, strict=True)
+        named = zip(rows.ids, rows, strict=True)
         problems = [_problem(id_, row, number) for number, (id_, row) in enumerate(named, 1)]
-        super().__init__(name, problems, rows.source)
+        super().__init__(name, problems, rows)
         self.system = SYSTEM
         self._judge = MathJudge()
 
@@ -37,12 +37,7 @@ class MathTask(Task):
         return f"math {_FIRST_JUDGE}, math-verify {version('math-verify')}"
 
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
-        """What the last \\boxed holds; where there is none, the last number."""
-        for how in ("boxed", "last-number"):
-            found = extract(text, how)
-            if found is not None:
-                return found, how
-        return None
+        return find_answer(text)
 
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
         before = self._judge.undecided

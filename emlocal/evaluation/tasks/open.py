@@ -49,8 +49,7 @@ def open_task(
         raise UsageError(f"--task is {name!r}; it must be one of {', '.join(NAMES)}")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}; it must be at least 1")
-    rows = _rows(name, data, limit)
-    chosen = Rows(rows[:limit], rows.source)
+    chosen = _rows(name, data, limit).first(limit)
     if name == "scicode":
         return SciCodeTask(chosen, _limits(SCICODE_LIMITS, code_seconds))
     if name in ("humaneval", "leetcode"):

@@ -1,26 +1,57 @@
-"""Write a function: HumanEval, and files of its kind (`prompt`, `test`, `entry_point`), LeetCode's say.
+"""Write a function: HumanEval, and files of its kind; LeetCode's problems in two published forms.
 
-A row's prompt is the head of the function with its description. `test` defines `check(candidate)`, which is
-called with what `entry_point` names; a program passes when nothing is raised.
+- HumanEval: `prompt` is the head of the function with its description; `test` defines `check(candidate)`,
+  which is called with what `entry_point` names.
+- LeetCodeDataset (Xia et al. 2025): the same, but `prompt` holds imports only, and the question is `query`.
+- DeepSeek-Coder's LeetCode contests: the question is `prompt_sft`, and `test` calls `Solution()` by itself.
+
+A program passes when nothing is raised.
 """
 
 import ast
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from emlocal.errors import UsageError
 from emlocal.evaluation.sandbox.run import Limits, run
-from emlocal.evaluation.tasks.reading import Row, Rows, ids
+from emlocal.evaluation.tasks.reading import Row, Rows
 from emlocal.evaluation.tasks.task import Problem, Task
 
 ASK = (
     "Complete this Python function. Answer with the whole function, imports included, in one code block.\n\n"
 )
-_FIRST_JUDGE = 1
-_FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_PYTHON = ("", "python", "python3", "py")
-_FIELDS = ("prompt", "test", "entry_point")
+_ASK_CLASS = "\n\nAnswer with the whole class, imports included, in one code block."
+_FIRST_JUDGE = 2
+_FENCED = re.compile(
+    r"^[ \t]*(```|~~~)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE
+)
+_PYTHON = ("", "python", "python3", "py", "py3")
+_FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
+_LEETCODE = "\n".join(
+    (
+        *(f"from {module} import *" for module in ("typing", "functools", "collections", "itertools")),
+        *(f"from {module} import *" for module in ("heapq", "bisect", "string", "operator", "math")),
+        "import collections, functools, heapq, bisect, math, re, string, random, itertools",
+        "inf = float('inf')",
+    )
+)
+"""What LeetCode imports for its users."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A row, understood."""
+
+    question: str
+    title: str
+    head: str
+    """A program that goes before the answer."""
+    definition: str
+    """What an answer must define: "def f"."""
+    tests: str
 
 
 class ProgramTask(Task):
@@ -30,27 +61,30 @@ class ProgramTask(Task):
     votes: ClassVar[bool] = False
 
     def __init__(self, name: str, rows: Rows, limits: Limits = Limits()) -> None:
-        """Raises UsageError for a row without prompt, test and entry point."""
-        self._rows = {id_: _checked(row, n) for n, (id_, row) in enumerate(zip(ids(rows), rows, strict=True))}
-        problems = [
-            Problem(id_, f"{ASK}```python\n{row['prompt'].strip()}\n```", str(row["test"]))
-            for id_, row in self._rows.items()
-        ]
-        super().__init__(name, problems, rows.source)
+        """Raises UsageError for a row of none of the three kinds."""
+        self._asked = {
+            id_: _understood(row, n) for n, (id_, row) in enumerate(zip(rows.ids, rows, strict=True), 1)
+        }
+        problems = [Problem(id_, asked.question, asked.tests) for id_, asked in self._asked.items()]
+        super().__init__(name, problems, rows)
         self.limits = limits
 
     @property
     def judge(self) -> str:
         return f"programs {_FIRST_JUDGE}, {self.limits.seconds:g} s, {self.limits.memory:,} bytes"
 
+    def title(self, problem: Problem) -> str:
+        return self._asked[problem.id].title
+
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
         """The program to run: the function that was written, and the tests."""
-        row = self._rows[problem.id]
-        entry = row["entry_point"]
-        code = code_with(text, definition_of(entry))
+        asked = self._asked[problem.id]
+        code = code_with(text, asked.definition)
         if code is None:
             return None
-        return f"{_head(row['prompt'])}\n{code}\n\n{row['test']}\n\ncheck({entry})\n", "program"
+        program = f"{asked.head}\n{code}\n\n{asked.tests}\n"
+        futures = "".join(line.rstrip("\n") + "\n" for line in _FUTURE.findall(program))
+        return futures + _FUTURE.sub("", program), "program"  # they must come first
 
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
         outcome = run(found, self.limits)
@@ -60,13 +94,17 @@ class ProgramTask(Task):
 def code_with(text: str, definition: str) -> str | None:
     """The code in a model's text that has this definition ("def f"): the last such block, else all of it.
 
-    A block that is not closed was cut off, but may hold a whole function. None where none has it.
+    A block that is not closed was cut off, but may hold a whole function; one in a list is
+    indented. None where none has it.
     """
-    wanted = re.compile(rf"^[ \t]*{re.escape(definition)}\b", re.MULTILINE)
+    text = text.replace("\r\n", "\n")
+    kind, _, name = definition.partition(" ")
+    other = rf"|async[ \t]+def[ \t]+{re.escape(name)}\b|{re.escape(name)}[ \t]*=" if kind == "def" else ""
+    wanted = re.compile(rf"^[ \t]*(?:{re.escape(definition)}\b{other})", re.MULTILINE)
     blocks: Sequence[re.Match[str]] = list(_FENCED.finditer(text))
     for block in reversed(blocks):
-        if block[1].lower() in _PYTHON and wanted.search(block[2]):
-            return block[2]
+        if block[2].lower() in _PYTHON and wanted.search(block[3]):
+            return textwrap.dedent(block[3])
     return text if not blocks and wanted.search(text) else None
 
 
@@ -87,10 +125,27 @@ def definition_of(entry: str) -> str:
     return f"class {entry.partition('(')[0]}" if "(" in entry else f"def {entry}"
 
 
-def _checked(row: Row, index: int) -> dict[str, str]:
-    for name in _FIELDS:
-        if not isinstance(row.get(name), str):
-            raise UsageError(
-                f"problem {index + 1:,} has no text {name!r}", f"a row has the texts {', '.join(_FIELDS)}"
-            )
-    return {name: row[name] for name in _FIELDS}
+def _understood(row: Row, number: int) -> _Asked:
+    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+    meta = row.get("meta")
+    if isinstance(meta, Mapping) and isinstance(meta.get("query"), str):
+        texts.setdefault("query", meta["query"])
+    test, entry, prompt = (texts.get(name) for name in ("test", "entry_point", "prompt"))
+    if test and entry and "query" in texts:
+        tests = f"{test}\n\ncheck({entry})"
+        return _Asked(
+            texts["query"].strip() + _ASK_CLASS, texts["query"], prompt or "", definition_of(entry), tests
+        )
+    if test and entry and prompt:
+        definition = definition_of(entry)
+        question = f"{ASK}```python\n{prompt.strip()}\n```"
+        title = prompt[max(0, prompt.rfind(definition)) :]
+        return _Asked(question, title, _head(prompt), definition, f"{test}\n\ncheck({entry})")
+    if test and "prompt_sft" in texts:
+        question = texts["prompt_sft"].strip()
+        return _Asked(question + _ASK_CLASS, question, _LEETCODE, "class Solution", test)
+    missing = "test" if not test else "prompt" if not prompt else "entry_point"
+    raise UsageError(
+        f"problem {number:,} has no text {missing!r}",
+        "a row has the texts prompt, test and entry_point; docs/evaluation.md has the other forms",
+    )

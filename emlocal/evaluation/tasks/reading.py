@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.hub_rows import hub_rows
@@ -15,12 +15,23 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
 class Rows(list[Row]):
-    """Rows, and where they come from."""
+    """Rows with their names, and where they come from."""
 
-    def __init__(self, rows: Sequence[Row], source: str) -> None:
+    def __init__(self, rows: Sequence[Row], source: str, digest: str | None = None) -> None:
+        """`digest`: the SHA-256 of the file, in hexadecimal; None: the source says it all."""
         super().__init__(rows)
-        self.source = source
-        """Name and SHA-256 of the file; of the hub's the name."""
+        self.source = source if digest is None else f"{source}, sha256 {digest}"
+        """For people: the file's name and digest; of the hub's the name."""
+        self.identity = digest or source
+        """What is the same where the rows are."""
+        self.ids = ids(rows)
+
+    def first(self, limit: int | None) -> Self:
+        """The first rows, under the names that they have among all."""
+        if limit is not None:
+            self.ids = self.ids[:limit]
+            del self[limit:]
+        return self
 
 
 def read_rows(path: Path) -> Rows:
@@ -31,7 +42,6 @@ def read_rows(path: Path) -> Rows:
         raise UsageError(f"there is no file {path}", "give a .jsonl or .json file with --data") from None
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
-    source = f"{path.name}, sha256 {hashlib.sha256(raw).hexdigest()}"
     names = path.with_suffix("") if path.suffix == ".gz" else path
     if names.suffix not in _SUFFIXES:
         raise UsageError(f"{path} is neither JSONL nor JSON", f"its name must end in {', '.join(_SUFFIXES)}")
@@ -42,7 +52,10 @@ def read_rows(path: Path) -> Rows:
         raise UsageError(f"{path} cannot be read: {why}") from why
     if not rows:
         raise UsageError(f"{path} holds no problems")
-    return Rows(rows, source)
+    for number, row in enumerate(rows, 1):
+        if not _is_unicode(row):
+            raise UsageError(f"problem {number:,} of {path} holds half a surrogate pair, which is no text")
+    return Rows(rows, path.name, hashlib.sha256(raw).hexdigest())
 
 
 def hub(name: str, split: str, limit: int | None, config: str | None = None) -> Rows:
@@ -50,11 +63,23 @@ def hub(name: str, split: str, limit: int | None, config: str | None = None) -> 
     return Rows(hub_rows(name, split, limit, config), f"{name}:{split} of the hub")
 
 
+def _is_unicode(row: Row) -> bool:
+    """JSON can write what is no Unicode text, "\\ud800"; no tokenizer, file or page takes it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _lines(text: str) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            value = json.loads(line)
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as why:
+                raise ValueError(f"line {number:,}, character {why.pos + 1:,}: {why.msg}") from why
             if not isinstance(value, dict):
                 raise ValueError(f"line {number:,} is no JSON object")
             rows.append(value)

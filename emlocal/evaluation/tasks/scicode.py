@@ -60,7 +60,7 @@ class SciCodeTask(Task):
             Problem(id_, f"{step.text}\n\n{step.header}", "\n\n".join((step.gold, *step.tests)))
             for id_, step in self._steps.items()
         ]
-        super().__init__("scicode", problems, rows.source)
+        super().__init__("scicode", problems, rows)
         self.system = SYSTEM
         self.limits = limits
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from emlocal.evaluation.tasks.reading import Rows
+
 Mark = Literal["right", "wrong", "no answer"]
 """`no answer`: nothing in the text has the form of one. It counts as wrong, and is counted apart."""
 
@@ -45,11 +47,14 @@ class Task(ABC):
     votes: ClassVar[bool] = True
     """Answers of several samples can be compared, so that they can vote."""
 
-    def __init__(self, name: str, problems: Sequence[Problem], source: str) -> None:
+    def __init__(self, name: str, problems: Sequence[Problem], rows: Rows) -> None:
+        """`rows`: what the problems were made of."""
         self.name = name
         self.problems = problems
-        self.source = source
-        """Where the problems come from, and their digest."""
+        self.source = rows.source
+        """Where the problems come from, and their digest, for people."""
+        self.identity = rows.identity
+        """The same where the problems are."""
         self.system: str | None = None
         """What the model is told beforehand, whoever asks."""
 
@@ -64,6 +69,10 @@ class Task(ABC):
     def whole(self, problem: Problem) -> str:
         """The id of what the problem is a part of: itself, unless problems come in steps."""
         return problem.id
+
+    def title(self, problem: Problem) -> str:
+        """What tells the problem from the others, its beginning first."""
+        return problem.question
 
     @abstractmethod
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
