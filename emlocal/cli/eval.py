@@ -40,6 +40,12 @@ class EvalOptions:
         Path | None,
         typer.Option("--data", help="Problems, .jsonl or .json; without it, from the hub.", metavar="FILE"),
     ] = None
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            "--targets", help="SciCode's test_data.h5, for problems without gold code.", metavar="FILE"
+        ),
+    ] = None
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N problems.", metavar="N")] = (
         None
     )
@@ -108,7 +114,7 @@ def eval(
     contenders = read_contenders(methods)
     for contender in contenders:  # what contradicts itself fails before a model is loaded
         contender.plan(*_base(sampling, config, {}))
-    asked = open_task(task, how.data, how.limit, how.code_seconds)
+    asked = open_task(task, how.data, how.limit, how.code_seconds, how.targets)
     _check(asked, contenders, how)
     _check_folder(how.output)
     with ExitStack() as opened:

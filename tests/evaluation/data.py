@@ -53,6 +53,27 @@ SCICODE_ROW: dict[str, Any] = {
 }
 
 
+def without_gold(row: dict[str, Any]) -> dict[str, Any]:
+    """As the main set has it."""
+    return {**row, "sub_steps": [{**step, "ground_truth_code": None} for step in row["sub_steps"]]}
+
+
+def write_targets(path: Path, tests: dict[str, dict[str, Any]]) -> Path:
+    """A file of SciCode's targets: by "STEP/testN" what is in the group; dicts are groups."""
+    import h5py  # only SciCode's tests need it
+
+    def fill(group: Any, members: dict[str, Any]) -> None:
+        for name, value in members.items():
+            if isinstance(value, dict):
+                fill(group.create_group(name), value)
+            else:
+                group.create_dataset(name, data=value)
+
+    with h5py.File(path, "w") as file:
+        fill(file, tests)
+    return path
+
+
 def rows(*values: Any) -> Rows:
     return Rows(list(values), "made up")
 

@@ -87,12 +87,12 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "x"}\n{"a": "\\ud800"}\n', encoding="utf-8")
-    with pytest.raises(UsageError, match="problem 2 of .* holds half a surrogate pair"):
+    with pytest.raises(UsageError, match="holds half a surrogate pair"):
         read_rows(tmp_path / "a.jsonl")
 
 
 def test_a_limit_changes_no_names(tmp_path: Path) -> None:
-    """Answers are found again by name: with all rows in view the files' own ids are none, since one repeats."""
+    """Answers are found again by name. One of the file's own ids is there twice, so they are no names."""
     values = [{"id": i, "question": q, "answer": "1"} for i, q in (("2", "a"), ("1", "b"), ("1", "c"))]
     path = write(tmp_path / "q.jsonl", values)
     for limit in (1, 2, None):
@@ -272,15 +272,15 @@ RIGHT = "def total(numbers):\n    return sum(map(double, numbers))"
         ("```python\nimport sys\ndef total(n): return 0\nsys.exit(0)\n```", "wrong"),
         (f"```python\nfrom __future__ import annotations\n{RIGHT}\n```", "right"),
         (f"```python\n{RIGHT}\nif __name__ == '__main__':\n    print(total(input()))\n```", "right"),
-        (f"```python\nimport unittest\n{RIGHT}\nif __name__ == '__main__':\n    unittest.main()\n```", "right"),
+        (f"```python\nimport unittest\n{RIGHT}\nif __name__ == '__main__': unittest.main()\n```", "right"),
         (f"```python\r\n{RIGHT}\r\n```\r\n", "right"),
         (f"~~~py3\n{RIGHT}\n~~~", "right"),
         (f"```python title=total.py\n{RIGHT}\n```", "right"),
-        ("```python\ntotal = lambda numbers: sum(numbers)\n```", "right"),
-        ("- So:\n\n  ```python\n  def total(numbers):\n      return sum(numbers)\n  ```", "right"),
+        ("```python\ntotal = lambda numbers: 2 * sum(numbers)\n```", "right"),
+        ("- So:\n\n  ```python\n  def total(numbers):\n      return 2 * sum(numbers)\n  ```", "right"),
         (
-            "```python\nfrom __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n"
-            "    n: int\ndef total(numbers):\n    return A(sum(numbers)).n\n```",
+            "```python\nfrom __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+            "class A:\n    n: int\ndef total(numbers):\n    return A(2 * sum(numbers)).n\n```",
             "right",
         ),
         ("```python\ndef totals(numbers):\n    return 0\n```", "no answer"),
@@ -319,7 +319,7 @@ TWICE = "class Solution:\n    def twice(self, n: int) -> int:"
     [
         {  # LeetCodeDataset
             "prompt": "from typing import *\nfrom math import *\n",
-            "query": f"Double n.\n\nPlease complete the following python code precisely:\n```python\n{TWICE}\n```",
+            "query": f"Double n.\n\nPlease complete the following code precisely:\n```python\n{TWICE}\n```",
             "entry_point": "Solution().twice",
             "test": "def check(candidate):\n    assert candidate(n=4) == 8",
         },
@@ -332,7 +332,8 @@ TWICE = "class Solution:\n    def twice(self, n: int) -> int:"
         {  # DeepSeek-Coder's contests
             "prompt": f'"""\nDouble n.\n"""\n{TWICE}\n        ',
             "prompt_sft": f"Double n.\n```python\n{TWICE}\n        \n```",
-            "test": '\nmy_solution = Solution()\ntest_input = {"n": 4}\nassert my_solution.twice(**test_input) == 8',
+            "test": '\nmy_solution = Solution()\ntest_input = {"n": 4}\n'
+            "assert my_solution.twice(**test_input) == 8",
         },
     ],
 )

@@ -11,7 +11,8 @@ from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.reading import Rows, hub, read_rows
 from emlocal.evaluation.tasks.scicode import LIMITS as SCICODE_LIMITS
-from emlocal.evaluation.tasks.scicode import SciCodeTask
+from emlocal.evaluation.tasks.scicode import SciCodeTask, given_code
+from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Task
 
 TaskName = Literal[
@@ -38,20 +39,29 @@ _ON_THE_HUB = {
 
 
 def open_task(
-    name: str, data: Path | None, limit: int | None = None, code_seconds: float | None = None
+    name: str,
+    data: Path | None,
+    limit: int | None = None,
+    code_seconds: float | None = None,
+    targets: Path | None = None,
 ) -> Task:
     """The task, with its first `limit` problems, from a file or from the hub.
 
-    `questions` is any file of questions with answers. Raises UsageError for an unknown name, a file that is
-    none of its kind, or no file where the hub has none; EmlocalError where the hub cannot be had.
+    `questions` is any file of questions with answers; `targets` SciCode's file of targets, for problems
+    without gold code. Raises UsageError for an unknown name, a file that is none of its kind, or no file
+    where the hub has none; EmlocalError where the hub cannot be had, or h5py for the targets.
     """
     if name not in NAMES:
         raise UsageError(f"--task is {name!r}; it must be one of {', '.join(NAMES)}")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}; it must be at least 1")
+    if targets is not None and name != "scicode":
+        raise UsageError(f"--targets is for --task scicode; --task is {name}", "leave it out")
     chosen = _rows(name, data, limit).first(limit)
     if name == "scicode":
-        return SciCodeTask(chosen, _limits(SCICODE_LIMITS, code_seconds))
+        beside = given_code(path.expanduser().parent for path in (data, targets) if path is not None)
+        file = None if targets is None else TargetFile(targets)
+        return SciCodeTask(chosen, _limits(SCICODE_LIMITS, code_seconds), file, beside)
     if name in ("humaneval", "leetcode"):
         return ProgramTask(name, chosen, _limits(Limits(), code_seconds))
     return MathTask(name if name != "questions" or data is None else data.stem, chosen)

@@ -1,21 +1,25 @@
 """SciCode: problems in steps, each a function that uses those before it (Tian et al. 2024, arXiv 2407.13168).
 
 The model builds on its own earlier functions, as in the official protocol, and is told the background. The
-official targets are a file that is not in the repository; the development problems have gold code instead,
-from which targets are computed (`scicode_targets`). The order of the prompt is the official one's; the words
-are ours, so figures are comparable among methods here and not with the leaderboard.
+development problems have gold code, from which targets are computed (`scicode_targets`). The main ones have
+none: their targets are an official file (`scicode_h5`), compared in the official way (`scicode_official`).
+The order of the prompt is the official one's; the words are ours, so figures are comparable among methods
+here and not with the leaderboard.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from emlocal.errors import UsageError
 from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.programs import code_with
 from emlocal.evaluation.tasks.reading import Rows
+from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Problem, Task
 
 SYSTEM = "You are a scientist who writes correct Python."
@@ -26,6 +30,9 @@ _ASK = (
 _FIRST_JUDGE = 1
 _DEFINED = re.compile(r"^(?:def|class)\s+\w+", re.MULTILINE)
 _TARGETS = Path(__file__).with_name("scicode_targets.py")
+_OFFICIAL = Path(__file__).with_name("scicode_official.py")
+_GIVEN = ("13.6", "62.1", "76.3")
+"""Steps that the official protocol does not ask: their code is given to those after them."""
 LIMITS = Limits(seconds=300.0, memory=8 << 30)
 """Gold code alone takes up to a minute and 3 GB in some steps; the official limit is 1,800 s."""
 
@@ -42,8 +49,11 @@ class _Step:
     definition: str
     """ "def f" """
     gold: str
+    """Empty where it is not known."""
     tests: tuple[str, ...]
     dependencies: str
+    given: bool
+    """Not asked: its gold code stands for the model's."""
 
 
 class SciCodeTask(Task):
@@ -52,28 +62,46 @@ class SciCodeTask(Task):
     runs_code: ClassVar[bool] = True
     votes: ClassVar[bool] = False
 
-    def __init__(self, rows: Rows, limits: Limits = LIMITS) -> None:
-        """Raises UsageError for a problem without steps or gold code."""
-        self._steps = {id_: step for row in rows for id_, step in _steps(row)}
+    def __init__(
+        self,
+        rows: Rows,
+        limits: Limits = LIMITS,
+        targets: TargetFile | None = None,
+        given: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`targets`: for steps without gold code. `given`: code of given steps whose rows have none, by step.
+
+        Raises UsageError for a problem without steps, one with neither gold code nor targets, and a given
+        step without code.
+        """
+        self._steps = {id_: step for row in rows for id_, step in _steps(row, given)}
         self._introduction = {str(row["problem_id"]): _introduction(row) for row in rows}
+        self._targets = targets
+        self._from_file = {id_ for id_ in self._steps if not self._has_gold(id_)}
+        self._check_targets()
         problems = [
-            Problem(id_, f"{step.text}\n\n{step.header}", "\n\n".join((step.gold, *step.tests)))
+            Problem(id_, f"{step.text}\n\n{step.header}", "\n\n".join(filter(None, (step.gold, *step.tests))))
             for id_, step in self._steps.items()
+            if not step.given
         ]
         super().__init__("scicode", problems, rows)
+        given_steps, targets_of = _given(self._steps), "" if targets is None else targets.source
+        self.source = "; ".join(filter(None, (rows.source, targets_of, given_steps)))
+        self.identity = "; ".join(filter(None, (rows.identity, given_steps)))
         self.system = SYSTEM
         self.limits = limits
 
     @property
     def judge(self) -> str:
-        return f"scicode {_FIRST_JUDGE}, {self.limits.seconds:g} s, {self.limits.memory:,} bytes"
+        judge = f"scicode {_FIRST_JUDGE}, {self.limits.seconds:g} s, {self.limits.memory:,} bytes"
+        return judge if self._targets is None else f"{judge}, targets {self._targets.sha256}"
 
     def stages(self) -> Sequence[Sequence[Problem]]:
         """All first steps, then all second ones, …"""
-        longest = max(step.number for step in self._steps.values())
+        numbers = sorted({self._steps[problem.id].number for problem in self.problems})
         return [
             [problem for problem in self.problems if self._steps[problem.id].number == number]
-            for number in range(longest + 1)
+            for number in numbers
         ]
 
     def whole(self, problem: Problem) -> str:
@@ -85,22 +113,32 @@ class SciCodeTask(Task):
         if step.number:
             parts.append("The steps so far:")
             for id_, before in self._before(step):
-                code = code_with(earlier.get(id_, ""), before.definition) or before.header
+                code = _code(before, earlier.get(id_, "")) or before.header
                 parts.append(f"{before.text}\n\n```python\n{code.strip()}\n```")
         parts += [f"The next step:\n\n{step.text}", f"Packages:\n\n```python\n{step.dependencies}\n```", _ASK]
         parts.append(f"```python\n{step.header.rstrip()}\n```")
         return "\n\n".join(parts)
 
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
-        """The program to run: gold code and answer in names of their own, and the tests on both."""
+        """The program to run: the tests, on the answer's names, and on the gold code's where that is known.
+
+        Official targets are no part of it, since they may be large: `check` puts them in front.
+        """
         step = self._steps[problem.id]
         code = code_with(text, step.definition)
         if code is None:
             return None
         before = self._before(step)
-        gold = "\n\n".join((step.dependencies, *(other.gold for _, other in before), step.gold))
-        written = (code_with(earlier.get(id_, ""), other.definition) or "" for id_, other in before)
+        written = (_code(other, earlier.get(id_, "")) or "" for id_, other in before)
         answer = "\n\n".join((step.dependencies, *written, code))
+        if problem.id in self._from_file:
+            program = [
+                _OFFICIAL.read_text(encoding="utf-8"),
+                "provide_comparisons()",
+                f"run_code({answer!r}, {list(step.tests)!r}, unpacked(packed))",
+            ]
+            return "\n".join(program), "program"
+        gold = "\n\n".join((step.dependencies, *(other.gold for _, other in before), step.gold))
         program = [
             _TARGETS.read_text(encoding="utf-8"),
             "provide_comparisons()",
@@ -111,16 +149,65 @@ class SciCodeTask(Task):
         return "\n".join(program), "program"
 
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
+        if self._targets is not None and problem.id in self._from_file:
+            packed = self._targets.packed(problem.id, len(self._steps[problem.id].tests))
+            found = f"packed = {packed!r}\n{found}"
         outcome = run(found, self.limits)
         return outcome.passed, "" if outcome.passed else outcome.detail
 
     def gold(self, problem: Problem) -> str:
-        """The right code of a step."""
+        """The right code of a step; empty where it is not known."""
         return self._steps[problem.id].gold
+
+    def _has_gold(self, id_: str) -> bool:
+        """Whether it needs no targets: it is given, or its code and all before it is known."""
+        step = self._steps[id_]
+        return step.given or all(each.gold for each in (step, *(other for _, other in self._before(step))))
+
+    def _check_targets(self) -> None:
+        needed = {id_: len(step.tests) for id_, step in self._steps.items() if id_ in self._from_file}
+        if needed and self._targets is None:
+            raise UsageError(
+                f"step {next(iter(needed))} of SciCode has no gold code: its tests have no targets then",
+                "use problems_dev.jsonl, whose targets can be computed, or give the official test_data.h5"
+                " with --targets",
+            )
+        if self._targets is not None:
+            self._targets.check(needed)
 
     def _before(self, step: _Step) -> list[tuple[str, _Step]]:
         same = ((id_, other) for id_, other in self._steps.items() if other.problem == step.problem)
         return [(id_, other) for id_, other in same if other.number < step.number]
+
+
+def given_code(folders: Iterable[Path]) -> dict[str, str]:
+    """The code of the steps that are given, from the first of these folders that has it.
+
+    The official repository has it beside the problems: eval/data/13.6.txt, 62.1.txt, 76.3.txt. Raises
+    UsageError for a file that cannot be read.
+    """
+    paths = {
+        step: folder / f"{step}.txt"
+        for folder in reversed(list(folders))
+        for step in _GIVEN
+        if (folder / f"{step}.txt").is_file()
+    }
+    try:
+        return {step: path.read_text(encoding="utf-8") for step, path in paths.items()}
+    except (OSError, ValueError) as why:
+        raise UsageError(f"the code of SciCode's given steps cannot be read: {why}") from why
+
+
+def _given(steps: Mapping[str, _Step]) -> str:
+    """Which steps are given, and a digest of their code: prompts depend on it. Empty where none is."""
+    given = {id_: step.gold for id_, step in steps.items() if step.given}
+    code = hashlib.sha256("\0".join(given.values()).encode(errors="surrogatepass"))
+    return f"{', '.join(given)} given, sha256 {code.hexdigest()}" if given else ""
+
+
+def _code(step: _Step, text: str) -> str | None:
+    """What stands for a step before: the code that is given, or the model's."""
+    return step.gold if step.given else code_with(text, step.definition)
 
 
 def _introduction(row: Mapping[str, Any]) -> str:
@@ -130,24 +217,25 @@ def _introduction(row: Mapping[str, Any]) -> str:
     )
 
 
-def _steps(row: Mapping[str, Any]) -> list[tuple[str, _Step]]:
+def _steps(row: Mapping[str, Any], given: Mapping[str, str]) -> list[tuple[str, _Step]]:
     try:
         return [
-            (str(step["step_number"]), _step(row, step, number))
+            (str(step["step_number"]), _step(row, step, number, given))
             for number, step in enumerate(row["sub_steps"])
         ]
     except (KeyError, TypeError) as why:
         raise UsageError(f"problem {row.get('problem_id')!r} is none of SciCode: {why} is missing") from why
 
 
-def _step(row: Mapping[str, Any], step: Mapping[str, Any], number: int) -> _Step:
-    gold = step.get("ground_truth_code")
-    if not gold:
+def _step(row: Mapping[str, Any], step: Mapping[str, Any], number: int, given: Mapping[str, str]) -> _Step:
+    id_ = str(step["step_number"])
+    gold = step.get("ground_truth_code") or given.get(id_)
+    if id_ in _GIVEN and not gold:  # asking it, or leaving it out, would make those after it fail unseen
         raise UsageError(
-            f"step {step['step_number']} of SciCode has no gold code: its tests have no targets then",
-            "use problems_dev.jsonl, whose targets can be computed",
+            f"step {id_} of SciCode is given to the model, and its code is missing",
+            f"put {id_}.txt beside the problems: it is in eval/data of github.com/scicode-bench/SciCode",
         )
-    background = str(step["step_background"]).strip()
+    background = str(step["step_background"] or "").strip()
     text = str(step["step_description_prompt"]).strip() + (f"\n\n{background}" if background else "")
     header = str(step["function_header"])
     defined = _DEFINED.search(header)
@@ -159,7 +247,8 @@ def _step(row: Mapping[str, Any], step: Mapping[str, Any], number: int) -> _Step
         text,
         header,
         " ".join(defined[0].split()),
-        str(gold),
+        str(gold or ""),
         tuple(map(str, step["test_cases"])),
         str(row["required_dependencies"]).strip(),
+        id_ in _GIVEN,
     )
