@@ -69,7 +69,7 @@ def test_a_second_process_is_refused_and_a_killed_one_is_not_waited_for(tmp_path
         assert first_line(process) == "open\n"
         _, error = finished(path, 3)
         assert error == (
-            f"{path} is being written by another emlocal batch (process {process.pid})"
+            f"{path} is being written by another emlocal (process {process.pid})"
             " | wait for it to end, or use another -o\n"
         )
         process.kill()

@@ -162,7 +162,7 @@ def test_a_link_is_followed_and_shares_the_lock(tmp_path: Path, output: Path) ->
     assert list(folder.iterdir()) == [link]
     with opened(output) as journal:
         assert journal.rows == 2
-        second = f"{link} is being written by another emlocal batch (process {os.getpid()})"
+        second = f"{link} is being written by another emlocal (process {os.getpid()})"
         with refused(EmlocalError, second):
             opened(link)
     with opened(link, retry_errors=True) as journal:

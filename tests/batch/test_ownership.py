@@ -13,7 +13,7 @@ from tests.batch.writer import SETTINGS, opened, row, run
 
 def test_a_file_without_a_manifest_is_left_alone(output: Path) -> None:
     output.write_text("precious\n")
-    with refused(UsageError, "exists and is not the output of an emlocal batch run", "-o", "--restart"):
+    with refused(UsageError, "exists and is no output of emlocal", "-o", "--restart"):
         opened(output)
     assert output.read_text() == "precious\n"
     assert not manifest_path(output).exists()
@@ -25,7 +25,7 @@ def test_a_crash_before_the_manifest_was_written_is_a_new_run(output: Path, mani
     run(output, 2)
     output.write_text("{}\n")
     manifest_path(output).write_bytes(manifest)
-    with refused(UsageError, "is not the output of an emlocal batch run"):
+    with refused(UsageError, "is no output of emlocal"):
         opened(output)
     output.write_text("")
     run(output, 2)
@@ -37,7 +37,7 @@ def test_a_crash_before_the_manifest_was_written_is_a_new_run(output: Path, mani
 def test_a_foreign_file_in_the_manifests_place_is_left_alone(output: Path, content: str) -> None:
     manifest_path(output).write_text(content)
     output.write_text("precious\n")
-    with refused(UsageError, "out.jsonl.run exists and is not a file of this emlocal batch"):
+    with refused(UsageError, "out.jsonl.run exists and is not a file of this emlocal"):
         opened(output, restart=True)
     assert manifest_path(output).read_text() == content
     assert output.read_text() == "precious\n"

@@ -132,7 +132,7 @@ def test_somebody_else_s_file_is_not_touched(batch: Emlocal, good: str, out: Pat
     out.write_text("my notes\n")
     done = batch(good, "-o", str(out))
     assert done.code == 2
-    assert "is not the output of an emlocal batch run" in done.err
+    assert "is no output of emlocal" in done.err
     assert out.read_text() == "my notes\n"
     assert not out.with_name("out.jsonl.run").exists()
 
@@ -294,5 +294,5 @@ def test_an_output_that_another_process_writes(batch: Emlocal, good: str, out: P
         done = batch(good, "-o", str(out))
         process.kill()
     assert done.code == 1
-    assert f"is being written by another emlocal batch (process {process.pid})" in done.err
+    assert f"is being written by another emlocal (process {process.pid})" in done.err
     assert out.read_bytes() == b""
