@@ -263,9 +263,9 @@ def _evaluate(
         if not how.quiet:
             console.note("stopped; the same command goes on where it stopped")
         raise
-    document = _document(
-        task, entries, model, judged, parallel, how, made_with | _answered(folder, entries, made_with)
-    )
+    if others := _answered(folder, entries, made_with):
+        made_with["answered with"] = others
+    document = _document(task, entries, model, judged, parallel, how, made_with)
     write_json(document, folder / "results.json")
     write_markdown(document, folder / "results.md")
     write_page(document, folder / "report.html")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,16 @@ def test_answers_of_two_engines_do_not_mix(evaluate: Emlocal) -> None:
     assert done.code == 2
     assert "engine:" in done.err
     assert "llama.cpp, cpu" in done.err
+
+
+def test_a_report_says_what_made_answers_that_are_older(evaluate: Emlocal, tmp_path: Path) -> None:
+    assert evaluate("--methods", "greedy").code == 0
+    assert "answered with" not in results(tmp_path)["made_with"]
+    kept = tmp_path / "out" / "made_with.jsonl"
+    kept.write_text(re.sub(r'"emlocal": "[^"]*"', '"emlocal": "0.0.1"', kept.read_text("utf-8")), "utf-8")
+    assert evaluate("--methods", "greedy,sample:1").code == 0
+    assert results(tmp_path)["made_with"]["answered with"] == {"greedy": ["emlocal 0.0.1"]}
+    assert "answered with: greedy emlocal 0.0.1" in (tmp_path / "out" / "results.md").read_text("utf-8")
 
 
 def test_methods_that_are_left_out_are_named(evaluate: Emlocal) -> None:

@@ -14,6 +14,13 @@ def test_the_reference_is_what_the_code_says() -> None:
     assert shown == page, "docs/cli.md is not what the code says; write it anew: python docs/reference.py"
 
 
+def test_the_tables_of_results_are_what_the_evaluations_say() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "result_tables.py"))["page"]()
+    shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "| `em-inf` |" in shown
+    assert shown == page, "docs/results.md is not what docs/results/ says: python docs/result_tables.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
