@@ -2,9 +2,9 @@
 
 python docs/result_tables.py        (a test fails when docs/results.md is not what this writes)
 
-A table stands between <!-- table FOLDER --> and <!-- end of table -->. Methods are held against greedy decoding,
-and against sampling with the settings that they draw with: em-inf against sample, em-inf:paper against
-sample:1. All comparisons of a table are adjusted together (Holm).
+A table stands between <!-- table FOLDER --> and <!-- end of table -->. Methods are held against greedy
+decoding, and against sampling with the settings that they draw with: em-inf against sample, em-inf:paper
+against sample:1. All comparisons of a table are adjusted together (Holm).
 """
 
 import json
