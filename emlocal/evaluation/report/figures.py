@@ -52,7 +52,7 @@ def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> N
             label=standing.name,
             **look(i),
         )
-    axes.set_xlabel("FLOPs of an answer (2 · parameters · tokens)")
+    axes.set_xlabel("FLOPs of an answer\n(2 · parameters · tokens)")
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.25)
 
