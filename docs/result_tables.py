@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.evaluation.report.texts import difference, flops, p_value, share
-from emlocal.evaluation.results import Comparison, Estimate
-from emlocal.evaluation.statistics import bootstrap_mean, holm, sign_flip
+from emlocal.evaluation.results import Estimate, compare_pairs
 
 HERE = Path(__file__).parent
 PAGE = HERE / "results.md"
@@ -46,39 +45,22 @@ def table(folder: Path) -> str:
     methods = {method["name"]: method for method in results["methods"]}
     pairs = [(name, "greedy") for name in methods if name != "greedy"]
     pairs += [(name, base) for name, base in DRAWN_AS.items() if name in methods and base in methods]
-    compared = _compared(results, methods, pairs)
+    right = {name: method["right"] for name, method in methods.items()}
+    found = compare_pairs(right, pairs, _sizes(results), results["settings"]["seed"])
+    compared = {(one.name, one.reference): one for one in found}
     lines = [_line(_HEADS), "|" + "---|" * len(_HEADS)]
     for name, method in methods.items():
         accuracy = Estimate(**method["accuracy"])
         cells = [f"`{name}`", *share(accuracy).rstrip(")").split(" (")]
         for against in ("greedy", DRAWN_AS.get(name, "")):
-            found = compared.get((name, against))
-            cells += ["", ""] if found is None else [difference(found), p_value(found.p_holm)]
+            one = compared.get((name, against))
+            cells += ["", ""] if one is None else [difference(one), p_value(one.p_holm)]
         cost, before, after = method["cost"], method["entropy_before"], method["entropy_after"]
         changed = abs(before - after) >= 0.005
         cells += [f"{method['cut_off']:,}", f"{cost['written']:,.0f}", flops(cost["flops"])]
         cells.append(f"{before:.2f} → {after:.2f}" if changed else f"{before:.2f}")
         lines.append(_line(cells))
     return "\n".join(lines) + "\n"
-
-
-def _compared(
-    results: dict[str, Any], methods: dict[str, Any], pairs: list[tuple[str, str]]
-) -> dict[tuple[str, str], Comparison]:
-    seed, sizes = results["settings"]["seed"], _sizes(results)
-    found = []
-    for name, against in pairs:
-        ours, theirs = methods[name]["right"], methods[against]["right"]
-        differences = [ours[whole] - theirs[whole] for whole in sizes]
-        interval = bootstrap_mean(differences, seed, sizes=list(sizes.values()))
-        estimate = Estimate(sum(differences) / sum(sizes.values()), interval.low, interval.high)
-        wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-        found.append((estimate, wins, losses, sign_flip(differences, seed)))
-    adjusted = holm([p for *_, p in found])
-    return {
-        pair: Comparison(*pair, estimate, wins, losses, p, p_holm)
-        for pair, (estimate, wins, losses, p), p_holm in zip(pairs, found, adjusted, strict=True)
-    }
 
 
 def _sizes(results: dict[str, Any]) -> dict[str, int]:

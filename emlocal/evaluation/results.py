@@ -137,26 +137,29 @@ def summarize(
 def compare(task: Task, results: Sequence[MethodResult], seed: int) -> list[Comparison]:
     """Each contender against the first."""
     reference, *others = results
-    sizes = _sizes(task)
+    right = {result.name: result.right for result in results}
+    return compare_pairs(right, [(other.name, reference.name) for other in others], _sizes(task), seed)
+
+
+def compare_pairs(
+    right: Mapping[str, Mapping[str, float]],
+    pairs: Sequence[tuple[str, str]],
+    sizes: Mapping[str, int],
+    seed: int,
+) -> list[Comparison]:
+    """The first of each pair against the second, adjusted for being so many.
+
+    `right`: by contender, `MethodResult.right`; `sizes`: the problems in each whole one.
+    """
     found = []
-    for other in others:
-        differences = [other.right[whole] - reference.right[whole] for whole in sizes]
-        total = sum(sizes.values())
+    for name, reference in pairs:
+        differences = [right[name][whole] - right[reference][whole] for whole in sizes]
         interval = bootstrap_mean(differences, seed, sizes=list(sizes.values()))
-        found.append(
-            (
-                other.name,
-                _estimate(sum(differences) / total, interval),
-                sum(d > 0 for d in differences),
-                sum(d < 0 for d in differences),
-                sign_flip(differences, seed),
-            )
-        )
+        difference = _estimate(sum(differences) / sum(sizes.values()), interval)
+        wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+        found.append((name, reference, difference, wins, losses, sign_flip(differences, seed)))
     adjusted = holm([p for *_, p in found])
-    return [
-        Comparison(name, reference.name, difference, wins, losses, p, p_holm)
-        for (name, difference, wins, losses, p), p_holm in zip(found, adjusted, strict=True)
-    ]
+    return [Comparison(*one, p_holm) for one, p_holm in zip(found, adjusted, strict=True)]
 
 
 def _sizes(task: Task) -> dict[str, int]:
@@ -182,9 +185,15 @@ def _accuracy(
     value = sum(right.values()) / len(task.problems)
     if repetitions == 1 and max(sizes.values()) == 1:
         return _estimate(value, wilson(round(sum(right.values())), len(judged)))
-    if value in (0.0, 1.0):  # nothing to resample: as if each whole problem were one answer
-        return _estimate(value, wilson(round(value * len(sizes)), len(sizes)))
-    return _estimate(value, bootstrap_mean(list(right.values()), seed, sizes=list(sizes.values())))
+    return _estimate(value, _interval(value, list(right.values()), list(sizes.values()), seed))
+
+
+def _interval(mean: float, values: Sequence[float], sizes: Sequence[int], seed: int) -> Interval:
+    """Of a mean over whole problems. Where all are right, or none, there is nothing to resample: it is as if
+    each were one answer."""
+    if mean in (0.0, 1.0):
+        return wilson(round(mean * len(values)), len(values))
+    return bootstrap_mean(values, seed, sizes=sizes)
 
 
 def _pass_at(judged: Sequence[Judged], repetitions: int, seed: int) -> dict[int, Estimate]:
@@ -200,11 +209,7 @@ def _pass_at(judged: Sequence[Judged], repetitions: int, seed: int) -> dict[int,
     for k in (k for k in ks if k <= repetitions):
         values = [pass_at_k(repetitions, n, k) for n in right.values()]
         mean = fmean(values)
-        all_alike = mean in (0.0, 1.0)
-        interval = (
-            wilson(round(mean * len(values)), len(values)) if all_alike else bootstrap_mean(values, seed)
-        )
-        found[k] = _estimate(mean, interval)
+        found[k] = _estimate(mean, _interval(mean, values, [1] * len(values), seed))
     return found
 
 

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.reading import Rows
+from emlocal.evaluation.tasks.task import Task
 
 HUMANEVAL_ROW = {
     "task_id": "T/0",
@@ -74,6 +78,9 @@ def write_targets(path: Path, tests: dict[str, dict[str, Any]]) -> Path:
     return path
 
 
+contained = pytest.mark.skipif(landlock.abi() < landlock.OLDEST_ABI, reason="needs Landlock (Linux 6.2)")
+
+
 def rows(*values: Any) -> Rows:
     return Rows(list(values), "made up")
 
@@ -81,3 +88,11 @@ def rows(*values: Any) -> Rows:
 def write(path: Path, values: list[Any]) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     return path
+
+
+def mark(task: Task, text: str, index: int = 0, earlier: dict[str, str] | None = None) -> str:
+    problem = task.problems[index]
+    found = task.find(problem, text, earlier or {})
+    if found is None:
+        return "no answer"
+    return "right" if task.check(problem, found[0])[0] else "wrong"

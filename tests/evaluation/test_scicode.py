@@ -10,15 +10,20 @@ import pytest
 from scipy import sparse
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.scicode_official import dicts_close, items_close, matrices_close
 from emlocal.evaluation.tasks.task import Task
-from tests.evaluation.data import HUMANEVAL_ROW, SCICODE_ROW, rows, without_gold, write, write_targets
-
-contained = pytest.mark.skipif(landlock.abi() < landlock.OLDEST_ABI, reason="needs Landlock (Linux 6.2)")
+from tests.evaluation.data import (
+    HUMANEVAL_ROW,
+    SCICODE_ROW,
+    contained,
+    rows,
+    without_gold,
+    write,
+    write_targets,
+)
 
 ROW = without_gold(SCICODE_ROW)
 SQUARES = "```python\ndef squares(x):\n    return [v * v for v in x]\n```"
