@@ -286,8 +286,9 @@ def _document(
     from emlocal.evaluation.results import compare, summarize
 
     header, plan = model.model.header, entries[0].settings.plan
+    multiplied = header.multiplied_parameters
     results = [
-        summarize(task, entry.name, entry.described, judged[entry.name], header.parameters, plan.seed)
+        summarize(task, entry.name, entry.described, judged[entry.name], multiplied, plan.seed)
         for entry in entries
     ]
     return Document(
@@ -297,6 +298,7 @@ def _document(
             "file": model.model.files[0].name,
             "sha256": sha256(model.model.files),
             "parameters": header.parameters,
+            "multiplied_parameters": multiplied,
             "quantization": header.quantization,
             "adapters": [f"{path} × {scale:g}" for path, scale in model.adapters],
         },

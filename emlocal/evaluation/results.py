@@ -110,7 +110,7 @@ class Comparison:
 def summarize(
     task: Task, name: str, settings: str, judged: Sequence[Judged], parameters: int, seed: int
 ) -> MethodResult:
-    """The figures of one contender. `parameters`: of the model, for the FLOPs."""
+    """The figures of one contender. `parameters`: that a token is multiplied with, for the FLOPs."""
     repetitions = max(one.answer.repetition for one in judged)
     rows = [one.answer.row for one in judged]
     before, after = _entropy(rows)

@@ -5,6 +5,9 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
+# The table that tokens are looked up in, and the output matrix where there is one, in GGUF and in folders.
+_EMBEDDINGS = (("token_embd.weight", "output.weight"), ("model.embed_tokens.weight", "lm_head.weight"))
+
 
 class Tensor(Protocol):
     """A tensor of a file."""
@@ -26,8 +29,26 @@ class Weights:
 
     @property
     def parameters(self) -> int:
-        """Number of weights. Of packed weights (MLX's 4-bit ones) their containers are counted."""
-        return sum(prod(t.shape) for t in self.tensors.values())
+        """Number of weights."""
+        return sum(self.count(name) for name in self.tensors)
+
+    def count(self, name: str) -> int:
+        """Number of weights in a tensor."""
+        return prod(self.tensors[name].shape)
+
+    @property
+    def multiplied_parameters(self) -> int:
+        """The P of 2PD, the FLOPs of D tokens: the weights that a token is multiplied with.
+
+        A table that tokens are only looked up in is none of them: the embedding, where the output has its own
+        matrix. Of a mixture of experts all are counted.
+        """
+        looked_up = sum(
+            self.count(table)
+            for table, output in _EMBEDDINGS
+            if table in self.tensors and output in self.tensors
+        )
+        return self.parameters - looked_up
 
 
 class ModelHeader(Protocol):
@@ -80,5 +101,7 @@ class ModelHeader(Protocol):
     def weights_bytes(self) -> int: ...
     @property
     def parameters(self) -> int: ...
+    @property
+    def multiplied_parameters(self) -> int: ...
     @property
     def quantization(self) -> str: ...

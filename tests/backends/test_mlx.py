@@ -202,6 +202,7 @@ def test_quantized_models_run_as_mlx_lm_runs_them_with_adapters_too(tmp_path, un
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(unpacked_tiny / name, tmp_path)
+    assert read_folder_header(tmp_path).parameters == read_folder_header(unpacked_tiny).parameters
     engine = open_folder(tmp_path, LoadOptions(context=64, sequences=2), device="cpu")
     tokens = [1, 40, 41, 42, 43]
     reference, _ = load_with_mlx_lm(tmp_path)

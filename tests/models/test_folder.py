@@ -61,7 +61,7 @@ def test_a_folder_says_what_its_gguf_says(tmp_path: Path, folder: Path) -> None:
     for name in (
         *("architecture", "context_length", "embedding_length", "block_count", "head_count", "head_count_kv"),
         *("key_length", "value_length", "feed_forward_length", "vocab_size", "chat_template", "sampling"),
-        *("parameters", "weights_bytes", "quantization"),
+        *("parameters", "multiplied_parameters", "weights_bytes", "quantization"),
     ):
         assert getattr(model.header, name) == getattr(gguf.header, name), name
     assert estimate(model.header, 256) == estimate(gguf.header, 256)
@@ -170,6 +170,19 @@ def test_the_language_part_of_a_larger_model(folder: Path) -> None:
 def test_packed_weights_say_their_bits(folder: Path) -> None:
     change(folder, quantization={"group_size": 64, "bits": 4})
     assert read_folder_header(folder).quantization == "4-bit"
+
+
+def test_a_table_that_is_only_looked_up_is_not_multiplied(folder: Path) -> None:
+    """FLOPs count what a token is multiplied with: a tied embedding too, which is the output."""
+    shared = read_folder_header(folder)
+    assert "lm_head.weight" not in shared.tensors
+    assert shared.multiplied_parameters == shared.parameters
+    weights = load_file(folder / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": table.copy()}, folder / "model.safetensors")
+    own = read_folder_header(folder)
+    assert own.parameters == shared.parameters + table.size
+    assert own.multiplied_parameters == shared.multiplied_parameters
 
 
 def test_which_files_are_needed() -> None:
