@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import UsageError
+from emlocal.evaluation.report.figures import looks
 from emlocal.plotting.draw import screen_lines, write_picture
 from emlocal.plotting.evaluations import accuracy_name, read_evaluations
 from tests.plotting.data import evaluation, texts
@@ -63,6 +64,15 @@ def test_pictures(tmp_path: Path) -> None:
     assert {"greedy", "33.3 (9.7–70.0)", "em-inf:paper"} <= found
     write_picture([one, two], tmp_path / "both.svg")
     assert {"one", "two"} <= texts(tmp_path / "both.svg")
+
+
+def test_a_method_has_one_colour_and_an_evaluation_one_marker() -> None:
+    methods = ["greedy", *(f"em-inf:em_steps={n}" for n in range(13))]
+    found = looks([methods, ["em-inf:em_steps=2", "greedy"]])
+    assert len({look["color"] for look in found[:14]}) == 14
+    assert [look["color"] for look in found[14:]] == [found[3]["color"], found[0]["color"]]
+    assert {look["marker"] for look in found[:14]} != {look["marker"] for look in found[14:]}
+    assert len({(look["color"], look["marker"]) for look in found}) == 16
 
 
 def test_an_evaluation_given_twice(tmp_path: Path) -> None:

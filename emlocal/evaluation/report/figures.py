@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,12 @@ _APART = 0.02
 """Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
 _MARGIN, _WIDE = 1.25, 4
 """Around the costs, as a factor; and the factor between them from which on the axis is logarithmic."""
-_MARKERS = "osD^vP"
+_MARKERS = "os^vDP"
+_COLOURS = (
+    *(f"C{i}" for i in range(10)),
+    *("#13476c", "#994c08", "#1a601a", "#801718", "#593e71"),  # the same, darker
+    *("#54342d", "#884774", "#4c4c4c", "#717114", "#0e727c"),
+)
 
 
 def accuracy_against_cost(document: Document) -> str | None:
@@ -29,17 +34,22 @@ def accuracy_against_cost(document: Document) -> str | None:
     if not any(standing.flops for standing in standings):
         return None
     figure, axes = _figure()
-    draw_accuracy_against_cost(axes, standings)
+    draw_accuracy_against_cost(axes, standings, looks([[standing.name for standing in standings]]))
     axes.set_ylabel(f"{accuracy_name(document)} (bars: 95 %)")
     _legend(figure)
     return _svg(figure)
 
 
-def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> None:
-    """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's."""
-    costly = [(i, standing) for i, standing in enumerate(standings) if standing.flops]
-    places = _cost_axis(axes, [standing.flops for _, standing in costly])
-    for (i, standing), place in zip(costly, places, strict=True):
+def draw_accuracy_against_cost(
+    axes: "Axes", standings: Sequence[Standing], looks: Sequence[Mapping[str, Any]]
+) -> None:
+    """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's.
+
+    `looks` are the standings', in their order.
+    """
+    costly = [pair for pair in zip(standings, looks, strict=True) if pair[0].flops]
+    places = _cost_axis(axes, [standing.flops for standing, _ in costly])
+    for (standing, look), place in zip(costly, places, strict=True):
         accuracy = standing.accuracy
         value, low, high = (100 * x for x in (accuracy.value, accuracy.low, accuracy.high))
         axes.errorbar(
@@ -50,7 +60,7 @@ def draw_accuracy_against_cost(axes: "Axes", standings: Sequence[Standing]) -> N
             capsize=3,
             clip_on=False,
             label=standing.name,
-            **look(i),
+            **look,
         )
     axes.set_xlabel("FLOPs of an answer\n(2 · parameters · tokens)")
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
@@ -92,9 +102,18 @@ def _apart(shares: Sequence[float]) -> list[float]:
     return places
 
 
-def look(i: int) -> dict[str, Any]:
-    """The i-th method's colour and marker: after ten the colours come again, with another marker."""
-    return {"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)]}
+def looks(evaluations: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Colours and markers of the methods of each evaluation, by their names.
+
+    A method has one colour in all of them, and each evaluation one marker. After twenty methods the colours
+    come again.
+    """
+    names = list(dict.fromkeys(name for methods in evaluations for name in methods))
+    return [
+        {"color": _COLOURS[names.index(name) % len(_COLOURS)], "marker": _MARKERS[group % len(_MARKERS)]}
+        for group, methods in enumerate(evaluations)
+        for name in methods
+    ]
 
 
 def entropy_along_the_answer(document: Document) -> str | None:
@@ -102,13 +121,13 @@ def entropy_along_the_answer(document: Document) -> str | None:
     if all(method.curve is None for method in document.methods):
         return None
     figure, axes = _figure()
-    for i, method in enumerate(document.methods):
+    for method, look in zip(document.methods, looks([[m.name for m in document.methods]]), strict=True):
         curve = method.curve
         if curve is None:
             continue
-        axes.plot(curve.position, curve.after, color=f"C{i % 10}", label=method.name)
+        axes.plot(curve.position, curve.after, color=look["color"], label=method.name)
         if abs(method.entropy_before - method.entropy_after) >= 0.005:
-            axes.plot(curve.position, curve.before, color=f"C{i % 10}", linestyle="--", alpha=0.7)
+            axes.plot(curve.position, curve.before, color=look["color"], linestyle="--", alpha=0.7)
     axes.set_xlabel("token of the answer")
     axes.set_ylabel("mean entropy, nats")
     axes.set_ylim(bottom=0)

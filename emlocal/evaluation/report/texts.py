@@ -155,21 +155,7 @@ def markdown(document: Document) -> str:
     lines += _table(["method", "settings"], [[m.name, m.settings] for m in document.methods])
     if document.comparisons:
         lines += ["", "## Differences", ""]
-        lines += _table(
-            ["method", "against", "points (95 %)", "wins", "losses", "p", "p (Holm)"],
-            [
-                [
-                    c.name,
-                    c.reference,
-                    difference(c),
-                    str(c.wins),
-                    str(c.losses),
-                    p_value(c.p),
-                    p_value(c.p_holm),
-                ]
-                for c in document.comparisons
-            ],
-        )
+        lines += _table(DIFFERENCES, difference_rows(document))
     lines += ["", "## Made with", ""]
     lines += [f"- {name}: {value}" for name, value in facts(document)]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
 """Evaluations: each method's accuracy with its interval, and beside it accuracy against cost."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from emlocal.evaluation.report.figures import draw_accuracy_against_cost, look
+from emlocal.evaluation.report.figures import draw_accuracy_against_cost, looks
 from emlocal.evaluation.report.reading import Standing
 from emlocal.evaluation.report.texts import share
 from emlocal.plotting.evaluations import Evaluation, accuracy_name
@@ -25,32 +25,39 @@ def draw_evaluations(evaluations: Sequence[Evaluation]) -> "Figure":
     standings = [row for row in rows if isinstance(row, Standing)]
     names = _LETTER * max(len(standing.name) for standing in standings)
     figure = new_figure(_WIDTH + names, max(_LEAST, _ROW * len(rows) + 1.2))
+    drawn_as = looks([[standing.name for standing in each.results.standings] for each in evaluations])
     costs = any(standing.flops for standing in standings)
     left = figure.add_subplot(1, 2 if costs else 1, 1)
-    _draw_accuracies(left, rows, several=len(evaluations) > 1)
+    _draw_accuracies(left, rows, drawn_as, several=len(evaluations) > 1)
     left.set_xlabel(f"{accuracy_name(evaluations)} %")
     if costs:
         right = figure.add_subplot(1, 2, 2)
-        draw_accuracy_against_cost(right, standings)
+        draw_accuracy_against_cost(right, standings, drawn_as)
         right.set_ylabel(f"{accuracy_name(evaluations)} %")
         plain_axes(right, "Accuracy against cost")
     return figure
 
 
-def _draw_accuracies(axes: "Axes", rows: Sequence[Evaluation | Standing], *, several: bool) -> None:
+def _draw_accuracies(
+    axes: "Axes",
+    rows: Sequence[Evaluation | Standing],
+    looks: Iterable[Mapping[str, Any]],
+    *,
+    several: bool,
+) -> None:
     """A row for each method, in the colours of the other panel, below the heading of its evaluation."""
-    names, colours = [], []
+    names, colours, remaining = [], [], iter(looks)
     for place, row in enumerate(rows):
         if isinstance(row, Evaluation):
             names.append(f"{row.label}\n{row.describe()}" if several else row.describe())
             colours.append("black")
             continue
-        looks = look(sum(colour != "black" for colour in colours))
+        look = next(remaining)
         value, low, high = (100 * x for x in (row.accuracy.value, row.accuracy.low, row.accuracy.high))
         reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        axes.errorbar([value], [place], xerr=reach, capsize=3, clip_on=False, **looks)
+        axes.errorbar([value], [place], xerr=reach, capsize=3, clip_on=False, **look)
         names.append(f"{row.name}\n{share(row.accuracy)}")
-        colours.append(looks["color"])
+        colours.append(look["color"])
     axes.set_yticks(range(len(names)), names, parse_math=False)
     for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
