@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 7.2, 3.8  # inches
-_APART = 0.02
+_APART = 0.015
 """Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
-_MARGIN, _WIDE = 1.25, 4
+_MARGIN, _WIDE = 1.25, 2
 """Around the costs, as a factor; and the factor between them from which on the axis is logarithmic."""
 _MARKERS = "os^vDP"
 _COLOURS = (
@@ -85,20 +85,19 @@ def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
 
 
 def _apart(shares: Sequence[float]) -> list[float]:
-    """Places on the axis in the order of these, none nearer to another than `_APART`, those of a group around
-    its middle."""
+    """Places on the axis in the order of these, none nearer to another than `_APART`, by least squares the nearest
+    to these: isotonic regression (pool adjacent violators), with the distances taken out first."""
     order = sorted(range(len(shares)), key=lambda i: shares[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and shares[i] - shares[groups[-1][-1]] < _APART:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    groups: list[list[float]] = []
+    for k, i in enumerate(order):
+        groups.append([shares[i] - _APART * k])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    moved = [fmean(group) for group in groups for _ in group]
     places = list(shares)
-    for group in groups:
-        middle = fmean(shares[i] for i in group)
-        for k, i in enumerate(group):
-            places[i] = middle + _APART * (k - (len(group) - 1) / 2)
+    for k, i in enumerate(order):
+        places[i] = moved[k] + _APART * k
     return places
 
 
