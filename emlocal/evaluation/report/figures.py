@@ -85,8 +85,8 @@ def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
 
 
 def _apart(shares: Sequence[float]) -> list[float]:
-    """Places on the axis in the order of these, none nearer to another than `_APART`, by least squares the nearest
-    to these: isotonic regression (pool adjacent violators), with the distances taken out first."""
+    """Places on the axis in their order, none nearer to another than `_APART`, and by least squares the
+    nearest: isotonic regression (pool adjacent violators), with the distances taken out first."""
     order = sorted(range(len(shares)), key=lambda i: shares[i])
     groups: list[list[float]] = []
     for k, i in enumerate(order):
