@@ -78,7 +78,7 @@ class MethodResult:
     guessed: int
     """Answers found without the form that was asked for: the last number of a text without a box."""
     cut_off: int
-    """Answers that reached a limit."""
+    """Answers that reached a limit; of a vote, the share of its samples that did counts."""
     errors: int
     """Questions that could not be asked: the prompt does not fit the context."""
     cost: Cost
@@ -124,7 +124,7 @@ def summarize(
         _solved(task, right) if any(size > 1 for size in _sizes(task).values()) else None,
         sum(one.verdict.mark == "no answer" and one.answer.error is None for one in judged),
         sum(one.verdict.detail == "last-number" for one in judged),
-        sum(row.get("finish_reason") in ("length", "context") for row in rows),
+        round(sum(map(_cut_off, rows))),
         sum(one.answer.error is not None for one in judged),
         _cost(rows, parameters),
         before,
@@ -218,6 +218,12 @@ def _solved(task: Task, right: Mapping[str, float]) -> Estimate:
     sizes = _sizes(task)
     solved = sum(right[whole] >= size for whole, size in sizes.items())
     return _estimate(solved / len(sizes), wilson(solved, len(sizes)))
+
+
+def _cut_off(row: Mapping[str, Any]) -> float:
+    """The share of an answer's samples that reached a limit."""
+    drawn = row.get("samples") or [row]
+    return fmean(one.get("finish_reason") in ("length", "context") for one in drawn)
 
 
 def _cost(rows: Sequence[Mapping[str, Any]], parameters: int) -> Cost:

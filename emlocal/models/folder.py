@@ -49,7 +49,7 @@ class FolderHeader(Weights):
         layer, _, kind = name.rpartition(".")
         weight = self.tensors.get(f"{layer}.weight")
         packed = self.config.get("quantization")
-        if weight is None or weight.dtype != "U32" or not isinstance(packed, dict):
+        if weight is None or weight.dtype != "U32" or not isinstance(packed, dict) or kind == "bias":
             return super().count(name)
         if kind != "weight":
             return 0

@@ -1,12 +1,14 @@
 """What emlocal asks of a model before it is loaded, whichever format its weights are in."""
 
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Protocol
 
-# The table that tokens are looked up in, and the output matrix where there is one, in GGUF and in folders.
-_EMBEDDINGS = (("token_embd.weight", "output.weight"), ("model.embed_tokens.weight", "lm_head.weight"))
+# The table that tokens are looked up in, and the output matrix, in GGUF and (whatever comes before) in folders.
+_TABLE = re.compile(r"token_embd\.weight|(.+\.)?embed_tokens\.weight")
+_OUTPUT = re.compile(r"output\.weight|(.+\.)?lm_head\.weight")
 
 
 class Tensor(Protocol):
@@ -43,12 +45,9 @@ class Weights:
         A table that tokens are only looked up in is none of them: the embedding, where the output has its own
         matrix. Of a mixture of experts all are counted.
         """
-        looked_up = sum(
-            self.count(table)
-            for table, output in _EMBEDDINGS
-            if table in self.tensors and output in self.tensors
-        )
-        return self.parameters - looked_up
+        if not any(map(_OUTPUT.fullmatch, self.tensors)):
+            return self.parameters
+        return self.parameters - sum(self.count(name) for name in self.tensors if _TABLE.fullmatch(name))
 
 
 class ModelHeader(Protocol):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_with_several_answers_a_win_is_more_right_ones() -> None:
     text = page.html(made(3))
     assert "em-inf:paper is right more often, greedy is not" in text
     assert "is right, greedy" not in text
+
+
+def test_of_a_vote_the_samples_that_were_cut_off_count_not_the_one_that_won() -> None:
+    task = MathTask("sums", rows(*({"question": f"{i}?", "answer": "1"} for i in range(6))))
+    found = judged(task, ["right"] * 6)
+    samples = [{"finish_reason": "stop"}, {"finish_reason": "length"}]
+    voted = [
+        replace(one, answer=replace(one.answer, row={**one.answer.row, "samples": samples})) for one in found
+    ]
+    assert summarize(task, "greedy", "T 0", found, 10**9, 0).cut_off == 0
+    assert summarize(task, "self-consistency:2", "T 1", voted, 10**9, 0).cut_off == 3
 
 
 def test_methods_that_are_always_right_or_never_have_an_interval() -> None:

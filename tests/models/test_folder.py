@@ -185,6 +185,25 @@ def test_a_table_that_is_only_looked_up_is_not_multiplied(folder: Path) -> None:
     assert own.multiplied_parameters == shared.multiplied_parameters
 
 
+def test_packed_weights_are_counted_as_weights(folder: Path) -> None:
+    """MLX's packed layer: eight 4-bit weights in 32 bits, a scale and an offset for each group, and its own bias."""
+    layer = "model.layers.0.self_attn.q_proj"
+    weights = load_file(folder / "model.safetensors")
+    whole = read_folder_header(folder)
+    rows, columns = weights[f"{layer}.weight"].shape
+    packed = {
+        f"{layer}.weight": np.zeros((rows, columns // 8), np.uint32),
+        f"{layer}.scales": np.zeros((rows, columns // 32), np.float16),
+        f"{layer}.biases": np.zeros((rows, columns // 32), np.float16),
+        f"{layer}.bias": np.zeros(rows, np.float16),
+    }
+    save_file(weights | packed, folder / "model.safetensors")
+    change(folder, quantization={"group_size": 32, "bits": 4})
+    assert read_folder_header(folder).parameters == whole.parameters + rows
+    change(folder, quantization={"group_size": 32, "bits": 2, layer: {"group_size": 32, "bits": 4}})
+    assert read_folder_header(folder).parameters == whole.parameters + rows
+
+
 def test_which_files_are_needed() -> None:
     common = ["config.json", "tokenizer.json", "README.md", "generation_config.json", "pytorch_model.bin"]
     assert needed_files(

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT = 7.2, 3.8  # inches
 _APART = 0.015
 """Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
-_MARGIN, _WIDE = 1.25, 2
-"""Around the costs, as a factor; and the factor between them from which on the axis is logarithmic."""
+_MARGIN, _WIDE, _DECADE = 1.25, 2, 10
+"""Around the costs, as a factor; and the factors between them from which on the axis is logarithmic, and has fewer
+numbers."""
 _MARKERS = "os^vDP"
 _COLOURS = (
     *(f"C{i}" for i in range(10)),
@@ -62,7 +63,8 @@ def draw_accuracy_against_cost(
             label=standing.name,
             **look,
         )
-    axes.set_xlabel("FLOPs of an answer\n(2 · parameters · tokens)")
+    scale = ", logarithmic" if axes.get_xscale() == "log" else ""
+    axes.set_xlabel(f"FLOPs of an answer{scale}\n(2 · parameters · tokens)")
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.25)
 
@@ -72,11 +74,13 @@ def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
-    wide = max(costs) >= _WIDE * min(costs)
+    ratio = max(costs) / min(costs)
+    wide = ratio >= _WIDE
+    subs = (1, 2, 5) if ratio >= _DECADE else (1, 2, 3, 5, 7)
     if wide:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+    axes.xaxis.set_major_locator(LogLocator(subs=subs) if wide else MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlim(low, high)
     scale = math.log if wide else float
