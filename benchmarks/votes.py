@@ -1,8 +1,10 @@
 """What a vote had to vote on: the samples within self-consistency's answers, judged one by one.
 
-Reads the folder of an evaluation, answers nothing. For each voting method: the mean accuracy of its samples,
-the share of questions with a right sample, the vote's accuracy, and how many distinct answers and texts a
-question's samples have. Differences are paired by question. Brackets are 95 %, BCa bootstrap.
+Reads the folder of an evaluation and answers nothing; its verdicts are added to. For each voting method: the
+mean accuracy of a single sample, the share of questions that any of them gets right, the vote's accuracy,
+what it adds to a sample, and how many different answers (as votes are counted) and texts a question has.
+Then the differences of the other methods to the first, paired by question. Brackets are 95 %, BCa bootstrap;
+p: random flips of signs. Nothing is adjusted for being many.
 
     python benchmarks/votes.py gsm8k-qwen --task gsm8k --data gsm8k/test.jsonl --limit 300 \\
         --methods self-consistency:4,em-inf+self-consistency:4
@@ -19,8 +21,9 @@ from common import report
 
 from emlocal.evaluation.answering import Answer, name_of
 from emlocal.evaluation.judging import Judge
+from emlocal.evaluation.report.texts import p_value
 from emlocal.evaluation.run import answers_path
-from emlocal.evaluation.statistics import bootstrap_mean
+from emlocal.evaluation.statistics import bootstrap_mean, sign_flip
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.methods.answers import canonical
@@ -61,19 +64,36 @@ def votes(task: Task, folder: Path, method: str) -> Votes:
     return found
 
 
-def percent(values: Sequence[float]) -> str:
+def percent(values: Sequence[float], sign: str = "") -> str:
     """The mean and its 95 % interval, in percent."""
     ends = bootstrap_mean(values)
-    return f"{100 * fmean(values):.1f} [{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
+    mean, low, high = (f"{100 * x:{sign}.1f}" for x in (fmean(values), ends.low, ends.high))
+    return f"{mean} [{low}, {high}]".replace("-", "−")
 
 
-def minus(some: Sequence[float], others: Sequence[float]) -> str:
-    """The paired difference."""
-    return percent([a - b for a, b in zip(some, others, strict=True)])
+def minus(some: Sequence[float], others: Sequence[float], *, p: bool = True) -> str:
+    """The paired difference, in points."""
+    differences = [a - b for a, b in zip(some, others, strict=True)]
+    return percent(differences, "+") + (f", p {p_value(sign_flip(differences))}" if p else "")
+
+
+def rows(found: dict[str, Votes]) -> list[tuple[str, ...]]:
+    """A row for each method, and one for its differences to the first."""
+    lines = []
+    first = next(iter(found.values()))
+    for name, one in found.items():
+        means = (percent(one.single), percent(one.any), percent(one.vote))
+        counts = (f"{fmean(one.answers):.2f}", f"{fmean(one.texts):.2f}")
+        lines.append((f"`{name}`", *means, minus(one.vote, one.single, p=False), *counts))
+        if one is not first:
+            pairs = ((one.single, first.single), (one.any, first.any), (one.vote, first.vote))
+            gained = [[v - s for v, s in zip(each.vote, each.single, strict=True)] for each in (one, first)]
+            lines.append(("difference", *(minus(a, b) for a, b in pairs), minus(*gained), "", ""))
+    return lines
 
 
 def main() -> None:
-    """Print a row for each method, with its differences to the first."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", required=True)
@@ -84,23 +104,8 @@ def main() -> None:
     task = open_task(chosen.task, chosen.data, chosen.limit, None, None)
     names = chosen.methods.split(",")
     found = {name: votes(task, chosen.folder, name) for name in names}
-    first = found[names[0]]
-    heads = ("method", "a sample, %", "− first's", "any sample, %", "− first's", "vote, %", "vote − sample")
-    rows = [
-        (
-            f"`{name}`",
-            percent(one.single),
-            "" if one is first else minus(one.single, first.single),
-            percent(one.any),
-            "" if one is first else minus(one.any, first.any),
-            percent(one.vote),
-            minus(one.vote, one.single),
-            f"{fmean(one.answers):.2f}",
-            f"{fmean(one.texts):.2f}",
-        )
-        for name, one in found.items()
-    ]
-    report({}, (*heads, "answers", "texts"), rows, as_json=False)
+    heads = ("method", "a sample, %", "any of them, %", "the vote, %", "vote − sample", "answers", "texts")
+    report({}, heads, rows(found), as_json=False)
 
 
 if __name__ == "__main__":

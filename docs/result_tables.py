@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.evaluation.report.texts import difference, flops, p_value, share
-from emlocal.evaluation.results import Estimate, compare_pairs
+from emlocal.evaluation.results import Comparison, Estimate, compare_pairs
 
 HERE = Path(__file__).parent
 PAGE = HERE / "results.md"
@@ -27,10 +27,6 @@ DRAWN_AS = {
 }
 """What a method adds something to, where the table has both."""
 _TABLE = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-_HEADS = (
-    "method", "accuracy %", "95 %", "against greedy", "p (Holm)", "against sampling", "p (Holm)",
-    "cut off", "tokens", "FLOPs", "entropy, nats",
-)  # fmt: skip
 
 
 def page() -> str:
@@ -40,27 +36,56 @@ def page() -> str:
 
 
 def table(folder: Path) -> str:
-    """The table of an evaluation's results.json, in Markdown."""
+    """The table of an evaluation's results.json, in Markdown. Columns that would be empty are left out."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     methods = {method["name"]: method for method in results["methods"]}
-    pairs = [(name, "greedy") for name in methods if name != "greedy"]
-    pairs += [(name, base) for name, base in DRAWN_AS.items() if name in methods and base in methods]
+    pairs = [(name, "greedy") for name in methods if name != "greedy" and "greedy" in methods]
+    pairs += [(name, base) for name in methods if (base := _base(name)) in methods]
     right = {name: method["right"] for name, method in methods.items()}
     found = compare_pairs(right, pairs, _sizes(results), results["settings"]["seed"])
     compared = {(one.name, one.reference): one for one in found}
-    lines = [_line(_HEADS), "|" + "---|" * len(_HEADS)]
-    for name, method in methods.items():
-        accuracy = Estimate(**method["accuracy"])
-        cells = [f"`{name}`", *share(accuracy).rstrip(")").split(" (")]
-        for against in ("greedy", DRAWN_AS.get(name, "")):
-            one = compared.get((name, against))
-            cells += ["", ""] if one is None else [difference(one), p_value(one.p_holm)]
-        cost, before, after = method["cost"], method["entropy_before"], method["entropy_after"]
-        changed = abs(before - after) >= 0.005
-        cells += [f"{method['cut_off']:,}", f"{cost['written']:,.0f}", flops(cost["flops"])]
-        cells.append(f"{before:.2f} → {after:.2f}" if changed else f"{before:.2f}")
-        lines.append(_line(cells))
-    return "\n".join(lines) + "\n"
+    rows = [
+        {
+            "method": f"`{name}`",
+            **_accuracy(method),
+            **_difference(compared.get((name, "greedy")), "against greedy", "p"),
+            **_difference(compared.get((name, _base(name))), "against", "p ", named=True),
+            **_rest(method),
+        }
+        for name, method in methods.items()
+    ]
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    lines = [_line([head.strip() for head in heads]), "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(_line([row[head] for head in heads]) for row in rows)]) + "\n"
+
+
+def _base(name: str) -> str:
+    """What the method adds something to: em-inf:em_steps=3 to sample, as em-inf does."""
+    return DRAWN_AS.get("em-inf" if name.startswith("em-inf:em_") else name, "")
+
+
+def _accuracy(method: dict[str, Any]) -> dict[str, str]:
+    value, interval = share(Estimate(**method["accuracy"])).rstrip(")").split(" (")
+    return {"accuracy %": value, "95 %": interval}
+
+
+def _difference(one: Comparison | None, head: str, p: str, *, named: bool = False) -> dict[str, str]:
+    """Its cell, and that of p, adjusted for all of the table; empty where nothing is compared."""
+    if one is None:
+        return {head: "", p: ""}
+    return {head: (f"`{one.reference}`: " if named else "") + difference(one), p: p_value(one.p_holm)}
+
+
+def _rest(method: dict[str, Any]) -> dict[str, str]:
+    cost, before, after = method["cost"], method["entropy_before"], method["entropy_after"]
+    without = method["guessed"] + method["no_answer"]
+    return {
+        "no box": f"{without:,}" if without else "",
+        "cut off": f"{method['cut_off']:,}",
+        "read + written": f"{cost['read']:,.0f} + {cost['written']:,.0f}",
+        "FLOPs": flops(cost["flops"]),
+        "entropy": f"{before:.2f} → {after:.2f}" if abs(before - after) >= 0.005 else f"{before:.2f}",
+    }
 
 
 def _sizes(results: dict[str, Any]) -> dict[str, int]:
@@ -72,7 +97,7 @@ def _sizes(results: dict[str, Any]) -> dict[str, int]:
     return {whole: names.count(whole) for whole in wholes}
 
 
-def _line(cells: tuple[str, ...] | list[str]) -> str:
+def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

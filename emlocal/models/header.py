@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-# The table that tokens are looked up in, and the output matrix, in GGUF and (whatever comes before) in folders.
+# The table that tokens are looked up in, and the output matrix: in GGUF, and in folders below any prefix.
 _TABLE = re.compile(r"token_embd\.weight|(.+\.)?embed_tokens\.weight")
 _OUTPUT = re.compile(r"output\.weight|(.+\.)?lm_head\.weight")
 

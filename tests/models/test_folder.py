@@ -186,7 +186,7 @@ def test_a_table_that_is_only_looked_up_is_not_multiplied(folder: Path) -> None:
 
 
 def test_packed_weights_are_counted_as_weights(folder: Path) -> None:
-    """MLX's packed layer: eight 4-bit weights in 32 bits, a scale and an offset for each group, and its own bias."""
+    """MLX's packed layer: eight 4-bit weights in 32 bits, scales and offsets of groups, and its own bias."""
     layer = "model.layers.0.self_attn.q_proj"
     weights = load_file(folder / "model.safetensors")
     whole = read_folder_header(folder)

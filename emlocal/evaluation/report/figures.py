@@ -19,8 +19,8 @@ _WIDTH, _HEIGHT = 7.2, 3.8  # inches
 _APART = 0.015
 """Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
 _MARGIN, _WIDE, _DECADE = 1.25, 2, 10
-"""Around the costs, as a factor; and the factors between them from which on the axis is logarithmic, and has fewer
-numbers."""
+"""Around the costs, as a factor; and the factors between them from which on the axis is logarithmic, and has
+fewer numbers."""
 _MARKERS = "os^vDP"
 _COLOURS = (
     *(f"C{i}" for i in range(10)),
