@@ -43,6 +43,11 @@ class Votes:
     """Distinct answers among its samples; texts without one are one more."""
     texts: list[float]
 
+    @property
+    def gained(self) -> list[float]:
+        """What the vote adds to one of its samples."""
+        return minus(self.vote, self.single)
+
 
 def votes(task: Task, folder: Path, method: str) -> Votes:
     """The judged samples of a method. Verdicts are kept where the evaluation keeps them."""
@@ -71,10 +76,15 @@ def percent(values: Sequence[float], sign: str = "") -> str:
     return f"{mean} [{low}, {high}]".replace("-", "−")
 
 
-def minus(some: Sequence[float], others: Sequence[float], *, p: bool = True) -> str:
-    """The paired difference, in points."""
-    differences = [a - b for a, b in zip(some, others, strict=True)]
-    return percent(differences, "+") + (f", p {p_value(sign_flip(differences))}" if p else "")
+def minus(some: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The paired differences."""
+    return [a - b for a, b in zip(some, others, strict=True)]
+
+
+def compared(some: Sequence[float], others: Sequence[float]) -> str:
+    """The mean of the paired differences, in points, with its p."""
+    differences = minus(some, others)
+    return f"{percent(differences, '+')}, p {p_value(sign_flip(differences))}"
 
 
 def rows(found: dict[str, Votes]) -> list[tuple[str, ...]]:
@@ -84,11 +94,11 @@ def rows(found: dict[str, Votes]) -> list[tuple[str, ...]]:
     for name, one in found.items():
         means = (percent(one.single), percent(one.any), percent(one.vote))
         counts = (f"{fmean(one.answers):.2f}", f"{fmean(one.texts):.2f}")
-        lines.append((f"`{name}`", *means, minus(one.vote, one.single, p=False), *counts))
+        lines.append((f"`{name}`", *means, percent(one.gained, "+"), *counts))
         if one is not first:
-            pairs = ((one.single, first.single), (one.any, first.any), (one.vote, first.vote))
-            gained = [[v - s for v, s in zip(each.vote, each.single, strict=True)] for each in (one, first)]
-            lines.append(("difference", *(minus(a, b) for a, b in pairs), minus(*gained), "", ""))
+            pairs = [(one.single, first.single), (one.any, first.any), (one.vote, first.vote)]
+            pairs.append((one.gained, first.gained))
+            lines.append(("difference", *(compared(a, b) for a, b in pairs), "", ""))
     return lines
 
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from emlocal.evaluation.report.texts import difference, flops, p_value, share
+from emlocal.evaluation.report.texts import difference, entropy, flops, markdown_table, p_value, share
 from emlocal.evaluation.results import Comparison, Estimate, compare_pairs
 
 HERE = Path(__file__).parent
@@ -55,8 +55,8 @@ def table(folder: Path) -> str:
         for name, method in methods.items()
     ]
     heads = [head for head in rows[0] if any(row[head] for row in rows)]
-    lines = [_line([head.strip() for head in heads]), "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *(_line([row[head] for head in heads]) for row in rows)]) + "\n"
+    cells = [[row[head] for head in heads] for row in rows]
+    return "\n".join(markdown_table([head.strip() for head in heads], cells)) + "\n"
 
 
 def _base(name: str) -> str:
@@ -77,14 +77,14 @@ def _difference(one: Comparison | None, head: str, p: str, *, named: bool = Fals
 
 
 def _rest(method: dict[str, Any]) -> dict[str, str]:
-    cost, before, after = method["cost"], method["entropy_before"], method["entropy_after"]
+    cost = method["cost"]
     without = method["guessed"] + method["no_answer"]
     return {
         "no box": f"{without:,}" if without else "",
         "cut off": f"{method['cut_off']:,}",
         "read + written": f"{cost['read']:,.0f} + {cost['written']:,.0f}",
         "FLOPs": flops(cost["flops"]),
-        "entropy": f"{before:.2f} → {after:.2f}" if abs(before - after) >= 0.005 else f"{before:.2f}",
+        "entropy": entropy(method["entropy_before"], method["entropy_after"]),
     }
 
 
@@ -95,10 +95,6 @@ def _sizes(results: dict[str, Any]) -> dict[str, int]:
         return dict.fromkeys(wholes, 1)
     names = [str(problem["id"]).rpartition(".")[0] for problem in results["problems"]]
     return {whole: names.count(whole) for whole in wholes}
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

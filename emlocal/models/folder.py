@@ -46,16 +46,17 @@ class FolderHeader(Weights):
 
     def count(self, name: str) -> int:
         """Number of weights in a tensor: MLX packs several into 32 bits, beside scales and offsets."""
+        numbers = super().count(name)
         layer, _, kind = name.rpartition(".")
         weight = self.tensors.get(f"{layer}.weight")
         packed = self.config.get("quantization")
         if weight is None or weight.dtype != "U32" or not isinstance(packed, dict) or kind == "bias":
-            return super().count(name)
+            return numbers
         if kind != "weight":
             return 0
         own = packed.get(layer)  # layers may be packed in their own way
         bits = (own if isinstance(own, dict) else packed).get("bits")
-        return super().count(name) * 32 // bits if isinstance(bits, int) and bits > 0 else super().count(name)
+        return numbers * 32 // bits if isinstance(bits, int) and bits > 0 else numbers
 
     @property
     def architecture(self) -> str:

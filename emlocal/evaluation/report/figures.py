@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from emlocal.errors import BackendError
 from emlocal.evaluation.report.document import Document
 from emlocal.evaluation.report.reading import Standing
-from emlocal.evaluation.report.texts import accuracy_name
+from emlocal.evaluation.report.texts import accuracy_name, entropy_changed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,13 +42,13 @@ def accuracy_against_cost(document: Document) -> str | None:
 
 
 def draw_accuracy_against_cost(
-    axes: "Axes", standings: Sequence[Standing], looks: Sequence[Mapping[str, Any]]
+    axes: "Axes", standings: Sequence[Standing], drawn_as: Sequence[Mapping[str, Any]]
 ) -> None:
     """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's.
 
-    `looks` are the standings', in their order.
+    `drawn_as`: the standings' `looks`, in their order.
     """
-    costly = [pair for pair in zip(standings, looks, strict=True) if pair[0].flops]
+    costly = [pair for pair in zip(standings, drawn_as, strict=True) if pair[0].flops]
     places = _cost_axis(axes, [standing.flops for standing, _ in costly])
     for (standing, look), place in zip(costly, places, strict=True):
         accuracy = standing.accuracy
@@ -129,7 +129,7 @@ def entropy_along_the_answer(document: Document) -> str | None:
         if curve is None:
             continue
         axes.plot(curve.position, curve.after, color=look["color"], label=method.name)
-        if abs(method.entropy_before - method.entropy_after) >= 0.005:
+        if entropy_changed(method.entropy_before, method.entropy_after):
             axes.plot(curve.position, curve.before, color=look["color"], linestyle="--", alpha=0.7)
     axes.set_xlabel("token of the answer")
     axes.set_ylabel("mean entropy, nats")

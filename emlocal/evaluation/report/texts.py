@@ -47,6 +47,16 @@ def flops(value: float) -> str:
     return f"{value:.3g}"
 
 
+def entropy_changed(before: float, after: float) -> bool:
+    """Whether two digits show that EM did something."""
+    return abs(before - after) >= 0.005
+
+
+def entropy(before: float, after: float) -> str:
+    """ "0.22 → 0.08", nats, or one number where EM changed nothing."""
+    return change(before, after, entropy_changed(before, after))
+
+
 def accuracy_name(document: Document) -> str:
     """ "accuracy %", or "mean@4 %"."""
     return "accuracy %" if document.repetitions == 1 else f"mean@{document.repetitions} %"
@@ -79,8 +89,7 @@ def _row(document: Document, method: MethodResult, comparison: Comparison | None
     cells += [f"{method.no_answer:,}", f"{method.cut_off:,}"]
     cells += [f"{cost.read:,.0f}", f"{cost.written:,.0f}", f"{cost.passes:,.0f}"]
     cells += [f"{cost.seconds:.2f}", flops(cost.flops)]
-    changed = abs(method.entropy_before - method.entropy_after) >= 0.005
-    return [*cells, change(method.entropy_before, method.entropy_after, changed)]
+    return [*cells, entropy(method.entropy_before, method.entropy_after)]
 
 
 def _pass_at(method: MethodResult, k: int) -> str:
@@ -150,12 +159,12 @@ def markdown(document: Document) -> str:
     """The evaluation as a page of Markdown."""
     heads = columns(document)
     lines = [f"# {document.task.name}: {document.model['name']}", ""]
-    lines += _table(heads, rows(document))
+    lines += markdown_table(heads, rows(document))
     lines += ["", *(f"- {note}" for note in notes(document)), "", "## Methods", ""]
-    lines += _table(["method", "settings"], [[m.name, m.settings] for m in document.methods])
+    lines += markdown_table(["method", "settings"], [[m.name, m.settings] for m in document.methods])
     if document.comparisons:
         lines += ["", "## Differences", ""]
-        lines += _table(DIFFERENCES, difference_rows(document))
+        lines += markdown_table(DIFFERENCES, difference_rows(document))
     lines += ["", "## Made with", ""]
     lines += [f"- {name}: {value}" for name, value in facts(document)]
     return "\n".join(lines) + "\n"
@@ -187,7 +196,9 @@ def _flat(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+
     def line(row: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
 

@@ -41,18 +41,18 @@ def draw_evaluations(evaluations: Sequence[Evaluation]) -> "Figure":
 def _draw_accuracies(
     axes: "Axes",
     rows: Sequence[Evaluation | Standing],
-    looks: Iterable[Mapping[str, Any]],
+    drawn_as: Iterable[Mapping[str, Any]],
     *,
     several: bool,
 ) -> None:
     """A row for each method, in the colours of the other panel, below the heading of its evaluation."""
-    names, colours, remaining = [], [], iter(looks)
+    names, colours, looks_left = [], [], iter(drawn_as)
     for place, row in enumerate(rows):
         if isinstance(row, Evaluation):
             names.append(f"{row.label}\n{row.describe()}" if several else row.describe())
             colours.append("black")
             continue
-        look = next(remaining)
+        look = next(looks_left)
         value, low, high = (100 * x for x in (row.accuracy.value, row.accuracy.low, row.accuracy.high))
         reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
         axes.errorbar([value], [place], xerr=reach, capsize=3, clip_on=False, **look)
