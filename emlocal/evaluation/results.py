@@ -124,7 +124,7 @@ def summarize(
         _solved(task, right) if any(size > 1 for size in _sizes(task).values()) else None,
         sum(one.verdict.mark == "no answer" and one.answer.error is None for one in judged),
         sum(one.verdict.detail == "last-number" for one in judged),
-        round(sum(map(_cut_off, rows))),
+        round(sum(map(share_cut_off, rows))),
         sum(one.answer.error is not None for one in judged),
         _cost(rows, parameters),
         before,
@@ -220,7 +220,7 @@ def _solved(task: Task, right: Mapping[str, float]) -> Estimate:
     return _estimate(solved / len(sizes), wilson(solved, len(sizes)))
 
 
-def _cut_off(row: Mapping[str, Any]) -> float:
+def share_cut_off(row: Mapping[str, Any]) -> float:
     """The share of an answer's samples that reached a limit."""
     drawn = row.get("samples") or [row]
     return fmean(one.get("finish_reason") in ("length", "context") for one in drawn)
