@@ -179,9 +179,7 @@ def test_a_skeleton_has_the_layers_and_no_weights(folder: Path) -> None:
     assert len(lora_layers(bones)) == 14
 
 
-def test_an_adapter_in_gguf_s_order_says_what_it_needs(
-    tmp_path: Path, gguf: GGUFModel, folder: Path
-) -> None:
+def test_an_adapter_in_gguf_s_order_says_what_it_needs(tmp_path: Path, gguf: GGUFModel, folder: Path) -> None:
     write_gguf(random_adapter(), tmp_path / "a.gguf", read_header(gguf.path))
     if gguf.header.architecture == "llama":
         with pytest.raises(ModelError, match="in GGUF's order") as caught:
