@@ -19,7 +19,7 @@ class EMInf:
     help: ClassVar[str] = "Minimize each token's entropy while decoding."
 
     threshold: float = setting(
-        0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.", panel=PANEL
+        0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.", unit="nats", panel=PANEL
     )
     """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
     steps: int = setting(10, "--em-steps", 0, 1000, "Most gradient steps per token.", panel=PANEL)
@@ -53,7 +53,13 @@ class AdaptiveTemperature:
         0.5, "--em-ratio", 0, 1, "α of adaptive temperature: share of the entropy kept.", panel=PANEL
     )
     threshold: float = setting(
-        0.1, "--em-threshold", 0, math.inf, "δ in nats: cool no further than to this entropy.", panel=PANEL
+        0.1,
+        "--em-threshold",
+        0,
+        math.inf,
+        "δ in nats: cool no further than to this entropy.",
+        unit="nats",
+        panel=PANEL,
     )
 
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ class EngineOptions:
         aliases=CONTEXT_NAMES,
         short="-c",
         panel=PANEL,
+        unit="tokens",
     )
     threads: int | None = setting(
         None,
