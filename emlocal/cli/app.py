@@ -60,8 +60,6 @@ def build(arguments: list[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    from emlocal.cli.options import Verb
-
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary in VERBS.items():
         if name != chosen:
@@ -71,6 +69,8 @@ def build(arguments: list[str]) -> typer.Typer:
         if name in GROUPS:
             app.add_typer(module.app, name=name)
         else:
+            from emlocal.cli.options import Verb  # with the settings, which the list of verbs does not need
+
             app.command(name, cls=Verb)(vars(module)[name])
     return app
 

@@ -18,17 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
-from emlocal.settings.em import (
-    EM,
-    EM_PRESETS,
-    EM_STEPS,
-    PRESET,
-    EMInf,
-    EMStep,
-    em_numbers,
-    named,
-    switch_of,
-)
+from emlocal.settings.em import EM, EM_PRESETS, EM_STEPS, PRESET, EMInf, EMStep, em_numbers, named, switch_of
 from emlocal.settings.sampling import Plan, SamplingParams
 from emlocal.settings.table import FLAGS, NAMES, NOTHING, Given, Table, Words, ranked, records_of
 
