@@ -9,6 +9,7 @@ that sets out to cheat can.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -29,15 +30,23 @@ _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/s
 _SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
 _LONGEST = 2000
 _NO_NEW_PRIVILEGES = 38
-_SET_DEATH_SIGNAL = 1
+_SET_DEATH_SIGNAL, _SET_DUMPABLE = 1, 4
 _CAPABILITIES_VERSION = 0x20080522
 
 
 def _readable() -> list[Path]:
-    """Python, its packages and the system's libraries; no home, no secrets, no other process."""
-    own = [sys.prefix, sys.base_prefix] if sys.prefix != "/usr" else []
-    own += [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    wanted = [Path(path) for path in (*own, *_SYSTEM, *_SINGLE) if path not in ("", "/", "/usr")]
+    """Python's own folders and the system's libraries; no home, no secrets, no other process.
+
+    Not the whole of a prefix: `python -m venv .` makes a project's own folder one.
+    """
+    base = Path(sys.base_prefix)
+    folders = [] if str(base) in ("/", "/usr") else [base / "lib", base / "lib64"]
+    if (
+        sys.prefix != sys.base_prefix
+    ):  # a virtual environment has packages only, in lib/python3.11 and the like
+        name = Path(os.__file__).parent.name
+        folders += [Path(sys.prefix, library, name) for library in ("lib", "lib64")]
+    wanted = [*folders, *map(Path, (*_SYSTEM, *_SINGLE))]
     return [path for path in dict.fromkeys(wanted) if path.exists()]
 
 
@@ -50,6 +59,13 @@ def _limit(seconds: int, memory: int) -> None:
     ):
         resource.setrlimit(what, (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, and SIGKILL if that is ignored
+
+
+def _no_dumps() -> None:
+    """A crash writes no dump of memory. The limit of 0 does not hold where the system pipes dumps to a program."""
+    zero = ctypes.c_ulong(0)
+    if ctypes.CDLL(None, use_errno=True).prctl(_SET_DUMPABLE, zero, zero, zero, zero):
+        raise OSError(ctypes.get_errno(), "dumps cannot be given up")
 
 
 def _no_new_privileges() -> None:
@@ -74,8 +90,17 @@ def _error_of(program: str) -> str | None:
         exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 (that is what it is for)
     except BaseException as error:  # noqa: BLE001 (sys.exit() is no way to pass)
         said = "".join(traceback.format_exception_only(error)).strip()
-        return said[-_LONGEST:] or type(error).__name__
+        return (said[-_LONGEST:] or type(error).__name__) + _why(error)
     return None
+
+
+def _why(error: BaseException) -> str:
+    """What a person is told besides, where the sandbox was in the way."""
+    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
+        return " (the sandbox refuses it)"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return " (a program has one thread in the sandbox)"
+    return ""
 
 
 def _die_with(parent: int) -> None:
@@ -92,6 +117,7 @@ def _main() -> None:
     asked = json.load(sys.stdin)
     null = os.open("/dev/null", os.O_RDWR)
     _limit(seconds, memory)
+    _no_dumps()
     _no_new_privileges()
     landlock.restrict(_readable())
     _drop_capabilities()
