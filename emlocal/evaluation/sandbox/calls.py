@@ -1,7 +1,7 @@
 """The system calls that a program may make, by number, on x86-64 and ARM64. All others are refused.
 
-A call stands here when Python, numpy or scipy cannot do without it and when it touches nothing but the program
-itself and the files that Landlock lets it read. Where that depends on an argument, rules say which arguments.
+A call stands here when Python, numpy or scipy cannot do without it, and when it touches nothing but the
+program itself and the files that Landlock lets it read. Where that depends on arguments, rules say on which.
 The numbers are those of the kernel's headers (asm/unistd_64.h, asm-generic/unistd.h).
 
 A rule looks at the lower 32 bits of an argument: the kernel reads these arguments as ints, or gives the upper
@@ -48,32 +48,18 @@ _ALL = 0xFFFFFFFF
 _PATH_ONLY, _TEMPORARY = 0x200000, 0x400000  # O_PATH: Landlock does not look at it; O_TMPFILE
 _SIGNAL_WHEN_READY = 0x2000  # O_ASYNC
 _PIPE = 0x80000 | 0x800  # O_CLOEXEC, O_NONBLOCK; O_EXCL would make it a queue of the kernel's messages
-_DESCRIPTOR_COMMANDS = (
-    0,
-    1,
-    2,
-    3,
-    1030,
-    1032,
-)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
+_DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 1030, 1032)
+"""fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ."""
 _SET_FLAGS = 4  # F_SETFL
 _REQUESTS = (0x5450, 0x5451, 0x5421, 0x541B, 0x5401, 0x5413, 0x802C542A)
-"""ioctl: FIONCLEX, FIOCLEX, FIONBIO, FIONREAD, TCGETS and TIOCGWINSZ (is it a terminal, of what size), TCGETS2."""
+"""ioctl: FIONCLEX, FIOCLEX, FIONBIO, FIONREAD; TCGETS, TIOCGWINSZ, TCGETS2 (is it a terminal, how large)."""
 _READ, _WRITE, _EXECUTE = 1, 2, 4
 _BRANCH_TARGETS = 0x10  # PROT_BTI, which ARM64's loader asks for
 _ANONYMOUS = 0x20
 _MAPPINGS = 0x3 | 0x10 | _ANONYMOUS | 0x800 | 0x1000 | 0x4000 | 0x8000 | 0x10000 | 0x20000 | 0x100000
-"""mmap's flags: shared, private, fixed, anonymous, and hints. Not: locked, huge pages (they are the machine's)."""
-_ADVICE = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    8,
-    14,
-    15,
-)  # normal, random, sequential, will need, do not need, free, huge pages or not
+"""mmap: shared, private, fixed, anonymous, and hints. Not: locked, or huge pages, which are the machine's."""
+_ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
+"""madvise: normal, random, sequential, will need, do not need, free, huge pages or not."""
 _FUTEX = tuple(0x80 | operation for operation in (0, 1, 3, 4, 5, 9, 10, 0x100, 0x109))
 """Waiting and waking within the process. Not: on memory that others share; nor with priorities."""
 _CLOCKS = tuple(range(8))  # others are processes' own times, and alarms that wake the machine
@@ -197,7 +183,7 @@ ALLOWED = (
 )
 
 MISSING = {"x86_64": (324, 326, 327, 328, 332, 334), "aarch64": (283, 285, 286, 287, 291, 293)}
-"""Calls that are refused as if the kernel did not know them, so that libraries do it in the older way: membarrier,
-copy_file_range, preadv2, pwritev2, statx, rseq. So are all from `NEW` on (clone3, faccessat2, close_range, …)."""
+"""Calls that are refused as if the kernel did not know them, so that libraries go an older way: membarrier,
+copy_file_range, preadv2, pwritev2, statx, rseq. So are all from `NEW` on, with clone3 and faccessat2."""
 NEW = 424
-"""The first system call whose number is the same everywhere. x86's 32-bit calls (x32) are above it as well."""
+"""The first system call whose number is the same everywhere. x86's 32-bit calls (x32) are above it too."""

@@ -62,7 +62,7 @@ def _limit(seconds: int, memory: int) -> None:
 
 
 def _no_dumps() -> None:
-    """A crash writes no dump of memory. The limit of 0 does not hold where the system pipes dumps to a program."""
+    """A crash leaves no dump. The limit of 0 does not hold where the system gives dumps to a program."""
     zero = ctypes.c_ulong(0)
     if ctypes.CDLL(None, use_errno=True).prctl(_SET_DUMPABLE, zero, zero, zero, zero):
         raise OSError(ctypes.get_errno(), "dumps cannot be given up")

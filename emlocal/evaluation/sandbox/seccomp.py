@@ -1,8 +1,8 @@
 """seccomp: a process gives up system calls, for good. Needs no privileges.
 
 `calls.ALLOWED` is what is left to it, with the arguments that are looked at. Everything else is refused: new
-processes and threads, other programs, sockets, signals, other processes, memory that is not the process's own,
-and all that changes files. A call that this list does not know, old or yet to come, is refused as well.
+processes and threads, other programs, sockets, signals, other processes, memory that is not the process's
+own, and all that changes files. A call that the list does not know, old or yet to come, is refused as well.
 
 Source: the kernel's Documentation/userspace-api/seccomp_filter.rst. Standard library only.
 """
@@ -16,13 +16,7 @@ import struct
 from emlocal.evaluation.sandbox.calls import ALLOWED, MISSING, NEW, Call, OneOf, Rule, Within
 
 _SET_SECCOMP, _FILTER = 22, 2
-_LOAD, _EQUALS, _AT_LEAST, _HAS_BITS, _RETURN = (
-    0x20,
-    0x15,
-    0x35,
-    0x45,
-    0x06,
-)  # BPF instructions on 32-bit words
+_LOAD, _EQUALS, _AT_LEAST, _HAS_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF, on 32-bit words
 _KILL, _ALLOW, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 _ALL = 0xFFFFFFFF
