@@ -29,8 +29,7 @@ sys.path.pop(0)  # the program is not to find what is beside emlocal in a checko
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo")
 _SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
 _LONGEST = 2000
-_NO_NEW_PRIVILEGES = 38
-_SET_DEATH_SIGNAL, _SET_DUMPABLE = 1, 4
+_SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 1, 4, 38  # for prctl
 _CAPABILITIES_VERSION = 0x20080522
 
 
@@ -41,9 +40,7 @@ def _readable() -> list[Path]:
     """
     base = Path(sys.base_prefix)
     folders = [] if str(base) in ("/", "/usr") else [base / "lib", base / "lib64"]
-    if (
-        sys.prefix != sys.base_prefix
-    ):  # a virtual environment has packages only, in lib/python3.11 and the like
+    if sys.prefix != sys.base_prefix:  # a virtual environment: its packages are in lib/python3.11
         name = Path(os.__file__).parent.name
         folders += [Path(sys.prefix, library, name) for library in ("lib", "lib64")]
     wanted = [*folders, *map(Path, (*_SYSTEM, *_SINGLE))]
@@ -61,18 +58,10 @@ def _limit(seconds: int, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, and SIGKILL if that is ignored
 
 
-def _no_dumps() -> None:
-    """A crash leaves no dump. The limit of 0 does not hold where the system gives dumps to a program."""
+def _prctl(option: int, value: int, what: str) -> None:
     zero = ctypes.c_ulong(0)
-    if ctypes.CDLL(None, use_errno=True).prctl(_SET_DUMPABLE, zero, zero, zero, zero):
-        raise OSError(ctypes.get_errno(), "dumps cannot be given up")
-
-
-def _no_new_privileges() -> None:
-    """Without it only root may lock itself in: a program with more rights would run locked in as well."""
-    zero = ctypes.c_ulong(0)
-    if ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), zero, zero, zero):
-        raise OSError(ctypes.get_errno(), "new privileges cannot be given up")
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), zero, zero, zero):
+        raise OSError(ctypes.get_errno(), f"{what} cannot be given up")
 
 
 def _drop_capabilities() -> None:
@@ -105,8 +94,7 @@ def _why(error: BaseException) -> str:
 
 def _die_with(parent: int) -> None:
     """Be killed when the process is that started this one, however it ends."""
-    zero = ctypes.c_ulong(0)
-    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero)
+    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "outliving it")
     if os.getppid() != parent:  # it was gone before
         os._exit(1)
 
@@ -117,8 +105,8 @@ def _main() -> None:
     asked = json.load(sys.stdin)
     null = os.open("/dev/null", os.O_RDWR)
     _limit(seconds, memory)
-    _no_dumps()
-    _no_new_privileges()
+    _prctl(_SET_DUMPABLE, 0, "dumps")  # the limit does not hold where the system hands them to a program
+    _prctl(_SET_NO_NEW_PRIVILEGES, 1, "new privileges")  # only root could lock itself in without
     landlock.restrict(_readable())
     _drop_capabilities()
     seccomp.restrict()
