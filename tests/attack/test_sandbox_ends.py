@@ -135,6 +135,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SECRETS = (".env", "secret.py", "src/secret.py", "lib/secret.py", "include/secret.h", "bin/deploy", ".git/x")
 
 
+def said_in(project: Path, program: str) -> str:
+    """What comes of a program that a venv's interpreter runs."""
+    code = (
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from emlocal.errors import EmlocalError\nfrom emlocal.evaluation.sandbox.run import run\n"
+        "try:\n    print(run(sys.argv[1]))\nexcept EmlocalError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [project / "bin" / "python", "-I", "-c", code, program], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
 def test_a_project_that_is_a_venv_is_not_read(project: Path) -> None:
     program = (
         "import os, sys, installed\n"
@@ -150,11 +163,20 @@ def test_a_project_that_is_a_venv_is_not_read(project: Path) -> None:
         "except (ImportError, PermissionError):\n    pass\n"
         "else:\n    1 / 0"
     )
-    code = (
-        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from emlocal.evaluation.sandbox.run import run\nprint(run(sys.argv[1]))"
-    )
-    done = subprocess.run(
-        [project / "bin" / "python", "-I", "-c", code, program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "Outcome(ending='passed', detail='')"
+    assert said_in(project, program) == "Outcome(ending='passed', detail='')"
+
+
+def test_what_packages_leave_open_is_closed(project: Path) -> None:
+    """Code in .pth files runs as the interpreter starts, before the locks are turned."""
+    packages = next(project.glob("lib/python*/site-packages"))
+    (packages / "hook.pth").write_text("import hook\n")
+    (packages / "hook.py").write_text(f"import os\nos.dup2(os.open({str(project / '.env')!r}, 0), 9)")
+    try:
+        program = "import hook, os\ntry:\n    os.fstat(9)\nexcept OSError:\n    pass\nelse:\n    1 / 0"
+        assert said_in(project, program) == "Outcome(ending='passed', detail='')"
+        (packages / "hook.py").write_text(
+            "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+        )
+        assert "did not start: RuntimeError: 2 threads run before the program" in said_in(project, "pass")
+    finally:
+        (packages / "hook.pth").unlink()

@@ -18,6 +18,7 @@ import struct
 import sys
 import traceback
 import types
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -45,6 +46,20 @@ def _readable() -> list[Path]:
         folders += [Path(sys.prefix, library, name) for library in ("lib", "lib64")]
     wanted = [*folders, *map(Path, (*_SYSTEM, *_SINGLE))]
     return [path for path in dict.fromkeys(wanted) if path.exists()]
+
+
+def _leave_behind(report: int) -> None:
+    """Packages may run code as the interpreter starts (.pth files): what it opened is closed.
+
+    A thread of it would not be locked in. Raises RuntimeError where there is one.
+    """
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    if threads > 1:
+        raise RuntimeError(f"{threads} threads run before the program: a package's .pth file starts them")
+    for number in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        if number > 2 and number != report:
+            with suppress(OSError):  # the listing's own, which is closed
+                os.close(number)
 
 
 def _limit(seconds: int, memory: int) -> None:
@@ -103,6 +118,7 @@ def _main() -> None:
     report, seconds, memory, parent = (int(argument) for argument in sys.argv[1:5])
     _die_with(parent)
     asked = json.load(sys.stdin)
+    _leave_behind(report)
     null = os.open("/dev/null", os.O_RDWR)
     _limit(seconds, memory)
     _prctl(_SET_DUMPABLE, 0, "dumps")  # the limit does not hold where the system hands them to a program
