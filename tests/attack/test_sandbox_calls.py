@@ -71,6 +71,12 @@ def test_another_architecture_ends_the_process(machine: str) -> None:
     assert {verdict(filter_, other, n) for other in others for n in (0, 20, 60, X32, 500)} == {KILL}
 
 
+def test_the_page_says_how_many_are_allowed() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text(encoding="utf-8")
+    by_arguments = sum(bool(call.rules) for call in calls.ALLOWED)
+    assert f"{len(calls.ALLOWED)} system calls, {by_arguments} of them with certain arguments only" in page
+
+
 @both
 def test_the_filter_is_one_that_the_kernel_takes(machine: str) -> None:
     filter_ = seccomp.program(machine)
