@@ -29,7 +29,7 @@ from emlocal.generation.tokenizing import text_tokens
 from emlocal.models.resolve import LocalModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
-from emlocal.text_pattern import longest_of
+from emlocal.text import longest_of
 from tests.batch.batches import settings
 from tests.tiny_gguf import (
     EMBEDDING,
