@@ -44,8 +44,8 @@ _MEMORY_HINT = "close other programs, raise ulimit -v, or give a smaller --conte
 
 
 def explained(error: Exception) -> EmlocalError:
-    """What nobody foresaw, as an error that people can read: the system's refusals by their names, and what is
-    left as a defect of emlocal."""
+    """What nobody foresaw, as an error that people can read: the system's refusals by their names, and what
+    is left as a defect of emlocal."""
     said = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return EmlocalError("memory ran out", _MEMORY_HINT)

@@ -90,6 +90,8 @@ def chat_file(name: str) -> Path:
     Raises UsageError for what no file can be called.
     """
     try:
+        if "\0" in name:
+            raise ValueError("it has a NUL character")
         path = Path(name).expanduser()
         if path.suffix == ".json" or len(path.parts) > 1 or path.is_file():
             path.exists()  # raises where the name is too long

@@ -83,7 +83,6 @@ class TerminalReader:
 
         self._history = KeptHistory(history)
         self._say_if_history_fails()
-        self._failure: Exception | None = None
         self._session: PromptSession[str] = PromptSession(
             history=self._history,
             completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
@@ -110,11 +109,11 @@ class TerminalReader:
                 continue
             except EOFError:
                 return None
-            except _EditorFailed:
+            except Exception as error:
                 failures += 1
                 if failures == _ATTEMPTS:
                     raise
-                console.warn(f"the line editor failed ({self._failure!r}) and begins again")
+                console.warn(f"the line editor failed ({error}) and begins again")
                 # what was typed is offered once more, unless that is what makes it fail
                 default = well_formed(self._session.default_buffer.text) if failures == 1 else ""
                 continue
@@ -130,10 +129,9 @@ class TerminalReader:
 
     def _end_editing(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """What was raised in the event loop ends the line that is being edited, not the chat."""
-        error, app = context.get("exception"), self._session.app
-        self._failure = error if isinstance(error, Exception) else RuntimeError(str(context.get("message")))
-        if app.is_running and not app.is_done:
-            app.exit(exception=_EditorFailed(str(self._failure)))
+        app = self._session.app
+        if app.is_running and not app.is_done:  # else the line is complete, and nothing is lost
+            app.exit(exception=context.get("exception") or RuntimeError(str(context.get("message"))))
 
     def _whole(self, text: str) -> str:
         whole = well_formed(text)
@@ -145,10 +143,6 @@ class TerminalReader:
         if self._history.failure:
             console.warn(f"no history over sessions: {self._history.failure}")
             self._history.failure = ""
-
-
-class _EditorFailed(Exception):  # noqa: N818
-    """An exception in the line editor's event loop."""
 
 
 def _bindings() -> "KeyBindings":
