@@ -72,7 +72,7 @@ class Journal:
             if not restart and _size(target) and not manifest_path(target).exists():
                 check_settings(path, None, settings)  # before a manifest is left beside a stranger's file
             if target.exists() and not manifest_path(target).exists():
-                with open(target, "rb+") as file:  # before a manifest is left beside another's output
+                with target.open("rb+") as file:  # before a manifest is left beside another's output
                     lock_output(file.fileno(), path)
             manifest = Manifest.lock(target, path)
             opened.callback(manifest.close)

@@ -154,8 +154,8 @@ class Batch:
         own = digest("bad" if bad else "line", content)[:16]
         times = self._seen.add(f"id {named}" if named is not None else f"content {own}")
         custom_id = named if named is not None else own if times == 1 else f"{own}-{times}"
-        # Where a given name is the very hash that names the same content without a name, the second of the two
-        # lines gets a key of its own. All other keys are those of earlier versions: their outputs go on.
+        # Where a given name is the very hash that names the same content without a name, the second of the
+        # two lines gets a key of its own. Other keys are those of earlier versions: their outputs go on.
         twin = (f"id {own}" if named is None else f"content {own}") if custom_id == own else None
         both = ("given" if named is not None else "made",) if twin is not None and twin in self._seen else ()
         key = digest(custom_id, content, str(times), self._settings.fingerprint, *both)

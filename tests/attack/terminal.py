@@ -17,7 +17,7 @@ PATIENCE = 20.0  # seconds until a test gives up
 
 
 class Terminal:
-    """`python -m emlocal ARGUMENTS` with a pseudo-terminal as stdin, stdout and stderr, until the block ends."""
+    """`python -m emlocal ARGUMENTS` with a pseudo-terminal as its three streams; it ends with the block."""
 
     def __init__(
         self, *arguments: str, folder: Path, prepare: Callable[[], None] | None = None, **variables: str
