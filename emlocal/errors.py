@@ -42,6 +42,8 @@ class CancelledError(Exception):
 
 _MEMORY_HINT = "close other programs, raise ulimit -v, or give a smaller --context, --parallel or model"
 
+_REFUSALS = ("cannot allocate memory", "failed to map segment", "start new thread")
+
 
 def explained(error: Exception) -> EmlocalError:
     """What nobody foresaw, as an error that people can read: the system's refusals by their names, and what
@@ -49,8 +51,9 @@ def explained(error: Exception) -> EmlocalError:
     said = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return EmlocalError("memory ran out", _MEMORY_HINT)
-    if any(part in said for part in ("cannot allocate memory", "failed to map segment", "start new thread")):
-        return EmlocalError(f"the system gives no more memory or threads: {said}", _MEMORY_HINT)
+    for line in said.splitlines():  # numpy says it among many others
+        if any(part in line for part in _REFUSALS):
+            return EmlocalError(f"the system gives no more memory or threads: {line}", _MEMORY_HINT)
     if isinstance(error, OSError):
         return EmlocalError(f"{error.filename or 'the output'}: {error.strerror or error}")
     if isinstance(error, RecursionError):
