@@ -34,7 +34,7 @@ def _open_streams() -> None:
     if sys.stdin is None:
         sys.stdin = os.fdopen(0, encoding="utf-8")
     if sys.stdout is None:
-        sys.stdout = TextIOWrapper(FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)  # type: ignore[arg-type]
+        sys.stdout = TextIOWrapper(FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8")
 

@@ -115,27 +115,39 @@ def lines_to(path: Path, *values: Any) -> str:
 
 def test_a_file_joined_with_one_made_from_an_earlier_output(model: str, tmp_path: Path) -> None:
     first = lines_to(tmp_path / "a.jsonl", {"prompt": "hello"})
-    assert run(model, tmp_path, "batch", first, "-o", "a.out").returncode == 0
+    assert run(model, tmp_path, "batch", first, "-o", "a.out", "--parallel", "1").returncode == 0
     own = written(tmp_path / "a.out")[0]["custom_id"]
     joined = lines_to(
         tmp_path / "b.jsonl", {"prompt": "hello"}, {"custom_id": own, "prompt": "hello"}, {"prompt": "after"}
     )
     for _ in range(2):
-        done = run(model, tmp_path, "batch", joined, "-o", "b.out")
+        done = run(model, tmp_path, "batch", joined, "-o", "b.out", "--parallel", "1")
         assert done.returncode == 0, done.stderr
         assert len(written(tmp_path / "b.out")) == 3
     assert (
-        run(model, tmp_path, "batch", joined, "-o", "a.out").returncode == 0
+        run(model, tmp_path, "batch", joined, "-o", "a.out", "--parallel", "1").returncode == 0
     )  # begun with the first line alone
     assert len(written(tmp_path / "a.out")) == 3
 
 
 CLOSED = ["<&-", ">&-", "2>&-", "<&- 2>&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"]
+QUICK = [
+    ("batch", "2>&-"),
+    ("batch", CLOSED[-1]),
+    ("generate", ">&-"),
+    ("generate", CLOSED[-1]),
+    ("chat", "<&-"),
+]
+SLOW = [
+    pytest.param(command, closed, marks=pytest.mark.attack)
+    for command in ("batch", "generate", "chat")
+    for closed in CLOSED
+    if (command, closed) not in QUICK
+]
 
 
-@pytest.mark.parametrize("closed", CLOSED)
-@pytest.mark.parametrize("command", ["batch", "generate", "chat"])
-def test_closed_descriptors(model: str, tmp_path: Path, closed: str, command: str) -> None:
+@pytest.mark.parametrize(("command", "closed"), [*QUICK, *SLOW])
+def test_closed_descriptors(model: str, tmp_path: Path, command: str, closed: str) -> None:
     lines = lines_to(tmp_path / "a.jsonl", *({"prompt": f"say {i}"} for i in range(3)))
     more = {"batch": [lines, "-o", "out", "--parallel", "1"], "generate": ["hi"], "chat": []}[command]
     done = run(model, tmp_path, command, *more, shell=closed, input="hello\n")
@@ -180,7 +192,7 @@ def test_an_output_that_was_not_ordered_becomes_so(model: str, tmp_path: Path) -
     lines = lines_to(tmp_path / "a.jsonl", stranger, *reversed(values))
     assert run(model, tmp_path, "batch", lines, "-o", "out", "--parallel", "1").returncode == 0
     lines_to(tmp_path / "a.jsonl", *values)
-    assert run(model, tmp_path, "batch", lines, "-o", "out", "--ordered").returncode == 0
+    assert run(model, tmp_path, "batch", lines, "-o", "out", "--ordered", "--parallel", "1").returncode == 0
     assert [row["custom_id"] for row in written(tmp_path / "out")] == [*"012345", "other"]
 
 
