@@ -49,8 +49,10 @@ def main() -> None:
     _say(("text", "ready"))
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        with _alarm(), _memory(_characters(asked)):
-            _say(_worked_on(asked))
+        with _alarm():
+            with _memory(_characters(asked)):
+                outcome = _worked_on(asked)
+            _say(outcome)
 
 
 def _worked_on(asked: Mapping[str, Any]) -> Outcome:
@@ -60,7 +62,7 @@ def _worked_on(asked: Mapping[str, Any]) -> Outcome:
 
 
 def _say(outcome: Outcome) -> None:
-    sys.stdout.buffer.write(json.dumps(outcome).encode() + b"\n")
+    sys.stdout.buffer.write(json.dumps(outcome, ensure_ascii=False).encode() + b"\n")
     sys.stdout.buffer.flush()
 
 
@@ -147,7 +149,9 @@ def rendered(template: str, messages: Sequence[Mapping[str, Any]], values: Mappi
             size += len(part)
             if size > limit:
                 raise _Exceeded(f"more than {limit:,} characters")
-        return "".join(parts)
+        whole = "".join(parts)
+        whole.encode()  # half a character ("\\ud800") has no bytes, so no tokens either
+        return whole
 
     return _outcome(text)
 
