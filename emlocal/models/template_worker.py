@@ -121,9 +121,11 @@ def watched(most: int) -> Iterator[None]:
     unit = 1 if sys.platform == "darwin" else 1024
 
     def look(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != "<template>":
+            return None
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > most:
             raise MemoryError
-        return look if frame.f_code.co_filename == "<template>" else None
+        return look
 
     outer = sys.gettrace()
     sys.settrace(look)

@@ -2,7 +2,7 @@
 
 # ruff: noqa: E501 (templates stand on one line, as models write them)
 
-SIXTY = "{{% set ns = namespace(a=[1], b=[1]) %}}{{% for i in range(60) %}}{{% set ns.a = {0} %}}{{% set ns.b = {1} %}}{{% endfor %}}"
+SIXTY = "{{% set ns = namespace(a=(1,), b=(1,)) %}}{{% for i in range(60) %}}{{% set ns.a = {0} %}}{{% set ns.b = {1} %}}{{% endfor %}}"
 
 
 def grown(form: str) -> str:

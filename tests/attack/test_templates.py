@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 import pytest
 
+from emlocal.errors import UsageError
 from emlocal.models.template_worker import MAX_MEMORY, MAX_MESSAGE, MAX_SECONDS
-from tests.attack.templates import BUILDS, COMPILATION, INTERNALS, SAYING, attacks
+from emlocal.models.templates import render
+from tests.attack.templates import BUILDS, SAYING, attacks
 
 SECRET = "a-secret-of-the-environment"
 ROOM = 25_000_000  # bytes of Python's own program and libraries, which the limit does not count
 WALK = f"""
 import json, resource, sys, time
 from emlocal.errors import ModelError, UsageError
-from emlocal.models import template_process
+from emlocal.models import template_process, templates
 from emlocal.models.templates import render
 template_process.MAX_SECONDS = float(sys.argv[1])
-own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name, template in json.load(sys.stdin).items():
     started = time.monotonic()
     try:
@@ -31,8 +32,6 @@ for name, template in json.load(sys.stdin).items():
     clean = kind == "text" or (said.isprintable() and len(said) < {MAX_MESSAGE} + 100)
     seconds = time.monotonic() - started
     print(json.dumps([name, kind, said[:1000], clean, "{SECRET}" in said, seconds]), flush=True)
-template_process.TemplateProcess().close()
-from emlocal.models import templates
 templates._process.close()  # so that the system has counted it
 unit = 1 if sys.platform == "darwin" else 1024
 print(json.dumps([resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit]))
@@ -84,3 +83,41 @@ def test_all_attacks() -> None:
     for name, one in sorted(told.items(), key=lambda item: item[1].seconds):
         print(f"{one.seconds:6.2f} s  {name}: {one.kind}, {one.said[:100]!r}")
     print(f"peak {peak / 1e6:.0f} MB")
+
+
+def test_one_of_each_kind() -> None:
+    """A part of each family, with less time than the two seconds."""
+    every = attacks()
+    builds = list(BUILDS)
+    chosen = {name: text for name, text in every.items() if name.split(": ")[0] in ("internals", "saying")}
+    uses = [name.split(": ")[1] for name in every if name.startswith(f"shared {builds[0]}: ")]
+    for i, use in enumerate(uses[::3]):
+        name = f"shared {builds[i % len(builds)]}: {use}"
+        chosen[name] = every[name]
+    for family in ("strings", "integers", "loops", "compilation"):
+        members = [name for name in every if name.startswith(f"{family}: ")]
+        chosen |= {name: every[name] for name in members[::5]}
+    told, peak = walk(chosen, 0.2, 300)
+    check(told, peak, 0.2)
+    assert len(chosen) > 190
+    kinds = {one.kind for one in told.values()}
+    assert kinds == {"text", "refused", "error"}
+    assert any("more than 0.2 seconds" in one.said for one in told.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("escapes", "�]0;title��[31mred"),
+        ("controls", "a ��\ufffd31mb"),
+        ("long", "a" * (MAX_MESSAGE - 1) + "…"),
+        ("long, of lines", ("a " * MAX_MESSAGE)[: MAX_MESSAGE - 1] + "…"),
+        ("half a character", "�"),
+        ("the other way", "a�b"),
+        ("none", "None"),
+    ],
+)
+def test_what_a_template_says_is_one_short_line(name: str, shown: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        render(SAYING[name], [{"role": "user", "content": "hi"}])
+    assert caught.value.message == f"the model's chat template refuses this conversation: {shown}"
