@@ -25,6 +25,7 @@ MAX_CHARACTERS = 4_000_000
 MAX_MEMORY = 200_000_000  # bytes that the process may hold, and _BYTES_A_CHARACTER for the conversation
 MAX_OPERAND = 1_000_000  # of `*`, `**` and `%`, with which a few characters make gigabytes
 MAX_MESSAGE = 300  # characters of what a template or its failure says
+_PROGRAM = 15_000_000  # bytes of Python itself, which is no data and does not count for the system
 _BYTES_A_CHARACTER = 16  # twice its length may be written, is held as pieces and as a whole, of 4 bytes each
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "translate", "encode"})
 _PADDING_FILTERS = ("center", "format", "indent", "wordwrap", "urlize", "pprint", "xmlattr")
@@ -105,7 +106,7 @@ def _memory(characters: int) -> Iterator[None]:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        finite = [limit for limit in (soft, hard, most) if limit != resource.RLIM_INFINITY]
+        finite = [limit for limit in (soft, hard, most - _PROGRAM) if limit != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min(finite), hard))
         try:
             yield

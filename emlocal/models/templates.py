@@ -40,14 +40,16 @@ def _known() -> frozenset[str]:
         return frozenset(entry["digest"] for entry in tomllib.load(file)["template"])
 
 
-def prepare(template: str | None) -> None:
-    """Compile a template, or start its process, before it is needed. Whatever is wrong, `render` says."""
-    if template is None:
-        return
-    if is_known(template):
-        prepared(template)
-    else:
+def start_process(template: str | None) -> None:
+    """Start what a stranger's template will need, as early as it is known: it takes a while. Raises nothing."""
+    if template is not None and not is_known(template):
         _process.prepare(template)
+
+
+def prepare(template: str | None) -> None:
+    """Compile a known template before it is needed. Raises nothing."""
+    if template is not None and is_known(template):
+        prepared(template)
 
 
 def render(

@@ -64,6 +64,7 @@ class TestKnownTemplates:
     def test_they_need_no_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(templates, "_process", None)
         assert is_known(QWEN)
+        templates.start_process(QWEN)
         templates.prepare(QWEN)
         assert render(QWEN, HI).endswith("<|im_start|>assistant\n")
 
@@ -294,7 +295,7 @@ class TestHardPlaces:
     def test_it_cannot_be_started(self, limit: str, why: str) -> None:
         code = (
             f"said(); templates._process.close(); import resource; {limit}\n"
-            "from emlocal.models.templates import prepare\nprepare(ECHO)\n"
+            "templates.start_process(ECHO)\n"
             "try:\n    render(ECHO, HI)\n"
             "except EmlocalError as error:\n    print(error.message); print(error.hint)\n"
         )
