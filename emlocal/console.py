@@ -35,7 +35,7 @@ def out() -> "Console":
 
 
 def _console(**settings: Any) -> "Console":
-    """A console on which nothing that is said can be an escape code: messages quote files, names and templates."""
+    """A console on which nothing can be an escape code: messages quote files, names and templates."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 

@@ -41,7 +41,9 @@ class TemplateProcess:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owed: list[str | None] = []  # what it has still to say: that it is ready (None), has compiled one
+        self._owed: list[
+            str | None
+        ] = []  # what it has still to say: that it is ready (None), has compiled one
         self._ended_for = ""
 
     @property
@@ -64,8 +66,8 @@ class TemplateProcess:
     def ask(self, asked: Mapping[str, Any]) -> Outcome:
         """What comes of {"template", "messages", "values"}.
 
-        Raises EmlocalError where the process cannot be started, CancelledError where `interruptible` was asked
-        to stop.
+        Raises EmlocalError where the process cannot be started, CancelledError where `interruptible` was
+        asked to stop.
         """
         line = _line(asked)
         with self._lock:
@@ -120,7 +122,7 @@ class TemplateProcess:
         self._owed = [None]
 
     def _exchange(self, line: bytes, seconds: float) -> Outcome | None:
-        """Send a line, and hear one; None where the process ended, or was ended: too slow. Raises CancelledError."""
+        """Send a line, and hear one; None: the process ended, or was too slow. Raises CancelledError."""
         assert self._process is not None
         assert self._process.stdout is not None
         self._ended_for = ""
@@ -180,7 +182,7 @@ class TemplateProcess:
         return process.wait()
 
     def _leave_to_the_parent(self) -> None:
-        """After a fork: the child's ends of the pipes would keep the process alive when the parent is gone."""
+        """After a fork: the child's ends of the pipes would keep the process alive without its parent."""
         if self._process is not None:
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None

@@ -1,13 +1,13 @@
 """The process in which a stranger's chat template is rendered, and the environment that all are rendered in.
 
-A line of JSON comes in, one goes out: see `main`. The process imports Jinja and nothing else of weight. What one
-call can do without end (compare lists that share their parts, say) nothing inside the process can stop, so
-its limits are the system's: memory while a template runs, and an alarm. `templates.py` starts the process, and
-ends it when the time is up.
+A line of JSON comes in, one goes out: see `main`. The process imports Jinja and nothing else of weight. What
+one call can do without end (compare lists that share their parts, say) nothing inside the process can stop,
+so its limits are the system's: memory while a template runs, and an alarm. `template_process.py` starts the
+process, and ends it when the time is up.
 
 The environment is the one that the Hugging Face templates are written for: trim_blocks, lstrip_blocks, loop
-controls, `raise_exception`, `strftime_now`, `tojson`. It is Jinja's immutable sandbox: no attribute tricks. What
-makes gigabytes out of a few characters is refused at once, because the limits are slower to say so.
+controls, `raise_exception`, `strftime_now`, `tojson`. It is Jinja's immutable sandbox: no attribute tricks.
+What makes gigabytes out of a few characters is refused at once, because the limits are slower to say so.
 """
 
 import datetime
@@ -93,7 +93,7 @@ def _alarm() -> Iterator[None]:
 def _memory(characters: int) -> Iterator[None]:
     """Raise MemoryError where this process grows beyond what a conversation of so many characters may take.
 
-    macOS knows the limit but does not hold anybody to it: there memory is looked at between the template's lines.
+    macOS knows the limit but holds nobody to it: there memory is looked at between the template's lines.
     Windows has no such limit; the time bound serves alone.
     """
     most = MAX_MEMORY + _BYTES_A_CHARACTER * characters
@@ -142,7 +142,7 @@ def prepared(template: str) -> Outcome:
 
 
 def rendered(template: str, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> Outcome:
-    """What comes of a template in this process, whatever it does; only time and memory are not bounded here."""
+    """What comes of a template in this process. Its text is bounded here; time and memory are not."""
     limit = MAX_CHARACTERS + 2 * sum(len(m["content"]) for m in messages)
 
     def text() -> str:

@@ -1,8 +1,8 @@
 """Chat templates: a model's own Jinja program that turns messages into its prompt.
 
-A template comes out of a downloaded file, so it is treated as hostile: it is rendered in a process of its own with
-bounds on time, output and memory, which stays from turn to turn (template_process.py). Templates that are known by
-their digest (known_templates.toml) are rendered here, without a process: somebody has read them, and they end.
+A template comes out of a downloaded file, so it is treated as hostile: it is rendered in a process of its own
+with bounds on time, output and memory, which stays from turn to turn (template_process.py). Templates that
+are known by their digest (known_templates.toml) are rendered here: somebody has read them, and they end.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def _known() -> frozenset[str]:
 
 
 def start_process(template: str | None) -> None:
-    """Start what a stranger's template will need, as early as it is known: it takes a while. Raises nothing."""
+    """Start what a stranger's template needs, as early as it is known: it takes a while. Raises nothing."""
     if template is not None and not is_known(template):
         _process.prepare(template)
 

@@ -153,15 +153,22 @@ INTEGERS = {
 
 LOOPS = {
     "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "nested, in an expression": "{{ range(99999) | map('string') | map('list') | map('length') | list | length }}" * 99,
+    "nested, in an expression": "{{ range(99999) | map('string') | map('list') | map('length') | list | length }}"
+    * 99,
     "recursive loop": "{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
     "recursive loop, wide": "{% for i in range(999) recursive %}{{ loop(range(999)) if loop.depth < 9 }}{% endfor %}",
     "macro calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "macro calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "macros call each other": "{% macro a(n) %}{{ b(n) }}{% endmacro %}{% macro b(n) %}{{ a(n) }}{% endmacro %}{{ a(1) }}",
     "macro doubles": "{% macro m(x, n) %}{{ m(x ~ x, n - 1) if n else x }}{% endmacro %}{{ m('aaaa', 60) }}",
-    "call block": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}" + "{% call m() %}" * 18 + "x" + "{% endcall %}" * 18,
-    "call block, text": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}" + "{% call m() %}" * 18 + "{{ 'a' * 9999 }}" + "{% endcall %}" * 18,
+    "call block": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call m() %}" * 18
+    + "x"
+    + "{% endcall %}" * 18,
+    "call block, text": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call m() %}" * 18
+    + "{{ 'a' * 9999 }}"
+    + "{% endcall %}" * 18,
     "block shows itself": "{% block b %}{{ self.b() }}{{ self.b() }}{% endblock %}",
     "blocks show each other": "{% block a %}{{ self.b() }}{% endblock %}{% block b %}{{ self.a() }}{% endblock %}",
     "filter block": "{% for i in range(9999) %}{% filter upper %}{{ 'a' * 1000000 }}{% endfilter %}{% endfor %}",
@@ -431,4 +438,6 @@ def attacks() -> dict[str, str]:
         "internals": INTERNALS,
         "saying": SAYING,
     }
-    return {f"{family}: {name}": text for family, members in families.items() for name, text in members.items()}
+    return {
+        f"{family}: {name}": text for family, members in families.items() for name, text in members.items()
+    }

@@ -13,7 +13,7 @@ from emlocal.models.template_worker import MAX_MEMORY, MAX_MESSAGE, MAX_SECONDS
 from emlocal.models.templates import render
 from tests.attack.templates import BUILDS, SAYING, attacks
 
-SECRET = "a-secret-of-the-environment"
+HIDDEN = "what-the-environment-holds"
 WALK = f"""
 import json, resource, sys, time
 from emlocal.errors import ModelError, UsageError
@@ -30,7 +30,7 @@ for name, template in json.load(sys.stdin).items():
         kind, said = "error", why.message
     clean = kind == "text" or (said.isprintable() and len(said) < {MAX_MESSAGE} + 100)
     seconds = time.monotonic() - started
-    print(json.dumps([name, kind, said[:1000], clean, "{SECRET}" in said, seconds]), flush=True)
+    print(json.dumps([name, kind, said[:1000], clean, "{HIDDEN}" in said, seconds]), flush=True)
 templates._process.close()  # so that the system has counted it
 unit = 1 if sys.platform == "darwin" else 1024
 print(json.dumps([resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit]))
@@ -57,7 +57,7 @@ def walk(templates: dict[str, str], seconds: float, timeout: float) -> tuple[dic
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "EM_SECRET": SECRET},
+        env={**os.environ, "EM_HIDDEN": HIDDEN},
     )
     *told, [peak] = (json.loads(line) for line in done.stdout.splitlines() or ["[0]"])
     assert done.returncode == 0, (told[-1:], done.stderr[-1000:])

@@ -173,7 +173,9 @@ class TestTheProcess:
 
     def test_where_memory_is_only_looked_at(self) -> None:
         """As on macOS, where the system holds nobody to a limit."""
-        loop = "{% set ns = namespace(x=messages) %}{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}"
+        loop = (
+            "{% set ns = namespace(x=messages) %}{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}"
+        )
         with watched(1 << 50):
             assert rendered(loop, HI, {}) == ("text", "")
         with watched(1):
