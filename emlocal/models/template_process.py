@@ -117,7 +117,7 @@ class TemplateProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us
+            process_group=0,  # Ctrl-C is for us; a session of its own would wait longer for a busy processor
         )
         self._owed = [None]
 
