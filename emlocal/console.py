@@ -24,18 +24,31 @@ _NO_WIDTH = 1000  # a pipe has no columns; no table of ours is wider
 @cache
 def err() -> "Console":
     """The console of stderr."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 @cache
 def out() -> "Console":
     """The console of stdout, for tables; an answer's text is written with `write`."""
-    from rich.console import Console
-
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
+    return _console(soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
+
+
+def _console(**settings: Any) -> "Console":
+    """A console on which nothing can be an escape code: messages quote files, names and templates."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                text, style, control = segment
+                plain = control is not None or text.isprintable() or text == "\n"
+                yield segment if plain else Segment(harmless(text), style)
+
+    return Harmless(highlight=False, **settings)
 
 
 def note(text: str) -> None:

@@ -19,6 +19,7 @@ from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
 from emlocal.models.resolve import FolderModel, Model, resolve
+from emlocal.models.templates import start_process
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
@@ -66,6 +67,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         model = resolve(
             options.model, formats=formats_of(name), offline=bool(options.offline), progress=progress
         )
+    start_process(model.header.chat_template)
     adapters = tuple(_adapter(text, model, name, quiet) for text in options.adapter or [])
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
