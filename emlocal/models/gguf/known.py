@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emlocal import __version__
-from emlocal.errors import EmlocalError
+from emlocal.errors import EmlocalError, ModelError
 from emlocal.files import atomic_writer
 from emlocal.models.gguf.header import MAX_HEADER_BYTES, ArrayRef, GGUFHeader
 from emlocal.models.gguf.types import STRING
 from emlocal.models.paths import cache_dir
+from emlocal.models.regular import open_regular
 
 CHECKS = 1  # one more whenever the reader or the checks of the vocabulary change within a version
 LARGE = 10_000  # tokens; fewer are checked in no time
@@ -41,12 +42,12 @@ def recall(path: Path) -> Known | None:
     if not isinstance(length, int) or not 0 < length <= MAX_HEADER_BYTES or not isinstance(extents, dict):
         return None
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if length > file.seek(0, 2):
                 return None
             file.seek(0)
             data = bytearray(file.read(length))
-    except OSError:  # whoever reads the file next says why
+    except (OSError, ModelError):  # whoever reads the file next says why
         return None
     return Known(data, extents) if _digest(data, extents) == digest else None
 

@@ -1,0 +1,124 @@
+"""Sound models with one thing changed: each key that llama.cpp knows, and each tensor, alone."""
+
+import re
+import struct
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from tests.tiny_architectures import architecture_metadata, architecture_tensors, general_architecture
+from tests.tiny_gguf import (
+    BOOL,
+    U32,
+    U64,
+    Value,
+    array,
+    boolean,
+    build,
+    f32,
+    floats,
+    i32,
+    ints,
+    strings,
+    text,
+    u16,
+    u32,
+)
+
+INTEGERS = (
+    *(
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        12,
+        16,
+        20,
+        31,
+        32,
+        33,
+        63,
+        64,
+        65,
+        128,
+        255,
+        256,
+        294,
+        512,
+        513,
+        1024,
+        1025,
+    ),
+    *(1 << 16, (1 << 20) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1),
+)
+FLOATS = (0.0, -0.0, -1.0, 0.5, 1.0, 1e-45, 1e30, 3e38, -3e38, float("inf"), float("-inf"), float("nan"))
+TEXTS = (
+    "",
+    "x",
+    "none",
+    "linear",
+    "yarn",
+    "longrope",
+    "llama",
+    "gpt2",
+    "bert",
+    "rwkv",
+    "plamo2",
+    "t5",
+    "A\0B",
+)
+LENGTHS = (0, 1, 2, 4, 294, 513)
+KEY_OF_AN_ARCHITECTURE = re.compile(rb"(?<=\0)%s\.([a-z0-9_.]*[a-z0-9_])(?=\0)")
+KEY_OF_ALL = re.compile(rb"(?<=\0)(?:tokenizer|general|split|xielu)\.[a-z0-9_.]*[a-z0-9_](?=\0)")
+
+
+@cache
+def values() -> dict[str, Value]:
+    """What a key can be set to, by a name for messages: each type, edges and nonsense."""
+    found: dict[str, Value] = {f"u32 {n}": u32(n) for n in INTEGERS}
+    found |= {f"f32 {n}": f32(n) for n in FLOATS}
+    found |= {f"bool {n}": boolean(n) for n in (0, 1)}
+    found |= {f"text {t!r}": text(t) for t in TEXTS}
+    found |= {f"i32 {n}": i32(n) for n in (-1, 0, 1, -(1 << 31))}
+    found |= {
+        "u16 1": u16(1),
+        "u64 1": (U64, struct.pack("<Q", 1)),
+        "u64 1<<63": (U64, struct.pack("<Q", 1 << 63)),
+    }
+    for n in LENGTHS:
+        for number in (-1, 0, 1, 7):
+            found[f"[i32 {number}] * {n}"] = ints([number] * n)
+        found[f"[u32 1] * {n}"] = array(U32, struct.pack("<I", 1) * n, n)
+        for flag in (0, 1):
+            found[f"[bool {flag}] * {n}"] = array(BOOL, bytes([flag]) * n, n)
+        for real in (1.0, float("nan")):
+            found[f"[f32 {real}] * {n}"] = floats([real] * n)
+        found[f"['a'] * {n}"] = strings(["a"] * n)
+    return found
+
+
+@cache
+def keys_of_llama_cpp() -> tuple[str, ...]:
+    """All keys in the installed library's own table; `%s.` stands for the architecture."""
+    import llama_cpp
+
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    raw = next(p for p in sorted(folder.iterdir()) if p.stem in ("libllama", "llama")).read_bytes()
+    own = {f"%s.{match[1].decode()}" for match in KEY_OF_AN_ARCHITECTURE.finditer(raw)}
+    return (*sorted(own), *sorted({match[0].decode() for match in KEY_OF_ALL.finditer(raw)}))
+
+
+def with_one_key_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
+    """(what was done, the file) for every key that llama.cpp knows and every value, and without the key."""
+    metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
+    for name in keys_of_llama_cpp():
+        key = name.replace("%s", general_architecture(architecture))
+        if key in metadata:
+            yield f"{architecture}: no {key}", build({k: v for k, v in metadata.items() if k != key}, tensors)
+        for label, value in values().items():
+            yield f"{architecture}: {key} = {label}", build(metadata | {key: value}, tensors)
