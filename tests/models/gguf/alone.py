@@ -4,8 +4,10 @@ import re
 import struct
 from collections.abc import Iterator
 from functools import cache
+from math import prod
 from pathlib import Path
 
+from emlocal.models.gguf.types import TENSOR_TYPES
 from tests.tiny_architectures import architecture_metadata, architecture_tensors, general_architecture
 from tests.tiny_gguf import (
     BOOL,
@@ -57,6 +59,8 @@ INTEGERS = (
     *(1 << 16, (1 << 20) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1),
 )
 FLOATS = (0.0, -0.0, -1.0, 0.5, 1.0, 1e-45, 1e30, 3e38, -3e38, float("inf"), float("-inf"), float("nan"))
+FILLS = (0x00, 0x7F, 0xFF)
+SHAPES = ((1,), (4,), (8,), (16,), (32,), (64,), (32, 32), (32, 64), (64, 32), (32, 294))
 TEXTS = (
     "",
     "x",
@@ -74,6 +78,7 @@ TEXTS = (
 )
 LENGTHS = (0, 1, 2, 4, 294, 513)
 KEY_OF_AN_ARCHITECTURE = re.compile(rb"(?<=\0)%s\.([a-z0-9_.]*[a-z0-9_])(?=\0)")
+TENSOR = re.compile(rb"(?<=\0)(?:blk\.%d\.|output|token_|rope_|per_layer_)[a-z0-9_.]*[a-z0-9_](?=\0)")
 KEY_OF_ALL = re.compile(rb"(?<=\0)(?:tokenizer|general|split|xielu)\.[a-z0-9_.]*[a-z0-9_](?=\0)")
 
 
@@ -105,12 +110,24 @@ def values() -> dict[str, Value]:
 @cache
 def keys_of_llama_cpp() -> tuple[str, ...]:
     """All keys in the installed library's own table; `%s.` stands for the architecture."""
+    raw = _library()
+    own = {f"%s.{match[1].decode()}" for match in KEY_OF_AN_ARCHITECTURE.finditer(raw)}
+    return (*sorted(own), *sorted({match[0].decode() for match in KEY_OF_ALL.finditer(raw)}))
+
+
+@cache
+def tensors_of_llama_cpp() -> tuple[str, ...]:
+    """Names of tensors in the installed library's own table, without ".weight" and the like."""
+    raw = _library()
+    return tuple(sorted({m[0].decode() for m in TENSOR.finditer(raw)}))
+
+
+@cache
+def _library() -> bytes:
     import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"
-    raw = next(p for p in sorted(folder.iterdir()) if p.stem in ("libllama", "llama")).read_bytes()
-    own = {f"%s.{match[1].decode()}" for match in KEY_OF_AN_ARCHITECTURE.finditer(raw)}
-    return (*sorted(own), *sorted({match[0].decode() for match in KEY_OF_ALL.finditer(raw)}))
+    return next(p for p in sorted(folder.iterdir()) if p.stem in ("libllama", "llama")).read_bytes()
 
 
 def with_one_key_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
@@ -122,3 +139,30 @@ def with_one_key_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
             yield f"{architecture}: no {key}", build({k: v for k, v in metadata.items() if k != key}, tensors)
         for label, value in values().items():
             yield f"{architecture}: {key} = {label}", build(metadata | {key: value}, tensors)
+
+
+def with_one_tensor_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
+    """(what was done, the file): each tensor gone, of each type, turned over, of nonsense; each other added."""
+    metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
+    for index, tensor in enumerate(tensors):
+        others = [*tensors[:index], *tensors[index + 1 :]]
+        changed = {"gone": None, "turned": replace(tensor, shape=tensor.shape[::-1])}
+        changed |= {f"of {fill:#x}": replace(tensor, data=bytes([fill]) * len(tensor.data)) for fill in FILLS}
+        for code, (name, block, size) in TENSOR_TYPES.items():
+            if tensor.shape[0] % block == 0:
+                data = bytes(prod(tensor.shape) // block * size)
+                changed[f"of type {name}"] = replace(tensor, type=code, data=data)
+        for label, new in changed.items():
+            put = [*tensors[:index], new, *tensors[index + 1 :]] if new is not None else others
+            yield f"{architecture}: {tensor.name} {label}", build(metadata, put)
+    there = {tensor.name for tensor in tensors}
+    for stem in tensors_of_llama_cpp():
+        for suffix in (".weight", ".bias", ".scale", ".input_scale"):
+            name = stem.replace("%d", "0") + suffix
+            for shape in SHAPES if name not in there else ():
+                for code, bytes_each in ((GGML_F32, 4), (GGML_F16, 2)):
+                    new = Tensor(name, shape, bytes(prod(shape) * bytes_each), code)
+                    yield (
+                        f"{architecture}: {name} {shape} type {code} added",
+                        build(metadata, [*tensors, new]),
+                    )
