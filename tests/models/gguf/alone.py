@@ -3,6 +3,7 @@
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -11,8 +12,11 @@ from emlocal.models.gguf.types import TENSOR_TYPES
 from tests.tiny_architectures import architecture_metadata, architecture_tensors, general_architecture
 from tests.tiny_gguf import (
     BOOL,
+    GGML_F16,
+    GGML_F32,
     U32,
     U64,
+    Tensor,
     Value,
     array,
     boolean,
@@ -79,6 +83,14 @@ TEXTS = (
 LENGTHS = (0, 1, 2, 4, 294, 513)
 KEY_OF_AN_ARCHITECTURE = re.compile(rb"(?<=\0)%s\.([a-z0-9_.]*[a-z0-9_])(?=\0)")
 TENSOR = re.compile(rb"(?<=\0)(?:blk\.%d\.|output|token_|rope_|per_layer_)[a-z0-9_.]*[a-z0-9_](?=\0)")
+SHORT_TENSORS = {
+    *(f"blk.%d.{name}" for name in ("attn_q", "attn_k", "attn_v", "attn_norm", "ffn_norm")),
+    *(
+        f"blk.%d.{name}"
+        for name in ("ffn_gate", "ffn_up", "ffn_down", "ffn_gate.0", "ffn_up.0", "ffn_down.0")
+    ),
+    *("output", "output_norm", "token_embd", "position_embd", "dense_2", "dense_3", "cls", "cls.output"),
+}
 KEY_OF_ALL = re.compile(rb"(?<=\0)(?:tokenizer|general|split|xielu)\.[a-z0-9_.]*[a-z0-9_](?=\0)")
 
 
@@ -117,9 +129,11 @@ def keys_of_llama_cpp() -> tuple[str, ...]:
 
 @cache
 def tensors_of_llama_cpp() -> tuple[str, ...]:
-    """Names of tensors in the installed library's own table, without ".weight" and the like."""
-    raw = _library()
-    return tuple(sorted({m[0].decode() for m in TENSOR.finditer(raw)}))
+    """Names of tensors in the installed library's own table, without ".weight" and the like.
+
+    The compiler keeps the shortest elsewhere, so these are named here.
+    """
+    return tuple(sorted({m[0].decode() for m in TENSOR.finditer(_library())} | SHORT_TENSORS))
 
 
 @cache
@@ -142,7 +156,7 @@ def with_one_key_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
 
 
 def with_one_tensor_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
-    """(what was done, the file): each tensor gone, of each type, turned over, of nonsense; each other added."""
+    """(what was done, the file): each tensor gone, of each type, turned over, of nonsense; others added."""
     metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
     for index, tensor in enumerate(tensors):
         others = [*tensors[:index], *tensors[index + 1 :]]
@@ -162,7 +176,5 @@ def with_one_tensor_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
             for shape in SHAPES if name not in there else ():
                 for code, bytes_each in ((GGML_F32, 4), (GGML_F16, 2)):
                     new = Tensor(name, shape, bytes(prod(shape) * bytes_each), code)
-                    yield (
-                        f"{architecture}: {name} {shape} type {code} added",
-                        build(metadata, [*tensors, new]),
-                    )
+                    label = f"{architecture}: {name} {shape} of type {code} added"
+                    yield label, build(metadata, [*tensors, new])
