@@ -212,8 +212,8 @@ def _check_sizes(header: GGUFHeader) -> None:
 def _check_heads(header: GGUFHeader) -> None:
     """ggml asserts that query heads are a multiple of key heads and that rotated sizes are even and fit.
 
-    A rotated size of 0 makes its kernel run for ever. The graphs of the checked architectures take the first
-    layer's heads for all, and the cache each layer's own.
+    A rotated size of 0 makes its kernel run for ever (ggml-cpu/ops.cpp:6355). The graphs of the checked
+    architectures take the first layer's heads for all, and the cache each layer's own.
     """
     architecture, embedding = header.architecture, header.embedding_length
     heads, heads_kv = header.head_count, header.head_count_kv
@@ -236,6 +236,9 @@ def _check_heads(header: GGUFHeader) -> None:
     rotated = in_range(header, "rope.dimension_count", 2, keys)
     if (keys if rotated is None else rotated) % 2 and architecture != "gpt2":
         raise unusable(header.path, f"rope.dimension_count is {rotated or keys}, an odd number")
+    most = max(keys, header.integer("attention.key_length_swa") or 0)
+    if (in_range(header, "rope.dimension_count_swa", 2, most) or 0) % 2:
+        raise unusable(header.path, "rope.dimension_count_swa is an odd number")
     said = f"attention heads have keys of {keys}, values of {values} and rotate {rotated or keys}"
     one_size = keys == values == (rotated or keys)
     if (architecture in UNIFORM_HEADS and not one_size) or (
@@ -249,23 +252,19 @@ def _check_heads(header: GGUFHeader) -> None:
 def _check_windows(header: GGUFHeader) -> None:
     """Layers with a window have keys of their own, which these graphs make as large as all others.
 
-    llama-model.cpp:2807 asserts that a model with a window has a layer with it; a rotated size is as in
-    `_check_heads` (ggml-cpu/ops.cpp:6355).
+    llama-model.cpp:2807 asserts that a model with a window has a layer with it.
     """
     sizes = {"attention.key_length": header.key_length, "attention.value_length": header.value_length}
     for name, size in sizes.items():
         own = header.integer(f"{name}_swa")
         if own not in (None, size):
             raise unusable(header.path, f"{name}_swa is {own}, but heads without a window have {size}")
-    rotated = in_range(header, "rope.dimension_count_swa", 2, header.key_length)
-    if rotated is not None and rotated % 2:
-        raise unusable(header.path, f"rope.dimension_count_swa is {rotated}, an odd number")
     if header.architecture == "gemma3" and not header.integer("attention.sliding_window"):
         return
     pattern = header.value("attention.sliding_window_pattern")
     some = any(pattern[: header.block_count]) if isinstance(pattern, tuple) else pattern != 1
     if not some or (isinstance(pattern, tuple) and len(pattern) > MAX_LAYERS):
-        told = _told(pattern or 0)
+        told = _told(1 if pattern is None else pattern)
         raise unusable(header.path, f"attention.sliding_window_pattern is {told}: no layer has a window")
 
 

@@ -2,11 +2,12 @@
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from emlocal.models.gguf.types import TENSOR_TYPES
 from tests.tiny_architectures import architecture_metadata, architecture_tensors, general_architecture
@@ -20,7 +21,6 @@ from tests.tiny_gguf import (
     Value,
     array,
     boolean,
-    build,
     f32,
     floats,
     i32,
@@ -94,6 +94,14 @@ SHORT_TENSORS = {
 KEY_OF_ALL = re.compile(rb"(?<=\0)(?:tokenizer|general|split|xielu)\.[a-z0-9_.]*[a-z0-9_](?=\0)")
 
 
+class Changed(NamedTuple):
+    """A file that was changed, before it is written: most are passed over."""
+
+    what: str
+    metadata: Mapping[str, Value]
+    tensors: Sequence[Tensor]
+
+
 @cache
 def values() -> dict[str, Value]:
     """What a key can be set to, by a name for messages: each type, edges and nonsense."""
@@ -144,19 +152,20 @@ def _library() -> bytes:
     return next(p for p in sorted(folder.iterdir()) if p.stem in ("libllama", "llama")).read_bytes()
 
 
-def with_one_key_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
-    """(what was done, the file) for every key that llama.cpp knows and every value, and without the key."""
+def with_one_key_changed(architecture: str) -> Iterator[Changed]:
+    """A file for every key that llama.cpp knows and every value, and without the key."""
     metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
     for name in keys_of_llama_cpp():
         key = name.replace("%s", general_architecture(architecture))
         if key in metadata:
-            yield f"{architecture}: no {key}", build({k: v for k, v in metadata.items() if k != key}, tensors)
+            rest = {k: v for k, v in metadata.items() if k != key}
+            yield Changed(f"{architecture}: no {key}", rest, tensors)
         for label, value in values().items():
-            yield f"{architecture}: {key} = {label}", build(metadata | {key: value}, tensors)
+            yield Changed(f"{architecture}: {key} = {label}", metadata | {key: value}, tensors)
 
 
-def with_one_tensor_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
-    """(what was done, the file): each tensor gone, of each type, turned over, of nonsense; others added."""
+def with_one_tensor_changed(architecture: str) -> Iterator[Changed]:
+    """Files with each tensor gone, of each type, turned over, of nonsense; others added."""
     metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
     for index, tensor in enumerate(tensors):
         others = [*tensors[:index], *tensors[index + 1 :]]
@@ -168,7 +177,7 @@ def with_one_tensor_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
                 changed[f"of type {name}"] = replace(tensor, type=code, data=data)
         for label, new in changed.items():
             put = [*tensors[:index], new, *tensors[index + 1 :]] if new is not None else others
-            yield f"{architecture}: {tensor.name} {label}", build(metadata, put)
+            yield Changed(f"{architecture}: {tensor.name} {label}", metadata, put)
     there = {tensor.name for tensor in tensors}
     for stem in tensors_of_llama_cpp():
         for suffix in (".weight", ".bias", ".scale", ".input_scale"):
@@ -177,4 +186,4 @@ def with_one_tensor_changed(architecture: str) -> Iterator[tuple[str, bytes]]:
                 for code, bytes_each in ((GGML_F32, 4), (GGML_F16, 2)):
                     new = Tensor(name, shape, bytes(prod(shape) * bytes_each), code)
                     label = f"{architecture}: {name} {shape} of type {code} added"
-                    yield label, build(metadata, [*tensors, new])
+                    yield Changed(label, metadata, [*tensors, new])
