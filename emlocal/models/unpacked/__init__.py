@@ -16,6 +16,7 @@ from pathlib import Path
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import GGUFHeader, shown
 from emlocal.models.paths import cache_dir
+from emlocal.models.regular import open_regular
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
@@ -59,8 +60,8 @@ def identity(header: GGUFHeader) -> str:
     digest = hashlib.sha256(f"emlocal unpacked {FORMAT}".encode())
     for path in header.files:
         inside = sorted((t for t in header.tensors.values() if t.file == path), key=lambda t: t.offset)
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with open_regular(path) as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
             digest.update(file.read(inside[0].offset if inside else -1))
             for tensor in inside:
                 file.seek(tensor.offset + max(tensor.nbytes - _SAMPLE_BYTES, 0) // 2)
