@@ -69,7 +69,9 @@ def build(arguments: list[str]) -> typer.Typer:
         if name in GROUPS:
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(vars(module)[name])
+            from emlocal.cli.options import Verb  # with the settings, which the list of verbs does not need
+
+            app.command(name, cls=Verb)(vars(module)[name])
     return app
 
 
