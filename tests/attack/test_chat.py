@@ -25,8 +25,6 @@ from emlocal.chat.reading import TerminalReader
 from emlocal.chat.repl import Repl
 from emlocal.chat.session import ChatSession
 from emlocal.cli.chat import ChatSettings
-from emlocal.cli.options import EMOptions, SamplingOptions
-from emlocal.cli.precedence import Config
 from emlocal.errors import UsageError
 from emlocal.text import parse_json, well_formed
 from tests.attack.terminal import Terminal
@@ -205,7 +203,7 @@ class Lines:
 
 
 def repl(reader: Lines) -> Repl:
-    settings = ChatSettings(SamplingOptions(seed=3, max_tokens=20), EMOptions(), Config(), {})
+    settings = ChatSettings({"seed": 3, "max_tokens": 20}, {})
     session = ChatSession(FakeBackend(saying("ja")))
     return Repl(session, settings, reader, show_entropy=False, quiet=True)
 
