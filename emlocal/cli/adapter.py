@@ -1,8 +1,7 @@
 """`emlocal adapter`: what an adapter is, in another format, or merged into its model."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,12 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Show, convert and merge LoRA adapters.", no_args_is_help=True)
 
 
-class FormatChoice(StrEnum):
-    peft = "peft"
-    mlx = "mlx"
-    gguf = "gguf"
-
-
+AdapterFormat = Literal["peft", "mlx", "gguf"]
 Path_ = Annotated[
     Path, typer.Argument(help="A PEFT or MLX folder, or a GGUF file.", metavar="ADAPTER", show_default=False)
 ]
@@ -54,13 +48,13 @@ def convert(
         Path, typer.Option("-o", "--output", help="Folder, or .gguf file, to write.", metavar="OUT")
     ],
     to: Annotated[
-        FormatChoice | None, typer.Option("--to", help="Format to write; gguf if OUT ends in .gguf.")
+        AdapterFormat | None, typer.Option("--to", help="Format to write; gguf if OUT ends in .gguf.")
     ] = None,
     base: Base = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an adapter.")] = False,
 ) -> None:
     """Write an adapter in another format. To and from GGUF takes --base, a GGUF model."""
-    kind = to or (FormatChoice.gguf if out.suffix == ".gguf" else None)
+    kind = to or ("gguf" if out.suffix == ".gguf" else None)
     if kind is None:
         raise UsageError(f"in which format is {out} to be?", "say --to peft, --to mlx or --to gguf")
     if out.exists() and not force:
@@ -68,7 +62,7 @@ def convert(
     if out.exists() and out.resolve() == path.resolve():
         raise UsageError(f"{out} is the adapter itself", "choose another name")
     header = _gguf_base(base) if base is not None and not _is_folder_model(base) else None
-    if kind is FormatChoice.gguf and header is None:
+    if kind == "gguf" and header is None:
         raise UsageError(
             "to write GGUF takes the base model as GGUF, for its tensors' names and numbers of heads",
             "give it: --base MODEL",
@@ -80,9 +74,9 @@ def convert(
     adapter = read_adapter(path, header)
     if base is not None and header is None:
         _check_fits_folder(adapter, Path(base))
-    if kind is FormatChoice.gguf:
+    if kind == "gguf":
         _write_gguf(adapter, out, header)
-    elif kind is FormatChoice.mlx:
+    elif kind == "mlx":
         write_mlx(adapter, out, replace=force)
     else:
         write_peft(adapter, out, replace=force)
