@@ -37,9 +37,9 @@ class Setting:
 
     flag: str
     """The name on the command line; without its dashes, the key in files and in `/set`."""
-    low: float
-    high: float
-    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    help: str = ""
     low_is_open: bool = False
     unit: str = ""
     name: str = ""
@@ -95,12 +95,7 @@ class Setting:
     @property
     def full_help(self) -> str:
         """The help text, with the default where the text does not tell it."""
-        if (
-            "(default: " in self.help
-            or self.default is None
-            or self.default is False
-            or isinstance(self.default, tuple)
-        ):
+        if "(default: " in self.help or self.default is None or self.default is False or self.kind == "texts":
             return self.help
         number = self.kind in ("number", "whole")
         default = self.flag if self.default is True else f"{self.default:g}" if number else self.default
@@ -127,7 +122,9 @@ class Setting:
         raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
 
     def _number(self, given: Any, said: str) -> float:
-        number = isinstance(given, int | float) and not isinstance(given, bool) and given == given
+        number = (
+            isinstance(given, int | float) and not isinstance(given, bool) and given == given
+        )  # a NaN is not
         if not number or (self.whole and not isinstance(given, int)):
             raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
         too_low = given <= self.low if self.low_is_open else given < self.low
@@ -349,15 +346,12 @@ class Table:
         import tomllib
 
         known = self.find(name)
+        as_text = known is not None and known.kind in ("text", "texts", "path")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        if (
-            known is not None
-            and known.kind in ("text", "texts", "path")
-            and not isinstance(value, str | list)
-        ):
+        if as_text and not isinstance(value, str | list):
             value = text
         return self.read({name: value}, words)
 
