@@ -79,7 +79,10 @@ class TemplateProcess:
                     if not self._is_ready():
                         raise OSError(f"it ended with code {self._end()}")
                 seconds = MAX_SECONDS + len(line) / _BYTES_A_SECOND
-                return self._exchange(line, seconds) or self._end_of_template()
+                outcome = self._exchange(line, seconds) or self._end_of_template()
+                if outcome[0] == "stopped":
+                    self._end()  # memory that was full is in pieces: the next template would lack it
+                return outcome
             except (OSError, RuntimeError) as why:  # RuntimeError: no more threads
                 self._end()
                 said = why.strerror if isinstance(why, OSError) and why.strerror else why
