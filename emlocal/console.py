@@ -53,7 +53,7 @@ def _console(**settings: Any) -> "Console":
 
 def note(text: str) -> None:
     """A dim line on stderr."""
-    err().print(text, style="dim", markup=False)
+    err().print(harmless(text), style="dim", markup=False)
 
 
 def command(words: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def command(words: Sequence[str]) -> None:
 
 def warn(text: str) -> None:
     """A line on stderr that should be read."""
-    err().print(f"warning: {text}", style="yellow", markup=False)
+    err().print(f"warning: {harmless(text)}", style="yellow", markup=False)
 
 
 def write(text: str) -> None:
@@ -95,9 +95,9 @@ def hush() -> None:
 def report(error: EmlocalError) -> None:
     """What failed, and what mends it."""
     err().quiet = False
-    err().print(f"error: {error.message}", style="bold red", markup=False)
+    err().print(f"error: {harmless(error.message)}", style="bold red", markup=False)
     if error.hint:
-        err().print(f"  fix: {error.hint}", markup=False)
+        err().print(f"  fix: {harmless(error.hint)}", markup=False)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:
