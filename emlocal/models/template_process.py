@@ -197,7 +197,7 @@ class TemplateProcess:
 
 
 def _line(asked: Mapping[str, Any]) -> bytes:
-    return json.dumps(asked).encode() + b"\n"
+    return json.dumps({**asked, "seconds": MAX_SECONDS}).encode() + b"\n"
 
 
 def _places() -> list[str]:

@@ -329,11 +329,9 @@ class signalled:  # noqa: N801 (a context)
     def __enter__(self) -> None:
         command = f"sleep 0.4; kill -{self._number:d} {os.getpid()}"
         self._sender = subprocess.Popen(["sh", "-c", command])
-        self._started = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         self._sender.wait()
-        assert time.monotonic() - self._started < 1.9  # before the time would have been up
 
 
 PROGRAM = f"""
