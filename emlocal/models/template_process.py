@@ -72,14 +72,7 @@ class TemplateProcess:
         line = _line(asked)
         with self._lock:
             try:
-                if not self._is_ready():
-                    if self._owed[:1] == [asked["template"]]:  # it never came out of compiling it
-                        return self._end_of_template()
-                    self._end()
-                    if not self._is_ready():
-                        raise OSError(f"it ended with code {self._end()}")
-                seconds = MAX_SECONDS + len(line) / _BYTES_A_SECOND
-                return self._exchange(line, seconds) or self._end_of_template()
+                outcome = self._outcome(line, str(asked["template"]))
             except (OSError, RuntimeError) as why:  # RuntimeError: no more threads
                 self._end()
                 said = why.strerror if isinstance(why, OSError) and why.strerror else why
@@ -90,6 +83,18 @@ class TemplateProcess:
             except BaseException:  # what it says next would be taken for the answer to another question
                 self._end()
                 raise
+            if outcome[0] == "stopped":
+                self._end()  # memory that was full is in pieces: the next template would lack it
+            return outcome
+
+    def _outcome(self, line: bytes, template: str) -> Outcome:
+        if not self._is_ready():
+            if self._owed[:1] == [template]:  # it never came out of compiling it
+                return self._end_of_template()
+            self._end()
+            if not self._is_ready():
+                raise OSError(f"it ended with code {self._end()}")
+        return self._exchange(line, MAX_SECONDS + len(line) / _BYTES_A_SECOND) or self._end_of_template()
 
     def close(self) -> None:
         """End the process. The next question starts another."""
@@ -192,7 +197,7 @@ class TemplateProcess:
 
 
 def _line(asked: Mapping[str, Any]) -> bytes:
-    return json.dumps(asked).encode() + b"\n"
+    return json.dumps({**asked, "seconds": MAX_SECONDS}).encode() + b"\n"
 
 
 def _places() -> list[str]:

@@ -39,8 +39,8 @@ Outcome = tuple[str, str]
 def main() -> None:
     """Answer until stdin ends.
 
-    In: {"template", "messages", "values"}, or {"template"} alone, to be compiled before it is needed. Out: an
-    Outcome for each; the first is for the start.
+    In: {"template", "messages", "values", "seconds"}, or {"template", "seconds"}, to be compiled before it is
+    needed. Out: an Outcome for each; the first is for the start.
     """
     import signal
 
@@ -50,7 +50,7 @@ def main() -> None:
     _say(("text", "ready"))
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        with _alarm():
+        with _alarm(asked["seconds"] + 1.0):
             with _memory(_characters(asked)):
                 outcome = _worked_on(asked)
             _say(outcome)
@@ -72,9 +72,8 @@ def _characters(asked: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _alarm() -> Iterator[None]:
-    """End this process if what is inside takes much too long: the one who asked may be gone."""
-    seconds = MAX_SECONDS + 1.0
+def _alarm(seconds: float) -> Iterator[None]:
+    """End this process if what is inside takes longer: the one who asked may be gone."""
     if sys.platform == "win32":
         import faulthandler
 

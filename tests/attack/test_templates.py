@@ -20,7 +20,8 @@ from emlocal.errors import ModelError, UsageError
 from emlocal.models import template_process, templates
 from emlocal.models.templates import render
 template_process.MAX_SECONDS = float(sys.argv[1])
-for name, template in json.load(sys.stdin).items():
+for line in sys.stdin:  # one by one: what this process holds counts for those that it starts
+    name, template = json.loads(line)
     started = time.monotonic()
     try:
         kind, said = "text", render(template, [{{"role": "user", "content": "hi"}}])
@@ -53,7 +54,7 @@ def walk(templates: dict[str, str], seconds: float, timeout: float) -> tuple[dic
     """What came of each, and the most memory (bytes) that any of their processes held."""
     done = subprocess.run(
         [sys.executable, "-c", WALK, str(seconds)],
-        input=json.dumps(templates),
+        input="".join(json.dumps(item) + "\n" for item in templates.items()),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -69,7 +70,7 @@ def check(told: dict[str, Told], peak: int, seconds: float) -> None:
     """The bounds, with room for a busy machine."""
     assert peak < MAX_MEMORY
     for name, one in told.items():
-        assert one.seconds < seconds + 2, (name, one)
+        assert one.seconds < seconds + 5, (name, one)
         assert one.clean, (name, one)
         assert not one.leaked, (name, one)
 

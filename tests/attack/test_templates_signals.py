@@ -20,6 +20,13 @@ ENDLESS = {
     "at once": COMPILATION["folded: lists"],
 }
 NOTHING = Path(os.devnull)
+PATIENT = """
+from emlocal.models import template_process
+template_process.MAX_SECONDS = 60.0
+from emlocal.__main__ import main
+main()
+"""
+"""emlocal, with time enough for a signal to come first on a busy machine."""
 BUSY = 0.3
 """Seconds of a processor that a template has had when the signal comes."""
 
@@ -65,7 +72,7 @@ def interrupted(command: list[str], typed: Path, number: int) -> tuple[int, str]
     """The exit code and stderr of a command that gets a signal once its template is at work."""
     with typed.open() as stdin:
         program = subprocess.Popen(
-            [sys.executable, "-m", "emlocal", *command],
+            [sys.executable, "-c", PATIENT, *command],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

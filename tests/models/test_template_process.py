@@ -156,6 +156,7 @@ class TestTheProcess:
     def test_memory_is_bounded_within_one_call(self, process: TemplateProcess) -> None:
         kind, why = process.ask(asked("{% set a = 'a' * 1000000 %}{{ (a" + "~a" * 3000 + ") | length }}"))
         assert (kind, why) == ("stopped", "it took more than 200 MB of memory")
+        assert process.pid is None  # what it left behind would count for the next one
         assert process.ask(asked(ECHO)) == ("text", "user: hi\n1")
 
     def test_a_long_conversation_may_take_more(self, process: TemplateProcess) -> None:
@@ -328,11 +329,9 @@ class signalled:  # noqa: N801 (a context)
     def __enter__(self) -> None:
         command = f"sleep 0.4; kill -{self._number:d} {os.getpid()}"
         self._sender = subprocess.Popen(["sh", "-c", command])
-        self._started = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         self._sender.wait()
-        assert time.monotonic() - self._started < 1.9  # before the time would have been up
 
 
 PROGRAM = f"""
