@@ -10,7 +10,6 @@ No numpy: `emlocal --help` must be quick.
 """
 
 import difflib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -228,6 +227,8 @@ def check_settings(values: Any) -> None:
 
 def shown(value: Any) -> str:
     """A value in an error message: as JSON has it, and not longer than a line."""
+    import json  # not needed where nothing is wrong
+
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value:g}"
     try:
@@ -244,13 +245,13 @@ def _bound(value: float) -> str:
     return f"{value:g}"
 
 
-@dataclass(frozen=True)
 class Words:
     """How settings are spelt in one place where people type them."""
 
-    style: Literal["flag", "key", "name"]
-    fix: str
-    """What to do to switch one on."""
+    def __init__(self, style: Literal["flag", "key", "name"], fix: str) -> None:
+        """`fix`: what to do to switch one on."""
+        self.style = style
+        self.fix = fix
 
     def said(self, known: Setting) -> str:
         """The setting's name."""
@@ -271,11 +272,11 @@ SET = Words("key", "/set {} true")
 NAMES = Words("name", "set {}")
 
 
-@dataclass(frozen=True)
 class Table:
     """Settings that can be given in the same place, by name."""
 
-    settings: Mapping[str, Setting]
+    def __init__(self, settings: Mapping[str, Setting]) -> None:
+        self.settings = settings
 
     @classmethod
     def of(cls, *classes: type) -> "Table":
