@@ -106,7 +106,7 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
 ) -> None:
     """Write a model as a folder of safetensors with an adapter added to its weights."""
-    from emlocal.cli.engine import adapter_and_scale
+    from emlocal.loading import adapter_and_scale
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.origin import other_base

@@ -24,8 +24,8 @@ from emlocal.words import counted
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal
     from emlocal.batch.run import Batch, BatchSettings
-    from emlocal.cli.engine import Opened
     from emlocal.cli.precedence import Config
+    from emlocal.loading import Loaded
     from emlocal.methods.method import Method
 
 
@@ -48,7 +48,7 @@ def batch(
     """
     from emlocal.batch.lines import canonical
     from emlocal.cli import precedence
-    from emlocal.cli.engine import open_for_batch
+    from emlocal.cli.views import open_for_batch
 
     _check(input_, output, run)
     config = precedence.read_config()
@@ -116,7 +116,7 @@ def _method(how: MethodOptions) -> "Method":
 
 
 def _settings(
-    model: "Opened", flags: tuple[SamplingOptions, EMOptions, "Config"], method: "Method", run: RunOptions
+    model: "Loaded", flags: tuple[SamplingOptions, EMOptions, "Config"], method: "Method", run: RunOptions
 ) -> "BatchSettings":
     """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
     from emlocal.batch.overrides import Plan
@@ -143,7 +143,7 @@ def _settings(
     )
 
 
-def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: RunOptions) -> int:
+def _dry_run(model: "Loaded", source: BinaryIO, settings: "BatchSettings", run: RunOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
@@ -199,7 +199,7 @@ def _journal(output: str, identity: Mapping[str, object], run: RunOptions) -> "J
 
 
 def _run(
-    model: "Opened",
+    model: "Loaded",
     source: BinaryIO,
     journal: "Journal | None",
     settings: "BatchSettings",

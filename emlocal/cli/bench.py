@@ -42,7 +42,7 @@ def bench(
     assembly of text; not the prompt, and not the terminal.
     """
     from emlocal.cli import precedence
-    from emlocal.cli.engine import open_backend
+    from emlocal.cli.views import open_backend
     from emlocal.generation import interruptible
 
     if tokens < 1 or rounds < 1:

@@ -34,7 +34,7 @@ def chat(
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
     from emlocal.cli import precedence
-    from emlocal.cli.engine import open_backend
+    from emlocal.cli.views import open_backend
     from emlocal.models.paths import data_dir
 
     if output.trace is not None:

@@ -20,13 +20,13 @@ from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.overrides import Plan
-    from emlocal.cli.engine import Opened
     from emlocal.cli.precedence import Config
     from emlocal.evaluation.contenders import Contender
     from emlocal.evaluation.judging import Judged
     from emlocal.evaluation.report.document import Document
     from emlocal.evaluation.run import Entry
     from emlocal.evaluation.tasks.task import Task
+    from emlocal.loading import Loaded
 
 _MOST_SAMPLES = 1024
 _PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
@@ -104,11 +104,11 @@ def eval(
     goes on, and methods can be added. The folder gets results.json, results.md and report.html.
     """
     from emlocal.cli import precedence
-    from emlocal.cli.engine import MOST_PARALLEL, open_for_batch
+    from emlocal.cli.views import open_for_batch
     from emlocal.evaluation.contenders import read_contenders
     from emlocal.evaluation.run import others_in
     from emlocal.evaluation.tasks.open import open_task
-    from emlocal.generation.scheduler import SPARE_SEQUENCES
+    from emlocal.loading import MOST_PARALLEL
 
     config = precedence.read_config()
     contenders = read_contenders(methods)
@@ -120,7 +120,7 @@ def eval(
     with ExitStack() as opened:
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, how.parallel, quiet=how.quiet))
-        parallel = how.parallel or min(MOST_PARALLEL, model.backend.max_sequences - SPARE_SEQUENCES)
+        parallel = how.parallel or min(MOST_PARALLEL, model.parallel)
         base = _base(sampling, config, model.backend.info.sampling)
         entries = _entries(asked, contenders, base, model, parallel, how)
         name = f"eval-{asked.name}-{model.backend.info.name}"
@@ -188,7 +188,7 @@ def _entries(
     task: "Task",
     contenders: "Sequence[Contender]",
     base: "tuple[Plan, frozenset[str]]",
-    model: "Opened",
+    model: "Loaded",
     parallel: int,
     how: EvalOptions,
 ) -> "list[Entry]":
@@ -228,7 +228,7 @@ def _system(task: "Task", how: EvalOptions) -> str | None:
 def _evaluate(
     task: "Task",
     entries: "Sequence[Entry]",
-    model: "Opened",
+    model: "Loaded",
     folder: Path,
     parallel: int,
     how: EvalOptions,
@@ -275,7 +275,7 @@ def _evaluate(
 def _document(
     task: "Task",
     entries: "Sequence[Entry]",
-    model: "Opened",
+    model: "Loaded",
     judged: "dict[str, list[Judged]]",
     parallel: int,
     how: EvalOptions,

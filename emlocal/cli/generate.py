@@ -48,7 +48,7 @@ def generate(
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
     from emlocal.cli import precedence
-    from emlocal.cli.engine import open_backend
+    from emlocal.cli.views import open_backend
 
     if not 1 <= samples <= 256:
         raise UsageError(f"--samples is {samples}; it must be between 1 and 256")

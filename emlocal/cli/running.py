@@ -11,13 +11,13 @@ from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.run import BatchSettings
-    from emlocal.cli.engine import Opened
     from emlocal.generation.parallel import Speed
+    from emlocal.loading import Loaded
 
 _END_BYTES = 1 << 20  # of a model file, from either end
 
 
-def identity_of(settings: "BatchSettings", model: "Opened") -> dict[str, object]:
+def identity_of(settings: "BatchSettings", model: "Loaded") -> dict[str, object]:
     """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
     from emlocal.models.adapters.reading import adapter_files
 
@@ -57,11 +57,11 @@ def fingerprint(*files: Path) -> str:
     return f"{files[0].name}, {sum(f.stat().st_size for f in files):,} bytes, {hashed.hexdigest()}"
 
 
-def choose_parallel(model: "Opened", asked: int | None, answers: int | None, *, quiet: bool) -> "Speed":
+def choose_parallel(model: "Loaded", asked: int | None, answers: int | None, *, quiet: bool) -> "Speed":
     """How many sequences at once, for so many answers at most, and how fast they are."""
-    from emlocal.cli.engine import MOST_PARALLEL
     from emlocal.generation import parallel
     from emlocal.generation.parallel import Speed
+    from emlocal.loading import MOST_PARALLEL
 
     most = asked or MOST_PARALLEL
     if answers is not None:
