@@ -10,9 +10,9 @@ from typing import BinaryIO
 from emlocal.batch.keys import Keys
 from emlocal.errors import UsageError
 from emlocal.files import sync_folder
+from emlocal.identity import differences
 
 _BUFFER = 1 << 20
-_SHOWN = 60
 
 
 class Existing:
@@ -134,15 +134,9 @@ def check_settings(path: Path, old: Mapping[str, object] | None, new: Mapping[st
             f"{path} exists and is no output of emlocal",
             "use another -o, or --restart to overwrite it",
         )
-    before, now = _leaves(old), _leaves(new)
-    names = [*now, *(name for name in before if name not in now)]
-    unequal = [name for name in names if before.get(name, "not set") != now.get(name, "not set")]
-    if unequal:
-        listed = "; ".join(
-            f"{name}: {_excerpt(before.get(name, 'not set'), now.get(name, 'not set'))}" for name in unequal
-        )
+    if differing := differences(old, new):
         raise UsageError(
-            f"{path} was begun with other settings: {listed}",
+            f"{path} was begun with other settings: {differing}",
             "run it with the settings it was begun with, or use another -o, or --restart to overwrite it",
         )
 
@@ -156,32 +150,3 @@ def _row(line: bytes) -> dict[str, object] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _leaves(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Every setting by its dotted name, as JSON text; a whole number is the same with and without `.0`."""
-    leaves: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            leaves |= _leaves(value, f"{prefix}{name}.")
-        else:
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
-            leaves[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return leaves
-
-
-def _excerpt(old: str, new: str) -> str:
-    """`old -> new`; of long texts the part where they begin to differ."""
-    if max(len(old), len(new)) <= _SHOWN:
-        return f"{old} -> {new}"
-    shorter = min(len(old), len(new))
-    first = next((at for at in range(shorter) if old[at] != new[at]), shorter)
-    start = max(0, first - _SHOWN // 4)
-    return f"{_part(old, start)} -> {_part(new, start)}"
-
-
-def _part(text: str, start: int) -> str:
-    before = "…" if start else ""
-    after = "…" if len(text) > start + _SHOWN else ""
-    return before + text[start : start + _SHOWN] + after

@@ -16,8 +16,9 @@ import typer
 from emlocal import console
 from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, check_roles, with_options
-from emlocal.cli.running import choose_parallel, identity_of
+from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
+from emlocal.identity import batch_identity
 from emlocal.models.storage import human_size
 from emlocal.words import counted
 
@@ -59,7 +60,7 @@ def batch(
         options = precedence.merged(engine, config.engine)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, (sampling, em, config), method, run)
-        identity = identity_of(settings, model)
+        identity = batch_identity(settings, model)
         settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
             code = _dry_run(model, source, settings, run)

@@ -14,8 +14,8 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
-from emlocal.cli.running import identity_of
 from emlocal.errors import CancelledError, EmlocalError, UsageError
+from emlocal.identity import batch_identity
 from emlocal.words import counted
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _entries(
     for contender in contenders:
         plan = contender.plan(*base)
         settings = BatchSettings(plan, contender.collecting, base[1], entropies=True)
-        identity = identity_of(settings, model) | {
+        identity = batch_identity(settings, model) | {
             "task": task.name,
             "data": task.identity,
             "prompt": _digest(task.ask(task.problems[0], {})),
@@ -281,9 +281,9 @@ def _document(
     how: EvalOptions,
     made_with: Mapping[str, object],
 ) -> "Document":
-    from emlocal.evaluation.provenance import sha256
     from emlocal.evaluation.report.document import Document
     from emlocal.evaluation.results import compare, summarize
+    from emlocal.identity import sha256
 
     header, plan = model.model.header, entries[0].settings.plan
     multiplied = header.multiplied_parameters

@@ -17,9 +17,10 @@ from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
 from emlocal.errors import ContextFullError, ModelError, UsageError
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.identity import weights_digest
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.resolve import LocalModel, Model, resolve
-from emlocal.models.unpacked import identity, unpack
+from emlocal.models.unpacked import unpack
 from emlocal.training.answerers import LlamaCppModel, SameModel
 from emlocal.training.prompts import Prompt
 from emlocal.training.settings import TrainingSettings
@@ -117,7 +118,7 @@ class Engines(Generic[L]):
     def identity(self) -> dict[str, Any]:
         """What of the engines decides the outcome, bit for bit."""
         return {
-            "model": {"name": self.model.header.name, "sha256": _identity(self.model)},
+            "model": {"name": self.model.header.name, "sha256": weights_digest(self.model)},
             "engines": {
                 "device": self.place,
                 "rollouts": self.answerer.backend.name,
@@ -264,16 +265,3 @@ def _answerer(
 
         return LlamaCppModel(LlamaCppBackend(model, options), model.header, parallel)
     return SameModel(opened.backend(options), parallel)
-
-
-def _identity(model: Model) -> str:
-    """Of the weights."""
-    if isinstance(model, LocalModel):
-        return identity(model.header)
-    import hashlib
-
-    digest = hashlib.sha256()
-    for path in model.files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING
 
 from emlocal import console
 from emlocal.cli.options import EngineOptions
-from emlocal.loading import Loaded, Wanted, adapter_and_scale, check_parallel, load, load_for_batch
+from emlocal.loading import (
+    MOST_PARALLEL,
+    Loaded,
+    Wanted,
+    adapter_and_scale,
+    check_parallel,
+    load,
+    load_for_batch,
+)
+from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.backends.options import KVType
+    from emlocal.generation.parallel import Speed
 
 
 @contextmanager
@@ -62,3 +72,22 @@ def _open(loaded: Loaded, quiet: bool) -> Iterator[None]:
         yield
     finally:
         loaded.backend.close()
+
+
+def choose_parallel(model: Loaded, asked: int | None, answers: int | None, *, quiet: bool) -> "Speed":
+    """How many sequences at once, for so many answers at most, and how fast they are."""
+    from emlocal.generation import parallel
+    from emlocal.generation.parallel import Speed
+
+    most = asked or MOST_PARALLEL
+    if answers is not None:
+        most = max(1, min(most, answers))
+    with console.progress(quiet) as progress:
+        progress("measuring how many sequences to run at once", 0, None)
+        speeds = parallel.measure(model.backend, most)
+    chosen = most if asked else parallel.best(speeds)
+    speed = min(speeds, key=lambda s: abs(s.sequences - chosen))
+    if not quiet:
+        why = "as asked" if asked else "the fewest that are nearly the fastest"
+        console.note(f"{counted(chosen, 'sequence')} at once, {why}: {speed.tokens_per_second:.0f} tok/s")
+    return Speed(chosen, speed.tokens_per_second)

@@ -5,7 +5,6 @@
 The folder lies in emlocal's cache and may be deleted at any time. It needs neither torch nor transformers.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,18 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, shown
+from emlocal.identity import UNPACKED_FORMAT, gguf_digest
+from emlocal.models.gguf_header import shown
 from emlocal.models.paths import cache_dir
 from emlocal.models.resolve import LocalModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
 
-FORMAT = 1
-"""Counts up whenever the same GGUF file gives another folder."""
 MANIFEST = "emlocal.json"
 WEIGHTS = "model.safetensors"
 _TOKENIZER_BYTES = 300  # of tokenizer.json for each token, generously
-_SAMPLE_BYTES = 4096
 
 
 def unpack(model: LocalModel, progress: Progress = silent) -> Path:
@@ -35,7 +32,7 @@ def unpack(model: LocalModel, progress: Progress = silent) -> Path:
     ones. Safe to call from several processes at once, and to kill at any time. Raises ModelError for an
     architecture, tokenizer or quantization that cannot be unpacked, and when the disk does not take it.
     """
-    key = identity(model.header)
+    key = gguf_digest(model.header)
     folder = cache_dir() / "unpacked" / key
     if _is_whole(folder):
         return folder
@@ -45,26 +42,6 @@ def unpack(model: LocalModel, progress: Progress = silent) -> Path:
             if not _is_whole(folder):  # another process may have made it while this one waited
                 _make(model, folder, progress)
     return folder
-
-
-def identity(header: GGUFHeader) -> str:
-    """A name for the contents of a model, wherever its file lies: 32 hexadecimal digits.
-
-    A hash of the sizes, of all bytes before the weights (metadata, vocabulary, names and places of tensors)
-    and of 4 kB from the middle of every tensor. Fine-tuned and merged models differ from their base in all
-    or most rows of the tensors they touch, so this tells them apart, in milliseconds; a hash of every byte
-    would take seconds a gigabyte, at each start. What it does not see is a patch of single rows in place.
-    """
-    digest = hashlib.sha256(f"emlocal unpacked {FORMAT}".encode())
-    for path in header.files:
-        inside = sorted((t for t in header.tensors.values() if t.file == path), key=lambda t: t.offset)
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            digest.update(file.read(inside[0].offset if inside else -1))
-            for tensor in inside:
-                file.seek(tensor.offset + max(tensor.nbytes - _SAMPLE_BYTES, 0) // 2)
-                digest.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
-    return digest.hexdigest()[:32]
 
 
 def _is_whole(folder: Path) -> bool:
@@ -130,7 +107,7 @@ def _make(model: LocalModel, folder: Path, progress: Progress) -> None:
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         weights.write_safetensors(partial / WEIGHTS, tensors, f"unpacking {shown(header.name)}", progress)
         sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, "source": [str(f) for f in header.files], "files": sizes}
+        manifest = {"format": UNPACKED_FORMAT, "source": [str(f) for f in header.files], "files": sizes}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
         for path in partial.iterdir():
             with path.open("rb+") as file:

@@ -310,11 +310,11 @@ def test_resume_with_other_labels_that_decide_nothing(rl: RL, out: Path, data: P
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["--reward", "sequence"], 'reward was [["token", 1.0]], is [["sequence", 1.0]]'),
-        (["--samples", "3"], "samples was 2, is 3"),
+        (["--reward", "sequence"], 'reward: [["token", 1.0]] -> [["sequence", 1.0]]'),
+        (["--samples", "3"], "samples: 2 -> 3"),
         (
             ["--kl-beta", "0", "--entropy-bonus", "1"],
-            "kl_beta was 0.001, is 0.0; entropy_bonus was 0.0, is 1.0",
+            "kl_beta: 0.001 -> 0.0; entropy_bonus: 0.0 -> 1.0",
         ),
         (["--recipe", "intuitor"], "reward was"),
     ],
