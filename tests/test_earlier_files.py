@@ -38,10 +38,8 @@ def made(tmp_path: Path) -> Path:
     shutil.copytree(MADE, folder)
     for path in folder.glob("*/run.json"):
         run = json.loads(path.read_text())
-        run["versions"] |= {
-            name: version(name) for name in run["versions"] if name not in ("emlocal", "python")
-        }
-        run["versions"] |= {"emlocal": package.__version__, "python": _python()}
+        known = {"emlocal": package.__version__, "python": platform.python_version()}
+        run["versions"] = {name: known.get(name) or version(name) for name in run["versions"]}
         path.write_text(json.dumps(run))
     return folder
 
