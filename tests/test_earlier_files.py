@@ -4,6 +4,7 @@ tests/data/made_by_863f4ab holds them, with the script that made them.
 """
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
