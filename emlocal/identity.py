@@ -16,7 +16,7 @@ from emlocal.settings import SamplingParams, describe_em, settings_of
 if TYPE_CHECKING:
     from emlocal.batch.run import BatchSettings
     from emlocal.loading import Loaded
-    from emlocal.models.gguf_header import GGUFHeader
+    from emlocal.models.gguf.header import GGUFHeader
     from emlocal.models.resolve import Model
 
 UNPACKED_FORMAT = 1
@@ -70,9 +70,9 @@ def gguf_digest(header: "GGUFHeader") -> str:
 
 def weights_digest(model: "Model") -> str:
     """Of the weights that a training run begins with, whatever format they are in."""
-    from emlocal.models.resolve import LocalModel
+    from emlocal.models.resolve import GGUFModel
 
-    if isinstance(model, LocalModel):
+    if isinstance(model, GGUFModel):
         return gguf_digest(model.header)
     digest = hashlib.sha256()
     for path in model.files:

@@ -15,7 +15,7 @@ from emlocal.loading import Wanted
 from emlocal.models.adapters import reading
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.adapters.peft import write_peft
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from tests.cli.conftest import Outcome
 from tests.cli.conftest import emlocal as run_emlocal  # noqa: F401
 from tests.tiny_pair import random_adapter
@@ -38,7 +38,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize(("engine", "written"), [("llama.cpp", 1), ("torch", 0), ("mlx", 0)])
 def test_an_adapter_is_read_and_converted_once(
-    tiny_model: LocalModel, tmp_path: Path, counted: Counter[str], engine: str, written: int
+    tiny_model: GGUFModel, tmp_path: Path, counted: Counter[str], engine: str, written: int
 ) -> None:
     write_peft(replace(random_adapter(layers=1), base_model=""), tmp_path / "adapter")
     wanted = Wanted(str(tiny_model.path), engine, ((tmp_path / "adapter", 0.5),), context=64, threads=1)
@@ -52,7 +52,7 @@ def test_an_adapter_is_read_and_converted_once(
 
 @pytest.mark.parametrize("form", ["peft", "gguf"])
 def test_both_doors_warn_of_another_base_model(
-    tiny_model: LocalModel,
+    tiny_model: GGUFModel,
     tmp_path: Path,
     run_emlocal: Callable[..., Outcome],  # noqa: F811
     form: str,
@@ -77,7 +77,7 @@ def test_both_doors_warn_of_another_base_model(
 
 
 def test_an_adapter_that_does_not_fit_is_named_before_the_model_is_loaded(
-    tiny_model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: GGUFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_peft(random_adapter(layers=2), tmp_path / "wrong")
     monkeypatch.setattr(loading, "load_backend", lambda *_, **__: pytest.fail("it was loaded"))
@@ -86,7 +86,7 @@ def test_an_adapter_that_does_not_fit_is_named_before_the_model_is_loaded(
 
 
 def test_nothing_is_left_of_a_conversion(
-    tiny_model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: GGUFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -108,6 +108,6 @@ def test_nothing_is_left_of_a_conversion(
         ({"backend": "abacus"}, "there is no engine abacus"),
     ],
 )
-def test_settings_out_of_range(tiny_model: LocalModel, settings: dict[str, object], message: str) -> None:
+def test_settings_out_of_range(tiny_model: GGUFModel, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         emlocal.load(tiny_model.path, **settings)  # type: ignore[arg-type]

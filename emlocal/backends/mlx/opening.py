@@ -13,7 +13,7 @@ from emlocal.backends.mlx.model import context_of, load_model, windows
 from emlocal.backends.mlx.place import Place, choose_place
 from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import FolderHeader, read_folder_header
-from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.tokenizer import Tokenizer
 
 
