@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from emlocal.batch.overrides import known_name, meant, shown
 from emlocal.errors import UsageError
-from emlocal.lines import TOO_LONG, numbered_lines
+from emlocal.jsonl import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 
 _DEEPEST = 100

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from emlocal.words import counted
+from emlocal.formatting import counted
 
 CONFIDENCE = 0.95
 _FEWEST_PAIRS = 6  # of five, even the least and the largest enclose the median with 93.75 % only

@@ -18,9 +18,9 @@ from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, check_roles, with_options
 from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
+from emlocal.formatting import counted
 from emlocal.identity import batch_identity
 from emlocal.models.storage import human_size
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal

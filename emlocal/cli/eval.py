@@ -15,8 +15,8 @@ import typer
 from emlocal import console
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
 from emlocal.errors import CancelledError, EmlocalError, UsageError
+from emlocal.formatting import counted
 from emlocal.identity import batch_identity
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.overrides import Plan

@@ -16,7 +16,7 @@ from emlocal.cli.training_options import (
     RunOptions,
 )
 from emlocal.errors import UsageError
-from emlocal.words import counted, plain
+from emlocal.formatting import counted, plain
 
 if TYPE_CHECKING:
     from emlocal.backends.learner import Descent, EntropyLearner

@@ -17,8 +17,8 @@ from emlocal.cli.training_options import (
     RunOptions,
 )
 from emlocal.errors import UsageError
+from emlocal.formatting import counted, plain
 from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
-from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
     from emlocal.backends.learner import Descent

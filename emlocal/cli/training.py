@@ -18,6 +18,7 @@ from emlocal.cli.training_options import AnswerOptions, MachineOptions, RunOptio
 from emlocal.cli.training_validation import Validation, check_answers
 from emlocal.cli.training_view import Column, View
 from emlocal.errors import BackendError, CancelledError, UsageError
+from emlocal.formatting import counted
 from emlocal.generation import interruptible
 from emlocal.training.folder import OthersFolder, RunFolder, Verb
 from emlocal.training.folder import check as check_folder
@@ -25,7 +26,6 @@ from emlocal.training.loop import Method, Outcome, Plan, Run
 from emlocal.training.prompts import Prompt, read_prompts
 from emlocal.training.reporting import Reporter, check_package
 from emlocal.training.settings import TrainingSettings
-from emlocal.words import counted
 
 
 @dataclass(frozen=True)

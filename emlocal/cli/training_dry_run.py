@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from emlocal import console
 from emlocal.cli.training_options import MachineOptions
+from emlocal.formatting import counted, plain
 from emlocal.models.storage import human_size
 from emlocal.settings import settings_of
 from emlocal.training.batching import MicroBatches
 from emlocal.training.loop import Method, prompts_of_step
 from emlocal.training.rollouts import Rollout, draw_rollouts
 from emlocal.training.settings import TrainingSettings
-from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
     from emlocal.cli.training_engines import Engines

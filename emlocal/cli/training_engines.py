@@ -15,6 +15,7 @@ from emlocal.backends.learner import Descent, Learner
 from emlocal.backends.select import select_backend
 from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts, Trainer
 from emlocal.errors import ContextFullError, ModelError, UsageError
+from emlocal.formatting import counted
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.identity import weights_digest
@@ -25,7 +26,6 @@ from emlocal.training.answerers import LlamaCppModel, SameModel
 from emlocal.training.prompts import Prompt
 from emlocal.training.settings import TrainingSettings
 from emlocal.training.start import new_adapter
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.backends.mlx.opening import Opened as OpenedInMLX

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from emlocal import console
 from emlocal.cli.options import EngineOptions
+from emlocal.formatting import counted
 from emlocal.loading import (
     MOST_PARALLEL,
     Loaded,
@@ -16,7 +17,6 @@ from emlocal.loading import (
     load,
     load_for_batch,
 )
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend

@@ -12,9 +12,9 @@ from typing import Any
 
 from emlocal.batch.overrides import Plan, known_name, meant
 from emlocal.errors import UsageError
+from emlocal.formatting import counted
 from emlocal.methods.method import METHODS, Method, MethodName
 from emlocal.settings import EM_PRESETS, describe_em
-from emlocal.words import counted
 
 _PLAIN = {
     "top_k": 0,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal.evaluation.report.reading import Results, read_results
+from emlocal.formatting import counted
 from emlocal.plotting.reading import labels
-from emlocal.words import counted
 
 
 @dataclass(frozen=True)

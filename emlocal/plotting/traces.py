@@ -9,10 +9,10 @@ from typing import Any
 
 from emlocal.console import harmless
 from emlocal.errors import UsageError
+from emlocal.formatting import change, counted
 from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.plotting.reading import finite, labels, read_bytes
 from emlocal.sampling import Draw
-from emlocal.words import change, counted
 
 _HINT = "give what --trace of generate wrote"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.hub_rows import hub_rows
-from emlocal.lines import TOO_LONG, numbered_lines
+from emlocal.jsonl import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 
 FIELDS = ("prompt", "question", "problem")

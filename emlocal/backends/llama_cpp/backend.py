@@ -22,12 +22,12 @@ from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
 from emlocal.backends.llama_cpp.vocabulary import control_texts, model_info
 from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
+from emlocal.formatting import counted
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler
-from emlocal.words import counted
 
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
 

@@ -6,9 +6,9 @@ from statistics import fmean
 
 from rich.text import Text
 
+from emlocal.formatting import counted
 from emlocal.plotting.screen.frame import UPRIGHT, axis_width, framed
 from emlocal.plotting.traces import TracedAnswer, shown_text
-from emlocal.words import counted
 
 _ROWS = 7
 _WIDEST = 3  # columns of a token
