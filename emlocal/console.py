@@ -11,8 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
-from emlocal.formatting import counted
-from emlocal.models.storage import Progress, human_size, silent
+from emlocal.formatting import counted, human_size
+from emlocal.models.storage import Progress, silent
 
 if TYPE_CHECKING:
     from rich.console import Console

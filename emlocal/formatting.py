@@ -1,4 +1,4 @@
-"""Grammar for messages."""
+"""Numbers and words in messages."""
 
 from decimal import Decimal
 
@@ -11,6 +11,15 @@ def counted(n: int, noun: str) -> str:
 def plain(number: float) -> str:
     """A number as people write it: 0.000001 and 2, not 1e-06 and 2.0."""
     return format(Decimal(repr(number)).normalize(), "f")
+
+
+def human_size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000: "98 MB", "4.7 GB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 def change(before: float, after: float, changed: bool) -> str:

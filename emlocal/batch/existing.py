@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from emlocal.batch.keys import Keys
 from emlocal.errors import UsageError
-from emlocal.files import sync_folder
+from emlocal.files import put_in_place, sync_folder
 from emlocal.identity import differences
 
 _BUFFER = 1 << 20
@@ -105,13 +105,10 @@ class Existing:
                     if not self.is_error(row):
                         new.write(line)
                 self.end = new.tell()
-                new.flush()
-                os.fsync(new.fileno())
             shutil.copymode(self.target, self._temporary)
-            self._temporary.replace(self.target)
+            put_in_place(self._temporary, self.target)
         finally:
             self._temporary.unlink(missing_ok=True)
-        sync_folder(self.target.parent)
 
 
 def check_kind(path: Path, target: Path) -> None:

@@ -9,10 +9,10 @@ import typer
 from emlocal import console
 from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
-from emlocal.formatting import counted
+from emlocal.formatting import counted, human_size
 from emlocal.models.gguf.header import GGUFHeader, shown
 from emlocal.models.resolve import GGUFModel, resolve
-from emlocal.models.storage import Progress, human_size
+from emlocal.models.storage import Progress
 
 if TYPE_CHECKING:
     from emlocal.models.adapters.adapter import Adapter

@@ -18,9 +18,8 @@ from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
 from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, check_roles, with_options
 from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
-from emlocal.formatting import counted
+from emlocal.formatting import counted, human_size
 from emlocal.identity import batch_identity
-from emlocal.models.storage import human_size
 
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal

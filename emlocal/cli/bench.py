@@ -177,8 +177,7 @@ def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[st
 
 def _show(measured: dict[str, Any]) -> None:
     """The same for people."""
-    from emlocal.formatting import counted
-    from emlocal.models.storage import human_size
+    from emlocal.formatting import counted, human_size
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
     first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from emlocal import console
-from emlocal.models.storage import human_size
+from emlocal.formatting import human_size
 
 
 def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:

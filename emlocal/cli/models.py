@@ -9,11 +9,11 @@ import typer
 from emlocal import console
 from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
+from emlocal.formatting import human_size
 from emlocal.models import catalog, hub, starter
 from emlocal.models.folder import needed_files
 from emlocal.models.gguf.header import shown
 from emlocal.models.resolve import Format, HubName, Model, local_path, meaning, on_disk, resolve
-from emlocal.models.storage import human_size
 
 app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from emlocal import console
 from emlocal.cli.training_options import MachineOptions
-from emlocal.formatting import counted, plain
-from emlocal.models.storage import human_size
+from emlocal.formatting import counted, human_size, plain
 from emlocal.settings import settings_of
 from emlocal.training.batching import MicroBatches
 from emlocal.training.loop import Method, prompts_of_step

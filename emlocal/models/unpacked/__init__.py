@@ -8,17 +8,16 @@ The folder lies in emlocal's cache and may be deleted at any time. It needs neit
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from emlocal.errors import ModelError
+from emlocal.files import only_one, put_folder_in_place
 from emlocal.identity import UNPACKED_FORMAT, gguf_digest
 from emlocal.models.gguf.header import shown
 from emlocal.models.paths import cache_dir
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
-from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
+from emlocal.models.storage import Progress, check_space, disk_errors, silent
 
 MANIFEST = "emlocal.json"
 WEIGHTS = "model.safetensors"
@@ -38,7 +37,10 @@ def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
         return folder
     with disk_errors(folder.parent, "EMLOCAL_CACHE_DIR"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder, progress):
+        with only_one(
+            folder.parent / f".{folder.name}.lock",
+            lambda: progress("waiting for another emlocal that is unpacking this model", 0, None),
+        ):
             if not _is_whole(folder):  # another process may have made it while this one waited
                 _make(model, folder, progress)
     return folder
@@ -54,24 +56,6 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError):
         return False
     return WEIGHTS in sizes
-
-
-@contextmanager
-def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of this model. The system lets go of it when a process dies, so it cannot be stale."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    while True:
-        try:
-            lock.acquire(timeout=1)
-            break
-        except Timeout:
-            progress("waiting for another emlocal that is unpacking this model", 0, None)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
@@ -109,12 +93,7 @@ def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
         sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         manifest = {"format": UNPACKED_FORMAT, "source": [str(f) for f in header.files], "files": sizes}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        for path in partial.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        put_folder_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
