@@ -43,9 +43,9 @@ def ours(folder: Path, rows: list[list[int]]) -> Iterator[float]:
     from emlocal.backends.mlx.learner import MLXEntropyLearner
     from emlocal.backends.mlx.lora import linear_layers
     from emlocal.backends.mlx.opening import open_model
+    from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings
-    from emlocal.training.start import new_adapter
 
     opened = open_model(folder)
     adapter = new_adapter(linear_layers(opened.model), FineTuneSettings())

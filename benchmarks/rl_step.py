@@ -66,9 +66,9 @@ def main() -> None:
 
     from emlocal.backends.learner import Descent
     from emlocal.backends.torch.policy_learner import TorchPolicyLearner
-    from emlocal.cli.training_engines import open_engines
     from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
     from emlocal.models.adapters.peft import write_peft
+    from emlocal.training.engines import open_engines
     from emlocal.training.folder import RunFolder
     from emlocal.training.loop import Plan, Run
     from emlocal.training.prompts import read_prompts

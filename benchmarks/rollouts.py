@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     chosen = parser.parse_args()
 
-    from emlocal.cli.training_engines import open_engines
     from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
+    from emlocal.training.engines import open_engines
     from emlocal.training.rollouts import draw_rollouts
     from emlocal.training.settings import FineTuneSettings
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from emlocal.api import Answer, Model, load
     from emlocal.methods.method import Method
     from emlocal.settings import AdaptiveTemperature, EMInf
+    from emlocal.training.runner import finetune, rl
 
 __version__ = "0.1.0"
-__all__ = ["AdaptiveTemperature", "Answer", "EMInf", "Method", "Model", "load"]
+__all__ = ["AdaptiveTemperature", "Answer", "EMInf", "Method", "Model", "finetune", "load", "rl"]
 
 _WHERE = {
     "AdaptiveTemperature": "emlocal.settings",
@@ -19,7 +20,9 @@ _WHERE = {
     "EMInf": "emlocal.settings",
     "Method": "emlocal.methods.method",
     "Model": "emlocal.api",
+    "finetune": "emlocal.training.runner",
     "load": "emlocal.api",
+    "rl": "emlocal.training.runner",
 }
 
 

@@ -1,7 +1,6 @@
 """`emlocal finetune`: a LoRA adapter from the model's own, unlabelled answers (EM-FT)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,16 +14,6 @@ from emlocal.cli.training_options import (
     Output,
     RunOptions,
 )
-from emlocal.errors import UsageError
-from emlocal.formatting import counted, plain
-
-if TYPE_CHECKING:
-    from emlocal.backends.learner import Descent, EntropyLearner
-    from emlocal.cli.training import Work
-    from emlocal.cli.training_engines import Opened
-    from emlocal.models.adapters.adapter import Adapter
-    from emlocal.training.prompts import Prompt
-    from emlocal.training.settings import FineTuneSettings
 
 
 @with_options
@@ -47,52 +36,8 @@ def finetune(
     """
     machine.go_offline_if_asked()
     from emlocal.cli.finetune_settings import settings_of_run
-    from emlocal.cli.training import Asked, carry_out
+    from emlocal.cli.training_view import FINETUNE_COLUMNS, carry_out, setup_of
+    from emlocal.training.finetune import em_ft
 
-    settings = settings_of_run(training, recipe, run.config)
-    carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
-
-
-def _work(settings: "FineTuneSettings", recipe: Recipe) -> "Work[EntropyLearner]":
-    from emlocal.backends.learner import EntropyObjective
-    from emlocal.cli import training_view as view
-    from emlocal.cli.training import Work
-    from emlocal.training.finetune import FineTune
-
-    def check(prompts: Sequence["Prompt"]) -> None:
-        if recipe is Recipe.one_shot and len(prompts) > 1:
-            raise UsageError(
-                f"--recipe one-shot trains on one prompt; there are {len(prompts):,}", "choose one: --limit 1"
-            )
-
-    def learner(
-        opened: "Opened", adapter: "Adapter", descent: "Descent", checkpointing: bool
-    ) -> "EntropyLearner":
-        objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
-        if opened.engine == "mlx":
-            from emlocal.backends.mlx.learner import MLXEntropyLearner
-
-            return MLXEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
-        from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-
-        return TorchEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
-
-    def told(prompts: int) -> Sequence[str]:
-        s = settings
-        return (
-            f"recipe {recipe}: {counted(s.steps, 'step')} of {counted(s.prompts_per_step, 'answer')}"
-            f" to {counted(prompts, 'prompt')},",
-            f"learning rate {plain(s.learning_rate)}, β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}",
-        )
-
-    columns = (view.ENTROPY, view.KL, view.LENGTH, view.ENDED, view.REPETITION, view.GRADIENT, view.SECONDS)
-    return Work(
-        "finetune",
-        settings,
-        check,
-        learner,
-        lambda made, _: FineTune(settings, made),
-        told,
-        columns,
-        ("torch", "mlx"),
-    )
+    objective = em_ft(settings_of_run(training, recipe, run.config), str(recipe))
+    carry_out(objective, setup_of(data, output, model, run, answers, machine), FINETUNE_COLUMNS, run)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.cli.training_view import View
+from emlocal.cli.training_view import TerminalView
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.training import rl_settings
 from emlocal.training.rl_settings import recipes
@@ -352,9 +352,9 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     assert rl(*flags).code == 0
     weights, rows = (out / "adapter_model.safetensors").read_bytes(), metrics(out)
     out.rename(out.with_name("whole"))
-    real, seen = View.training, 0
+    real, seen = TerminalView.training, 0
 
-    def training(self: View, step: int, done: int, total: int) -> None:
+    def training(self: TerminalView, step: int, done: int, total: int) -> None:
         nonlocal seen
         real(self, step, done, total)
         seen += step == 2 and done == total
@@ -362,7 +362,7 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(View, "training", training)
+        patch.setattr(TerminalView, "training", training)
         stopped = rl(*flags)
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"

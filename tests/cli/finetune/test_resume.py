@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.cli.training_view import View
+from emlocal.cli.training_view import TerminalView
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
 from tests.cli.training import error_of
 from tests.metrics import metrics, timeless
@@ -41,15 +41,15 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     weights, rows = (out / "adapter_model.safetensors").read_bytes(), metrics(out)
     shutil.rmtree(out)
 
-    real = View.finished_step
+    real = TerminalView.finished_step
 
-    def finished_step(self: View, row: dict[str, Any]) -> None:
+    def finished_step(self: TerminalView, row: dict[str, Any]) -> None:
         real(self, row)
         if row["step"] == stop_at:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(View, "finished_step", finished_step)
+        patch.setattr(TerminalView, "finished_step", finished_step)
         stopped = finetune(*flags)
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"

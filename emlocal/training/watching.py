@@ -1,13 +1,17 @@
-"""Where metrics go beside metrics.jsonl: trackio, Weights & Biases, TensorBoard."""
+"""Who is told how a run goes: people, and trackers of metrics (trackio, Weights & Biases, TensorBoard)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from emlocal.errors import BackendError, UsageError
+from emlocal.loading import Warn, warn_in_python
+
+if TYPE_CHECKING:
+    from emlocal.training.runner import TrainingResult
 
 _MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard.summary"}
 
@@ -48,3 +52,44 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._finish()
+
+
+class View:
+    """Is told how a run goes. This one says warnings alone; the command line's draws bars and a table."""
+
+    def __init__(self, warn: Warn = warn_in_python) -> None:
+        self._warn = warn
+        self.reporter: Reporter | None = None
+
+    def loading(self, what: str, done: int, total: int | None) -> None:
+        """What comes before the run: a download, the model, the prompts. A `Progress`."""
+
+    def begin(self, lines: Sequence[str], resumed: int | None) -> None:
+        """What is about to happen, in lines; `resumed`: the step that the run goes on after."""
+
+    def answering(self, step: int, done: int, total: int) -> None:
+        """Answers of this step drawn."""
+
+    def training(self, step: int, done: int, total: int) -> None:
+        """Answers of this step computed with."""
+
+    def validating(self, done: int, total: int) -> None:
+        """Prompts with known answers answered."""
+
+    def finished_step(self, row: dict[str, Any]) -> None:
+        """A line of metrics."""
+        if self.reporter is not None:
+            self.reporter.log(row)
+
+    def warn(self, text: str) -> None:
+        """Something that people should know."""
+        self._warn(text)
+
+    def validated(self, before: float, after: float) -> None:
+        """Accuracies before and after the run."""
+
+    def stopped(self, output: Path) -> None:
+        """It was asked to."""
+
+    def ended(self, result: "TrainingResult") -> None:
+        """It ended by itself."""
