@@ -298,7 +298,7 @@ def test_resume_with_other_labels_is_refused_where_they_decide(rl: RL, out: Path
     data.write_text(data.read_text().replace("#### 3", "#### 4"))
     done = rl(*flags, "--resume")
     assert done.code == 2
-    assert "prompts labels was" in error_of(done)
+    assert "prompts.labels: " in error_of(done)
 
 
 def test_resume_with_other_labels_that_decide_nothing(rl: RL, out: Path, data: Path) -> None:
@@ -314,9 +314,9 @@ def test_resume_with_other_labels_that_decide_nothing(rl: RL, out: Path, data: P
         (["--samples", "3"], "samples: 2 -> 3"),
         (
             ["--kl-beta", "0", "--entropy-bonus", "1"],
-            "kl_beta: 0.001 -> 0.0; entropy_bonus: 0.0 -> 1.0",
+            "kl_beta: 0.001 -> 0; entropy_bonus: 0 -> 1",
         ),
-        (["--recipe", "intuitor"], "reward was"),
+        (["--recipe", "intuitor"], "reward: "),
     ],
 )
 def test_resume_with_other_settings_names_them(rl: RL, out: Path, changes: list[str], says: str) -> None:
