@@ -1,6 +1,7 @@
 """EM-RL: rewards of several answers to a prompt, against each other, as a policy gradient.
 
-Each part is a function of its own in `emlocal.em`: rewards, advantages, which tokens to hold back, losses.
+`PolicyGradient.gradients` is the whole of it: answers → rewards → advantages → losses → gradient. The equation
+of each step is a function of its own in `emlocal.em`; what others hold back of a step is in `em.relatives`.
 """
 
 import hashlib
@@ -24,14 +25,8 @@ from emlocal.backends.learner import (
 )
 from emlocal.em.advantages import grpo, rloo, zero_variance
 from emlocal.em.entropy import Float64
-from emlocal.em.policy_gradient import (
-    PolicyObjective,
-    averaging_weights,
-    clip_cov,
-    covariances,
-    kl_cov,
-    tw_grpo_weights,
-)
+from emlocal.em.policy_gradient import PolicyObjective, averaging_weights
+from emlocal.em.relatives import clip_cov, covariances, kl_cov, tw_grpo_weights
 from emlocal.em.rewards import (
     majority_reward,
     self_certainty_reward,
@@ -97,12 +92,16 @@ class PolicyGradient:
     ) -> Iterator[Gradient]:
         """See `loop.Method`. Rewards, advantages and the reference are of the answers as they were drawn."""
         s, tokens = self.settings, _Tokens(rollouts)
+        # What the model that drew the answers, and the base, say of each of their tokens.
         scores = self._scores(step, rollouts, batches, tokens) if s.needs_scores else None
         base = self._scores(step, rollouts, batches, tokens, base=True) if s.needs_reference else None
+        # Rewards: one number an answer, a weighted sum of what the settings name.
         of_each = self.rewards(chosen, rollouts, scores, tokens)
         rewards = weighted_sum(list(of_each.values()), [weight for _, weight in s.reward])
+        # Advantages: an answer's reward against those of the other answers to its prompt.
         groups = rewards.reshape(-1, s.samples)
         advantages = _ADVANTAGES[s.advantage](groups).ravel()
+        # Losses: what each token of an answer costs, given its answer's advantage.
         losses = self._losses(step, rollouts, batches, advantages, scores, base, tokens)
         row: dict[str, Any] = {
             "reward": float(rewards.mean()),
@@ -111,6 +110,7 @@ class PolicyGradient:
         }
         if len(of_each) > 1:
             row |= {f"reward_{name}": float(each.mean()) for name, each in of_each.items()}
+        # Gradients: one for each update on these answers; the loop follows it before the next is made.
         for _ in range(s.ppo_epochs):
             terms = self._accumulate(step, rollouts, batches, losses, tokens)
             count = sum(each.tokens for each in terms)
