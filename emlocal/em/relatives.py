@@ -1,9 +1,9 @@
 """Relatives of EM-RL that others compare with: Clip-Cov, KL-Cov, TW-GRPO. Not part of the method.
 
 They keep a policy's entropy *up*, and EM-RL brings it down: by its own measure they work against it
-(docs/methods.md, "Its relatives"). They are here so that a comparison has them on the same engine, answers and draws, and are off
-unless they are asked for (--regularize, --token-weights). Both kinds choose or weigh tokens; KL-Cov alone has
-a term of its own in the loss (emlocal.em.policy_gradient).
+(docs/methods.md, "Its relatives"). They are here so that a comparison has them on the same engine, answers
+and draws, and are off unless they are asked for (--regularize, --token-weights). All choose or weigh tokens;
+KL-Cov alone has a term of its own in the loss (emlocal.em.policy_gradient).
 """
 
 import numpy as np

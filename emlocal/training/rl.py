@@ -1,7 +1,7 @@
 """EM-RL: rewards of several answers to a prompt, against each other, as a policy gradient.
 
-`PolicyGradient.gradients` is the whole of it: answers → rewards → advantages → losses → gradient. The equation
-of each step is a function of its own in `emlocal.em`; what others hold back of a step is in `em.relatives`.
+`PolicyGradient.gradients` is the whole of it: answers → rewards → advantages → losses → gradient. Each step's
+equation is a function of its own in `emlocal.em`; what related methods hold back is in `em.relatives`.
 """
 
 import hashlib
