@@ -64,9 +64,10 @@ def main() -> None:
     parser.add_argument("--rollouts", choices=("torch", "llama.cpp"), default="torch")
     chosen = parser.parse_args()
 
+    from emlocal.cli.training_options import AnswerOptions, MachineOptions
+
     from emlocal.backends.learner import Descent
     from emlocal.backends.torch.policy_learner import TorchPolicyLearner
-    from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
     from emlocal.models.adapters.peft import write_peft
     from emlocal.training.engines import open_engines
     from emlocal.training.folder import RunFolder
@@ -103,7 +104,7 @@ def main() -> None:
 
     wait_until_quiet(120)
     noise, watcher = Noise(), Watcher()
-    answers = AnswerOptions(rollouts=Rollouts(chosen.rollouts))
+    answers = AnswerOptions(rollouts=chosen.rollouts)
     folder_name = tempfile.TemporaryDirectory()
     with (
         folder_name as name,

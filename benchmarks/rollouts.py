@@ -24,6 +24,7 @@ def main() -> None:
     chosen = parser.parse_args()
 
     from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
+
     from emlocal.training.engines import open_engines
     from emlocal.training.rollouts import draw_rollouts
     from emlocal.training.settings import FineTuneSettings
@@ -57,7 +58,7 @@ def main() -> None:
     wait_until_quiet(120)
     noise = Noise()
     for _ in range(chosen.rounds):
-        for engine in (Rollouts.llama_cpp, Rollouts.torch):
+        for engine in ("llama.cpp", "torch"):
             speeds[str(engine)] += speed(engine)
     ratios = [a / b for a, b in zip(speeds["llama.cpp"], speeds["torch"], strict=True)]
     around = circumstances()

@@ -56,11 +56,13 @@ def gguf_digest(header: "GGUFHeader") -> str:
     or most rows of the tensors they touch, so this tells them apart, in milliseconds; a hash of every byte
     would take seconds a gigabyte, at each start. What it does not see is a patch of single rows in place.
     """
+    from emlocal.models.regular import open_regular
+
     digest = hashlib.sha256(f"emlocal unpacked {UNPACKED_FORMAT}".encode())
     for path in header.files:
         inside = sorted((t for t in header.tensors.values() if t.file == path), key=lambda t: t.offset)
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with open_regular(path) as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
             digest.update(file.read(inside[0].offset if inside else -1))
             for tensor in inside:
                 file.seek(tensor.offset + max(tensor.nbytes - _SAMPLE_BYTES, 0) // 2)

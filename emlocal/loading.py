@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from emlocal.backends.context import context_length
-from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
+from emlocal.backends.options import BATCH_CONTEXT, LoadOptions
 from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import UsageError
@@ -19,6 +19,9 @@ from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
 from emlocal.models.resolve import FolderModel, Model, resolve
 from emlocal.models.storage import Progress, silent
+from emlocal.models.templates import start_process
+from emlocal.settings.engine import EngineOptions
+from emlocal.settings.table import check_settings
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
@@ -30,21 +33,8 @@ _LEFT_FREE = 0.9  # of the free memory, a batch takes no more than this without 
 
 Warn = Callable[[str], None]
 """Takes a line that people should read."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which model, and how to run it. None: emlocal chooses."""
-
-    model: str | None = None
-    """As people name it: a short name, a .gguf file, a folder, "org/name:QUANT"; None: the starter model."""
-    backend: str = "auto"
-    adapters: Sequence[tuple[Path, float]] = ()
-    """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
-    context: int | None = None
-    threads: int | None = None
-    kv_type: KVType | None = None
-    offline: bool = False
+Adapters = Sequence[tuple[Path, float]]
+"""(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ class Loaded:
 
     backend: "Backend"
     model: Model
-    adapters: Sequence[tuple[Path, float]]
+    adapters: Adapters
     reason: str
     """Why this engine."""
 
@@ -77,19 +67,27 @@ def warn_in_python(text: str) -> None:
 
 
 def load(
-    wanted: Wanted, *, sequences: int, progress: Progress = silent, warn: Warn = warn_in_python
+    wanted: EngineOptions,
+    adapters: Adapters = (),
+    *,
+    sequences: int,
+    progress: Progress = silent,
+    warn: Warn = warn_in_python,
 ) -> Loaded:
     """Resolve, check and load a model for one prompt at a time: `sequences` that share one context.
+
+    `adapters`: beside those that `wanted` names, in the form that Python has for them.
 
     Raises UsageError for settings out of range, ModelError for a model or adapter that cannot be used,
     KeyboardInterrupt once the engine is free again where Ctrl-C came while it was loaded.
     """
-    return _load(wanted, sequences, True, progress, warn)
+    return _load(wanted, adapters, sequences, True, progress, warn)
 
 
 def load_for_batch(
-    wanted: Wanted,
+    wanted: EngineOptions,
     parallel: int | None,
+    adapters: Adapters = (),
     *,
     spare: int = 0,
     progress: Progress = silent,
@@ -102,7 +100,7 @@ def load_for_batch(
     from emlocal.generation.scheduler import SPARE_SEQUENCES
 
     check_parallel(parallel)
-    return _load(wanted, parallel, False, progress, warn, SPARE_SEQUENCES + spare)
+    return _load(wanted, adapters, parallel, False, progress, warn, SPARE_SEQUENCES + spare)
 
 
 def check_parallel(parallel: int | None) -> None:
@@ -112,27 +110,35 @@ def check_parallel(parallel: int | None) -> None:
 
 
 def _load(
-    wanted: Wanted, sequences: int | None, shared: bool, progress: Progress, warn: Warn, spare: int = 0
+    wanted: EngineOptions,
+    adapters: Adapters,
+    sequences: int | None,
+    shared: bool,
+    progress: Progress,
+    warn: Warn,
+    spare: int = 0,
 ) -> Loaded:
     _check(wanted)
-    name, reason = select_backend(wanted.backend, wanted.model)
+    name, reason = select_backend(wanted.backend or "auto", wanted.model)
+    adapters = [*map(adapter_and_scale, wanted.adapter), *adapters]
     model = resolve(wanted.model, formats=formats_of(name), offline=wanted.offline, progress=progress)
+    start_process(model.header.chat_template)
     with ExitStack() as opened:
-        adapters = tuple((_read(path, model, name, opened, warn), scale) for path, scale in wanted.adapters)
+        read = tuple((_read(path, model, name, opened, warn), scale) for path, scale in adapters)
         trained = model.header.context_length
         asked = wanted.context or (None if shared else min(trained, BATCH_CONTEXT))
         context = context_length(asked, trained)
         terms = memory_terms(name, model.header, wanted.kv_type)
         count = (sequences or _as_many_as_fit(model.header, context, terms, spare)) + spare
         check_memory(model.header, context, terms, n_seqs=rooms(name, count, shared))
-        options = LoadOptions(context, count, shared, wanted.threads, wanted.kv_type, adapters)
+        options = LoadOptions(context, count, shared, wanted.threads, wanted.kv_type, read)
         # llama.cpp calls back while it loads: nothing may be raised there
         with interruptible() as cancelled:
             backend = load_backend(name, model, options, progress, meanwhile=partial(_prepare, model.header))
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt
-    return Loaded(backend, model, tuple(wanted.adapters), reason)
+    return Loaded(backend, model, adapters, reason)
 
 
 def _prepare(header: ModelHeader) -> None:
@@ -152,14 +158,10 @@ def _as_many_as_fit(header: ModelHeader, context: int, terms: Terms, spare: int)
     return 1
 
 
-def _check(wanted: Wanted) -> None:
-    if wanted.context is not None and wanted.context < 16:
-        raise UsageError(f"--context is {wanted.context}; it must be at least 16 tokens")
-    if wanted.kv_type is not None and wanted.kv_type not in get_args(KVType):
-        known = ", ".join(get_args(KVType))
-        raise UsageError(f"--kv-type is {wanted.kv_type!r}; it must be one of {known}")
+def _check(wanted: EngineOptions) -> None:
+    check_settings(wanted)
     cores = os.cpu_count() or 1
-    if wanted.threads is not None and not 1 <= wanted.threads <= 4 * cores:
+    if wanted.threads is not None and wanted.threads > 4 * cores:
         raise UsageError(f"--threads is {wanted.threads}; it must be between 1 and {4 * cores} here")
 
 

@@ -11,11 +11,11 @@ import pytest
 import emlocal
 from emlocal import loading
 from emlocal.errors import ModelError, UsageError
-from emlocal.loading import Wanted
 from emlocal.models.adapters import reading
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.resolve import GGUFModel
+from emlocal.settings.engine import EngineOptions
 from tests.cli.conftest import Outcome
 from tests.cli.conftest import emlocal as run_emlocal  # noqa: F401
 from tests.tiny_pair import random_adapter
@@ -41,7 +41,8 @@ def test_an_adapter_is_read_and_converted_once(
     tiny_model: GGUFModel, tmp_path: Path, counted: Counter[str], engine: str, written: int
 ) -> None:
     write_peft(replace(random_adapter(layers=1), base_model=""), tmp_path / "adapter")
-    wanted = Wanted(str(tiny_model.path), engine, ((tmp_path / "adapter", 0.5),), context=64, threads=1)
+    adapter = f"{tmp_path / 'adapter'}=0.5"
+    wanted = EngineOptions(str(tiny_model.path), engine, (adapter,), context=64, threads=1)
     loaded = loading.load(wanted, sequences=1)
     try:
         assert counted == Counter(read_peft=1, write_gguf=written)
@@ -71,7 +72,7 @@ def test_both_doors_warn_of_another_base_model(
     flags = ("-m", str(tiny_model.path), "--adapter", str(path), "--max-tokens", "1")
     assert said in run_emlocal("generate", *flags, "--raw", "x").err
     heard: list[str] = []
-    wanted = Wanted(str(tiny_model.path), adapters=((path, 1.0),), context=64)
+    wanted = EngineOptions(str(tiny_model.path), adapter=(str(path),), context=64)
     loading.load(wanted, sequences=1, warn=heard.append).backend.close()
     assert [said in text for text in heard] == [True]
 
@@ -101,11 +102,11 @@ def test_nothing_is_left_of_a_conversion(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"context": 3}, "--context is 3; it must be at least 16 tokens"),
-        ({"threads": 0}, "--threads is 0; it must be between 1 and"),
+        ({"context": 3}, "--context is 3; it must be at least 16"),
+        ({"threads": 0}, "--threads is 0; it must be at least 1"),
         ({"parallel": 0}, "--parallel is 0; it must be between 1 and 256"),
-        ({"kv_type": "q3"}, "--kv-type is 'q3'; it must be one of f32, f16, q8_0, q4_0"),
-        ({"backend": "abacus"}, "there is no engine abacus"),
+        ({"kv_type": "q3"}, '--kv-type is "q3"; it must be one of f32, f16, q8_0, q4_0'),
+        ({"backend": "abacus"}, '--backend is "abacus"; it must be one of'),
     ],
 )
 def test_settings_out_of_range(tiny_model: GGUFModel, settings: dict[str, object], message: str) -> None:

@@ -1,64 +1,22 @@
 """`emlocal eval`: ways of answering compared on problems with known answers."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
 from emlocal import console
-from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.cli.options import with_options
 from emlocal.errors import CancelledError
+from emlocal.evaluation.options import EvalOptions
+from emlocal.settings import Given, resolve_settings
+from emlocal.settings.em import EM
+from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.resolve import SAMPLING
+from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
-    from emlocal.cli.precedence import Config
     from emlocal.evaluation.report.document import Document
-    from emlocal.evaluation.runner import Base
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What is asked, and what becomes of it."""
-
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Problems, .jsonl or .json; without it, from the hub.", metavar="FILE"),
-    ] = None
-    targets: Annotated[
-        Path | None,
-        typer.Option(
-            "--targets", help="SciCode's test_data.h5, for problems without gold code.", metavar="FILE"
-        ),
-    ] = None
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N problems.", metavar="N")] = (
-        None
-    )
-    samples: Annotated[
-        int, typer.Option("-n", "--samples", help="Answers to each: mean@N and pass@k.", metavar="N")
-    ] = 1
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message, instead of the task's.", metavar="TEXT")
-    ] = None
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder. (default: eval-TASK-MODEL)", metavar="DIR")
-    ] = None
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run code that the model writes, contained.")
-    ] = False
-    code_seconds: Annotated[
-        float | None,
-        typer.Option("--code-seconds", help="For such a program. (default: 10; scicode 300)", metavar="X"),
-    ] = None
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with answers that are there, or begin anew.")
-    ] = True
-    parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", help="Sequences at once. (default: 16, or as memory allows)", metavar="N"),
-    ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the table.")] = False
 
 
 @with_options
@@ -81,23 +39,21 @@ def eval(
         ),
     ] = "greedy,sample,em-inf",
     how: EvalOptions = EvalOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    engine: EngineOptions = EngineOptions(),
+    given: Annotated[Given, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Compare ways of answering on problems with known answers: accuracy, cost, and how sure that is.
 
     All methods have the same engine, prompts and draws. What is there is not answered again: a killed run
     goes on, and methods can be added. The folder gets results.json, results.md and report.html.
     """
-    from emlocal.cli import precedence
     from emlocal.cli.views import open_for_batch
-    from emlocal.evaluation.runner import Setup, prepare
+    from emlocal.evaluation.runner import prepare
+    from emlocal.settings.files import read_config
 
-    config = precedence.read_config()
-    asked = {name: value for name, value in vars(how).items() if name != "quiet"}
-    prepared = prepare(Setup(task, methods, **asked), lambda own: _base(sampling, config, own))
-    options = precedence.merged(engine, config.engine)
-    with open_for_batch(options, how.parallel, quiet=how.quiet) as loaded:
+    config = {name: value for name, value in read_config().items() if name not in EM.settings}
+    layers = ("flag", given), ("config", config)  # EM is for methods to say
+    prepared = prepare(task, methods, how, resolve_settings(*layers))
+    with open_for_batch(options_of(EngineOptions, *layers), how.parallel, quiet=how.quiet) as loaded:
         try:
             with _Progress(how.quiet) as progress:
                 done = prepared.carry_out(loaded, progress)
@@ -112,20 +68,6 @@ def eval(
         console.note(f"not reported, since --methods does not name them: {', '.join(done.others)}")
     if not how.quiet:
         console.note(f"{done.folder}: results.json, results.md, report.html, and all answers")
-
-
-def _base(sampling: SamplingOptions, config: "Config", model: Mapping[str, float]) -> "Base":
-    """What all methods begin with, and which of it was set on purpose. EM is for methods to say."""
-    from emlocal.batch.overrides import Plan
-    from emlocal.cli import precedence
-
-    plain = replace(config, em=EMOptions())
-    resolved = precedence.sampling(sampling, EMOptions(), plain, model)
-    chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
-    given = precedence.merged(sampling, config.sampling).seed
-    seed = 0 if given is None else precedence.seed(sampling, config.sampling)
-    max_tokens, stop = precedence.limits(sampling, config.sampling)
-    return Plan(resolved.params, max_tokens, stop, seed, 1), chosen
 
 
 class _Progress:

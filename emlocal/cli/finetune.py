@@ -1,19 +1,15 @@
 """`emlocal finetune`: a LoRA adapter from the model's own, unlabelled answers (EM-FT)."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from emlocal.cli.finetune_options import Recipe, TrainingOptions
-from emlocal.cli.options import with_options
-from emlocal.cli.training_options import (
-    AnswerOptions,
-    Data,
-    MachineOptions,
-    ModelName,
-    Output,
-    RunOptions,
-)
+from emlocal.cli.options import Data, ModelName, Output, with_options
+from emlocal.settings.table import NOTHING, Given, Table
+from emlocal.training.options import AnswerOptions, MachineOptions, RunOptions, Setup
+from emlocal.training.settings import RECIPES, FineTuneSettings, settings_of_run
+
+Recipe = Literal["default", "paper", "one-shot"]
 
 
 @with_options
@@ -22,10 +18,10 @@ def finetune(
     output: Output,
     model: ModelName = None,
     recipe: Annotated[Recipe, typer.Option("--recipe", help="Settings that others are changes to.")] = (
-        Recipe.default
+        "default"
     ),
     run: RunOptions = RunOptions(),
-    training: TrainingOptions = TrainingOptions(),
+    given: Annotated[Given, Table.of(FineTuneSettings)] = NOTHING,
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
@@ -35,9 +31,9 @@ def finetune(
     of the distributions that its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
     """
     machine.go_offline_if_asked()
-    from emlocal.cli.finetune_settings import settings_of_run
-    from emlocal.cli.training_view import FINETUNE_COLUMNS, carry_out, setup_of
+    from emlocal.cli.training_view import FINETUNE_COLUMNS, carry_out
     from emlocal.training.finetune import em_ft
 
-    objective = em_ft(settings_of_run(training, recipe, run.config), str(recipe))
-    carry_out(objective, setup_of(data, output, model, run, answers, machine), FINETUNE_COLUMNS, run)
+    settings = settings_of_run(FineTuneSettings, given, run.config, RECIPES[recipe].values)
+    setup = Setup(data, output, model, run, answers, machine, run.validate)
+    carry_out(em_ft(settings, recipe), setup, FINETUNE_COLUMNS)

@@ -1,22 +1,14 @@
 """`emlocal rl`: a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL)."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from emlocal.cli.options import with_options
-from emlocal.cli.rl_options import RLOptions
-from emlocal.cli.training_options import (
-    AnswerOptions,
-    Data,
-    MachineOptions,
-    ModelName,
-    Output,
-    RunOptions,
-)
-from emlocal.errors import UsageError
+from emlocal.cli.options import Data, ModelName, Output, with_options
+from emlocal.settings.table import NOTHING, Given, Table
+from emlocal.training.options import AnswerOptions, MachineOptions, RunOptions, Setup
 from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
+from emlocal.training.settings import settings_of_run
 
 
 @with_options
@@ -33,7 +25,7 @@ def rl(
         ),
     ] = None,
     run: RunOptions = RunOptions(),
-    training: RLOptions = RLOptions(),
+    given: Annotated[Given, Table.of(RLSettings)] = NOTHING,
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
@@ -44,37 +36,10 @@ def rl(
     emlocal chat -m MODEL --adapter FOLDER.
     """
     machine.go_offline_if_asked()
-    settings = settings_of_run(training, recipe, run.config)
-    from emlocal.cli.training_view import RL_COLUMNS, carry_out, setup_of
+    values = read_recipe(recipe) if recipe is not None else NOTHING
+    settings = settings_of_run(RLSettings, given, run.config, values)
+    from emlocal.cli.training_view import RL_COLUMNS, carry_out
     from emlocal.training.rl import em_rl
 
-    setup = setup_of(data, output, model, run, answers, machine)
-    carry_out(em_rl(settings, recipe), setup, RL_COLUMNS, run)
-
-
-def settings_of_run(flags: RLOptions, recipe: str | None, config: Path | None) -> RLSettings:
-    """Flag > --config > recipe > default. Raises UsageError for values that cannot be meant."""
-    given: dict[str, Any] = {name: value for name, value in vars(flags).items() if value is not None}
-    if flags.reward is not None:
-        given["reward"] = _rewards(flags.reward)
-    if flags.target_modules is not None:
-        given["target_modules"] = tuple(filter(None, map(str.strip, flags.target_modules.split(","))))
-    values = read_recipe(recipe) if recipe is not None else {}
-    if config is not None:
-        values |= read_recipe(config)
-    values |= {name: str(value) if isinstance(value, str) else value for name, value in given.items()}
-    return RLSettings(**values)
-
-
-def _rewards(text: str) -> tuple[tuple[str, float], ...]:
-    """`token`, or `verifier=1,token=0.01`. Raises UsageError."""
-    found = []
-    for part in text.split(","):
-        name, separator, weight = part.partition("=")
-        try:
-            found.append((name.strip(), float(weight) if separator else 1.0))
-        except ValueError:
-            raise UsageError(
-                f"--reward has the weight {weight.strip()!r}, which is no number", "say verifier=1,token=0.01"
-            ) from None
-    return tuple(found)
+    setup = Setup(data, output, model, run, answers, machine, run.validate)
+    carry_out(em_rl(settings, recipe), setup, RL_COLUMNS)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from emlocal import console
-from emlocal.cli.training_options import AnswerOptions, MachineOptions, RunOptions
 from emlocal.formatting import counted, human_size, plain
 from emlocal.models.storage import Progress
 from emlocal.settings import settings_of
 from emlocal.training.dry_run import Trial, try_out
 from emlocal.training.engines import Objective
-from emlocal.training.runner import Setup, TrainingResult, train
+from emlocal.training.options import Setup
+from emlocal.training.runner import TrainingResult, train
 from emlocal.training.settings import TrainingSettings
 from emlocal.training.watching import View
 
@@ -54,45 +54,13 @@ RL_COLUMNS = (
 )
 
 
-def setup_of(
-    data: str,
-    output: Path,
-    model: str | None,
-    run: RunOptions,
-    answers: AnswerOptions,
-    machine: MachineOptions,
-) -> Setup:
-    """What was typed, but for the settings. Raises UsageError for numbers out of range."""
-    return Setup(
-        data,
-        output,
-        model,
-        system=answers.system,
-        limit=answers.limit,
-        rollouts=str(answers.rollouts),
-        parallel=answers.parallel,
-        backend=str(machine.backend),
-        device=machine.device,
-        dtype=str(machine.dtype),
-        threads=machine.threads,
-        context=machine.context,
-        tokens_per_batch=machine.token_budget,
-        gradient_checkpointing=machine.gradient_checkpointing,
-        offline=machine.offline,
-        resume=run.resume,
-        save_every=run.save_every,
-        validate=run.validate,
-        report_to=None if run.report_to is None else str(run.report_to),
-    )
-
-
-def carry_out(objective: Objective[Any], setup: Setup, columns: Sequence[Column], run: RunOptions) -> None:
+def carry_out(objective: Objective[Any], setup: Setup, columns: Sequence[Column]) -> None:
     """Train, or with `--dry-run` tell what would be done.
 
     Raises what any part of it raises, and Exit(1) for a run that stopped by itself.
     """
-    with TerminalView(objective.settings.steps, columns, run.quiet) as view:
-        if run.dry_run:
+    with TerminalView(objective.settings.steps, columns, setup.run.quiet) as view:
+        if setup.run.dry_run:
             trial = try_out(objective, setup, view)
             view.stop()
             if trial is not None:

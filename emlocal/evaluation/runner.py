@@ -1,6 +1,6 @@
 """An evaluation: contenders one after the other over a task's questions, then the verdicts, then the report.
 
-    prepare(setup, base) → Prepared.carry_out(loaded, progress) → Evaluation
+    prepare(task, methods, …) → Prepared.carry_out(loaded, progress) → Evaluation
 
 A contender's answers are a batch output of its own in OUT/answers, so that a run goes on where it stopped,
 and contenders can be added to one that is finished.
@@ -10,8 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 from emlocal.backends.base import Backend
 from emlocal.batch.journal import Journal
 from emlocal.batch.lines import canonical
-from emlocal.batch.overrides import Plan
 from emlocal.batch.rows import is_error, key_of
 from emlocal.batch.run import BatchSettings
 from emlocal.cancel import interruptible
@@ -27,6 +25,7 @@ from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.evaluation.answering import Answer, Answering
 from emlocal.evaluation.contenders import Contender, describe, read_contenders
 from emlocal.evaluation.judging import Judge, Judged
+from emlocal.evaluation.options import EvalOptions
 from emlocal.evaluation.provenance import answered_with, note_answering, provenance
 from emlocal.evaluation.report.document import Document, write_json
 from emlocal.evaluation.report.page import write_page
@@ -37,14 +36,13 @@ from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.formatting import counted
 from emlocal.identity import batch_identity, sha256
-from emlocal.loading import MOST_PARALLEL, Loaded, Wanted, Warn, load_for_batch, warn_in_python
-from emlocal.settings import DEFAULT_MAX_TOKENS, SamplingParams, settings_of
+from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
+from emlocal.settings import Resolved, resolve_settings
+from emlocal.settings.engine import EngineOptions
+from emlocal.settings.resolve import SAMPLING
+from emlocal.settings.table import NAMES, Table, options_of
 
-_MOST_SAMPLES = 1024
 _PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
-
-Base = tuple[Plan, frozenset[str]]
-"""What all methods begin with, and which of its settings were set on purpose. EM is for methods to say."""
 
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, how many are done, and of how many."""
@@ -148,34 +146,6 @@ def judge(
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What is asked, and what becomes of it."""
-
-    task: str
-    methods: str = "greedy,sample,em-inf"
-    """The others are held against the first."""
-    data: Path | None = None
-    """A file of problems; None: from the hub."""
-    targets: Path | None = None
-    """SciCode's test_data.h5, for problems without gold code."""
-    limit: int | None = None
-    """Only the first problems."""
-    samples: int = 1
-    """Answers to each problem: mean@N and pass@k."""
-    system: str | None = None
-    """System message, instead of the task's."""
-    output: Path | None = None
-    """The folder; None: eval-TASK-MODEL."""
-    allow_code: bool = False
-    """Run code that the model writes, contained."""
-    code_seconds: float | None = None
-    resume: bool = True
-    """Go on with answers that are there, rather than begin again."""
-    parallel: int | None = None
-    """Sequences at once; None: 16, or as memory allows."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What came of it. The folder has results.json, results.md, report.html, and all answers."""
 
@@ -210,39 +180,22 @@ def evaluate(
         task: gsm8k, math500, …; "questions" for any file of questions and answers.
         methods: as on the command line; the others are held against the first.
         progress: takes what is being done, how many are done, and of how many.
-        given: fields of Setup (data, limit, samples, output, …), of Wanted (model, backend, adapters, …),
-            numbers of SamplingParams, and seed, max_tokens, stop.
+        given: settings by the names of their flags, with underscores: of the evaluation (data, limit,
+            samples, output, …), of loading (model, backend, context, …) and of sampling; `adapters` as
+            `emlocal.load` has them.
     Raises:
         UsageError: unknown or bad settings, methods or data; a folder with other settings.
         ModelError: a model or adapter that cannot be used.
         CancelledError: Ctrl-C; the same call goes on where it stopped.
     """
-    kinds = {kind: {f.name for f in fields(kind)} for kind in (Setup, Wanted)}
-    numbers = set(settings_of(SamplingParams))
-    known = set.union(*kinds.values(), numbers, {"seed", "max_tokens", "stop"})
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise UsageError(f"there is no setting {name}", f"you may mean {near[0]}" if near else "")
-    of_setup, of_wanted = ({n: v for n, v in given.items() if n in names} for names in kinds.values())
-    for name in ("data", "targets", "output"):
-        if of_setup.get(name) is not None:
-            of_setup[name] = Path(of_setup[name])
-    if of_wanted.get("model") is not None:
-        of_wanted["model"] = str(of_wanted["model"])
-    chosen = {name: value for name, value in given.items() if name in numbers}
-    stop = given.get("stop", ())
-
-    def base(own: Mapping[str, float]) -> Base:
-        params = SamplingParams(**{**{n: v for n, v in own.items() if n in numbers}, **chosen})
-        limits = (
-            given.get("max_tokens", DEFAULT_MAX_TOKENS),
-            (stop,) if isinstance(stop, str) else tuple(stop),
-        )
-        return Plan(params, *limits, given.get("seed", 0), 1), frozenset(chosen)
-
-    prepared = prepare(Setup(task, methods, **of_setup), base)
-    loaded = load_for_batch(Wanted(**of_wanted), prepared.setup.parallel, warn=warn)
+    given = {name: str(v) if isinstance(v, Path) and name == "model" else v for name, v in given.items()}
+    adapters: Adapters = given.pop("adapters", ())
+    tables = Table.of(EvalOptions).without("quiet"), Table.of(EngineOptions).without("adapter"), SAMPLING
+    values = (tables[0] | tables[1] | tables[2]).read(given, NAMES)
+    keywords = ("keyword", values)
+    prepared = prepare(task, methods, options_of(EvalOptions, keywords), resolve_settings(keywords))
+    wanted = options_of(EngineOptions, keywords)
+    loaded = load_for_batch(wanted, prepared.asked.parallel, adapters, warn=warn)
     try:
         found = prepared.carry_out(loaded, progress)
     finally:
@@ -256,15 +209,16 @@ def evaluate(
 class Prepared:
     """An evaluation that was checked as far as it can be without a model."""
 
-    setup: Setup
+    asked: EvalOptions
     task: Task
     contenders: Sequence[Contender]
-    base: Callable[[Mapping[str, float]], Base]
+    settings: Resolved
+    """What all methods begin with. EM is for methods to say."""
 
     @property
     def system(self) -> str | None:
         """Said before each question."""
-        said = self.setup.system
+        said = self.asked.system
         return self.task.system if said is None else said or None
 
     def carry_out(self, loaded: Loaded, progress: Progress = lambda what, done, total: None) -> Evaluation:
@@ -272,14 +226,14 @@ class Prepared:
 
         Raises CancelledError where Ctrl-C stopped it: the same evaluation goes on from there.
         """
-        setup, task, backend = self.setup, self.task, loaded.backend
-        parallel = setup.parallel or min(MOST_PARALLEL, loaded.parallel)
+        asked, task, backend = self.asked, self.task, loaded.backend
+        parallel = asked.parallel or min(MOST_PARALLEL, loaded.parallel)
         entries = self._entries(loaded, parallel)
         name = f"eval-{task.name}-{backend.info.name}"
-        folder = setup.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))  # as Windows has them, too
+        folder = asked.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))  # as Windows has them, too
         folder.mkdir(parents=True, exist_ok=True)
         made_with = provenance(backend.name)
-        restart = not setup.resume
+        restart = not asked.resume
         with interruptible() as cancelled:
             answers = answer(
                 backend,
@@ -310,11 +264,12 @@ class Prepared:
 
     def _entries(self, loaded: Loaded, parallel: int) -> list[Entry]:
         """The contenders as they will run. How many run at once is part of what an answer comes from."""
-        base, task = self.base(loaded.backend.info.sampling), self.task
+        task, chosen = self.task, self.settings.chosen
+        base = self.settings.with_model(loaded.backend.info.sampling).plan
         entries = []
         for contender in self.contenders:
-            plan = contender.plan(*base)
-            settings = BatchSettings(plan, contender.collecting, base[1], entropies=True)
+            plan = contender.plan(base, chosen)
+            settings = BatchSettings(plan, contender.collecting, chosen, entropies=True)
             identity = batch_identity(settings, loaded) | {
                 "task": task.name,
                 "data": task.identity,
@@ -322,9 +277,9 @@ class Prepared:
                 "system": self.system,
                 "parallel": parallel,
             }
-            repetitions = 1 if plan.params.temperature == 0 else self.setup.samples
+            repetitions = 1 if plan.params.temperature == 0 else self.asked.samples
             settings = replace(settings, fingerprint=canonical(identity))
-            described = describe(contender, plan, base[0])
+            described = describe(contender, plan, base)
             entries.append(Entry(contender.name, described, settings, identity, repetitions))
         return entries
 
@@ -359,7 +314,7 @@ class Prepared:
                 "runs": backend.describe(),
                 "parallel": parallel,
                 "seed": plan.seed,
-                "samples": self.setup.samples,
+                "samples": self.asked.samples,
                 "max_tokens": plan.max_tokens,
                 "stop": list(plan.stop),
                 "system": self.system,
@@ -371,29 +326,26 @@ class Prepared:
         )
 
 
-def prepare(setup: Setup, base: Callable[[Mapping[str, float]], Base]) -> Prepared:
+def prepare(task: str, methods: str, asked: EvalOptions, settings: Resolved) -> Prepared:
     """Check everything that can be checked before a model is loaded.
 
-    `base` takes the model's own sampling settings. Raises UsageError for what cannot be used, EmlocalError
-    for what would fail at the end.
+    Raises UsageError for what cannot be used, EmlocalError for what would fail at the end.
     """
-    contenders = read_contenders(setup.methods)
+    contenders = read_contenders(methods)
     for contender in contenders:  # what contradicts itself fails before a model is loaded
-        contender.plan(*base({}))
-    task = open_task(setup.task, setup.data, setup.limit, setup.code_seconds, setup.targets)
-    _check(task, contenders, setup)
-    _check_folder(setup.output)
-    return Prepared(setup, task, contenders, base)
+        contender.plan(settings.plan, settings.chosen)
+    found = open_task(task, asked.data, asked.limit, asked.code_seconds, asked.targets)
+    _check(found, contenders, asked)
+    _check_folder(asked.output)
+    return Prepared(asked, found, contenders, settings)
 
 
-def _check(task: Task, contenders: Sequence[Contender], setup: Setup) -> None:
+def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> None:
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise EmlocalError(f"emlocal eval needs the package {package}", "pip install 'emlocal[eval]'")
-    if not 1 <= setup.samples <= _MOST_SAMPLES:
-        raise UsageError(f"--samples is {setup.samples}; it must be between 1 and {_MOST_SAMPLES:,}")
     if task.runs_code:
-        if not setup.allow_code:
+        if not asked.allow_code:
             raise UsageError(
                 f"--task {task.name} runs code that the model writes",
                 "add --allow-code; docs/evaluation.md says how it is contained",

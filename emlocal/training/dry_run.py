@@ -9,8 +9,9 @@ from emlocal.backends.base import Backend
 from emlocal.training.batching import MicroBatches
 from emlocal.training.engines import L, Objective
 from emlocal.training.loop import prompts_of_step
+from emlocal.training.options import Setup
 from emlocal.training.rollouts import Rollout, draw_rollouts
-from emlocal.training.runner import Prepared, Setup, prepared
+from emlocal.training.runner import Prepared, prepared
 from emlocal.training.settings import TrainingSettings
 from emlocal.training.watching import View
 
@@ -69,7 +70,7 @@ def _try(run: Prepared[Any]) -> Trial:
     )
     answering = time.perf_counter() - started
     answered = sum(len(r.answer) for r in rollouts)
-    prompts, batch = _whole_batch(chosen, rollouts, method.samples, settings, run.setup.tokens_per_batch)
+    prompts, batch = _whole_batch(chosen, rollouts, method.samples, settings, run.setup.machine.token_budget)
     trained, training = sum(len(r) for r in batch), _seconds_of_training(run, prompts, batch)
     n = settings.answers_per_step
     longest = settings.max_tokens + sum(len(r.prompt) for r in rollouts) / len(rollouts)
@@ -78,7 +79,7 @@ def _try(run: Prepared[Any]) -> Trial:
     return Trial(
         settings,
         backend.context,
-        run.setup.tokens_per_batch,
+        run.setup.machine.token_budget,
         len(run.tokens),
         run.prompts,
         engines.describe(),
@@ -98,7 +99,7 @@ def _seconds_of_training(run: Prepared[Any], prompts: Sequence[int], batch: Sequ
     """Of the gradients of one micro-batch."""
     learner = run.engines.learner
     batches = MicroBatches(
-        run.setup.tokens_per_batch, learner.forget, lambda: False, lambda *_: None, run.view.warn
+        run.setup.machine.token_budget, learner.forget, lambda: False, lambda *_: None, run.view.warn
     )
     started = time.perf_counter()
     for _ in run.method.gradients(0, prompts, batch, batches):

@@ -29,6 +29,7 @@ from emlocal.models.unpacked import unpack
 from emlocal.sampling.draw import request_key
 from emlocal.training.folder import Verb
 from emlocal.training.loop import Method
+from emlocal.training.options import MachineOptions, Setup
 from emlocal.training.prompts import Prompt
 from emlocal.training.settings import TrainingSettings
 from emlocal.training.watching import View
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from emlocal.backends.llama_cpp import LlamaCppBackend
     from emlocal.backends.mlx.opening import Opened as OpenedInMLX
     from emlocal.backends.torch.opening import Opened as OpenedInTorch
-    from emlocal.training.runner import Setup
 
 L = TypeVar("L", bound=Learner)
 Opened = Union["OpenedInTorch", "OpenedInMLX"]
@@ -201,36 +201,36 @@ class Engines(Generic[L]):
 
 
 @contextmanager
-def open_engines(objective: Objective[L], setup: "Setup", trainer: str, view: View) -> Iterator[Engines[L]]:
+def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View) -> Iterator[Engines[L]]:
     """Resolve and load the model, once for training and once for answering where that is faster.
 
     `trainer`: see `choose_trainer`. Raises ModelError for a model that cannot be trained.
     """
     settings = objective.settings
-    _check_rollouts(setup.rollouts, trainer)
+    _check_rollouts(setup.answers.rollouts, trainer)
     model = resolve(
-        setup.model, formats=("safetensors", "gguf"), offline=setup.offline, progress=view.loading
+        setup.model, formats=("safetensors", "gguf"), offline=setup.machine.offline, progress=view.loading
     )
-    context = _context(model, settings, setup.context)
-    _check_model(model, setup.rollouts)
+    context = _context(model, settings, setup.machine.context)
+    _check_model(model, setup.answers.rollouts)
     folder = unpack(model, view.loading) if isinstance(model, GGUFModel) else model.path
     view.loading(f"loading {trainer}", 0, None)
-    threads = setup.threads or physical_cores()
-    opened, layers = _open(trainer, folder, model.name, setup, threads)
+    threads = setup.machine.threads or physical_cores()
+    opened, layers = _open(trainer, folder, model.name, setup.machine, threads)
     learner = objective.make_learner(
         opened,
         replace(new_adapter(layers, settings), base_model=model.name),
         Descent(settings.weight_decay, settings.max_grad_norm),
-        setup.gradient_checkpointing,
+        setup.machine.gradient_checkpointing,
     )
-    parallel = min(setup.parallel or PARALLEL, settings.answers_per_step)
+    parallel = min(setup.answers.parallel or PARALLEL, settings.answers_per_step)
     options = LoadOptions(
         context=context,
         sequences=parallel + SPARE_SEQUENCES,
         shared=False,
         threads=threads,
     )
-    answerer = _answerer(model, opened, options, setup.rollouts, parallel)
+    answerer = _answerer(model, opened, options, setup.answers.rollouts, parallel)
     try:
         yield Engines(model, settings, trainer, threads, opened.place.describe(), learner, answerer, view)
     finally:
@@ -261,10 +261,10 @@ def _check_rollouts(asked: str, trainer: str) -> None:
 
 
 def _open(
-    trainer: str, folder: Path, name: str, setup: "Setup", threads: int
+    trainer: str, folder: Path, name: str, machine: MachineOptions, threads: int
 ) -> tuple[Opened, dict[str, tuple[int, int]]]:
     """The model, and (out, in) of its linear layers by name."""
-    options = {"name": name, "device": setup.device, "dtype": setup.dtype}
+    options = {"name": name, "device": machine.device, "dtype": machine.dtype}
     if trainer == "mlx":
         from emlocal.backends.mlx.lora import linear_layers as layers_in_mlx
         from emlocal.backends.mlx.opening import open_model as open_in_mlx

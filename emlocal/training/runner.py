@@ -9,10 +9,9 @@ a `View` is told how it goes.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -20,70 +19,21 @@ from emlocal import __version__
 from emlocal.backends.processes import Processes
 from emlocal.errors import BackendError, CancelledError, UsageError
 from emlocal.generation import interruptible
+from emlocal.settings.table import NAMES, NOTHING, Given, Table, options_of
 from emlocal.training.engines import Engines, L, Objective, choose_trainer, open_engines
 from emlocal.training.finetune import em_ft
 from emlocal.training.folder import OthersFolder, RunFolder
 from emlocal.training.folder import check as check_folder
 from emlocal.training.grading import Validation, check_answers
 from emlocal.training.loop import Method, Outcome, Plan, Run
+from emlocal.training.options import AnswerOptions, MachineOptions, RunOptions, Setup
 from emlocal.training.prompts import Prompt, Source, read_prompts
 from emlocal.training.rl import em_rl
 from emlocal.training.rl_settings import RLSettings, read_recipe
-from emlocal.training.settings import RECIPES, FineTuneSettings
+from emlocal.training.settings import RECIPES, FineTuneSettings, TrainingSettings, settings_of_run
 from emlocal.training.watching import Reporter, View, check_package
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What a run is besides its settings: with what, and where. Raises UsageError for bad numbers."""
-
-    data: Source
-    output: Path
-    """Folder for the adapter, the metrics and the checkpoints."""
-    model: str | None = None
-    system: str | None = None
-    """System message of prompts without one."""
-    limit: int | None = None
-    """Use the first prompts only."""
-    rollouts: str = "auto"
-    """The engine that answers: the one that is trained, or llama.cpp."""
-    parallel: int | None = None
-    """Answers at once; None: 16."""
-    backend: str = "auto"
-    """The engine that is trained: torch or mlx."""
-    device: str = "auto"
-    dtype: str = "auto"
-    """Number format of the frozen weights."""
-    threads: int | None = None
-    context: int | None = None
-    """Tokens of a prompt and its answer; None: max_tokens + 1,024."""
-    tokens_per_batch: int = 2048
-    """Most tokens trained on at a time: memory, not outcome."""
-    gradient_checkpointing: bool = False
-    offline: bool = False
-    resume: bool = False
-    """Go on with the run that the folder holds."""
-    save_every: int = 5
-    """Steps between checkpoints."""
-    validate: Source | None = None
-    """Prompts with answers: accuracy before and after."""
-    report_to: str | None = None
-    """trackio, wandb or tensorboard."""
-
-    def __post_init__(self) -> None:
-        cores = os.cpu_count() or 1
-        for name, low, high in (
-            ("save_every", 1, 10**9),
-            ("limit", 1, 10**12),
-            ("parallel", 1, 256),
-            ("threads", 1, 4 * cores),
-            ("context", 16, 10**9),
-            ("tokens_per_batch", 1, 10**9),
-        ):
-            value = vars(self)[name]
-            if value is not None and not low <= value <= high:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {value}; it must be between {low:,} and {high:,}")
+_OF_THE_VERBS = ("validate", "dry_run", "config", "quiet")
 
 
 @dataclass(frozen=True)
@@ -116,7 +66,7 @@ def finetune(
         output: the folder for the adapter, the metrics and the checkpoints.
         recipe: settings that others are changes to: default, paper, one-shot.
         view: is told how it goes; None: warnings are Python's, and nothing else is said.
-        given: fields of FineTuneSettings (steps, learning_rate, …) and of Setup (model, threads, …).
+        given: settings by the names of their flags, with underscores; `model`; `validate`, like `data`.
     Raises:
         UsageError: unknown or bad settings, bad prompts, a folder that holds something else.
         ModelError: a model that cannot be trained.
@@ -125,7 +75,7 @@ def finetune(
     if recipe not in RECIPES:
         raise UsageError(f"there is no recipe {recipe}", f"take one of these: {', '.join(RECIPES)}")
     values, setup = _split(FineTuneSettings, data, output, given)
-    settings = FineTuneSettings(**{**RECIPES[recipe].values, **values})
+    settings = settings_of_run(FineTuneSettings, values, recipe=RECIPES[recipe].values)
     return train(em_ft(settings, recipe), setup, view)
 
 
@@ -140,34 +90,33 @@ def rl(
     """Train a LoRA adapter with negative entropy as the only reward (EM-RL), as `emlocal rl`.
 
     `recipe` is a name or a TOML file; `reward` is a name, or {name: weight}. The other arguments are those of
-    `finetune`, with RLSettings' fields. Raises as that does.
+    `finetune`. Raises as that does.
     """
     values, setup = _split(RLSettings, data, output, given)
-    reward = values.get("reward")
-    if isinstance(reward, str | Mapping):
-        weights = {reward: 1.0} if isinstance(reward, str) else reward
-        values["reward"] = tuple((name, float(weight)) for name, weight in weights.items())
-    settings = RLSettings(**{**(read_recipe(recipe) if recipe else {}), **values})
+    named = NOTHING if recipe is None else read_recipe(recipe)
+    settings = settings_of_run(RLSettings, values, recipe=named)
     return train(em_rl(settings, None if recipe is None else str(recipe)), setup, view)
 
 
 def _split(
-    kind: type[FineTuneSettings] | type[RLSettings],
-    data: Source,
-    output: str | Path,
-    given: Mapping[str, Any],
-) -> tuple[dict[str, Any], Setup]:
-    """Keywords as settings and a setup. Raises UsageError for one that is neither."""
-    settings, setup = ({f.name for f in fields(each)} for each in (kind, Setup))
-    for name in given:
-        if name not in settings | setup:
-            near = get_close_matches(name, settings | setup, n=1)
-            raise UsageError(f"there is no setting {name}", f"you may mean {near[0]}" if near else "")
-    values = {name: value for name, value in given.items() if name in settings}
-    if isinstance(values.get("target_modules"), Iterable):
-        values["target_modules"] = tuple(values["target_modules"])
-    rest = {name: value for name, value in given.items() if name in setup}
-    return values, Setup(data, Path(output), **rest)
+    kind: type[TrainingSettings], data: Source, output: str | Path, given: Mapping[str, Any]
+) -> tuple[Given, Setup]:
+    """Keywords as settings and a setup. Raises UsageError for one that is neither, and for bad values."""
+    given = dict(given)
+    model, validation = given.pop("model", None), given.pop("validate", None)
+    options = Table.of(RunOptions, AnswerOptions, MachineOptions).without(*_OF_THE_VERBS)
+    values = (Table.of(kind) | options).read(given, NAMES)
+    keywords = ("keyword", values)
+    setup = Setup(
+        data,
+        Path(output),
+        None if model is None else str(model),
+        options_of(RunOptions, keywords),
+        options_of(AnswerOptions, keywords),
+        options_of(MachineOptions, keywords),
+        validation,
+    )
+    return {name: value for name, value in values.items() if name in Table.of(kind).settings}, setup
 
 
 def train(objective: Objective[L], setup: Setup, view: View | None = None) -> TrainingResult:
@@ -201,7 +150,7 @@ class Prepared(Generic[L]):
         """Open the run's folder, train, leave the adapter there. The outcome, and accuracies before and
         after where they are asked for."""
         setup, engines, view, settings = self.setup, self.engines, self.view, self.objective.settings
-        exam = Validation(engines, self.validation, setup.system, setup.output)
+        exam = Validation(engines, self.validation, setup.answers.system, setup.output)
         identity = _identity(engines, self.method, self.tokens)
         processes = engines.learner.processes
         with ExitStack() as opened:
@@ -209,22 +158,22 @@ class Prepared(Generic[L]):
             start = None
             if processes.rank == 0:
                 folder, start = RunFolder.open(
-                    setup.output, self.objective.verb, identity, resume=setup.resume
+                    setup.output, self.objective.verb, identity, resume=setup.run.resume
                 )
                 opened.callback(folder.close)
                 for text in folder.warnings:
                     view.warn(text)
             start = processes.gather(start)[0]
             cancelled = opened.enter_context(interruptible())
-            if setup.report_to and processes.rank == 0:
+            if setup.run.report_to and processes.rank == 0:
                 view.reporter = opened.enter_context(
-                    Reporter(setup.report_to, setup.output, identity["settings"])
+                    Reporter(setup.run.report_to, setup.output, identity["settings"])
                 )
             told = self.objective.told(len(self.tokens))
             view.begin([*engines.describe(), *told], start.step if start else None)
             loop = Run(
                 settings,
-                Plan(setup.tokens_per_batch, setup.save_every),
+                Plan(setup.machine.token_budget, setup.run.save_every),
                 self.tokens,
                 self.method,
                 engines.learner,
@@ -252,23 +201,23 @@ def prepared(
     objective: Objective[L], setup: Setup, view: View, *, dry: bool = False
 ) -> Iterator[Prepared[L]]:
     """Check all that can be checked, then load. `dry`: nothing will be written."""
-    trainer = choose_trainer(setup.backend, objective.engines)
-    processes = _processes(setup.device, trainer)
+    trainer = choose_trainer(setup.machine.backend, objective.engines)
+    processes = _processes(setup.machine.device, trainer)
     if processes.rank > 0:  # one of them speaks for all
         view = View(warn=lambda text: None)
-    if processes.count > 1 and setup.device == "auto":
-        setup = replace(setup, device=processes.device)
+    if processes.count > 1 and setup.machine.device == "auto":
+        setup = replace(setup, machine=replace(setup.machine, device=processes.device))
     if not dry:
-        check_folder(setup.output, objective.verb, resume=setup.resume)
-    if setup.report_to:
-        check_package(setup.report_to)
-    prompts = read_prompts(setup.data, limit=setup.limit)
+        check_folder(setup.output, objective.verb, resume=setup.run.resume)
+    if setup.run.report_to:
+        check_package(setup.run.report_to)
+    prompts = read_prompts(setup.data, limit=setup.answers.limit)
     objective.check(prompts)
-    validation = read_prompts(setup.validate) if setup.validate else []
+    validation = read_prompts(setup.validation) if setup.validation else []
     check_answers(validation, "--validate")
     with open_engines(objective, setup, trainer, view) as engines:
         engines.learner.processes = processes
-        examples = engines.encoded(prompts, setup.system)
+        examples = engines.encoded(prompts, setup.answers.system)
         method = objective.make_method(engines.learner, [prompt for prompt, _ in examples])
         tokens = [tokens for _, tokens in examples]
         yield Prepared(objective, setup, view, engines, method, tokens, len(prompts), validation)

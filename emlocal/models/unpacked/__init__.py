@@ -18,6 +18,7 @@ from emlocal.models.paths import cache_dir
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.storage import Progress, check_space, disk_errors, silent
+from emlocal.text import parse_json
 
 MANIFEST = "emlocal.json"
 WEIGHTS = "model.safetensors"
@@ -49,7 +50,7 @@ def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether all of it is there as it was written: the manifest, the sizes in it, the weights' header."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        sizes = parse_json((folder / MANIFEST).read_text("utf-8"))["files"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
             return False
         read_safetensors_header(folder / WEIGHTS)
