@@ -68,11 +68,11 @@ def test_questions_that_do_not_fit_are_warned_of(questions: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"limt": 3}, "there is no setting limt"),
+        ({"limt": 3}, "there is no setting .limt."),
         ({"methods": "best"}, "a method is one of"),
-        ({"samples": 0}, "--samples is 0"),
-        ({"parallel": 0}, "--parallel is 0"),
-        ({"temperature": -1}, "--temp is -1"),
+        ({"samples": 0}, "samples is 0"),
+        ({"parallel": 0}, "parallel is 0"),
+        ({"temperature": -1}, "temperature is -1"),
         ({"data": "/no/such/file.jsonl"}, "there is no file /no/such/file.jsonl"),
     ],
 )
