@@ -17,7 +17,7 @@ def write_picture(paths: Sequence[Path], output: Path) -> None:
     Raises UsageError for paths of different kinds, or that hold nothing to draw, and for a file that is no
     picture; BackendError where matplotlib is missing; EmlocalError where something cannot be read or written.
     """
-    from emlocal.plotting.picture.figure import check_name, save
+    from emlocal.plotting.figure import check_name, save
 
     check_name(output)
     save(_figure(paths), output)
@@ -26,18 +26,15 @@ def write_picture(paths: Sequence[Path], output: Path) -> None:
 def _figure(paths: Sequence[Path]) -> "Figure":
     match kind_of(paths):
         case "run":
-            from emlocal.plotting.picture.runs import draw_runs
-            from emlocal.plotting.runs import read_runs
+            from emlocal.plotting.runs import draw_runs, read_runs
 
             return draw_runs(read_runs([folder_of(path) for path in paths]))
         case "trace":
-            from emlocal.plotting.picture.traces import draw_traces
-            from emlocal.plotting.traces import read_traces
+            from emlocal.plotting.traces import draw_traces, read_traces
 
             return draw_traces(read_traces(paths))
         case "evaluation":
-            from emlocal.plotting.evaluations import read_evaluations
-            from emlocal.plotting.picture.evaluations import draw_evaluations
+            from emlocal.plotting.evaluations import draw_evaluations, read_evaluations
 
             return draw_evaluations(read_evaluations([results_of(path) for path in paths]))
 
@@ -50,17 +47,14 @@ def screen_lines(paths: Sequence[Path], width: int, *, colours: bool) -> "list[T
     """
     match kind_of(paths):
         case "run":
-            from emlocal.plotting.runs import read_runs
-            from emlocal.plotting.screen.runs import show_runs
+            from emlocal.plotting.runs import read_runs, show_runs
 
             return show_runs(read_runs([folder_of(path) for path in paths]), width, colours=colours)
         case "trace":
-            from emlocal.plotting.screen.traces import show_traces
-            from emlocal.plotting.traces import read_traces
+            from emlocal.plotting.traces import read_traces, show_traces
 
             return show_traces(read_traces(paths), width)
         case "evaluation":
-            from emlocal.plotting.evaluations import read_evaluations
-            from emlocal.plotting.screen.evaluations import show_evaluations
+            from emlocal.plotting.evaluations import read_evaluations, show_evaluations
 
             return show_evaluations(read_evaluations([results_of(path) for path in paths]), width)
