@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from emlocal.batch.existing import Existing, check_kind, check_settings
+from emlocal.batch.output_scan import Existing, check_kind, check_settings
 from emlocal.batch.keys import Keys, Places
 from emlocal.batch.manifest import BINARY, Manifest, lock_output, manifest_path
 from emlocal.errors import EmlocalError

@@ -17,7 +17,7 @@ from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
-    from emlocal.benchmark.statistics import Ratio
+    from emlocal.measure.statistics import Ratio
     from emlocal.settings import SamplingParams
 
 _SAMPLED_ROWS = 48
@@ -91,7 +91,7 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
-    from emlocal.benchmark import decoding, sampler
+    from emlocal.measure import decoding, sampler
     from emlocal.diagnosis import machine
     from emlocal.generation import Generator
 
@@ -160,7 +160,7 @@ def _decode_json(decoded: Any) -> dict[str, Any]:
 
 def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[str, float]:
     """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
-    from emlocal.benchmark.decoding import PROMPTS, prompt_tokens
+    from emlocal.measure.decoding import PROMPTS, prompt_tokens
     from emlocal.generation import Piece, Request
     from emlocal.sampling import Uniforms
 
@@ -230,6 +230,6 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:
-    from emlocal.benchmark.statistics import Ratio
+    from emlocal.measure.statistics import Ratio
 
     return "not measured" if ratio is None else str(Ratio(**ratio))

@@ -1,4 +1,4 @@
-"""What a path on the command line is, a training run, an evaluation or a trace, and how it is read and named."""
+"""What a path is, a training run, an evaluation or a trace, and how it is read and labelled."""
 
 import math
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emlocal.backends.fake import END, FakeBackend
-from emlocal.benchmark import decoding, sampler, statistics
+from emlocal.measure import decoding, sampler, statistics
 from emlocal.cli.app import build
 from emlocal.errors import UsageError
 from emlocal.generation import Generator

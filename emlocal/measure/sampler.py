@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.benchmark.statistics import Ratio, speed_ratio
+from emlocal.measure.statistics import Ratio, speed_ratio
 from emlocal.sampling import Sampler, SamplingParams, Uniforms
 
 Rows = Sequence[NDArray[np.float32]]

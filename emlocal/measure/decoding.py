@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed
 from emlocal.backends.select import bare_loop
-from emlocal.benchmark.statistics import Ratio, speed_ratio
+from emlocal.measure.statistics import Ratio, speed_ratio
 from emlocal.errors import UsageError
 from emlocal.generation import Generator, Piece, Request
 from emlocal.generation.prompt import chat_tokens
