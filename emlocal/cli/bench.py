@@ -91,9 +91,9 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
-    from emlocal.measure import decoding, sampler
     from emlocal.diagnosis import machine
     from emlocal.generation import Generator
+    from emlocal.measure import decoding, sampler
 
     tokens, rounds, seed = size
     decoding.check_room(backend, tokens)
@@ -160,8 +160,8 @@ def _decode_json(decoded: Any) -> dict[str, Any]:
 
 def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[str, float]:
     """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
-    from emlocal.measure.decoding import PROMPTS, prompt_tokens
     from emlocal.generation import Piece, Request
+    from emlocal.measure.decoding import PROMPTS, prompt_tokens
     from emlocal.sampling import Uniforms
 
     started = time.perf_counter()

@@ -38,7 +38,7 @@ def chat(
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
     from emlocal.chat.conversation import Conversation, chat_file, newest_kept
-    from emlocal.chat.reading import PipeReader, TerminalReader
+    from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
     from emlocal.cli.views import open_backend

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed
 from emlocal.backends.select import bare_loop
-from emlocal.measure.statistics import Ratio, speed_ratio
 from emlocal.errors import UsageError
 from emlocal.generation import Generator, Piece, Request
 from emlocal.generation.prompt import chat_tokens
+from emlocal.measure.statistics import Ratio, speed_ratio
 from emlocal.sampling import SamplingParams, Uniforms
 
 PROMPTS = (

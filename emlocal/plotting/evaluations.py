@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from emlocal.evaluation.report.document import Results, Standing, read_results
 from emlocal.evaluation.report.figures import draw_accuracy_against_cost, looks
-from emlocal.evaluation.report.reading import Results, Standing, read_results
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
 from emlocal.formatting import counted

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.hub_rows import hub_rows
 from emlocal.jsonl import TOO_LONG, numbered_lines
+from emlocal.models.hub import hub_rows
 from emlocal.models.templates import Message
 
 FIELDS = ("prompt", "question", "problem")

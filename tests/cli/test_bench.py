@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emlocal.backends.fake import END, FakeBackend
-from emlocal.measure import decoding, sampler, statistics
 from emlocal.cli.app import build
 from emlocal.errors import UsageError
 from emlocal.generation import Generator
+from emlocal.measure import decoding, sampler, statistics
 from emlocal.settings import EMInf, SamplingParams
 from tests.tiny_gguf import write_tiny_gguf
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.evaluation.report.document import write_json
-from emlocal.evaluation.report.reading import Standing, read_results
+from emlocal.evaluation.report.document import Standing, read_results, write_json
 from tests.evaluation.test_report import made
 
 
