@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emlocal import console
-from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.formatting import counted, human_size
 from emlocal.models.gguf.header import GGUFHeader, shown
@@ -44,7 +43,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter is and, with --base, whether it fits that model."""
-    show_facts(_facts(path, base), as_json=as_json)
+    console.show_facts(_facts(path, base), as_json=as_json)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from emlocal.evaluation.report.figures import draw_accuracy_against_cost, looks
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
 from emlocal.formatting import counted
-from emlocal.plotting.figure import new_figure, plain_axes
+from emlocal.plotting.draw import new_figure, plain_axes
 from emlocal.plotting.sources import labels
 from emlocal.plotting.terminal import bar, between
 
