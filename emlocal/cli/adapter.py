@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from emlocal import console
-from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
+from emlocal.formatting import counted, human_size
 from emlocal.models.gguf.header import GGUFHeader, shown
 from emlocal.models.resolve import GGUFModel, resolve
-from emlocal.models.storage import Progress, human_size
-from emlocal.words import counted
+from emlocal.models.storage import Progress
 
 if TYPE_CHECKING:
     from emlocal.models.adapters.adapter import Adapter
@@ -38,7 +37,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter is and, with --base, whether it fits that model."""
-    show_facts(_facts(path, base), as_json=as_json)
+    console.show_facts(_facts(path, base), as_json=as_json)
 
 
 @app.command()
@@ -100,7 +99,7 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
 ) -> None:
     """Write a model as a folder of safetensors with an adapter added to its weights."""
-    from emlocal.cli.engine import adapter_and_scale
+    from emlocal.loading import adapter_and_scale
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.origin import other_base
