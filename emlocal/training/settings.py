@@ -1,70 +1,129 @@
-"""The numbers of a fine-tuning run, each declared once, and the recipes. No numpy: `--help` reads this."""
+"""The settings of a fine-tuning run, each declared once, and the recipes. No numpy: `--help` reads this."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from emlocal.errors import UsageError
-from emlocal.settings import check_settings, setting
+from emlocal.settings.table import (
+    NOTHING,
+    Given,
+    Table,
+    check_settings,
+    options_of,
+    records_of,
+    setting,
+    shown,
+)
 
 Normalize = Literal["token", "sequence"]
 Schedule = Literal["constant", "linear", "cosine"]
+S = TypeVar("S", bound="TrainingSettings")
 
+TRAINING, LORA, ANSWERS, STOPPING = "Training", "Adapter", "Answers trained on", "Stopping by itself"
+"""Parts of the help."""
+_training, _lora = partial(setting, panel=TRAINING), partial(setting, panel=LORA)
+_answers, _stopping = partial(setting, panel=ANSWERS), partial(setting, panel=STOPPING)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block, by the names that transformers gives them in most architectures."""
+
+
+def _names(given: Any, said: str) -> tuple[str, ...]:
+    """Names with commas, or a list of names."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{said} is {shown(given)}; it must be a list of names")
+    found = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+    if not found or not all(text.strip() for text in texts):
+        raise UsageError(f"{said} is empty", "name layers, such as q_proj,v_proj")
+    return found
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """What every method of training has. Raises UsageError, with flag and range, for a bad value."""
 
-    steps: int = setting(12, "--steps", 1, 10**6, "Optimizer steps.")
-    prompts_per_step: int = setting(16, "--prompts-per-step", 1, 10**6, "Prompts answered in each step.")
-    learning_rate: float = setting(
-        1e-4, "--learning-rate", 0, 1, "Of AdamW, at its highest.", low_is_open=True
+    steps: int = _training(12, "--steps --iters --max-steps", 1, 10**6, "Optimizer steps.")
+    prompts_per_step: int = _training(
+        16, "--prompts-per-step --batch-size", 1, 10**6, "Prompts answered in each step."
     )
-    warmup: int = setting(0, "--warmup", 0, 10**6, "Steps in which the learning rate rises to its highest.")
-    schedule: Schedule = "constant"
+    learning_rate: float = _training(
+        1e-4, "--learning-rate --lr", 0, 1, "Of AdamW, at its highest.", low_is_open=True
+    )
+    warmup: int = _training(
+        0, "--warmup --warmup-steps", 0, 10**6, "Steps in which the learning rate rises to its highest."
+    )
+    schedule: Schedule = _training(
+        "constant", "--schedule --lr-scheduler-type", help="Of the learning rate after the warm-up."
+    )
     """How the learning rate goes on after the warm-up: linear and cosine fall to 0."""
-    weight_decay: float = setting(0.0, "--weight-decay", 0, 1, "Of AdamW.")
-    max_grad_norm: float = setting(
+    weight_decay: float = _training(0.0, "--weight-decay", 0, 1, "Of AdamW.")
+    max_grad_norm: float = _training(
         1.0, "--max-grad-norm", 0, math.inf, "Longer gradients are cut to this.", low_is_open=True
     )
-    rank: int = setting(16, "--rank", 1, 1024, "Rank of the LoRA adapter.")
-    alpha: float = setting(
-        32.0, "--alpha", 0, 1e6, "LoRA's alpha: its change is scaled by alpha / rank.", low_is_open=True
+    rank: int = _lora(16, "--rank --lora-rank --lora-r", 1, 1024, "Rank of the LoRA adapter.")
+    alpha: float = _lora(
+        32.0,
+        "--alpha --lora-alpha",
+        0,
+        1e6,
+        "LoRA's alpha: its change is scaled by alpha / rank.",
+        low_is_open=True,
     )
-    target_modules: tuple[str, ...] = LINEAR_LAYERS
+    target_modules: tuple[str, ...] = _lora(
+        LINEAR_LAYERS,
+        "--target-modules --lora-target-modules",
+        help=f"Layers adapted, with commas. (default: {','.join(LINEAR_LAYERS)})",
+        metavar="NAMES",
+        read=_names,
+    )
     """The layers that are adapted, by the last part of their names."""
-    rollout_temperature: float = setting(
-        1.0, "--rollout-temp", 0, 100, "Sampling temperature of the answers trained on.", low_is_open=True
+    rollout_temperature: float = _answers(
+        1.0,
+        "--rollout-temp --rollout-temperature",
+        0,
+        100,
+        "Sampling temperature of the answers trained on.",
+        low_is_open=True,
     )
-    max_tokens: int = setting(256, "--max-tokens", 1, 10**6, "An answer ends after this many tokens.")
-    seed: int = setting(0, "--seed", 0, 2**63 - 1, "Of the adapter, the order of prompts and the answers.")
+    max_tokens: int = _answers(
+        256,
+        "--max-tokens --max-new-tokens --n-predict --max-completion-length",
+        1,
+        10**6,
+        "An answer ends after this many tokens.",
+    )
+    seed: int = _training(0, "--seed", 0, 2**63 - 1, "Of the adapter, the order of prompts and the answers.")
 
-    entropy_floor: float = setting(
-        0.02, "--entropy-floor", 0, 100, "Stop when the answers' mean entropy (nats) falls below this."
+    entropy_floor: float = _stopping(
+        0.02,
+        "--entropy-floor",
+        0,
+        100,
+        "Stop when the answers' mean entropy (nats) falls below this.",
+        unit="nats",
     )
-    max_repetition: float = setting(
+    max_repetition: float = _stopping(
         0.2, "--max-repetition", 0, 1, "Stop when answers repeat themselves by this much more than at first."
     )
-    max_length_change: float = setting(
+    max_length_change: float = _stopping(
         2.0, "--max-length-change", 1, math.inf, "Stop when answers get longer or shorter by this factor."
     )
-    max_kl: float = setting(
+    max_kl: float = _stopping(
         1.0,
         "--max-kl",
         0,
         math.inf,
         "Stop when the mean KL to the base (nats a token) passes this (0 = do not look).",
+        unit="nats",
     )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_choice(self, "schedule", get_args(Schedule))
-        if not self.target_modules or not all(self.target_modules):
-            raise UsageError("--target-modules is empty", "name layers: --target-modules q_proj,v_proj")
+        _names(self.target_modules, "--target-modules")
 
     @property
     def answers_per_step(self) -> int:
@@ -82,33 +141,48 @@ class TrainingSettings:
         return self.learning_rate * share
 
 
-def check_choice(settings: TrainingSettings, name: str, known: Sequence[str]) -> None:
-    """Raise UsageError where a field, whose flag has its name, is none of these."""
-    value = vars(settings)[name]
-    if value not in known:
-        flag = name.replace("_", "-")
-        raise UsageError(f"--{flag} is {value!r}; it must be {' or '.join(known)}")
-
-
 @dataclass(frozen=True)
 class FineTuneSettings(TrainingSettings):
     """What decides the outcome of an EM-FT run."""
 
-    normalize: Normalize = "token"
-    """token: the mean over a step's tokens; sequence: the sum over each answer's, as the paper's eq. 2."""
-    kl_beta: float = setting(1.5, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy.")
-    temperature: float = setting(
-        1.0, "--loss-temp", 0, 100, "Temperature of the distributions in the loss.", low_is_open=True
+    normalize: Normalize = _training(
+        "token", "--normalize", help="Mean over tokens, or the paper's sum over each answer."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "normalize", get_args(Normalize))
+    """token: the mean over a step's tokens; sequence: the sum over each answer's, as the paper's eq. 2."""
+    kl_beta: float = _training(
+        1.5, "--kl-beta --beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy."
+    )
+    temperature: float = _training(
+        1.0,
+        "--loss-temp --loss-temperature",
+        0,
+        100,
+        "Temperature of the distributions in the loss.",
+        low_is_open=True,
+        name="loss_temperature",
+    )
 
     @property
     def measures_kl(self) -> bool:
         """Whether the KL to the base is computed: for the loss, or for the guard alone."""
         return self.kl_beta > 0 or self.max_kl > 0
+
+
+def settings_of_run(
+    cls: type[S], given: Given, config: Path | None = None, recipe: Mapping[str, Any] = NOTHING
+) -> S:
+    """The settings of a run: what was given, over a TOML file's settings, over a recipe's, over the defaults.
+
+    Args:
+        recipe: {field: value}.
+        UsageError: a value is out of range, or two contradict each other.
+    """
+    from emlocal.settings.files import read_settings
+
+    file = read_settings(config, Table.of(cls)) if config is not None else {}
+    known = records_of(cls)
+    named = {known[name].name: value for name, value in recipe.items()}
+    return options_of(cls, ("flag", given), ("config", file), ("recipe", named))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from emlocal.models.regular import open_regular
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
+from emlocal.text import parse_json
 
 FORMAT = 1
 """Counts up whenever the same GGUF file gives another folder."""
@@ -71,7 +72,7 @@ def identity(header: GGUFHeader) -> str:
 def _is_whole(folder: Path) -> bool:
     """Whether all of it is there as it was written: the manifest, the sizes in it, the weights' header."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        sizes = parse_json((folder / MANIFEST).read_text("utf-8"))["files"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
             return False
         read_safetensors_header(folder / WEIGHTS)
