@@ -9,6 +9,7 @@ its own, and computes three rows of logits there, or is refused by the library w
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from emlocal.errors import ModelError
 from emlocal.models.gguf import read_header
 from emlocal.models.gguf.keys import CHECKED
+from emlocal.models.gguf.types import TENSOR_TYPES
 from tests.models.gguf.alone import Changed, keys_of_llama_cpp, with_one_key_changed, with_one_tensor_changed
 from tests.models.gguf.loading import Worker, accepted
 from tests.models.gguf.mutants import mutant
@@ -25,7 +27,7 @@ from tests.tiny_architectures import (
     architecture_tensors,
     general_architecture,
 )
-from tests.tiny_gguf import Value, build, ints, u32
+from tests.tiny_gguf import Tensor, Value, build, ints, u32
 
 RANDOM = 100_000
 STEP = 307
@@ -173,3 +175,39 @@ def test_vectors_are_of_one_type(tmp_path: Path) -> None:
     path.write_bytes(build(architecture_metadata("mamba"), tensors))
     with pytest.raises(ModelError, match="ssm_d is of type BF16, not F32"):
         read_header(path)
+
+
+WIDE = 256
+"""Row length: the longest blocks of quantized types have as many elements."""
+
+
+def wide_model(type_: int, of: str, fill: bytes) -> bytes:
+    """A llama model with rows of 256, whose matrices with `of` in their names are of this type."""
+    sizes = {"context_length": 256, "embedding_length": WIDE, "block_count": 1, "feed_forward_length": WIDE}
+    sizes |= {"attention.head_count": 4, "attention.head_count_kv": 4, "rope.dimension_count": WIDE // 4}
+    metadata = architecture_metadata("llama") | {f"llama.{name}": u32(n) for name, n in sizes.items()}
+    tensors = []
+    for tensor in architecture_tensors("llama"):
+        rows = tensor.shape[1:] if "token_embd" in tensor.name else (WIDE,) * (len(tensor.shape) - 1)
+        shape = (WIDE, *rows)
+        chosen = type_ if of in tensor.name and len(shape) > 1 else 0
+        _, block, size = TENSOR_TYPES[chosen]
+        count = prod(shape) // block * size
+        tensors.append(Tensor(tensor.name, shape, (fill * count)[:count], chosen))
+    return build(metadata, tensors)
+
+
+@pytest.mark.real
+def test_weights_of_every_type(tmp_path: Path, worker: Worker) -> None:
+    """Types of long blocks too, which the small models have no room for."""
+    verdicts = survivors_only(
+        (
+            (f"{TENSOR_TYPES[code][0]} for {of}, filled with {fill.hex()}", wide_model(code, of, fill))
+            for code in TENSOR_TYPES
+            for of in ("token_embd", "attn_", "ffn_")
+            for fill in (b"\0", b"\x5a\x13\xc7")
+        ),
+        tmp_path / "file.gguf",
+        worker,
+    )
+    assert verdicts["decoded"] > 150
