@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from emlocal.backends.base import Backend, Row
-from emlocal.errors import ContextFullError, UsageError
 from emlocal.generation.text import TextStream
 from emlocal.sampling import Draw, SamplingParams, Uniforms
 
@@ -23,14 +22,6 @@ class Request:
     stop: tuple[str, ...] = ()
 
 
-class Piece(NamedTuple):
-    """One token of one sample, and the text that it made certain (maybe none, maybe more than its own)."""
-
-    sample: int
-    draw: Draw
-    text: str
-
-
 @dataclass
 class Completion:
     """One finished sample."""
@@ -45,19 +36,7 @@ class Completion:
     stop: str | None = None
     """The stop string that ended it, if one did."""
     tail: str = ""
-    """The end of `text` that was held back until now and came with no Piece."""
-
-
-def check_prompt(prompt: Sequence[int], context: int) -> None:
-    """Raise UsageError for an empty prompt, ContextFullError for one that leaves no room for a token."""
-    if not prompt:
-        raise UsageError("the prompt is empty", "give some text as an argument, with -f FILE or on stdin")
-    if len(prompt) >= context:
-        raise ContextFullError(
-            f"the prompt has {len(prompt):,} tokens;"
-            f" the context holds {context:,}, one of them for the answer",
-            "shorten the prompt or give a larger --context",
-        )
+    """The end of `text` that was held back until now and came with no Token."""
 
 
 class Sample:
@@ -66,7 +45,6 @@ class Sample:
     def __init__(self, index: int, request: Request, prompt: Sequence[int]) -> None:
         self.request = request
         self.completion = Completion(index)
-        self.sequence = -1
         self.done = False
         self._text = TextStream(request.stop)
         # kept only where penalties look at it
@@ -77,13 +55,14 @@ class Sample:
         u = self.request.uniforms[len(self.completion.draws)]
         return Row(sequence, self.request.params, u, self._seen)
 
-    def accept(self, draw: Draw, backend: Backend) -> Piece:
-        """Take a drawn token in; `done` says whether it was the last."""
+    def accept(self, draw: Draw, backend: Backend) -> str:
+        """Take a drawn token in; `done` says whether it was the last. Returns the text that is certain now:
+        maybe none, maybe more than the token's own."""
         completion = self.completion
         completion.draws.append(draw)
         if draw.token in backend.info.end_tokens:
             self.end("stop")
-            return Piece(completion.sample, draw, "")
+            return ""
         completion.tokens.append(draw.token)
         if self.request.params.penalizes:
             self._seen.append(draw.token)
@@ -94,7 +73,7 @@ class Sample:
             self.end("stop")
         elif len(completion.tokens) >= self.request.max_tokens:
             self.end("length")
-        return Piece(completion.sample, draw, text)
+        return text
 
     def end(self, reason: FinishReason) -> None:
         """Close the sample; text that was held back comes with its Completion."""

@@ -1,0 +1,238 @@
+"""The engine's sequences: those that are kept so that nothing is read twice, and which number each gets.
+
+A finished sequence stays until its room is needed; the one that nobody has used for the longest goes first.
+Engines compute sequences in one pass only where their numbers follow in order, or nearly, so numbers count
+where each sequence has room of its own.
+"""
+
+from array import array
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from emlocal.backends.base import Backend
+from emlocal.errors import BackendError
+
+WORTH_SHARING = 16
+"""Tokens that a copy must save: engines whose sequences have room of their own copy all of it."""
+_FIRST_BLOCK = 16  # tokens that are compared at first; most prompts part there, or not at all
+
+Tokens = array  # of C ints: these are compared as fast as memory is read
+
+
+def tokens_of(tokens: Sequence[int]) -> "Tokens[int]":
+    """The tokens as they are kept and compared."""
+    return array("i", tokens)
+
+
+def common(a: "Tokens[int]", b: "Tokens[int]", most: int | None = None) -> int:
+    """How many tokens two runs begin with alike, `most` at most."""
+    n = min(len(a), len(b)) if most is None else min(len(a), len(b), most)
+    start, size = 0, _FIRST_BLOCK
+    while start < n:
+        end = min(n, start + size)
+        if a[start:end] != b[start:end]:
+            break
+        start, size = end, 2 * size
+    else:
+        return n
+    while end - start > 1:  # they part between the two
+        middle = (start + end) // 2
+        if a[start:middle] == b[start:middle]:
+            start = middle
+        else:
+            end = middle
+    return start
+
+
+class Numbered(Protocol):
+    """What is decoded in a sequence."""
+
+    sequence: int
+
+
+@dataclass(eq=False)
+class Kept:
+    """A sequence that nobody decodes, and the tokens in it."""
+
+    sequence: int
+    tokens: "Tokens[int]"
+    session: Hashable | None = None
+
+
+class Sequences:
+    """Opens, copies and keeps sequences."""
+
+    def __init__(self, backend: Backend, roomy: bool, fed: Callable[[], list[int]]) -> None:
+        """`roomy`: there are more than the samples and the root need. `fed`: the numbers in use."""
+        self.root: Kept | None = None
+        """What consecutive prompts begin with, in a run."""
+        self._backend, self._roomy, self._fed = backend, roomy, fed
+        self._kept: list[Kept] = []  # the least recently used first
+        self._freed: list[int] = []  # numbers that streams have left since the ranks were closed
+
+    # ---------------------------------------------------------------------------------- what is kept
+
+    def keep(self, kept: Kept) -> None:
+        """Keep a sequence as far as the engine really holds these tokens; release one that is empty."""
+        del kept.tokens[self._backend.length(kept.sequence) :]
+        if kept.tokens:
+            self._kept.append(kept)
+        else:
+            self._backend.release(kept.sequence)
+
+    def at(self, sequence: int | None) -> Kept | None:
+        """The kept one of this number."""
+        return next((kept for kept in self._kept if kept.sequence == sequence), None)
+
+    def longest(self, prompt: "Tokens[int]", most: int) -> tuple[int, Kept | None]:
+        """The one that begins most like the prompt, the last used of equal ones, and how many tokens."""
+        return _longest(self._kept, prompt, most)
+
+    def of_session(
+        self, session: Hashable | None, prompt: "Tokens[int]", most: int
+    ) -> tuple[int, Kept | None]:
+        """The same among those of a session, of which there are none for None."""
+        own = [kept for kept in self._kept if session is not None and kept.session == session]
+        return _longest(own, prompt, most)
+
+    def take(self, kept: Kept) -> int:
+        """Its sequence, which is no longer kept."""
+        self._kept.remove(kept)
+        return kept.sequence
+
+    def make_room(self) -> bool:
+        """Drop what nobody has used for the longest, and the root last; False where there is nothing."""
+        if self._drop_oldest():
+            return True
+        if self.root is None:
+            return False
+        self.give_up_root()
+        return True
+
+    def in_root(self, prompt: "Tokens[int]", most: int) -> int:
+        """How many tokens of the prompt the root holds."""
+        return 0 if self.root is None else common(self.root.tokens, prompt, most)
+
+    def start_root(self, tokens: "Tokens[int]", donor: int | None) -> Kept:
+        """The root with nothing but these tokens, which `donor` begins with; with those of them that it has
+        already where there is no donor."""
+        if self.root is None or donor is not None:
+            self.give_up_root()
+            self.root = Kept(self.open() if donor is None else self.copy(donor), tokens)
+        length = min(len(tokens), self._backend.length(self.root.sequence))
+        self.root.tokens = tokens[: self._backend.trim(self.root.sequence, length)]
+        return self.root
+
+    def give_up_root(self) -> None:
+        """Release the root's sequence."""
+        if self.root is not None:
+            self._backend.release(self.root.sequence)
+            self.root = None
+
+    def clear(self) -> None:
+        """Drop all that is kept."""
+        while self._drop_oldest():
+            pass
+
+    def _drop(self, kept: Kept) -> None:
+        self._backend.release(self.take(kept))
+
+    def _drop_oldest(self, spared: Kept | None = None) -> bool:
+        oldest = next((kept for kept in self._kept if kept is not spared), None)
+        if oldest is not None:
+            self._drop(oldest)
+        return oldest is not None
+
+    # ------------------------------------------------------------------------------- numbers in order
+
+    def open(self) -> int:
+        """A new sequence. Raises BackendError where all are in use."""
+        return self._number(self._backend.open, None)
+
+    def copy(self, source: int | None) -> int:
+        """A copy of a sequence; itself, if it is kept and there is no room for another.
+
+        Raises BackendError where all are in use.
+        """
+        assert source is not None
+        kept = self.at(source)
+        if kept is not None:  # others are less recently used now
+            self._kept.remove(kept)
+            self._kept.append(kept)
+        try:
+            return self._number(lambda: self._backend.fork(source), kept)
+        except BackendError:
+            if kept is None:
+                raise
+            return self.take(kept)
+
+    def _number(self, make: Callable[[], int], spared: Kept | None) -> int:
+        self._make_way(spared)
+        while True:
+            try:
+                return make()
+            except BackendError:
+                if not self._drop_oldest(spared):
+                    raise
+
+    def _make_way(self, spared: Kept | None) -> None:
+        """Before a sequence gets the smallest free number: what is kept must not lie between those in use
+        then, where there is no room to keep it elsewhere."""
+        fed = self._fed()
+        if self._roomy or not fed or not self._kept:
+            return
+        used = {*fed, *(kept.sequence for kept in self._kept)} | (
+            {self.root.sequence} if self.root else set()
+        )
+        new = next(number for number in range(len(used) + 1) if number not in used)
+        low, high = min(fed), max(new, *fed)
+        for kept in self._kept:
+            if low < kept.sequence < high and kept is not spared:
+                self._drop(kept)
+                return
+
+    def left(self, sequence: int) -> None:
+        """A stream has this number no more."""
+        self._freed.append(sequence)
+
+    def close_ranks(self, streams: Sequence[Numbered]) -> None:
+        """Move streams into numbers that nobody has taken.
+
+        Without it the last samples of a run, with gaps between them, would take a pass each.
+        """
+        if not self._freed:
+            return
+        gaps, self._freed = self._freed, []
+        held = {*self._fed()} | ({self.root.sequence} if self.root else set())
+        for gap in range(min(held, default=0), max(held, default=0)) if self._roomy else gaps:
+            last = max(streams, key=lambda stream: stream.sequence, default=None)
+            if gap in held or last is None or last.sequence < gap:
+                continue
+            kept = self.at(gap)
+            if kept is not None:
+                self._move_away(kept)
+            copy = self._backend.fork(last.sequence)
+            if copy < last.sequence:
+                last.sequence, copy = copy, last.sequence
+            self._backend.release(copy)
+
+    def _move_away(self, kept: Kept) -> None:
+        """Free the number of a sequence that is kept; it gets another where there is room for keeping."""
+        if self._roomy:
+            with suppress(BackendError):  # all numbers are taken
+                copy = self._backend.fork(kept.sequence)
+                self._backend.release(kept.sequence)
+                kept.sequence = copy
+                return
+        self._drop(kept)
+
+
+def _longest(some: Sequence[Kept], prompt: "Tokens[int]", most: int) -> tuple[int, Kept | None]:
+    found: tuple[int, Kept | None] = (0, None)
+    for kept in some:
+        length = common(kept.tokens, prompt, most)
+        if length >= found[0]:
+            found = length, kept
+    return found
