@@ -15,6 +15,7 @@ from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Request
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import Finished, Job, Scheduler
+from emlocal.generation.tokenizing import never, text_tokens
 from emlocal.methods.method import REVISE, Method, name_of
 from emlocal.models.templates import Message
 from emlocal.sampling import Uniforms
@@ -70,6 +71,8 @@ class Task:
     line: int
     order: int
     error: str = ""
+    too_long: bool = False
+    """The error is that the prompt cannot fit the context."""
     plan: Plan | None = None
     messages: Sequence[Message] | None = None
     prompt: str = ""
@@ -98,11 +101,13 @@ class Batch:
         self._done = done
         self._seen = Keys()
         self._follow_ups: deque[Job[Task]] = deque()
+        self._cancelled: Callable[[], bool] = never
         self._taken = self._given = 0
         self._held: dict[int, Row] = {}  # with `ordered`: rows that wait for earlier ones
 
-    def rows(self, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Row]:
+    def rows(self, cancelled: Callable[[], bool] = never) -> Iterator[Row]:
         """The rows as they are finished, or in the order of the lines. Raises CancelledError."""
+        self._cancelled = cancelled
         with self._seen:
             for finished in self.scheduler.run(self._next_job, cancelled):
                 row = self._row(finished)
@@ -177,7 +182,7 @@ class Batch:
                 )
             return self._ask(task)
         except EmlocalError as error:
-            task.error = error.message
+            task.error, task.too_long = error.message, isinstance(error, ContextFullError)
             return Job(task, (), ())
 
     def _ask(self, task: Task) -> Job[Task]:
@@ -185,9 +190,11 @@ class Batch:
         plan = task.plan
         assert plan is not None
         if task.messages is not None:
-            tokens = chat_tokens(self._backend, task.messages)
+            tokens = chat_tokens(self._backend, task.messages, self._cancelled)
         else:
-            tokens = self._backend.encode(task.prompt, add_special=True, parse_special=True)
+            tokens = text_tokens(
+                self._backend, task.prompt, add_special=True, parse_special=True, cancelled=self._cancelled
+            )
         first = len(task.rounds) * _DRAWS_OF_A_ROUND
         key = request_key(task.custom_id or "")
         return Job(
