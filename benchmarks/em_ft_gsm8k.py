@@ -46,7 +46,7 @@ def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: fl
     from emlocal.backends.select import load_backend
     from emlocal.generation.prompt import chat_tokens, with_system
     from emlocal.generation.scheduler import SPARE_SEQUENCES
-    from emlocal.methods.answers import equivalent, extract
+    from emlocal.methods.extraction import equivalent, extract
     from emlocal.models.resolve import resolve
     from emlocal.training.prompts import read_prompts
     from emlocal.training.rollouts import draw_rollouts, repetition

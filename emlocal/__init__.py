@@ -6,8 +6,7 @@ From Python: `emlocal.load("smollm2:135m")` can generate, stream and batch; see 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from emlocal.api import Answer, Model, load
-    from emlocal.methods.method import Method
+    from emlocal.api import Answer, Method, Model, load
     from emlocal.settings import AdaptiveTemperature, EMInf
 
 __version__ = "0.1.0"
@@ -17,7 +16,7 @@ _WHERE = {
     "AdaptiveTemperature": "emlocal.settings",
     "Answer": "emlocal.api",
     "EMInf": "emlocal.settings",
-    "Method": "emlocal.methods.method",
+    "Method": "emlocal.api",
     "Model": "emlocal.api",
     "load": "emlocal.api",
 }

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from emlocal import console
 from emlocal.backends.base import Backend
 from emlocal.files import atomic_writer
-from emlocal.generation import Completion, Timings
+from emlocal.generation import Completion
 from emlocal.generation.entropy import summarize
+from emlocal.methods import Outcome
 from emlocal.sampling import Draw
 from emlocal.words import change, counted
 
@@ -36,10 +37,9 @@ def legend() -> str:
     return "entropy before EM:  " + "  ".join(shown)
 
 
-def stats_line(
-    completions: Sequence[Completion], timings: Timings, seed: int, context: int, *, em: bool
-) -> str:
-    """One line: tokens, speed, entropy, what EM did, why it ended."""
+def stats_line(outcome: Outcome, seed: int, context: int, *, em: bool) -> str:
+    """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say."""
+    timings, completions = outcome.timings, [c for handle in outcome.rounds for c in handle.completions]
     entropy = summarize([d for c in completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
     read = timings.prompt_tokens - timings.cached_tokens
@@ -55,6 +55,7 @@ def stats_line(
         parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
     endings = Counter(_ending(c, context) for c in completions)
     parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
+    parts += [f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()]
     parts.append(f"seed {seed}")
     return " · ".join(parts)
 
@@ -74,10 +75,10 @@ def rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:.1f}" if seconds > 0 else "–"
 
 
-def as_json(
-    backend: Backend, completions: Sequence[Completion], timings: Timings, seed: int
-) -> dict[str, Any]:
-    """The object that `--json` prints: one answer flat, several in `completions`."""
+def as_json(backend: Backend, outcome: Outcome, seed: int, collected: bool) -> dict[str, Any]:
+    """The object that `--json` prints: one answer flat, several in `completions`; with `collected` the one
+    that the method came to, and all others in `samples`."""
+    timings = outcome.timings
     shared = {
         "model": backend.info.name,
         "backend": backend.name,
@@ -90,8 +91,15 @@ def as_json(
             "generated_tokens": timings.generated_tokens,
         },
     }
-    answers = [_answer_json(c) for c in completions]
-    return answers[0] | shared if len(answers) == 1 else {"completions": answers} | shared
+    answers = [_answer_json(c) for c in outcome.completions]
+    if len(answers) == 1:
+        rounds = (
+            {"rounds": [h.completions[0].text for h in outcome.rounds]} if len(outcome.rounds) > 1 else {}
+        )
+        return answers[0] | shared | rounds
+    if collected:
+        return answers[outcome.index] | shared | dict(outcome.fields) | {"samples": answers}
+    return {"completions": answers} | shared
 
 
 def _answer_json(completion: Completion) -> dict[str, Any]:

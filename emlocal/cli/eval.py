@@ -178,7 +178,7 @@ def _check(task: "Task", contenders: "Sequence[Contender]", how: EvalOptions) ->
         from emlocal.evaluation.sandbox.run import check_containment
 
         check_containment()
-    voting = [c.name for c in contenders if c.collecting.name == "self-consistency"]
+    voting = [c.name for c in contenders if c.method.collecting.votes]
     if voting and not task.votes:
         raise UsageError(
             f"{voting[0]} votes on answers; those of {task.name} are programs", "leave it out of --methods"
@@ -213,7 +213,7 @@ def _entries(
     entries = []
     for contender in contenders:
         plan = contender.plan(*base)
-        settings = BatchSettings(plan, contender.collecting, base[1], entropies=True)
+        settings = BatchSettings(plan, contender.method.collected(), base[1], entropies=True)
         identity = identity_of(settings, model) | {
             "task": task.name,
             "data": task.identity,

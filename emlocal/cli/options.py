@@ -21,8 +21,6 @@ import typer
 from typer.core import TyperCommand
 
 from emlocal.errors import UsageError
-from emlocal.methods.answers import Extraction
-from emlocal.methods.method import METHODS, MethodName
 from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
 
 R = TypeVar("R")
@@ -69,41 +67,6 @@ class OutputOptions:
     )
     quiet: bool = setting(
         False, "--quiet", help="No notes and no statistics on stderr.", short="-q", panel=OUTPUT
-    )
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """How each prompt is answered."""
-
-    method: MethodName | None = setting(
-        None,
-        "--method",
-        help="How to answer; without it, as the sampling and EM flags say.",
-        choices=METHODS,
-    )
-    samples: int | None = setting(
-        None,
-        "--samples",
-        1,
-        1024,
-        "Answers to each prompt. (default: 1; 8 to vote)",
-        kind="whole",
-        aliases=("--n", "--num-return-sequences"),
-        short="-n",
-    )
-    rounds: int | None = setting(
-        None, "--rounds", 1, 100, "Revisions of sequential-refinement. (default: 2)", kind="whole"
-    )
-    extract: Extraction | None = setting(
-        None, "--extract", help="What self-consistency votes on.", choices=get_args(Extraction)
-    )
-    pattern: str | None = setting(
-        None,
-        "--extract-pattern",
-        help="For --extract regex; its first group.",
-        kind="text",
-        metavar="REGEX",
     )
 
 

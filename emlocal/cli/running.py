@@ -22,14 +22,10 @@ def identity_of(settings: "BatchSettings", model: "Opened") -> dict[str, object]
     from emlocal.models.adapters.reading import adapter_files
 
     plan = settings.plan
-    method = settings.method
     return {
         "model": fingerprint(*model.model.files),
         "adapters": [[fingerprint(*adapter_files(path)), scale] for path, scale in model.adapters],
-        "method": method.name,
-        "rounds": method.revisions,
-        "extract": method.extraction,
-        "extract-pattern": method.pattern,
+        **settings.method.identity(),
         "system": settings.system,
         "raw": settings.raw,
         "keep": settings.keep,

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from emlocal.errors import EmlocalError
-from emlocal.methods.answers import canonical
+from emlocal.methods.extraction import canonical
 
 SECONDS = 20.0
 """For one comparison; what is not decided by then is not equal. Nearly all take milliseconds."""

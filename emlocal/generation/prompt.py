@@ -4,11 +4,41 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from emlocal.backends.base import Backend
+from emlocal.backends.base import Backend, ModelInfo
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.generation.tokenizing import SHORT, check_fits, never, text_tokens
 from emlocal.models.templates import Message, render
 from emlocal.text_pattern import longest_of
+
+Asked = str | Sequence[Message]
+"""A text that is sent as it is, or messages for the chat template."""
+
+
+def prompt_tokens(backend: Backend, asked: Asked, cancelled: Callable[[], bool] = never) -> list[int]:
+    """The prompt for a text that is sent as it is, or for messages (see `chat_tokens`).
+
+    Raises ContextFullError for a text that cannot fit, CancelledError.
+    """
+    if isinstance(asked, str):
+        return text_tokens(backend, asked, add_special=True, parse_special=True, cancelled=cancelled)
+    return chat_tokens(backend, asked, cancelled)
+
+
+def for_template(info: ModelInfo, messages: Sequence[Message], warn: Callable[[str], None]) -> Asked:
+    """The messages, as they are asked of this model. Where it has no chat template, a single question is sent
+    as it is, and `warn` is told so.
+
+    Raises UsageError where there is no template and roles are needed.
+    """
+    if info.chat_template is not None:
+        return messages
+    if [m["role"] for m in messages] != ["user"]:
+        raise UsageError(
+            f"{info.name} has no chat template: it takes no system message and no conversation",
+            "use a chat model, or send one text as it is: emlocal generate --raw",
+        )
+    warn(f"{info.name} has no chat template; prompts are sent as they are (--raw)")
+    return messages[0]["content"]
 
 
 def chat_tokens(

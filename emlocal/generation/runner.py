@@ -12,15 +12,14 @@ and hands the events on (`loop.call_soon_threadsafe`); nothing here needs a lock
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
 from emlocal.generation.sample import Completion, Request
+from emlocal.generation.tokenizing import never
 from emlocal.sampling import Draw
-
-never: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +49,9 @@ class Timings:
     """Of all samples."""
     generation_seconds: float = 0.0
     """From the first draw to the last so far."""
+
+    def __add__(self, other: "Timings") -> "Timings":
+        return Timings(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Handle:
@@ -169,32 +171,36 @@ class Runner(ABC):
         if not job.requests:
             raise UsageError("no samples are asked for")
 
-    def follow(self, job: Job, cancelled: Callable[[], bool] = never) -> Iterator[Event]:
-        """One job's events until it is finished; others that are followed or run go on meanwhile.
+    def follow(self, jobs: Sequence[Job], cancelled: Callable[[], bool] = never) -> Iterator[Event]:
+        """The events of these jobs until all are finished; what else is followed or run goes on meanwhile.
 
-        When `cancelled()` becomes true its samples end with what they said so far. Who walks away cancels.
+        When `cancelled()` becomes true their samples end with what they said so far. Who walks away cancels.
 
         Raises:
             UsageError, ContextFullError: see `check`.
-            CancelledError: it was cancelled before its first token.
+            CancelledError: it was cancelled before the first token.
         """
-        handle = self.submit(job)
-        inbox = self._inboxes[handle] = deque()
+        for job in jobs:
+            self.check(job)
+        handles = [self.submit(job) for job in jobs]
+        inbox: deque[Event] = deque()
+        self._inboxes.update(dict.fromkeys(handles, inbox))
         try:
             while True:
                 while inbox:
                     yield inbox.popleft()
-                if handle.finished:
+                if all(handle.finished for handle in handles):
                     return
                 if cancelled():
-                    if not handle.timings.generated_tokens:
+                    if not any(handle.timings.generated_tokens for handle in handles):
                         raise CancelledError
-                    yield from self.cancel(handle)
+                    yield from [event for handle in handles for event in self.cancel(handle)]
                     return
                 self._deliver(cancelled)
         finally:
-            del self._inboxes[handle]
-            self.cancel(handle)
+            for handle in handles:
+                del self._inboxes[handle]
+                self.cancel(handle)
 
     def run(self, source: Callable[[], Job | None], cancelled: Callable[[], bool] = never) -> Iterator[Event]:
         """The events of the jobs that `source` gives, which is asked whenever there is a free place.

@@ -26,9 +26,10 @@ from emlocal.errors import (
     LogitsError,
     UsageError,
 )
-from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token, never
+from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token
 from emlocal.generation.sample import FinishReason, Sample
 from emlocal.generation.sequences import WORTH_SHARING, Kept, Sequences, common, tokens_of
+from emlocal.generation.tokenizing import never
 from emlocal.sampling import Draw
 
 PROMPT_TOKENS_PER_STEP = 256

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 
-from emlocal.methods.answers import canonical, extract, find_answer
+from emlocal.methods.extraction import canonical, extract, find_answer
 
 
 def answer_of(text: str) -> Hashable | None:

@@ -26,7 +26,7 @@ from emlocal.cancel import unfinished, waited_for
 from emlocal.errors import CancelledError, ContextFullError
 from emlocal.generation.prompt import chat_tokens
 from emlocal.generation.tokenizing import text_tokens
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
 from emlocal.text_pattern import longest_of
@@ -83,7 +83,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCppBackend]:
 
 
 @pytest.fixture(scope="module")
-def real(smollm2: LocalModel) -> Iterator[LlamaCppBackend]:
+def real(smollm2: GGUFModel) -> Iterator[LlamaCppBackend]:
     backend = LlamaCppBackend(smollm2, LoadOptions(context=512))
     yield backend
     backend.close()
@@ -233,7 +233,7 @@ def test_what_the_template_leaves_out_does_not_count() -> None:
 
 
 @pytest.mark.real
-def test_names_in_a_long_message_are_still_mere_text(smollm2: LocalModel) -> None:
+def test_names_in_a_long_message_are_still_mere_text(smollm2: GGUFModel) -> None:
     backend = LlamaCppBackend(smollm2, LoadOptions(context=8192))
     end = backend.encode("<|im_end|>", add_special=False, parse_special=True)[0]
     plain = chat_tokens(backend, [{"role": "user", "content": "hi"}])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from emlocal.models.unpacked_tokenizer import byte_letters
+from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.text_pattern import longest_of
 
 LONG = 8_192

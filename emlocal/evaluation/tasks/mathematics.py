@@ -11,7 +11,7 @@ from emlocal.errors import UsageError
 from emlocal.evaluation.math_judge import MathJudge
 from emlocal.evaluation.tasks.reading import Row, Rows, text_of
 from emlocal.evaluation.tasks.task import Problem, Task
-from emlocal.methods.answers import extract, find_answer
+from emlocal.methods.extraction import extract, find_answer
 
 QUESTION = ("prompt", "question", "problem", "Problem", "Question")
 ANSWER = ("answer", "final_answer", "expected_answer", "target", "Answer")

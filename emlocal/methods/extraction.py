@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from emlocal.errors import UsageError
 from emlocal.methods.notation import plain
 
-Extraction = Literal["boxed", "last-number", "regex", "none"]
+if TYPE_CHECKING:
+    from emlocal.methods.self_consistency import Extraction
 
 LONGEST_ANSWER = 1000
 LONGEST_NUMERAL = 200
@@ -46,7 +47,7 @@ _NUMBER = re.compile(_NUMERAL)
 _GSM8K = re.compile(rf"####[ \t]*({_NUMERAL})(?![ \t]*[.):][ \t]*\w)")  # not a heading's own number
 
 
-def check_pattern(how: Extraction, pattern: str | None) -> None:
+def check_pattern(how: "Extraction", pattern: str | None) -> None:
     """Raise `UsageError` unless there is a pattern exactly where one is used, and it compiles."""
     if how != "regex":
         if pattern is not None:
@@ -61,7 +62,7 @@ def check_pattern(how: Extraction, pattern: str | None) -> None:
         raise UsageError(f"--extract-pattern {pattern!r} is no regular expression: {error}") from error
 
 
-def extract(text: str, how: Extraction, pattern: str | None = None) -> str | None:
+def extract(text: str, how: "Extraction", pattern: str | None = None) -> str | None:
     """The answer in a completion, stripped; None where there is none, or an empty one.
 
     `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emlocal.errors import UsageError
-from emlocal.methods.answers import canonical, check_pattern, equivalent, extract, majority
+from emlocal.methods.extraction import canonical, check_pattern, equivalent, extract, majority
 
 # Gold answers as the two test sets write them, each form that occurs.
 GSM8K = ["18", "-10", "-3", "1,450,000", "1,600", "10,800", "114,200", "2,125", "65,960", "0", "70000"]
