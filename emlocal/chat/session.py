@@ -116,7 +116,7 @@ class ChatSession:
         finally:
             self.conversation.exchanges.append((question, answer))
         requests = [replace(job.requests[0], params=side) for side in sides]
-        for event in self.runner.follow([replace(job, requests=requests, session=None)], cancelled):
+        for event in self.runner.follow([replace(job, requests=requests)], cancelled):
             self.timings = event.handle.timings
             yield event
 

@@ -91,7 +91,7 @@ class Scheduler(Runner):
         self._reading: list[_Group] = []  # some samples have not begun
         self._streams: list[_Stream] = []
         roomy = backend.max_sequences > parallel + SPARE_SEQUENCES
-        self._sequences = Sequences(backend, roomy, self._numbers)
+        self._sequences = Sequences(backend, parallel, roomy, self._numbers)
         self._full = False  # no job is admitted before another has ended
         self._events: list[Event] = []  # of this step
         self._previous = tokens_of(())  # the prompt admitted last, less its last token
@@ -227,7 +227,7 @@ class Scheduler(Runner):
         own, kept = self._sequences.of_session(group.job.session, group.tokens, most)
         if kept is None or own + WORTH_SHARING <= shared:
             own, kept = shared, self._sequences.at(source)
-            if kept is not None and shared < len(kept.tokens):
+            if kept is not None and common(kept.tokens, group.tokens) < len(kept.tokens):
                 kept = None  # what else it holds may be continued, too
         in_root = self._sequences.in_root(group.tokens, most)
         in_root = in_root if in_root >= WORTH_SHARING else 0

@@ -64,11 +64,12 @@ class Kept:
 class Sequences:
     """Opens, copies and keeps sequences."""
 
-    def __init__(self, backend: Backend, roomy: bool, fed: Callable[[], list[int]]) -> None:
-        """`roomy`: there are more than the samples and the root need. `fed`: the numbers in use."""
+    def __init__(self, backend: Backend, parallel: int, roomy: bool, fed: Callable[[], list[int]]) -> None:
+        """`roomy`: there are more than `parallel` samples and the root need. `fed`: the numbers in use."""
         self.root: Kept | None = None
         """What consecutive prompts begin with, in a run."""
         self._backend, self._roomy, self._fed = backend, roomy, fed
+        self._numbers_matter = parallel > 1
         self._kept: list[Kept] = []  # the least recently used first
         self._freed: list[int] = []  # numbers that streams have left since the ranks were closed
 
@@ -88,18 +89,22 @@ class Sequences:
 
     def longest(self, prompt: "Tokens[int]", most: int) -> tuple[int, Kept | None]:
         """The one that begins most like the prompt, the last used of equal ones, and how many tokens."""
-        return _longest(self._kept, prompt, most)
+        return _longest(self._kept[::-1], prompt, most)
 
     def of_session(
         self, session: Hashable | None, prompt: "Tokens[int]", most: int
     ) -> tuple[int, Kept | None]:
-        """The same among those of a session, of which there are none for None."""
-        own = [kept for kept in self._kept if session is not None and kept.session == session]
-        return _longest(own, prompt, most)
+        """The same among those of a session, of which there are none for None; the first of equal ones."""
+        return _longest(self._of(session), prompt, most)
+
+    def _of(self, session: Hashable | None) -> list[Kept]:
+        return [kept for kept in self._kept if session is not None and kept.session == session]
 
     def take(self, kept: Kept) -> int:
-        """Its sequence, which is no longer kept."""
+        """Its sequence, which is no longer kept; others of its session are dropped."""
         self._kept.remove(kept)
+        for other in self._of(kept.session):
+            self._drop(other)
         return kept.sequence
 
     def make_room(self) -> bool:
@@ -137,7 +142,8 @@ class Sequences:
             pass
 
     def _drop(self, kept: Kept) -> None:
-        self._backend.release(self.take(kept))
+        self._kept.remove(kept)
+        self._backend.release(kept.sequence)
 
     def _drop_oldest(self, spared: Kept | None = None) -> bool:
         oldest = next((kept for kept in self._kept if kept is not spared), None)
@@ -178,35 +184,38 @@ class Sequences:
                     raise
 
     def _make_way(self, spared: Kept | None) -> None:
-        """Before a sequence gets the smallest free number: what is kept must not lie between those in use
-        then, where there is no room to keep it elsewhere."""
+        """Before a sequence gets the smallest free number: drop what is kept where it leaves a gap then.
+
+        In a run what is decoded has the smallest numbers; else it is enough that nothing lies between. Where
+        there is room to keep it elsewhere, `close_ranks` does that.
+        """
         fed = self._fed()
-        if self._roomy or not fed or not self._kept:
+        if not self._numbers_matter or self._roomy or not (fed or self.root):
             return
-        used = {*fed, *(kept.sequence for kept in self._kept)} | (
-            {self.root.sequence} if self.root else set()
-        )
+        used = {*fed, *(kept.sequence for kept in (self.root, *self._kept) if kept)}
         new = next(number for number in range(len(used) + 1) if number not in used)
-        low, high = min(fed), max(new, *fed)
-        for kept in self._kept:
-            if low < kept.sequence < high and kept is not spared:
-                self._drop(kept)
-                return
+        low, high = (-1, new) if self.root else (min(fed), max(new, *fed))
+        within = [k for k in self._kept if low < k.sequence < high and k is not spared]
+        if within:
+            self._drop(min(within, key=lambda kept: kept.sequence) if self.root else within[0])
 
     def left(self, sequence: int) -> None:
         """A stream has this number no more."""
-        self._freed.append(sequence)
+        if self._numbers_matter:
+            self._freed.append(sequence)
 
     def close_ranks(self, streams: Sequence[Numbered]) -> None:
-        """Move streams into numbers that nobody has taken.
+        """Move streams into numbers that nobody has taken: in a run into all that are free, else into those
+        that lie between others.
 
         Without it the last samples of a run, with gaps between them, would take a pass each.
         """
         if not self._freed:
             return
         gaps, self._freed = self._freed, []
-        held = {*self._fed()} | ({self.root.sequence} if self.root else set())
-        for gap in range(min(held, default=0), max(held, default=0)) if self._roomy else gaps:
+        fed = self._fed()
+        held = {*fed} | ({self.root.sequence} if self.root else set())
+        for gap in gaps if self.root else range(min(fed, default=0), max(fed, default=0)):
             last = max(streams, key=lambda stream: stream.sequence, default=None)
             if gap in held or last is None or last.sequence < gap:
                 continue
@@ -233,6 +242,6 @@ def _longest(some: Sequence[Kept], prompt: "Tokens[int]", most: int) -> tuple[in
     found: tuple[int, Kept | None] = (0, None)
     for kept in some:
         length = common(kept.tokens, prompt, most)
-        if length >= found[0]:
+        if found[1] is None or length > found[0]:
             found = length, kept
     return found

@@ -1,16 +1,19 @@
-"""The decode loop on an engine whose every answer is known."""
+"""One job at a time on an engine whose every answer is known: what generate and chat see of the runner."""
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from emlocal.backends.base import Feed, Row
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed, saying
 from emlocal.em import EMInf
-from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
-from emlocal.generation import Completion, Generator, Piece, Request
+from emlocal.errors import CancelledError, ContextFullError, LogitsError, UsageError
+from emlocal.generation import Completed, Completion, Event, Job, Request, Scheduler, Token
 from emlocal.sampling import Sampler, SamplingParams, Uniforms
 
 GREEDY = SamplingParams(temperature=0)
@@ -24,12 +27,33 @@ def request(
     return Request(params, Uniforms(seed, 0, sample), n, stop)
 
 
+def scheduler(backend: FakeBackend, parallel: int = 1) -> Scheduler:
+    return Scheduler(backend, parallel)
+
+
+def events(runner: Scheduler, prompt: list[int], *requests: Request, **kwargs: Any) -> list[Event]:
+    """Of a job of the one session."""
+    return list(runner.follow([Job(prompt, requests, at_once=True, session="chat")], **kwargs))
+
+
+def answer(runner: Scheduler, prompt: list[int], *requests: Request, **kwargs: Any) -> Completion:
+    """The last completion."""
+    completed = [e for e in events(runner, prompt, *requests, **kwargs) if isinstance(e, Completed)]
+    return completed[-1].completion
+
+
+def cached(runner: Scheduler, prompt: list[int], *requests: Request) -> int:
+    """How much of the prompt was not read."""
+    return events(runner, prompt, *requests)[0].handle.timings.cached_tokens
+
+
 def run(
-    backend: FakeBackend, *requests: Request, prompt=PROMPT, **kwargs
-) -> tuple[list[Piece], list[Completion]]:
-    events = list(Generator(backend).run(prompt, requests, **kwargs))
-    pieces = [e for e in events if isinstance(e, Piece)]
-    completions = sorted((e for e in events if isinstance(e, Completion)), key=lambda c: c.sample)
+    backend: FakeBackend, *requests: Request, prompt: list[int] = PROMPT, **kwargs: Any
+) -> tuple[list[Token], list[Completion]]:
+    found = events(scheduler(backend, len(requests)), prompt, *requests, **kwargs)
+    pieces = [e for e in found if isinstance(e, Token)]
+    completions = [e.completion for e in found if isinstance(e, Completed)]
+    completions.sort(key=lambda completion: completion.sample)
     for completion in completions:  # what was streamed is what is returned
         shown = "".join(p.text for p in pieces if p.sample == completion.sample)
         assert shown + completion.tail == completion.text
@@ -104,7 +128,7 @@ class TestOneSample:
     def test_cancelled_midway_keeps_what_there_is(self) -> None:
         clock = itertools.count()
         _, [done] = run(
-            FakeBackend(saying("Hello, world")), request(100, "lo"), cancelled=lambda: next(clock) >= 3
+            FakeBackend(saying("Hello, world")), request(100, "lo"), cancelled=lambda: next(clock) >= 4
         )
         assert done.finish_reason == "cancelled"
         assert done.text == "Hel"
@@ -137,20 +161,34 @@ class TestErrors:
         assert backend.fed == 0
 
     def test_cancelled_while_reading_and_then_again(self) -> None:
-        backend = FakeBackend(saying("Hello"))
-        generator = Generator(backend)
-        with pytest.raises(CancelledError):
-            list(generator.run(PROMPT, [request()], lambda: True))
-        *_, done = generator.run(PROMPT, [request()])
-        assert done.text == "Hello"
+        for looks in (0, 1):  # before the pass, and in it
+            runner, clock = scheduler(FakeBackend(saying("Hello"))), itertools.count()
+            with pytest.raises(CancelledError):
+                events(runner, PROMPT, request(), cancelled=lambda: next(clock) >= looks)  # noqa: B023
+            assert runner.idle
+            assert answer(runner, PROMPT, request()).text == "Hello"
 
     def test_more_samples_than_sequences(self) -> None:
-        backend = FakeBackend(hashed, sequences=3)
-        generator = Generator(backend)
-        with pytest.raises(BackendError, match="all 3 sequences"):
-            list(generator.run(PROMPT, [request(5, sample=i) for i in range(3)]))
-        assert backend.open()  # what was forked is free again
-        assert backend.open()
+        with pytest.raises(UsageError, match="3 samples at once need 4 sequences; the backend holds 3"):
+            scheduler(FakeBackend(hashed, sequences=3), 3)
+
+    def test_more_samples_than_places_take_turns(self) -> None:
+        requests = [request(5, params=WILD, sample=i) for i in range(5)]
+        found = events(scheduler(FakeBackend(hashed, sequences=3), 2), PROMPT, *requests)
+        _, together = run(FakeBackend(hashed), *requests)
+        done = sorted((e.completion for e in found if isinstance(e, Completed)), key=lambda c: c.sample)
+        assert [c.draws for c in done] == [c.draws for c in together]
+
+    def test_a_row_that_is_no_distribution(self) -> None:
+        def script(tokens: Sequence[int]) -> NDArray[np.float32]:
+            return np.full(VOCABULARY, np.nan, np.float32)
+
+        backend = FakeBackend(script)
+        runner = scheduler(backend)
+        [finished] = events(runner, PROMPT, request())
+        with pytest.raises(LogitsError):
+            finished.handle.result()
+        assert runner.idle
 
 
 class TestSeveralSamples:
@@ -179,24 +217,18 @@ class TestSeveralSamples:
         assert Counter(p.sample for p in pieces) == {0: 1, 1: 5, 2: 3}
         assert [p.sample for p in pieces[:3]] == [0, 1, 2]  # side by side, not one after another
 
-    def test_forks_are_released_at_the_end(self) -> None:
+    def test_nothing_is_held_after_closing(self) -> None:
         backend = FakeBackend(hashed, sequences=4)
-        generator = Generator(backend)
-        for _ in range(3):
-            list(generator.run(PROMPT, self.requests(3)))
-        assert len([backend.open() for _ in range(3)]) == 3
-
-    def test_forks_are_released_when_the_consumer_walks_away(self) -> None:
-        backend = FakeBackend(hashed, sequences=4)
-        generator = Generator(backend)
-        for stop_after in (0, 1, 4):
-            events = generator.run(PROMPT, self.requests(3))
-            for _ in range(stop_after):
-                next(events)
-            events.close()
-        *_, last = generator.run(PROMPT, [request(5)])
-        assert isinstance(last, Completion)
-        assert len([backend.open() for _ in range(3)]) == 3
+        for stop_after in (0, 1, 4, None):
+            with scheduler(backend, 3) as runner:
+                running = runner.follow([Job(PROMPT, self.requests(3), at_once=True)])
+                for _ in itertools.islice(running, stop_after):
+                    pass
+                running.close()
+                assert runner.idle
+            assert [backend.open() for _ in range(4)] == [0, 1, 2, 3]
+            for sequence in range(4):
+                backend.release(sequence)
 
     def test_the_context_ends_all_that_still_run(self) -> None:
         backend = FakeBackend(hashed, context=4 * len(PROMPT) + 10)
@@ -206,100 +238,88 @@ class TestSeveralSamples:
 
     def test_cancelling_ends_all(self) -> None:
         clock = itertools.count()
-        _, completions = run(FakeBackend(hashed), *self.requests(3), cancelled=lambda: next(clock) >= 2)
+        _, completions = run(FakeBackend(hashed), *self.requests(3), cancelled=lambda: next(clock) >= 3)
         assert [c.finish_reason for c in completions] == ["cancelled"] * 3
         assert [len(c.tokens) for c in completions] == [2, 2, 2]
 
 
 class TestPrefixReuse:
-    def turns(self, backend: FakeBackend) -> tuple[Generator, list[int], list[int]]:
-        generator = Generator(backend)
+    def turns(self, backend: FakeBackend) -> tuple[Scheduler, list[int], list[int]]:
+        runner = scheduler(backend)
         first = list(b"[user]hi\n[assistant]")
-        *_, done = generator.run(first, [request()])
-        return generator, first, done.tokens
+        return runner, first, answer(runner, first, request()).tokens
 
     def test_the_next_turn_reads_only_what_is_new(self) -> None:
         backend = FakeBackend(saying("Hello", "Bye"))
-        generator, first, said = self.turns(backend)
+        runner, first, said = self.turns(backend)
         before = backend.fed
         second = [*first, *said, *b"\n[user]bye\n[assistant]"]
-        *_, done = generator.run(second, [request()])
-        assert done.text == "Bye"
-        assert generator.timings.cached_tokens == len(first) + len(said)
-        assert backend.fed - before == len(second) - len(first) - len(said) + len(done.tokens)
+        assert cached(runner, second, request()) == len(first) + len(said)
+        assert backend.fed - before == len(second) - len(first) - len(said) + len("Bye")
 
     def test_the_same_prompt_again_reads_its_last_token(self) -> None:
         backend = FakeBackend(saying("Hello"))
-        generator, first, said = self.turns(backend)
+        runner, first, said = self.turns(backend)
         before = backend.fed
-        *_, done = generator.run(first, [request()])
-        assert done.text == "Hello"
-        assert generator.timings.cached_tokens == len(first) - 1
+        assert cached(runner, first, request()) == len(first) - 1
         assert backend.fed - before == 1 + len(said)
 
+    @pytest.mark.parametrize("session", ["chat", None])
     @pytest.mark.parametrize("trims", [True, False])
-    def test_an_edited_prompt_is_as_if_fresh(self, trims) -> None:
-        backend = FakeBackend(hashed, trims=trims)
-        generator = Generator(backend)
+    def test_an_edited_prompt_is_as_if_fresh(self, trims: bool, session: str | None) -> None:
+        runner = scheduler(FakeBackend(hashed, trims=trims))
         rng = np.random.default_rng(0)
         prompt = rng.integers(0, 256, 30).tolist()
-        for turn in range(8):
+        for turn in range(12):
             wild = request(6, params=WILD, seed=turn)
-            *_, here = generator.run(prompt, [wild])
-            *_, fresh = Generator(FakeBackend(hashed)).run(prompt, [wild])
-            assert here.tokens == fresh.tokens
+            [handle] = {e.handle for e in runner.follow([Job(prompt, [wild], True, session)])}
+            assert handle.completions[0].tokens == answer(scheduler(FakeBackend()), prompt, wild).tokens
             at = int(rng.integers(0, 30))
             prompt = [*prompt[:at], *rng.integers(0, 256, 30 - at).tolist()]
 
     def test_a_backend_that_cannot_trim_reads_everything_again(self) -> None:
         backend = FakeBackend(saying("Hello", "Bye"), trims=False)
-        generator, first, said = self.turns(backend)
+        runner, first, said = self.turns(backend)
         before = backend.fed
-        *_, done = generator.run(first, [request()])
-        assert done.text == "Hello"
-        assert generator.timings.cached_tokens == 0
+        assert cached(runner, first, request()) == 0
         assert backend.fed - before == len(first) + len(said)
-        *_, done = generator.run([*first, *said, *b"\n[user]bye\n[assistant]"], [request()])
-        assert done.text == "Bye"
-        assert generator.timings.cached_tokens == len(first) + len(said)  # nothing to cut: only to append
+        second = [*first, *said, *b"\n[user]bye\n[assistant]"]
+        assert cached(runner, second, request()) == len(first) + len(said)  # nothing to cut: only to append
 
     def test_after_several_samples_the_prompt_is_held(self) -> None:
         backend = FakeBackend(hashed)
-        generator = Generator(backend)
-        list(generator.run(PROMPT, [request(4, params=WILD, sample=i) for i in range(3)]))
+        runner = scheduler(backend, 3)
+        events(runner, PROMPT, *(request(4, params=WILD, sample=i) for i in range(3)))
         before = backend.fed
-        list(generator.run(PROMPT, [request(1)]))
+        events(runner, PROMPT, request(1))
         assert backend.fed - before == 1
 
     def test_after_walking_away_or_cancelling_the_cache_is_true(self) -> None:
         backend = FakeBackend(hashed)
-        generator = Generator(backend)
-        events = generator.run(PROMPT, [request(20, params=WILD)])
-        said = [next(events).draw.token for _ in range(5)]
-        events.close()
-        clock = itertools.count()
+        runner = scheduler(backend)
+        running = runner.follow([Job(PROMPT, [request(20, params=WILD)], True, "chat")])
+        said = [e.draw.token for e in itertools.islice(running, 5) if isinstance(e, Token)]
+        running.close()
         with pytest.raises(CancelledError):
-            list(generator.run([*PROMPT, *said[:3], 1, 2, 3], [request()], lambda: next(clock) >= 0))
+            events(runner, [*PROMPT, *said[:3], 1, 2, 3], request(), cancelled=lambda: True)
         follow_up = [*PROMPT, *said, 4, 5]
-        *_, here = generator.run(follow_up, [request(8, params=WILD, seed=9)])
-        *_, fresh = Generator(FakeBackend(hashed)).run(follow_up, [request(8, params=WILD, seed=9)])
-        assert here.tokens == fresh.tokens
+        wild = request(8, params=WILD, seed=9)
+        here = answer(runner, follow_up, wild)
+        assert here.tokens == answer(scheduler(FakeBackend(hashed)), follow_up, wild).tokens
 
     def test_forgetting(self) -> None:
         backend = FakeBackend(saying("Hello"))
-        generator, first, _ = self.turns(backend)
-        generator.forget()
-        list(generator.run(first, [request(1)]))
-        assert generator.timings.cached_tokens == 0
+        runner, first, _ = self.turns(backend)
+        runner.forget()
+        assert cached(runner, first, request(1)) == 0
 
 
 def test_timings_count_tokens_of_all_samples() -> None:
-    backend = FakeBackend(hashed)
-    generator = Generator(backend)
     requests = [request(n, params=WILD, seed=7, sample=i) for i, n in enumerate((2, 4))]
-    completions = [e for e in generator.run(PROMPT, requests) if isinstance(e, Completion)]
-    timings = generator.timings
+    found = events(scheduler(FakeBackend(hashed), 2), PROMPT, *requests)
+    timings = found[-1].handle.timings
     assert timings.prompt_tokens == len(PROMPT)
+    completions = [e.completion for e in found if isinstance(e, Completed)]
     assert timings.generated_tokens == sum(len(c.draws) for c in completions) == 6
     assert timings.prompt_seconds > 0
     assert timings.generation_seconds > 0
