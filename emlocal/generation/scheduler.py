@@ -182,11 +182,15 @@ class Scheduler(Runner):
         return max(coming, default=0) >= there + WORTH_SHARING
 
     def _read_common(self, group: _Group, cancelled: Callable[[], bool]) -> None:
-        """Bring into the root what this prompt and the one before it begin with, if that is much."""
+        """Bring into the root what this prompt and the one before it begin with, if that is much.
+
+        It is read by itself, unless a running job has it: what is in the root, to the last bit, then does not
+        depend on the prompt that came first, and a run that was killed goes on as it was.
+        """
         tokens = group.tokens[:-1]
         shared, held = common(self._previous, tokens), self._sequences.in_root(tokens, len(tokens))
         if shared >= held + WORTH_SHARING:
-            most, donor = self._longest(group)
+            most, donor = self._longest_running(group)
             if most < held + WORTH_SHARING:
                 most, donor = held, None
             root = self._sequences.start_root(tokens[: min(most, shared)], donor)
@@ -205,9 +209,14 @@ class Scheduler(Runner):
 
     def _longest(self, group: _Group) -> tuple[int, int | None]:
         """The longest beginning of the prompt that a sequence holds, except the root, and that sequence."""
+        length, kept = self._sequences.longest(group.tokens, len(group.tokens) - 1)
+        best = length, None if kept is None else kept.sequence
+        return max(best, self._longest_running(group), key=lambda pair: pair[0])
+
+    def _longest_running(self, group: _Group) -> tuple[int, int | None]:
+        """The same among those that are being read and decoded."""
         most = len(group.tokens) - 1
-        length, kept = self._sequences.longest(group.tokens, most)
-        found: tuple[int, int | None] = (length, None if kept is None else kept.sequence)
+        found: tuple[int, int | None] = (0, None)
         for other in self._reading:
             if other.sequence is not None:
                 length = common(other.tokens, group.tokens, min(most, other.read))

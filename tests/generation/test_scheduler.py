@@ -90,12 +90,12 @@ def test_a_common_beginning_is_read_once() -> None:
 
 
 def test_a_beginning_found_late_is_taken_from_who_has_it() -> None:
-    """One place: the second prompt arrives when the first is done, and finds what that has read."""
+    """One place: the second prompt arrives when the first is done; the third finds the root."""
     engine, shared = backend(1), "s" * 300
     done = run(engine, [job(i, shared + str(i)) for i in range(5)], 1)
     assert [handle.timings.cached_tokens for handle in done] == [0, 300, 300, 300, 300]
     generated = sum(len(c.draws) for d in done for c in d.completions)
-    assert engine.fed == 300 + generated
+    assert engine.fed == 2 * 300 + generated
 
 
 def test_a_free_place_is_filled_in_the_next_step() -> None:
