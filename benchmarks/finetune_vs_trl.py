@@ -40,9 +40,9 @@ def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from emlocal.backends.torch.learner import linear_layers, use_threads
     from emlocal.backends.torch.opening import open_model
     from emlocal.training.batching import micro_batches, token_weights
+    from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings
-    from emlocal.training.start import new_adapter
 
     use_threads(threads)
     opened = open_model(folder, dtype="bfloat16")

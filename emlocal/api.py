@@ -13,7 +13,6 @@ Settings have the names of SamplingParams and EMInf; what is not given comes fro
 from emlocal's defaults. The config file is the command line's and is not read here.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,9 +21,6 @@ from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend
-from emlocal.backends.context import context_length
-from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
-from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
@@ -33,16 +29,19 @@ from emlocal.generation import Completed, Completion, Scheduler, Timings, Token
 from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.methods import Chosen as Method
+from emlocal.loading import load as load_shared
+from emlocal.loading import load_for_batch, warn_in_python
+from emlocal.methods import Chosen
 from emlocal.methods.asking import Answered, Question, ask_one
-from emlocal.models.memory import check_memory
-from emlocal.models.resolve import resolve
 from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams
 from emlocal.settings import Given, Plan, Resolved, resolve_settings
+from emlocal.settings.engine import BackendName, EngineOptions, KVName
 from emlocal.settings.resolve import GENERATION
 from emlocal.settings.table import NAMES
 
+Method = Chosen
+"""How prompts are answered: `Method("self-consistency", samples=8)`, `Method("em-inf:paper")`."""
 _KEPT = 1  # sequences more, for earlier conversations: they share room
 Prompt = str | Sequence[Message]
 """A question, or messages of a conversation ({"role", "content"}), the last of them the user's."""
@@ -108,10 +107,10 @@ def load(
     name: str | Path | None = None,
     *,
     parallel: int = 1,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     context: int | None = None,
     threads: int | None = None,
-    kv_type: KVType | None = None,
+    kv_type: KVName | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     offline: bool = False,
 ) -> "Model":
@@ -126,19 +125,11 @@ def load(
         ModelError: there is no such model or adapter, or it cannot be used.
         UsageError: an engine or a context that does not exist.
     """
-    engine, _ = select_backend(backend, None if name is None else str(name))
-    if not 1 <= parallel <= 256:
-        raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
-    model = resolve(None if name is None else str(name), formats=formats_of(engine), offline=offline)
-    trained = model.header.context_length
-    asked = min(trained, BATCH_CONTEXT) if context is None and parallel > 1 else context
-    length = context_length(asked, trained)
-    sequences = parallel + SPARE_SEQUENCES + (_KEPT if parallel == 1 else 0)
-    shared = parallel == 1
-    terms = memory_terms(engine, model.header, kv_type)
-    check_memory(model.header, length, terms, n_seqs=rooms(engine, sequences, shared))
-    options = LoadOptions(length, sequences, shared, threads, kv_type, tuple(adapters))
-    return Model(load_backend(engine, model, options), parallel)
+    model = None if name is None else str(name)
+    wanted = EngineOptions(model, backend, (), context, threads, kv_type, offline)
+    if parallel == 1:
+        return Model(load_shared(wanted, adapters, sequences=1 + SPARE_SEQUENCES + _KEPT).backend, 1)
+    return Model(load_for_batch(wanted, parallel, adapters).backend, parallel)
 
 
 class Model:
@@ -273,11 +264,6 @@ class Model:
         return resolve_settings(("keyword", given), base=base, words=NAMES).with_model(
             self.backend.info.sampling
         )
-
-
-def warn_in_python(text: str) -> None:
-    """A warning as Python has them."""
-    warnings.warn(text, stacklevel=2)
 
 
 def _chosen(method: Method | str | None) -> Method:

@@ -24,6 +24,14 @@ class Cancellation:
         return self.requested
 
 
+_active: list[Cancellation] = []  # of the blocks that the main thread is in
+
+
+def stop_requested() -> bool:
+    """Whether Ctrl-C or SIGTERM asked a block of `interruptible` to stop, for waits deep inside it."""
+    return any(cancellation.requested for cancellation in _active)
+
+
 @contextmanager
 def interruptible() -> Iterator[Cancellation]:
     """Within this block the first Ctrl-C sets the flag, and the second raises KeyboardInterrupt.
@@ -45,10 +53,12 @@ def interruptible() -> Iterator[Cancellation]:
         cancellation.requested = True
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
+    _active.append(cancellation)
     try:
         with _termination_waits(cancellation):
             yield cancellation
     finally:
+        _active.remove(cancellation)
         signal.signal(signal.SIGINT, previous)
 
 

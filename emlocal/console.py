@@ -5,14 +5,14 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
-from emlocal.models.storage import Progress, human_size, silent
-from emlocal.words import counted
+from emlocal.formatting import counted, human_size
+from emlocal.models.storage import Progress, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,23 +24,36 @@ _NO_WIDTH = 1000  # a pipe has no columns; no table of ours is wider
 @cache
 def err() -> "Console":
     """The console of stderr."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 @cache
 def out() -> "Console":
     """The console of stdout, for tables; an answer's text is written with `write`."""
-    from rich.console import Console
-
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
+    return _console(soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
+
+
+def _console(**settings: Any) -> "Console":
+    """A console on which nothing can be an escape code: messages quote files, names and templates."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                text, style, control = segment
+                plain = control is not None or text.isprintable() or text == "\n"
+                yield segment if plain else Segment(harmless(text), style)
+
+    return Harmless(highlight=False, **settings)
 
 
 def note(text: str) -> None:
     """A dim line on stderr."""
-    err().print(text, style="dim", markup=False)
+    err().print(harmless(text), style="dim", markup=False)
 
 
 def command(words: Sequence[str]) -> None:
@@ -50,7 +63,7 @@ def command(words: Sequence[str]) -> None:
 
 def warn(text: str) -> None:
     """A line on stderr that should be read."""
-    err().print(f"warning: {text}", style="yellow", markup=False)
+    err().print(f"warning: {harmless(text)}", style="yellow", markup=False)
 
 
 def write(text: str) -> None:
@@ -82,9 +95,9 @@ def hush() -> None:
 def report(error: EmlocalError) -> None:
     """What failed, and what mends it."""
     err().quiet = False
-    err().print(f"error: {error.message}", style="bold red", markup=False)
+    err().print(f"error: {harmless(error.message)}", style="bold red", markup=False)
     if error.hint:
-        err().print(f"  fix: {error.hint}", markup=False)
+        err().print(f"  fix: {harmless(error.hint)}", markup=False)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:
@@ -96,6 +109,30 @@ def pairs(rows: Iterable[tuple[str, str]]) -> None:
     for name, text in rows:
         table.add_row(Text(name), Text(text, overflow="fold"))
     out().print(table)
+
+
+def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print them on stdout: as a JSON object, or a line each as people read them."""
+    if as_json:
+        write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    else:
+        pairs((name.replace("_", " "), _fact(name, value)) for name, value in facts.items())
+
+
+def _fact(name: str, value: object) -> str:
+    """One fact as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return human_size(value) if name.endswith("bytes") else f"{value:,}"
+    if name == "sampling_in_effect" and isinstance(value, dict):
+        return "\n".join(f"{k} {v['value']} ({v['from']})" for k, v in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:g}" for k, v in value.items()) or "not given"
+    if isinstance(value, list):
+        between = "\n" if name == "files" else ", "
+        return between.join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return "not given" if value is None else str(value)
 
 
 def heading(text: str) -> None:

@@ -68,7 +68,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.models.resolve", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.training.settings", HEAVY | {"numpy"}),
         (
-            "import emlocal.cli.generate, emlocal.cli.engine, emlocal.settings.files",
+            "import emlocal.cli.generate, emlocal.cli.views, emlocal.loading, emlocal.settings.files",
             HEAVY | {"numpy", "jinja2"},
         ),
         ("import emlocal.backends.llama_cpp.loading", HEAVY | {"numpy", "jinja2"}),

@@ -8,7 +8,7 @@ from emlocal.backends.base import Backend, Feed, ModelInfo
 from emlocal.backends.context import context_length
 from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, ContextFullError
-from emlocal.words import counted
+from emlocal.formatting import counted
 
 
 class Tokenizer(Protocol):

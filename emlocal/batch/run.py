@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from emlocal.backends.base import Backend
-from emlocal.batch.keys import Keys
+from emlocal.batch.keys import Keys, Places
 from emlocal.batch.lines import BadLine, Item, digest
 from emlocal.batch.rows import AnsweredLine, Row, error_row, openai_row, own_row
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
@@ -87,15 +87,18 @@ class Batch:
         *,
         runner: Runner,
         done: Keys | None = None,
+        places: Places | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`done`: keys of rows that exist: their lines are passed over. `warn`: takes a text for people."""
+        """`done`: keys of rows that exist: their lines are passed over. `places` takes the keys of all lines,
+        in their order, `warn` a text for people."""
         self.runner = runner
         self.tally = Tally()
         self._backend = backend
         self._settings = settings
         self._lines = iter(lines)
         self._done = done
+        self._places = places
         self._seen = Keys()
         self._cancelled: Callable[[], bool] = never
         self._warn, self._warned = warn, False
@@ -136,6 +139,8 @@ class Batch:
             if line is None:
                 return None
             task = self._task(line)
+            if self._places is not None:
+                self._places.add(task.key)
             if self._done is not None and task.key in self._done:
                 self.tally.skipped += 1
                 continue
@@ -155,7 +160,11 @@ class Batch:
         own = digest("bad" if bad else "line", content)[:16]
         times = self._seen.add(f"id {named}" if named is not None else f"content {own}")
         custom_id = named if named is not None else own if times == 1 else f"{own}-{times}"
-        key = digest(custom_id, content, str(times), self._settings.fingerprint)
+        # Where a given name is the very hash that names the same content without a name, the second of the
+        # two lines gets a key of its own. Other keys are those of earlier versions: their outputs go on.
+        twin = (f"id {own}" if named is None else f"content {own}") if custom_id == own else None
+        both = ("given" if named is not None else "made",) if twin is not None and twin in self._seen else ()
+        key = digest(custom_id, content, str(times), self._settings.fingerprint, *both)
         task = Task(key, line.custom_id if bad else custom_id, line.line, self._taken)
         if isinstance(line, BadLine):
             task.error = line.message

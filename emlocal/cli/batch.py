@@ -15,21 +15,21 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import BatchOptions, check_roles, with_options
-from emlocal.cli.running import choose_parallel, identity_of
+from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
+from emlocal.formatting import counted, human_size
+from emlocal.identity import batch_identity
 from emlocal.methods import HOW, Chosen, chosen_by
-from emlocal.models.storage import human_size
 from emlocal.settings import Given, Resolved, resolve_settings
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal
     from emlocal.batch.run import Batch, BatchSettings
-    from emlocal.cli.engine import Opened
+    from emlocal.loading import Loaded
 
 
 @with_options
@@ -48,7 +48,7 @@ def batch(
     EM value for itself. Finished rows are neither lost nor repeated, whatever stopped the run.
     """
     from emlocal.batch.lines import canonical
-    from emlocal.cli.engine import open_for_batch
+    from emlocal.cli.views import open_for_batch
     from emlocal.settings.files import read_config
 
     _check(input_, output, run)
@@ -61,7 +61,7 @@ def batch(
         options = options_of(EngineOptions, *layers)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, resolved, method, run)
-        identity = identity_of(settings, model)
+        identity = batch_identity(settings, model)
         settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
             code = _dry_run(model, source, settings, run)
@@ -109,7 +109,7 @@ def _source(input_: str) -> BinaryIO:
         raise UsageError(f"cannot read {input_}: {why.strerror}") from why
 
 
-def _settings(model: "Opened", resolved: Resolved, method: Chosen, run: BatchOptions) -> "BatchSettings":
+def _settings(model: "Loaded", resolved: Resolved, method: Chosen, run: BatchOptions) -> "BatchSettings":
     """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
     from emlocal.batch.run import BatchSettings
 
@@ -126,7 +126,7 @@ def _settings(model: "Opened", resolved: Resolved, method: Chosen, run: BatchOpt
     )
 
 
-def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: BatchOptions) -> int:
+def _dry_run(model: "Loaded", source: BinaryIO, settings: "BatchSettings", run: BatchOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
@@ -182,13 +182,14 @@ def _journal(output: str, identity: Mapping[str, object], run: BatchOptions) -> 
 
 
 def _run(
-    model: "Opened",
+    model: "Loaded",
     source: BinaryIO,
     journal: "Journal | None",
     settings: "BatchSettings",
     run: BatchOptions,
 ) -> int:
     """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
+    from emlocal.batch.keys import Places
     from emlocal.batch.lines import read_lines
     from emlocal.batch.rows import is_error
     from emlocal.batch.run import Batch
@@ -201,12 +202,16 @@ def _run(
         parallel = run.parallel or (
             1 if done else choose_parallel(model, None, left, quiet=run.quiet).sequences
         )
+        # Rows of an earlier part of the run may be out of order: it was not --ordered, or errors are retried.
+        before = journal.rows + journal.retried if journal else 0
+        places = opened.enter_context(Places()) if settings.ordered and before else None
         batch = Batch(
             model.backend,
             read_lines(source),
             settings,
             runner=Scheduler(model.backend, parallel),
             done=journal.done if journal else None,
+            places=places,
             warn=console.warn,
         )
         began = time.perf_counter()
@@ -226,6 +231,8 @@ def _run(
                     break
         except CancelledError:
             stopped = True
+        if journal is not None and places is not None and not stopped and not cancelled.requested:
+            journal.put_in_order(places)
     if not run.quiet:
         errors = journal.errors if journal else 0
         seconds = time.perf_counter() - began

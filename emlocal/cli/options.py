@@ -10,10 +10,10 @@ given and nothing else, so that the config file, the model and emlocal's default
 dataclass.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
+from functools import partial, reduce, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -24,23 +24,36 @@ from emlocal.errors import UsageError
 from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
 
 R = TypeVar("R")
-OUTPUT = "Output"
+_output = partial(setting, panel="Output")
 ALIASES: dict[str, dict[str, str]] = {}
 """Of each verb: other programs' flags → emlocal's."""
+
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Prompts: .jsonl, text (one a line), or a dataset of the hub.", metavar="FILE"
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", help="Folder for the adapter, the metrics and the checkpoints.", metavar="FOLDER"
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", help="Short name, .gguf file, folder, or org/name of the hub.", metavar="MODEL"
+    ),
+]
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """What is said before the answer."""
 
-    system: str | None = setting(
-        None,
-        "--system",
-        help="System message.",
-        kind="text",
-        aliases=("--system-prompt",),
-        metavar="TEXT",
-    )
+    system: str | None = setting(None, "--system --system-prompt", help="System message.", metavar="TEXT")
     raw: bool = setting(False, "--raw", help="Send the prompt as it is, without chat template.")
 
 
@@ -54,29 +67,18 @@ def check_roles(raw: bool, system: str | None) -> None:
 class OutputOptions:
     """What is shown and written beside the answer."""
 
-    show_entropy: bool = setting(
-        False, "--show-entropy", help="Colour the answer by each token's entropy before EM.", panel=OUTPUT
+    show_entropy: bool = _output(
+        False, "--show-entropy", help="Colour the answer by each token's entropy before EM."
     )
-    trace: Path | None = setting(
-        None,
-        "--trace",
-        help="Write one JSON line per token.",
-        kind="path",
-        metavar="FILE",
-        panel=OUTPUT,
-    )
-    quiet: bool = setting(
-        False, "--quiet", help="No notes and no statistics on stderr.", short="-q", panel=OUTPUT
-    )
+    trace: Path | None = _output(None, "--trace", help="Write one JSON line per token.", metavar="FILE")
+    quiet: bool = _output(False, "-q --quiet", help="No notes and no statistics on stderr.")
 
 
 @dataclass(frozen=True)
 class BatchOptions:
     """What becomes of a batch's rows."""
 
-    resume: bool = setting(
-        True, "--resume", help="Go on with an output that exists, or empty it.", off="--restart"
-    )
+    resume: bool = setting(True, "--resume/--restart", help="Go on with an output that exists, or empty it.")
     retry_errors: bool = setting(
         False, "--retry-errors", help="Try lines again that are error rows in the output."
     )
@@ -86,33 +88,19 @@ class BatchOptions:
     )
     keep: bool = setting(False, "--keep", help="Carry a line's other fields through, under 'kept'.")
     form: Literal["emlocal", "openai"] = setting(
-        "emlocal",
-        "--format",
-        help="emlocal's rows, or OpenAI's batch output.",
-        choices=("emlocal", "openai"),
+        "emlocal", "--format", help="emlocal's rows, or OpenAI's batch output."
     )
     parallel: int | None = setting(
-        None,
-        "--parallel",
-        1,
-        256,
-        "Sequences at once. (default: measured)",
-        kind="whole",
-        aliases=("--max-num-seqs",),
+        None, "--parallel --max-num-seqs", 1, 256, "Sequences at once. (default: measured)"
     )
     dry_run: bool = setting(
         False, "--dry-run", help="Check every line, count tokens, estimate time; run nothing."
     )
     system: str | None = setting(
-        None,
-        "--system",
-        help="System message of lines without one.",
-        kind="text",
-        aliases=("--system-prompt",),
-        metavar="TEXT",
+        None, "--system --system-prompt", help="System message of lines without one.", metavar="TEXT"
     )
     raw: bool = setting(False, "--raw", help="Send prompts as they are, without chat template.")
-    quiet: bool = setting(False, "--quiet", help="Nothing on stderr but errors.", short="-q")
+    quiet: bool = setting(False, "-q --quiet", help="Nothing on stderr but errors.")
 
 
 class Verb(TyperCommand):
@@ -189,7 +177,7 @@ def with_options(verb: Callable[..., R]) -> Callable[..., R]:
         for alias in known.aliases
     }
 
-    @functools.wraps(verb)
+    @wraps(verb)
     def flat(**values: Any) -> R:
         for name, table in tables.items():
             own = {each: values.pop(each) for each in table.settings}
@@ -211,7 +199,7 @@ def _table_in(hint: Any) -> Table | None:
     if get_origin(hint) is not Annotated:
         return None
     tables = [extra for extra in get_args(hint)[1:] if isinstance(extra, Table)]
-    return functools.reduce(Table.__or__, tables) if tables else None
+    return reduce(Table.__or__, tables) if tables else None
 
 
 def _option(known: Setting) -> Any:

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import emlocal
 from emlocal.backends.select import select_backend
 from emlocal.diagnosis import install, machine
-from emlocal.models.storage import human_size, nearest
-from emlocal.words import counted
+from emlocal.formatting import counted, human_size
+from emlocal.models.storage import nearest
 
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60

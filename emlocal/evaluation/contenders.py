@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from emlocal.errors import UsageError
+from emlocal.formatting import counted
 from emlocal.methods import Chosen
 from emlocal.settings import Plan, describe_em
-from emlocal.words import counted
 
 
 @dataclass(frozen=True)

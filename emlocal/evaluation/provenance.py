@@ -1,15 +1,15 @@
 """What a result was made with: versions, commit, machine, and the model by its hash."""
 
-import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import emlocal
 from emlocal.diagnosis.machine import cpu
+from emlocal.text import parse_json
 
 _ANSWERED = "made_with.jsonl"
 _ENGINES = {
@@ -48,7 +48,7 @@ def answered_with(folder: Path) -> dict[str, list[dict[str, object]]]:
     path = folder / _ANSWERED
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            value = json.loads(line)
+            value = parse_json(line)
             found.setdefault(value["method"], []).append(dict(value["made_with"]))
         except (ValueError, KeyError, TypeError):
             continue  # torn by a crash
@@ -65,16 +65,6 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return (head + ("-dirty" if changed else "")) if inside else None
-
-
-def sha256(files: Sequence[Path]) -> str:
-    """Of all bytes of a model's files, in their order: about a second a gigabyte."""
-    hashed = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                hashed.update(block)
-    return hashed.hexdigest()
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -8,7 +8,7 @@ from emlocal.backends.base import Backend, ModelInfo
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.generation.tokenizing import SHORT, check_fits, never, text_tokens
 from emlocal.models.templates import Message, render
-from emlocal.text_pattern import longest_of
+from emlocal.text import longest_of
 
 Asked = str | Sequence[Message]
 """A text that is sent as it is, or messages for the chat template."""

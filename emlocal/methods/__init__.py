@@ -5,9 +5,8 @@ two with + between, where one says how samples are drawn and the other what is d
 em-inf+self-consistency:4. Settings are those that a line of a batch may set (docs/batch.md).
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
@@ -19,10 +18,21 @@ from emlocal.methods.min_p import MinP
 from emlocal.methods.sample import Sample
 from emlocal.methods.self_consistency import SelfConsistency
 from emlocal.methods.sequential_refinement import SequentialRefinement
-from emlocal.settings import EM_PRESETS, Given, Plan, SamplingParams, Setting, Table, overridden, records_of
+from emlocal.settings import (
+    EM_PRESETS,
+    Given,
+    Plan,
+    SamplingParams,
+    Setting,
+    Table,
+    overridden,
+    records_of,
+    setting,
+)
 from emlocal.settings.em import PRESET
 from emlocal.settings.resolve import LINE, names_in
 from emlocal.settings.table import FLAGS
+from emlocal.text import parse_json
 
 __all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of"]
 
@@ -42,31 +52,32 @@ _COMMON: Mapping[str, str] = {
     "samples": "self-consistency:N says how many vote, and --samples how many answers each question gets",
 }
 """What cannot be one method's own."""
-_SAMPLES = replace(
-    records_of(Plan)["samples"],
-    help="Answers to each prompt. (default: 1; 8 to vote)",
-    short="-n",
-    default=None,
-)
-_OWN = Table({_SAMPLES.name: _SAMPLES}) | Table.of(*_ALL)
-HOW = (
-    Table(
-        {
-            "method": Setting(
-                "--method",
-                0,
-                0,
-                f"How to answer: {', '.join(METHODS)}; without it, as the sampling and EM flags say."
-                " NAME:VALUE and A+B as in eval.",
-                name="method",
-                kind="text",
-                metavar="METHOD",
-            )
-        }
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is chosen with any method."""
+
+    method: str | None = setting(
+        None,
+        "--method",
+        help=f"How to answer: {', '.join(METHODS)}; without it, as the sampling and EM flags say. NAME:VALUE"
+        " and A+B as in eval.",
+        metavar="METHOD",
     )
-    | _OWN
-)
+    samples: int | None = setting(
+        None,
+        "-n --samples --n --num-return-sequences",
+        1,
+        1024,
+        "Answers to each prompt. (default: 1; 8 to vote)",
+    )
+
+
+HOW = Table.of(_Choice, *_ALL)
 """What chooses a method: its name, how many samples, and the methods' own settings."""
+_SAMPLES = HOW.settings["samples"]
+_OWN = HOW.without("method")
 
 
 class Chosen:
@@ -101,8 +112,8 @@ class Chosen:
                 other = kinds[kind.collects].name
                 raise UsageError(f"the methods in {name!r} exclude each other: {other} and {word}")
             kinds[kind.collects] = kind
-            for setting, value, is_own in _arguments(part, kind, arguments):
-                (own if is_own else self.settings)[setting] = value
+            for known, value, is_own in _arguments(part, kind, arguments):
+                (own if is_own else self.settings)[known] = value
         given = {**own, **_OWN.read({"samples": samples, **settings}, FLAGS)}
         self._asked: int | None = given.pop(_SAMPLES.name, None)
         self.drawing, self.collecting = (_made(kinds.get(kind), given) for kind in (False, True))
@@ -216,6 +227,6 @@ def _of_a_line(part: str, name: str) -> Setting:
 def _value(text: str) -> Any:
     """A number or true or false, as JSON has them; else the text."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text

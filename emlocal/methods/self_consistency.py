@@ -1,7 +1,7 @@
 """Self-consistency (arXiv 2203.11171): draw several answers, and take what most of them come to."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from emlocal.errors import UsageError
 from emlocal.methods.method import Answering, Method, Outcome
@@ -24,16 +24,10 @@ class SelfConsistency(Method):
     votes: ClassVar[bool] = True
     value: ClassVar[str] = "samples"
 
-    extraction: Extraction | None = setting(
-        None, "--extract", help="What self-consistency votes on.", choices=get_args(Extraction)
-    )
+    extraction: Extraction | None = setting(None, "--extract", help="What self-consistency votes on.")
     """None: "boxed", or the last number."""
     pattern: str | None = setting(
-        None,
-        "--extract-pattern",
-        help="For --extract regex; its first group.",
-        kind="text",
-        metavar="REGEX",
+        None, "--extract-pattern", help="For --extract regex; its first group.", metavar="REGEX"
     )
 
     def __post_init__(self) -> None:
@@ -55,8 +49,9 @@ class SelfConsistency(Method):
         winner = majority(answers)
         if winner is None:
             return Outcome(done, fields={"answer": None, "votes": 0}, undecided=True)
-        votes = sum(equivalent(a, answers[winner]) for a in answers if a and answers[winner])
-        return Outcome(done, winner, {"answer": answers[winner], "votes": votes})
+        chosen = answers[winner] or ""
+        votes = sum(equivalent(answer, chosen) for answer in answers if answer)
+        return Outcome(done, winner, {"answer": chosen, "votes": votes})
 
     def _found(self, text: str) -> str | None:
         from emlocal.methods.extraction import extract, find_answer

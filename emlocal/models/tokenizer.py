@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import shown
-from emlocal.models.json_file import read_chat_template, read_json
+from emlocal.models.json_file import MAX_JSON_BYTES, read_chat_template, read_json
+from emlocal.models.regular import read_regular
 from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.models.vocabulary import end_tokens
 
@@ -57,7 +58,11 @@ class Tokenizer:
 
         path = self.folder / "tokenizer.json"
         try:
-            tokenizer = FastTokenizer.from_file(str(path))
+            raw = read_regular(path, MAX_JSON_BYTES)
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}", "get it again") from error
+        try:
+            tokenizer = FastTokenizer.from_buffer(raw)
         except Exception as why:  # the package raises plain Exceptions
             raise ModelError(f"{path} is not a usable tokenizer: {shown(str(why))}", "get it again") from why
         tokenizer.no_truncation()

@@ -19,18 +19,14 @@ class EMInf:
     help: ClassVar[str] = "Minimize each token's entropy while decoding."
 
     threshold: float = setting(
-        0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.", panel=PANEL
+        0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.", unit="nats"
     )
     """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
-    steps: int = setting(10, "--em-steps", 0, 1000, "Most gradient steps per token.", panel=PANEL)
-    learning_rate: float = setting(
-        2.0, "--em-learning-rate", 0, 1e6, "η, size of a step.", low_is_open=True, panel=PANEL
-    )
-    optimizer: Literal["sgd", "adam"] = setting(
-        "sgd", "--em-optimizer", help="How steps are taken.", choices=("sgd", "adam"), panel=PANEL
-    )
+    steps: int = setting(10, "--em-steps", 0, 1000, "Most gradient steps per token.")
+    learning_rate: float = setting(2.0, "--em-learning-rate", 0, 1e6, "η, size of a step.", low_is_open=True)
+    optimizer: Literal["sgd", "adam"] = setting("sgd", "--em-optimizer", help="How steps are taken.")
     """sgd is the paper's descent; adam is what the authors' code runs, fresh for every token."""
-    kl_weight: float = setting(0.0, "--em-kl-weight", 0, 1e6, "κ, weight of KL(original ‖ new).", panel=PANEL)
+    kl_weight: float = setting(0.0, "--em-kl-weight", 0, 1e6, "κ, weight of KL(original ‖ new).")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -49,11 +45,9 @@ class AdaptiveTemperature:
     flag: ClassVar[str] = "--adaptive-temp"
     help: ClassVar[str] = "Cool each token to a target entropy instead."
 
-    ratio: float = setting(
-        0.5, "--em-ratio", 0, 1, "α of adaptive temperature: share of the entropy kept.", panel=PANEL
-    )
+    ratio: float = setting(0.5, "--em-ratio", 0, 1, "α of adaptive temperature: share of the entropy kept.")
     threshold: float = setting(
-        0.1, "--em-threshold", 0, math.inf, "δ in nats: cool no further than to this entropy.", panel=PANEL
+        0.1, "--em-threshold", 0, math.inf, "δ in nats: cool no further than to this entropy.", unit="nats"
     )
 
     def __post_init__(self) -> None:
@@ -101,7 +95,7 @@ def named(known: Setting) -> Setting:
 def switch_of(step: type[EMStep]) -> Setting:
     """What switches a step on and off."""
     off = f"--no-{step.flag.removeprefix('--')}"
-    switch = Setting(step.flag, 0, 0, step.help, kind="switch", default=False, off=off)
+    switch = Setting(step.flag, help=step.help, kind="switch", default=False, off=off)
     return named(switch)
 
 
@@ -112,9 +106,7 @@ def em_numbers(step: type[EMStep]) -> dict[str, Setting]:
 
 PRESET = Setting(
     "--em-preset",
-    0,
-    0,
-    "EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
+    help="EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
     name="em_preset",
     kind="choice",
     choices=tuple(EM_PRESETS),

@@ -12,23 +12,14 @@ A setting's value is that of the strongest source that gives it:
 A preset that the config file names sets the EM step alone.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
-from emlocal.settings.em import (
-    EM,
-    EM_PRESETS,
-    EM_STEPS,
-    PRESET,
-    EMInf,
-    EMStep,
-    em_numbers,
-    named,
-    switch_of,
-)
+from emlocal.settings.em import EM, EM_PRESETS, EM_STEPS, PRESET, EMInf, EMStep, em_numbers, named, switch_of
 from emlocal.settings.sampling import Plan, SamplingParams
 from emlocal.settings.table import FLAGS, NAMES, NOTHING, Given, Table, Words, ranked, records_of
 
@@ -86,9 +77,14 @@ class Resolved:
         found = {}
         for name, value in own.items():
             known = _PARAMS.find(name)
-            if known is None or self.sources[known.name] != "default":
+            if (
+                known is None
+                or known.kind not in ("number", "whole")
+                or self.sources[known.name] != "default"
+            ):
                 continue
-            if known.whole:  # some files write whole numbers as floats; a negative top-k is off in llama.cpp
+            if known.whole and math.isfinite(value):  # some files write whole numbers as floats
+                # and a negative top-k is off in llama.cpp
                 value = max(0, int(value)) if known.name == "top_k" else int(value)
             try:
                 found[known.name] = known.value(value, known.flag)
@@ -183,7 +179,7 @@ def _em_step(
             )
     if kind is None:
         return None, {}
-    numbers = _NUMBERS[kind]
+    numbers = _NUMBERS.get(kind, {})  # Python may hand over a step of its own, which has no flags
     values, sources = ranked(_with_preset_numbers(layers, kind), numbers)
     step = base if isinstance(base, kind) else kind()
     step = replace(step, **{numbers[name].field: value for name, value in values.items()})

@@ -28,7 +28,7 @@ from emlocal.generation.tokenizing import text_tokens
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
-from emlocal.text_pattern import longest_of
+from emlocal.text import longest_of
 from tests.batch.batches import batch_on, settings
 from tests.tiny_gguf import (
     EMBEDDING,
@@ -242,15 +242,18 @@ def test_names_in_a_long_message_are_still_mere_text(smollm2: GGUFModel) -> None
     backend.close()
 
 
-def test_a_line_of_64_mib_becomes_an_error_row_and_the_next_is_answered(tiny: LlamaCppBackend) -> None:
+@pytest.mark.parametrize("mib", [6, pytest.param(63, marks=pytest.mark.attack)])
+def test_a_line_of_megabytes_becomes_an_error_row_and_the_next_is_answered(
+    tiny: LlamaCppBackend, mib: int
+) -> None:
     long = [
-        json.dumps({"prompt": "y" * (63 << 20)}),
+        json.dumps({"prompt": "y" * (mib << 20)}),
         json.dumps({"prompt": "<|im_end|>" * 1_000_000, "raw": True}),
     ]
     lines = [*long, json.dumps({"prompt": "e", "max_tokens": 2})]
     batch = batch_on(tiny, read_lines(io.BytesIO("\n".join(lines).encode())), settings(), 1)
     first, second, third = batch.rows()
-    assert "has 66,0" in first["error"]
+    assert f"has {mib << 20:,}"[:7] in first["error"]  # the template adds some
     assert "the context holds 100" in first["error"]
     assert "has 10,000,000 bytes" in second["error"]
     assert "error" not in third

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from emlocal.models.unpacked.tokenizer import byte_letters
-from emlocal.text_pattern import longest_of
+from emlocal.text import longest_of
 
 LONG = 8_192
 """Characters from which a text is cut."""

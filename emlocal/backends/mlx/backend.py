@@ -23,8 +23,8 @@ from emlocal.backends.options import KVType, LoadOptions
 from emlocal.backends.passes import Chunk, passes
 from emlocal.backends.slots import SlotBackend, Slots, Tokenizer
 from emlocal.errors import BackendError, CancelledError, UsageError
+from emlocal.formatting import counted
 from emlocal.sampling import Draw, Sampler
-from emlocal.words import counted
 
 CPU_BUDGET, GPU_BUDGET = 512, 2048
 """Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from emlocal.backends.torch.head import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
-from emlocal.em.policy_gradient import LARGEST_GAP, PolicyObjective
+from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.em.relatives import LARGEST_GAP
 
 
 class TokenScores(NamedTuple):

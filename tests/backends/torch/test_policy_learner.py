@@ -15,10 +15,11 @@ from emlocal.backends.torch.learner import linear_layers
 from emlocal.backends.torch.lora import attach, base_weights
 from emlocal.backends.torch.policy_learner import TorchPolicyLearner
 from emlocal.em.entropy import entropy
-from emlocal.em.policy_gradient import PolicyObjective, position_divergence
+from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.em.relatives import position_divergence
 from emlocal.em.rewards import self_certainty
+from emlocal.training.engines import new_adapter
 from emlocal.training.rl_settings import RLSettings
-from emlocal.training.start import new_adapter
 from tests.backends.torch import naive
 from tests.backends.torch.naive import BATCH, LENGTHS, TOKENS, assert_gradients, gradients_of, load
 from tests.tiny_pair import ModelPair, random_adapter
