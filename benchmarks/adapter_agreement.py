@@ -70,7 +70,7 @@ def main() -> None:
 
     from emlocal.backends.options import LoadOptions
     from emlocal.backends.select import load_backend
-    from emlocal.backends.torch.opening import open_folder
+    from emlocal.backends.torch.load import open_folder
     from emlocal.generation.prompt import chat_tokens
     from emlocal.models.adapters.merge import merge, open_model
     from emlocal.models.adapters.reading import read_adapter

@@ -38,7 +38,7 @@ def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from emlocal.backends.learner import Descent, EntropyObjective
     from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
     from emlocal.backends.torch.learner import linear_layers, use_threads
-    from emlocal.backends.torch.opening import open_model
+    from emlocal.backends.torch.load import open_model
     from emlocal.training.batching import micro_batches, token_weights
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings

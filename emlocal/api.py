@@ -20,8 +20,7 @@ from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend
-from emlocal.backends.context import context_length
-from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
+from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
 from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.overrides import Plan

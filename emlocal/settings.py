@@ -1,14 +1,23 @@
-"""The numbers people set: EM-INF, adaptive temperature, sampling, and the presets.
+"""The numbers people set: how one is declared and checked, and those of sampling.
 
 Each is declared once, with its flag, range and meaning; the checks, the error messages and the command
-line's help come from here. No numpy: `emlocal --help` must be quick.
+line's help come from here. An EM step's are in its own file (`emlocal.em.steps`). No numpy: `emlocal --help`
+must be quick.
 """
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from emlocal.em import EMStep as EMStep
+from emlocal.em import describe_em as describe_em
 from emlocal.errors import UsageError
+
+if TYPE_CHECKING:
+    from emlocal.em.steps.adaptive_temperature import AdaptiveTemperature as AdaptiveTemperature
+    from emlocal.em.steps.em_inf import EM_PRESETS as EM_PRESETS
+    from emlocal.em.steps.em_inf import EMInf as EMInf
 
 MAX_SEED = 2**64 - 1
 
@@ -59,49 +68,6 @@ def check_settings(values: Any) -> None:
         too_low = value <= known.low if known.low_is_open else value < known.low
         if too_low or value > known.high or math.isinf(value):
             raise UsageError(f"{known.flag} is {value:g}; it must be {known.span()}")
-
-
-@dataclass(frozen=True)
-class EMInf:
-    """Settings of EM-INF. Raises UsageError, with flag and range, for a value that cannot be meant."""
-
-    threshold: float = setting(
-        0.3, "--em-threshold", 0, math.inf, "δ in nats: descend until the entropy is no more than this."
-    )
-    """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
-    steps: int = setting(10, "--em-steps", 0, 1000, "The most gradient steps per token.")
-    learning_rate: float = setting(
-        2.0, "--em-learning-rate", 0, 1e6, "η, the size of a gradient step on the logits.", low_is_open=True
-    )
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd is the paper's descent; adam is what the authors' code runs, fresh for every token."""
-    kl_weight: float = setting(
-        0.0, "--em-kl-weight", 0, 1e6, "κ, the weight of KL(original ‖ new) beside the entropy."
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.optimizer not in ("sgd", "adam"):
-            raise UsageError(f"--em-optimizer is {self.optimizer!r}; it must be sgd or adam")
-
-
-@dataclass(frozen=True)
-class AdaptiveTemperature:
-    """Settings. The paper found ratios between 0.4 and 0.6 best."""
-
-    ratio: float = setting(
-        0.5, "--em-ratio", 0, 1, "α: cool until the entropy is this share of what it was …"
-    )
-    threshold: float = setting(
-        0.1, "--em-threshold", 0, math.inf, "δ in nats: … but no further than to this entropy."
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-
-EMStep = EMInf | AdaptiveTemperature
-"""The entropy-minimizing step of the pipeline; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -171,28 +137,15 @@ class SamplingParams:
         return replace(self, em=None)
 
 
-def describe_em(step: EMStep | None) -> str:
-    """An EM step in words."""
-    if step is None:
-        return "off"
-    if isinstance(step, EMInf):
-        kl = f", κ {step.kl_weight:g}" if step.kl_weight else ""
-        return f"δ {step.threshold:g}, ≤ {step.steps} steps of {step.learning_rate:g} ({step.optimizer}{kl})"
-    return f"adaptive temperature, α {step.ratio:g}, δ {step.threshold:g}"
-
-
-EM_PRESETS: dict[str, tuple[EMStep, dict[str, Any]]] = {
-    # The step, and the sampling settings that go with it where the user has not set them.
-    "default": (EMInf(), {}),
-    # Paper §4: eq. 5, "0.1 < δ < 0.5 works best", "5 to 15 gradient steps are enough", then sample.
-    # Its η is not stated; 1 reaches δ within the range on the bench models' logits.
-    "paper": (
-        EMInf(threshold=0.3, steps=15, learning_rate=1.0),
-        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    ),
-    # The authors' released settings: EM-INF/em_inf_eval.sh, which samples at T = 0.1 afterwards.
-    "em-pt": (
-        EMInf(threshold=0.3, steps=3, learning_rate=0.1, optimizer="adam", kl_weight=0.05),
-        {"temperature": 0.1, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    ),
+_STEPS = {
+    "AdaptiveTemperature": "emlocal.em.steps.adaptive_temperature",
+    "EMInf": "emlocal.em.steps.em_inf",
+    "EM_PRESETS": "emlocal.em.steps.em_inf",
 }
+
+
+def __getattr__(name: str) -> object:
+    """The EM steps' settings by their old address: their files use this one, so it loads them when asked."""
+    if name not in _STEPS:
+        raise AttributeError(f"module 'emlocal.settings' has no attribute {name!r}")
+    return vars(import_module(_STEPS[name]))[name]

@@ -128,7 +128,7 @@ def memory_terms(name: str, header: ModelHeader, kv_type: KVType | None) -> Term
 
         return on_device(header)
     if name == "mlx":
-        from emlocal.backends.mlx.place import memory_terms as on_mlx
+        from emlocal.backends.mlx.device import memory_terms as on_mlx
 
         return on_mlx(header)
     return terms(header, KV_TYPE_BYTES[kv_type or "f16"])
@@ -166,11 +166,11 @@ def load_backend(
 
     open_folder: Callable[..., Backend]
     if name == "torch":
-        from emlocal.backends.torch.opening import open_folder as open_in_torch
+        from emlocal.backends.torch.load import open_folder as open_in_torch
 
         open_folder = open_in_torch
     else:
-        from emlocal.backends.mlx.opening import open_folder as open_in_mlx
+        from emlocal.backends.mlx.load import open_folder as open_in_mlx
 
         open_folder = open_in_mlx
     if isinstance(model, FolderModel):

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emlocal import console
-from emlocal.backends.context import context_length
-from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions
+from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
 from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.cancel import interruptible
 from emlocal.cli.options import EngineOptions

@@ -27,8 +27,8 @@ from emlocal.training.start import new_adapter
 from emlocal.words import counted
 
 if TYPE_CHECKING:
-    from emlocal.backends.mlx.opening import Opened as OpenedInMLX
-    from emlocal.backends.torch.opening import Opened as OpenedInTorch
+    from emlocal.backends.mlx.load import Opened as OpenedInMLX
+    from emlocal.backends.torch.load import Opened as OpenedInTorch
 
 L = TypeVar("L", bound=Learner)
 Opened = Union["OpenedInTorch", "OpenedInMLX"]
@@ -209,13 +209,13 @@ def _open(
     """The model, and (out, in) of its linear layers by name."""
     options = {"name": name, "device": machine.device, "dtype": str(machine.dtype)}
     if trainer == "mlx":
+        from emlocal.backends.mlx.load import open_model as open_in_mlx
         from emlocal.backends.mlx.lora import linear_layers as layers_in_mlx
-        from emlocal.backends.mlx.opening import open_model as open_in_mlx
 
         in_mlx = open_in_mlx(folder, **options)
         return in_mlx, layers_in_mlx(in_mlx.model)
     from emlocal.backends.torch.learner import linear_layers, use_threads
-    from emlocal.backends.torch.opening import open_model
+    from emlocal.backends.torch.load import open_model
 
     opened = open_model(folder, **options)
     use_threads(threads)

@@ -15,9 +15,8 @@ from emlocal.backends.base import Row
 from emlocal.backends.mlx.draw import first_above, fixed, part
 from emlocal.backends.mlx.em import GROUP
 from emlocal.backends.mlx.sampler import EDGE, MLXSampler
-from emlocal.em import EMInf, em_inf
-from emlocal.em import adaptive_temperature as adaptive
 from emlocal.em.entropy import log_softmax
+from emlocal.em.steps import EMInf
 from emlocal.errors import LogitsError, UsageError
 from emlocal.sampling import Draw, Sampler, SamplingParams
 from emlocal.sampling.penalties import adjust
@@ -40,10 +39,7 @@ def drawn(rows: np.ndarray, jobs: Sequence[Row]) -> list[Draw]:
 
 def exactly(row: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, tuple[float, float, int]]:
     """Logits after the reference's EM step, float64; entropies and steps."""
-    if isinstance(params.em, AdaptiveTemperature):
-        result = adaptive(row, params.em)
-    else:
-        result = em_inf(row, params.em or EMInf(steps=0))
+    result = (params.em or EMInf(steps=0)).apply(row)
     return result.logits, (float(result.entropy_before), float(result.entropy_after), int(result.steps))
 
 

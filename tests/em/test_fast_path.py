@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, event, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from emlocal.em import AdaptiveTemperature, EMInf, em_inf, entropy
-from emlocal.em.fast import sharpen
-from emlocal.em.gradient_descent import _curvature
+from emlocal.em.entropy import entropy
+from emlocal.em.fast_em_inf import _curvature
 from emlocal.em.split import CUTOFFS, ROUNDING, Splitter
+from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError
 from emlocal.settings import EM_PRESETS
-from tests.em.fast_path import CONTRACT, compare, first_cutoff, hard_rows, probabilities, softmax
+from tests.em.fast_path import CONTRACT, compare, first_cutoff, hard_rows, probabilities, sharpen, softmax
 
 INF = math.inf
 
@@ -166,7 +166,7 @@ class TestDefinedAnswers:
     def test_h_just_at_the_threshold_is_left_to_the_reference(self, smollm2_rows) -> None:
         """Stopping there is a matter of the last bits, which only the reference has."""
         row = smollm2_rows[4]
-        for H in (float(entropy(row)), float(em_inf(row, EMInf(0.0, 3, 1.0)).entropy_after)):
+        for H in (float(entropy(row)), float(EMInf(0.0, 3, 1.0).apply(row).entropy_after)):
             assert sharpen(Splitter(len(row)).split(row), EMInf(H, 10, 1.0)) is None
 
 

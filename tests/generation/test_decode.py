@@ -8,7 +8,7 @@ import pytest
 
 from emlocal.backends.base import Feed, Row
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed, saying
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
 from emlocal.generation import Completion, Generator, Piece, Request
 from emlocal.sampling import Sampler, SamplingParams, Uniforms

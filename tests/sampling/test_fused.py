@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import emlocal
-from emlocal.em import AdaptiveTemperature, EMInf
+from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.sampling import Sampler, SamplingParams, Uniforms, _fused
 from emlocal.sampling.fused import BUILT, Fused
 

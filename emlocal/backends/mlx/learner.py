@@ -23,9 +23,9 @@ from emlocal.backends.learner import (
     OutOfMemoryError,
     State,
 )
+from emlocal.backends.mlx.device import out_of_memory
 from emlocal.backends.mlx.lora import attach, base_weights, lora_layers
 from emlocal.backends.mlx.objective import Head, em_ft_terms
-from emlocal.backends.mlx.place import out_of_memory
 from emlocal.backends.padding import padded
 from emlocal.backends.processes import Processes
 from emlocal.errors import ModelError

@@ -14,7 +14,7 @@ import torch
 from emlocal.backends.base import Feed, LoadOptions, Row
 from emlocal.backends.torch import em
 from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.opening import open_folder
+from emlocal.backends.torch.load import open_folder
 from emlocal.backends.torch.sampler import Compiled, TorchSampler, _largest, _settings, em_kind
 from emlocal.errors import BackendError
 from emlocal.sampling import Draw, Sampler, SamplingParams

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 from mlx.nn.layers.base import Module
 
 from emlocal.backends.base import LoadOptions, ModelInfo
-from emlocal.backends.mlx.backend import MLXBackend, check_kv_type
+from emlocal.backends.mlx.backend import MLXBackend
+from emlocal.backends.mlx.device import Place, choose_place
 from emlocal.backends.mlx.lora import attach
 from emlocal.backends.mlx.model import context_of, load_model, windows
-from emlocal.backends.mlx.place import Place, choose_place
+from emlocal.backends.slots import check_kv_type
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import FolderHeader, read_folder_header
 from emlocal.models.gguf_header import GGUFHeader
@@ -82,7 +83,7 @@ def open_folder(
     """
     header = read_folder_header(folder)
     place = choose_place(header.tensors, device, dtype)
-    check_kv_type(options.kv_type, place.format)
+    check_kv_type("mlx", options.kv_type, place.format)
     adapters = [(read_adapter(path, base), scale) for path, scale in options.adapters]
     opened = _open(header, place, name)
     for adapter, strength in adapters:

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from emlocal.backends.base import LoadOptions, ModelInfo
-from emlocal.backends.torch.backend import TorchBackend, check_kv_type
+from emlocal.backends.slots import check_kv_type
+from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.device import Place, choose_place
 from emlocal.backends.torch.lora import attach
 from emlocal.backends.torch.model import load_model, skeleton, trained_context
@@ -80,7 +81,7 @@ def open_folder(
     Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options; as much of it
     as can be known before the weights are loaded.
     """
-    check_kv_type(options.kv_type, choose_place(device, dtype).dtype)
+    check_kv_type("torch", options.kv_type, choose_place(device, dtype).format)
     adapters = [_scaled(read_adapter(path, base), scale) for path, scale in options.adapters]
     if adapters:
         layers = skeleton(folder)
