@@ -24,7 +24,7 @@ def main() -> None:
     from emlocal.backends.torch.backend import TorchBackend
     from emlocal.backends.torch.load import open_folder, open_model
     from emlocal.backends.torch.packed import can_pack
-    from emlocal.models.resolve import LocalModel, resolve
+    from emlocal.models.resolve import GGUFModel, resolve
     from emlocal.models.unpacked import unpack
 
     if not can_pack(torch.device("cpu"), torch.bfloat16):
@@ -56,7 +56,7 @@ def main() -> None:
     results, rows = {}, []
     for name in options.model:
         model = resolve(str(MODELS[name]))
-        assert isinstance(model, LocalModel)
+        assert isinstance(model, GGUFModel)
         folder = unpack(model)
         plain = open_model(folder, device="cpu", dtype="bfloat16").backend(load)
         packed = open_folder(folder, load, device="cpu", dtype="bfloat16")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.llama_cpp.library import load_library
 from emlocal.models import starter
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_pair import ModelPair, write_pair
@@ -37,13 +37,13 @@ def smollm2_rows() -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> LocalModel:
+def smollm2() -> GGUFModel:
     """SmolLM2-135M-Instruct, a real model: the bench models' copy, else the starter model (the same file)."""
     return resolve(str(SMOLLM2 if SMOLLM2.exists() else starter.fetch()))
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> GGUFModel:
     """An 80 kB model with random weights that llama.cpp loads, context 256."""
     return resolve(str(write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")))
 
@@ -81,7 +81,7 @@ def no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def unpacked_smollm2(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked_smollm2(smollm2: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face model folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
@@ -89,7 +89,7 @@ def unpacked_smollm2(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def unpacked_tiny(tiny_model: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked_tiny(tiny_model: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a Hugging Face model folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))

@@ -8,12 +8,12 @@ import pytest
 
 import emlocal
 from emlocal.errors import ContextFullError, ModelError, UsageError
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: LocalModel) -> emlocal.Model:
+def model(tiny_model: GGUFModel) -> emlocal.Model:
     with emlocal.load(tiny_model.path, parallel=3, context=200, threads=1) as loaded:
         yield loaded
 
@@ -58,7 +58,7 @@ def test_batch_with_a_method(model: emlocal.Model) -> None:
     assert row["votes"] >= 1
 
 
-def test_one_at_a_time_in_shared_room(tiny_model: LocalModel) -> None:
+def test_one_at_a_time_in_shared_room(tiny_model: GGUFModel) -> None:
     with emlocal.load(tiny_model.path, context=64, threads=1) as one:
         one.generate("x" * 20, raw=True, max_tokens=30)  # holds some of the room
         rows = list(one.batch(["y" * 30, "y" * 40, "z"], raw=True, max_tokens=100))
@@ -74,7 +74,7 @@ def test_a_batch_that_nobody_listens_to_any_more_holds_nothing(model: emlocal.Mo
     assert len(list(model.batch(["a"] * 6, raw=True, max_tokens=4, method="greedy"))) == 6
 
 
-def test_a_closed_model_says_so(tiny_model: LocalModel) -> None:
+def test_a_closed_model_says_so(tiny_model: GGUFModel) -> None:
     with emlocal.load(tiny_model.path, context=64) as gone:
         pass
     gone.close()
@@ -113,7 +113,7 @@ def test_every_sampling_setting_can_be_given(model: emlocal.Model) -> None:
 
 
 def test_on_torch(
-    tiny_model: LocalModel, unpacked_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: GGUFModel, unpacked_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model folder, whose engine is chosen, and the GGUF file that it came from: one answer, alone, in
     pieces and in a batch."""
@@ -135,7 +135,7 @@ def test_on_torch(
 
 
 @pytest.mark.real
-def test_the_starter_model_answers_a_conversation(smollm2: LocalModel) -> None:
+def test_the_starter_model_answers_a_conversation(smollm2: GGUFModel) -> None:
     with emlocal.load(smollm2.path, parallel=2, context=512) as real:
         said = [
             {"role": "user", "content": "What is the capital of Italy?"},
@@ -155,7 +155,7 @@ def test_importing_emlocal_imports_little() -> None:
     assert done.stdout.split() == ["set()", "load"]
 
 
-def test_adapters_of_any_format(tiny_model: LocalModel, tmp_path: Path) -> None:
+def test_adapters_of_any_format(tiny_model: GGUFModel, tmp_path: Path) -> None:
     from emlocal.models.adapters.peft import write_peft
     from tests.tiny_pair import random_adapter
 

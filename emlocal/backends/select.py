@@ -13,7 +13,7 @@ from emlocal.backends.options import KVType, LoadOptions
 from emlocal.errors import BackendError, UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import KV_TYPE_BYTES, Terms, terms
-from emlocal.models.resolve import FolderModel, Format, LocalModel, Model, is_safetensors_folder
+from emlocal.models.resolve import FolderModel, Format, GGUFModel, Model, is_safetensors_folder
 from emlocal.models.storage import Progress, silent
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def load_backend(
     if name == "llama.cpp":
         from emlocal.backends.llama_cpp.loading import Loading
 
-        assert isinstance(model, LocalModel)
+        assert isinstance(model, GGUFModel)
         with Loading(model, options) as loading:
             from emlocal.backends.llama_cpp.backend import LlamaCppBackend
 

@@ -9,8 +9,8 @@ import typer
 from emlocal import console
 from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
-from emlocal.models.gguf_header import GGUFHeader, shown
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.gguf.header import GGUFHeader, shown
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.storage import Progress, human_size
 from emlocal.words import counted
 
@@ -133,7 +133,7 @@ def _as_folder(model: str, progress: Progress) -> tuple[Path, GGUFHeader | None]
     if _is_folder_model(model):  # of any kind: nothing runs it here
         return Path(model), None
     found = resolve(model, formats=("safetensors", "gguf"), progress=progress)
-    return (unpack(found, progress), found.header) if isinstance(found, LocalModel) else (found.path, None)
+    return (unpack(found, progress), found.header) if isinstance(found, GGUFModel) else (found.path, None)
 
 
 def _write_gguf(adapter: "Adapter", out: Path, base: GGUFHeader | None) -> None:

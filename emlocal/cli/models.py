@@ -11,7 +11,7 @@ from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
 from emlocal.models import catalog, hub, starter
 from emlocal.models.folder import needed_files
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.resolve import Format, HubName, Model, local_path, meaning, on_disk, resolve
 from emlocal.models.storage import human_size
 

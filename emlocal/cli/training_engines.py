@@ -18,7 +18,7 @@ from emlocal.errors import ContextFullError, ModelError, UsageError
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.resolve import LocalModel, Model, resolve
+from emlocal.models.resolve import GGUFModel, Model, resolve
 from emlocal.models.unpacked import identity, unpack
 from emlocal.training.answerers import LlamaCppModel, SameModel
 from emlocal.training.prompts import Prompt
@@ -155,7 +155,7 @@ def open_engines(
         model = resolve(name, formats=("safetensors", "gguf"), offline=machine.offline, progress=progress)
         context = _context(model, settings, machine.context)
         _check_model(model, answers.rollouts)
-        folder = unpack(model, progress) if isinstance(model, LocalModel) else model.path
+        folder = unpack(model, progress) if isinstance(model, GGUFModel) else model.path
         progress(f"loading {trainer}", 0, None)
         threads = machine.threads or physical_cores()
         opened, layers = _open(trainer, folder, model.name, machine, threads)
@@ -240,7 +240,7 @@ def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int
 def _check_model(model: Model, rollouts: Rollouts) -> None:
     if model.header.chat_template is None:
         raise ModelError(f"{model.name} has no chat template, which prompts are put with", "use a chat model")
-    if rollouts is Rollouts.llama_cpp and not isinstance(model, LocalModel):
+    if rollouts is Rollouts.llama_cpp and not isinstance(model, GGUFModel):
         raise UsageError(
             f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"
         )
@@ -259,7 +259,7 @@ def _answerer(
 ) -> LlamaCppModel | SameModel:
     """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
     wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and opened.place.on_cpu)
-    if wanted and isinstance(model, LocalModel):
+    if wanted and isinstance(model, GGUFModel):
         from emlocal.backends.llama_cpp import LlamaCppBackend
 
         return LlamaCppModel(LlamaCppBackend(model, options), model.header, parallel)
@@ -268,7 +268,7 @@ def _answerer(
 
 def _identity(model: Model) -> str:
     """Of the weights."""
-    if isinstance(model, LocalModel):
+    if isinstance(model, GGUFModel):
         return identity(model.header)
     import hashlib
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.header import Weights
 from emlocal.models.json_file import read_chat_template, read_json
 from emlocal.models.safetensors import SafeTensor, read_safetensors_header

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.header import ModelHeader
 from emlocal.models.storage import human_size
 

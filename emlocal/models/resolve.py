@@ -26,7 +26,7 @@ from emlocal.models.folder import (
     why_not,
 )
 from emlocal.models.gguf import GGUFHeader, read_header
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.storage import Progress, silent
 
 _HUB_NAME = re.compile(
@@ -39,7 +39,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 @dataclass(frozen=True)
-class LocalModel:
+class GGUFModel:
     """A model on this machine, its header checked. `path` is the first of `files`, the one to open."""
 
     name: str
@@ -61,7 +61,7 @@ class FolderModel:
 
 
 Format = Literal["gguf", "safetensors"]
-Model = LocalModel | FolderModel
+Model = GGUFModel | FolderModel
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def resolve(
     offline: bool = False,
     progress: Progress = silent,
     download: bool = True,
-) -> LocalModel: ...
+) -> GGUFModel: ...
 
 
 @overload
@@ -240,7 +240,7 @@ def _local(name: str, path: Path, source: Literal["path", "starter", "hub"]) -> 
         folder = read_folder_header(path)
         return FolderModel(name, path, folder.files, "hub" if source == "hub" else "path", folder)
     header = read_header(path)
-    return LocalModel(name, header.files[0], header.files, source, header)
+    return GGUFModel(name, header.files[0], header.files, source, header)
 
 
 def _model_in(folder: Path, formats: tuple[Format, ...]) -> Path:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.paths import cache_dir
 from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_into_place
 

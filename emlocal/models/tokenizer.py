@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.json_file import read_chat_template, read_json
-from emlocal.models.unpacked_tokenizer import byte_letters
+from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.models.vocabulary import end_tokens
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ llama_vocab::impl::load (llama-vocab.cpp:2660-3030 of the llama.cpp in llama-cpp
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from emlocal.models.gguf_checks import DEFAULT_TOKEN_IDS
-from emlocal.models.gguf_header import GGUFHeader, int_or_none
+from emlocal.models.gguf.checks import DEFAULT_TOKEN_IDS
+from emlocal.models.gguf.header import GGUFHeader, int_or_none
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
 

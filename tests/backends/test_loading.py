@@ -17,7 +17,7 @@ from emlocal.backends.select import load_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.adapters.peft import write_peft
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from tests.tiny_pair import random_adapter
 
 OPTIONS = LoadOptions(context=64, sequences=2, threads=1)
@@ -96,7 +96,7 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_llama_cpp_refuses(tiny_model: LocalModel, tmp_path: Path, freed: list[str]) -> None:
+def test_a_file_that_llama_cpp_refuses(tiny_model: GGUFModel, tmp_path: Path, freed: list[str]) -> None:
     """It became another after its header was checked."""
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF" + bytes(100))
@@ -107,7 +107,7 @@ def test_a_file_that_llama_cpp_refuses(tiny_model: LocalModel, tmp_path: Path, f
 
 
 def test_a_context_that_cannot_be_made(
-    tiny_model: LocalModel, freed: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny_model: GGUFModel, freed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_library(), "llama_init_from_model", lambda model, params: None)
     with pytest.raises(BackendError, match="cannot make a context of 64 tokens"):
@@ -115,7 +115,7 @@ def test_a_context_that_cannot_be_made(
     assert freed == ["llama_model_free"]
 
 
-def test_what_fails_meanwhile_leaves_no_model_behind(tiny_model: LocalModel, freed: list[str]) -> None:
+def test_what_fails_meanwhile_leaves_no_model_behind(tiny_model: GGUFModel, freed: list[str]) -> None:
     def meanwhile() -> None:
         raise KeyboardInterrupt
 
@@ -125,7 +125,7 @@ def test_what_fails_meanwhile_leaves_no_model_behind(tiny_model: LocalModel, fre
 
 
 def test_an_adapter_that_does_not_fit_leaves_no_model_behind(
-    tiny_model: LocalModel, freed: list[str], tmp_path: Path
+    tiny_model: GGUFModel, freed: list[str], tmp_path: Path
 ) -> None:
     write_peft(random_adapter(layers=2), tmp_path / "wrong")
     with pytest.raises(ModelError, match="does not have"):
@@ -133,7 +133,7 @@ def test_an_adapter_that_does_not_fit_leaves_no_model_behind(
     assert freed == ["llama_free", "llama_model_free"]
 
 
-def test_a_ctrl_c_that_nobody_catches(tiny_model: LocalModel, freed: list[str]) -> None:
+def test_a_ctrl_c_that_nobody_catches(tiny_model: GGUFModel, freed: list[str]) -> None:
     """Raised while it is waited for: the thread ends, and what it made is freed."""
     loading = Loading(tiny_model, OPTIONS)
     loading._thread.join()
@@ -152,7 +152,7 @@ def test_a_ctrl_c_that_nobody_catches(tiny_model: LocalModel, freed: list[str]) 
     assert freed == ["llama_free", "llama_model_free"]
 
 
-def test_a_first_ctrl_c_waits_until_the_model_is_there(tiny_model: LocalModel, freed: list[str]) -> None:
+def test_a_first_ctrl_c_waits_until_the_model_is_there(tiny_model: GGUFModel, freed: list[str]) -> None:
     with interruptible() as cancelled:
         backend = load_backend(
             "llama.cpp", tiny_model, OPTIONS, meanwhile=lambda: signal.raise_signal(signal.SIGINT)

@@ -23,7 +23,7 @@ from emlocal.backends.torch.model import check_architecture, load_model, trained
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.folder import sampling_settings
 from emlocal.models.memory import estimate, kv_bytes
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from emlocal.models.tokenizer import Tokenizer
 from emlocal.sampling import SamplingParams
 
@@ -179,7 +179,7 @@ def test_without_memory_to_grow_all_stays_as_it_was() -> None:
         assert not store[1, :, 4:].any()
 
 
-def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: LocalModel, unpacked_tiny: Path) -> None:
+def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: GGUFModel, unpacked_tiny: Path) -> None:
     """One long sequence beside short ones: torch holds as many cells for each."""
     options = LoadOptions(context=256, sequences=4, threads=1)
     engine = open_folder(unpacked_tiny, options, device="cpu", dtype="float32")
@@ -337,7 +337,7 @@ def test_a_gap_between_slots_is_computed_and_far_slots_are_not() -> None:
 
 
 @pytest.mark.real
-def test_it_says_what_llama_cpp_says(smollm2: LocalModel, unpacked_smollm2: Path) -> None:
+def test_it_says_what_llama_cpp_says(smollm2: GGUFModel, unpacked_smollm2: Path) -> None:
     """The same weights; llama.cpp rounds activations to eight bits, so not the same logits."""
     options = LoadOptions(context=256, sequences=1, threads=1)
     ours: Backend = open_folder(unpacked_smollm2, options, device="cpu", dtype="float32")

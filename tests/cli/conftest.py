@@ -10,7 +10,7 @@ import pytest
 
 from emlocal import console
 from emlocal.cli.app import run
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_pair import ModelPair
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a Hugging Face folder with its tokenizer."""
     model = resolve(str(pair.gguf))
-    assert isinstance(model, LocalModel)
+    assert isinstance(model, GGUFModel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         return unpack(model)

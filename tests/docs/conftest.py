@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from emlocal.models import starter
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 
 CONFIG = "max-tokens = 32\n"
 """Ends the answers of commands that say nothing about it; the pages are about the same with longer ones."""
 
 
 @pytest.fixture(scope="session")
-def home(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def home(smollm2: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of the pages' commands: emlocal on the path, the starter model in a fresh cache."""
     folder = tmp_path_factory.mktemp("home")
     places = {f"EMLOCAL_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}

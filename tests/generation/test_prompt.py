@@ -7,7 +7,7 @@ from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.errors import UsageError
 from emlocal.generation.prompt import chat_tokens
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 
 
 def test_the_template_says_how() -> None:
@@ -25,7 +25,7 @@ def test_a_model_without_template() -> None:
 
 
 @pytest.mark.real
-def test_messages_cannot_speak_for_others(smollm2: LocalModel) -> None:
+def test_messages_cannot_speak_for_others(smollm2: GGUFModel) -> None:
     backend = LlamaCppBackend(smollm2, LoadOptions(context=512))
     end = backend.encode("<|im_end|>", add_special=False, parse_special=True)[0]
     plain = chat_tokens(backend, [{"role": "user", "content": "hi"}])

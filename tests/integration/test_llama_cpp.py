@@ -11,7 +11,7 @@ from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.em.steps import EMInf
 from emlocal.errors import CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.generation import Completion, Generator, Request
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.templates import render
 from emlocal.sampling import SamplingParams, Uniforms
 from tests.tiny_gguf import u32, write_tiny_gguf
@@ -21,7 +21,7 @@ PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "1, 2, 3, 4,"]
 
 
 @pytest.fixture(scope="module")
-def smollm(smollm2: LocalModel) -> Iterator[LlamaCppBackend]:
+def smollm(smollm2: GGUFModel) -> Iterator[LlamaCppBackend]:
     backend = LlamaCppBackend(smollm2, LoadOptions(context=512, sequences=4, threads=1))
     yield backend
     backend.close()
@@ -61,7 +61,7 @@ def complete(backend: LlamaCppBackend, prompt: list[int], n: int) -> Completion:
 
 
 @pytest.mark.real
-def test_greedy_is_llama_cpp_pythons_greedy(smollm: LlamaCppBackend, smollm2: LocalModel) -> None:
+def test_greedy_is_llama_cpp_pythons_greedy(smollm: LlamaCppBackend, smollm2: GGUFModel) -> None:
     theirs = llama_cpp.Llama(
         str(smollm2.path), n_ctx=512, n_threads=1, verbose=False, flash_attn=True, logits_all=False
     )
@@ -181,7 +181,7 @@ def test_em_on_a_real_model_changes_draws_and_never_the_top(smollm) -> None:
 
 
 @pytest.mark.real
-def test_small_contexts(smollm2: LocalModel) -> None:
+def test_small_contexts(smollm2: GGUFModel) -> None:
     """llama_decode aborts the process when a batch exceeds n_batch, which is at most the context."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=64, sequences=2, threads=1))
     sequence = backend.open()
@@ -194,19 +194,19 @@ def test_small_contexts(smollm2: LocalModel) -> None:
     backend.close()
 
 
-def test_contexts_beyond_training_are_refused(tiny_model: LocalModel) -> None:
+def test_contexts_beyond_training_are_refused(tiny_model: GGUFModel) -> None:
     with pytest.raises(UsageError, match=r"--context 300 .* 256"):
         LlamaCppBackend(tiny_model, LoadOptions(context=300))
 
 
-def test_the_default_context_is_the_models_own(tiny_model: LocalModel) -> None:
+def test_the_default_context_is_the_models_own(tiny_model: GGUFModel) -> None:
     backend = LlamaCppBackend(tiny_model)
     assert backend.context == 256
     assert backend.threads >= 1
     backend.close()
 
 
-def test_tokens_the_model_does_not_have(tiny_model: LocalModel) -> None:
+def test_tokens_the_model_does_not_have(tiny_model: GGUFModel) -> None:
     backend = LlamaCppBackend(tiny_model)
     sequence = backend.open()
     backend.forward([Feed(sequence, [1, 5])])
@@ -225,7 +225,7 @@ def test_tokens_the_model_does_not_have(tiny_model: LocalModel) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
-def test_kv_types(smollm2: LocalModel, kv_type) -> None:
+def test_kv_types(smollm2: GGUFModel, kv_type) -> None:
     backend = LlamaCppBackend(smollm2, LoadOptions(context=128, threads=1, kv_type=kv_type))
     sequence = backend.open()
     ids = backend.encode("The capital of France is", add_special=True, parse_special=True)
@@ -237,7 +237,7 @@ def test_kv_types(smollm2: LocalModel, kv_type) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
-def test_memory_counts_the_whole_kv_cache(smollm2: LocalModel, kv_type) -> None:
+def test_memory_counts_the_whole_kv_cache(smollm2: GGUFModel, kv_type) -> None:
     """llama.cpp tells the size of a saved state, which holds the cells in use: here all of them."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=256, sequences=1, threads=1, kv_type=kv_type))
     empty = backend.memory_bytes()

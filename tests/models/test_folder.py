@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from emlocal.errors import ModelError
 from emlocal.models.folder import needed_files, read_folder_header
 from emlocal.models.memory import estimate
-from emlocal.models.resolve import FolderModel, LocalModel, resolve
+from emlocal.models.resolve import FolderModel, GGUFModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.models.conftest import Resolve
 from tests.models.fake_hub import FakeHub
@@ -56,7 +56,7 @@ def test_a_folder_says_what_its_gguf_says(tmp_path: Path, folder: Path) -> None:
     model = resolve(str(folder), formats=BOTH)
     gguf = resolve(str(tmp_path / "source.gguf"), formats=BOTH)
     assert isinstance(model, FolderModel)
-    assert isinstance(gguf, LocalModel)
+    assert isinstance(gguf, GGUFModel)
     assert (model.path, model.files, model.source) == (folder, (folder / "model.safetensors",), "path")
     for name in (
         *("architecture", "context_length", "embedding_length", "block_count", "head_count", "head_count_kv"),

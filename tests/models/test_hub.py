@@ -9,7 +9,7 @@ from emlocal.errors import ModelError
 from emlocal.models.hub import choose, models_among, quant_of
 from tests.models.conftest import Resolve
 from tests.models.fake_hub import FakeHub
-from tests.models.test_gguf_shards import write_shards
+from tests.models.gguf.test_shards import write_shards
 from tests.tiny_gguf import tiny_gguf
 
 REPO = "someone/Tiny-GGUF"

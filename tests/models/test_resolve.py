@@ -9,7 +9,7 @@ import pytest
 from emlocal.errors import EmlocalError, ModelError, UsageError
 from emlocal.models import catalog, starter
 from emlocal.models.resolve import HubName, default_model, meaning, resolve
-from tests.models.test_gguf_shards import write_shards
+from tests.models.gguf.test_shards import write_shards
 from tests.tiny_gguf import write_tiny_gguf
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from emlocal.errors import ModelError, UsageError
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from emlocal.models.templates import render
 from tests.conftest import DATA
 
@@ -219,7 +219,7 @@ def test_a_long_conversation_is_quick_and_not_mistaken_for_an_attack() -> None:
 
 class TestRealModels:
     @pytest.mark.real
-    def test_smollm2(self, smollm2: LocalModel) -> None:
+    def test_smollm2(self, smollm2: GGUFModel) -> None:
         template = smollm2.header.chat_template
         assert template
         greeting = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

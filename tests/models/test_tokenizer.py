@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.errors import ModelError
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import Tokenizer
 from emlocal.models.unpacked import unpack
-from emlocal.models.unpacked_tokenizer import PATTERNS
+from emlocal.models.unpacked.tokenizer import PATTERNS
 from tests.tiny_architectures import architecture_metadata
 from tests.tiny_gguf import (
     EMBEDDING,
@@ -92,7 +92,7 @@ def mixtures(count: int, seed: int = 0) -> Iterator[str]:
 class Pair:
     """One vocabulary in both tokenizers."""
 
-    def __init__(self, model: LocalModel, folder: Path) -> None:
+    def __init__(self, model: GGUFModel, folder: Path) -> None:
         self.there = LlamaCppBackend(model, LoadOptions(context=64, sequences=1, threads=1))
         self.here = Tokenizer(folder)
 
@@ -118,7 +118,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def smollm2_pair(smollm2: LocalModel, unpacked_smollm2: Path) -> Pair:
+def smollm2_pair(smollm2: GGUFModel, unpacked_smollm2: Path) -> Pair:
     return Pair(smollm2, unpacked_smollm2)
 
 
@@ -155,7 +155,7 @@ def test_smollm2_encodes_any_text_alike(smollm2_pair: Pair, text_: str) -> None:
     smollm2_pair.check(text_)
 
 
-def with_vocabulary(path: Path, metadata: dict[str, Value], count: int) -> LocalModel:
+def with_vocabulary(path: Path, metadata: dict[str, Value], count: int) -> GGUFModel:
     """A model of one narrow layer with this vocabulary of `count` tokens."""
     rows = np.zeros((count, EMBEDDING), "<f4")
     tensors = [t for t in tiny_tensors() if t.name != "token_embd.weight"]
@@ -167,7 +167,7 @@ def with_vocabulary(path: Path, metadata: dict[str, Value], count: int) -> Local
 
 @pytest.mark.real
 @pytest.mark.parametrize("pre", ["qwen2", "smollm", "llama-bpe", "gpt-2", "default", None, "smaug-bpe"])
-def test_each_way_of_cutting_words(tmp_path: Path, smollm2: LocalModel, pre: str | None) -> None:
+def test_each_way_of_cutting_words(tmp_path: Path, smollm2: GGUFModel, pre: str | None) -> None:
     """SmolLM2's tokens and merges with the words cut as other models cut them."""
     header = smollm2.header
     tokens = header.byte_strings("tokenizer.ggml.tokens")
@@ -192,7 +192,7 @@ def test_each_way_of_cutting_words(tmp_path: Path, smollm2: LocalModel, pre: str
         pair.check(text_)
 
 
-def sentencepiece(path: Path, **changes: Value) -> LocalModel:
+def sentencepiece(path: Path, **changes: Value) -> GGUFModel:
     """A vocabulary in the manner of Mistral's: bytes, letters, words by rank, and runs of spaces that all
     have one score, of which one length is missing."""
     letters = "▁etaoinshrdlucmgxyz.,'-<>|/0A1é漢=ab"

@@ -24,7 +24,7 @@ from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
 from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler
 from emlocal.words import counted
 
@@ -37,7 +37,7 @@ class LlamaCppBackend(Backend):
     name: ClassVar[str] = "llama.cpp"
 
     def __init__(
-        self, model: LocalModel, options: LoadOptions = LoadOptions(), loading: Loading | None = None
+        self, model: GGUFModel, options: LoadOptions = LoadOptions(), loading: Loading | None = None
     ) -> None:
         """`loading`: of the same model and options, where it has begun already."""
         loading = loading or Loading(model, options)

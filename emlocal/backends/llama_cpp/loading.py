@@ -14,7 +14,7 @@ from emlocal.backends.cpu import physical_cores
 from emlocal.backends.llama_cpp.library import keep_errors, keep_nothing, last_error, load_library
 from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ModelError
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 
 BATCH = 512  # tokens per llama_decode
 DEFAULT_KV_TYPE: KVType = "f16"
@@ -36,7 +36,7 @@ class Loading:
     ever handled there.
     """
 
-    def __init__(self, model: LocalModel, options: LoadOptions) -> None:
+    def __init__(self, model: GGUFModel, options: LoadOptions) -> None:
         self.lib: Any = load_library()
         self.length = context_length(options.context, model.header.context_length)
         self.threads = options.threads or physical_cores()

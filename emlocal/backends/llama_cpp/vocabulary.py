@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from emlocal.backends.base import ModelInfo
-from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.gguf.header import GGUFHeader
 
 
 class EndTokens(Set[int]):

@@ -14,7 +14,7 @@ from emlocal.backends.mlx.model import context_of, load_model, windows
 from emlocal.backends.slots import check_kv_type
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import FolderHeader, read_folder_header
-from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.tokenizer import Tokenizer
 
 

@@ -16,7 +16,7 @@ from emlocal.backends.torch.packed import can_pack, pack
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import sampling_settings
-from emlocal.models.gguf_header import GGUFHeader
+from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.json_file import read_json
 from emlocal.models.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.gguf import MAX_LORA_RANK
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _LONGEST_NAME = 200

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from emlocal.errors import ModelError, UsageError
 from emlocal.files import atomic_folder
 from emlocal.models.adapters.checks import unusable
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.safetensors import SafetensorsHeader, write_safetensors
 
 CONFIG = "adapter_config.json"

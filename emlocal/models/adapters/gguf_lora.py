@@ -25,7 +25,7 @@ from emlocal.models.adapters.names import (
     to_gguf_rows,
 )
 from emlocal.models.gguf import GGUFHeader, TensorInfo, read_adapter_pairs
-from emlocal.models.gguf_header import shown, unusable
+from emlocal.models.gguf.header import shown, unusable
 
 BASE_NAME = "general.base_model.0.name"
 _ALORA = "adapter.alora.invocation_tokens"

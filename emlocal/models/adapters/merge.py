@@ -18,7 +18,7 @@ from emlocal.errors import ModelError
 from emlocal.files import atomic_folder
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.checks import check_fits
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.safetensors import (
     FLOATS,
     SafetensorsHeader,

@@ -15,7 +15,7 @@ from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.checks import checked_pair, unusable
 from emlocal.models.adapters.folder import CONFIG, halves, read_config, unsupported, write_folder
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.safetensors import read_floats, read_safetensors_header
 
 WEIGHTS = "adapters.safetensors"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, shown
+from emlocal.models.gguf.header import GGUFHeader, shown
 
 PERMUTED = frozenset({"llama", "arcee", "granite", "mistral3", "smollm3"})
 """Architectures of LlamaModel's subclasses in the converter that do not set `undo_permute = False`."""

@@ -13,7 +13,7 @@ from emlocal.models.adapters.gguf_lora import BASE_NAME
 from emlocal.models.adapters.reading import format_of
 from emlocal.models.catalog import catalog
 from emlocal.models.gguf import read_adapter_pairs
-from emlocal.models.gguf_header import shown
+from emlocal.models.gguf.header import shown
 from emlocal.models.header import ModelHeader
 
 _ENDING = re.compile(r"[-_.: ](gguf|mlx|unsloth|bnb|gptq|awq|\d+bit|u?d|i?q\d\w*|b?f16|fp16|f32)$")

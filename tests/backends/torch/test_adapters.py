@@ -23,7 +23,7 @@ from emlocal.models.adapters.merge import open_model as open_files
 from emlocal.models.adapters.mlx import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_pair import ModelPair, random_adapter
 
@@ -33,13 +33,13 @@ Adapters = Sequence[tuple[Path, float]]
 
 
 @pytest.fixture(scope="module")
-def gguf(any_pair: ModelPair) -> LocalModel:
+def gguf(any_pair: ModelPair) -> GGUFModel:
     """A tiny GGUF model of F32 weights."""
     return resolve(str(any_pair.gguf))
 
 
 @pytest.fixture(scope="module")
-def folder(gguf: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(gguf: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, unpacked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
@@ -56,18 +56,18 @@ def logits(engine: Backend) -> NDArray[np.float32]:
     return row
 
 
-def in_torch(folder: Path, adapters: Adapters = (), base: LocalModel | None = None) -> NDArray[np.float32]:
+def in_torch(folder: Path, adapters: Adapters = (), base: GGUFModel | None = None) -> NDArray[np.float32]:
     options = LoadOptions(context=64, sequences=1, threads=1, adapters=tuple(adapters))
     header = None if base is None else base.header
     return logits(open_folder(folder, options, base=header, device="cpu", dtype="float32"))
 
 
-def in_llama_cpp(model: LocalModel, adapters: Adapters) -> NDArray[np.float32]:
+def in_llama_cpp(model: GGUFModel, adapters: Adapters) -> NDArray[np.float32]:
     options = LoadOptions(context=64, sequences=1, threads=1, kv_type="f32", adapters=tuple(adapters))
     return logits(LlamaCppBackend(model, options))
 
 
-def two(tmp_path: Path, gguf: LocalModel) -> list[tuple[Path, float]]:
+def two(tmp_path: Path, gguf: GGUFModel) -> list[tuple[Path, float]]:
     """Two adapters in two formats, with scales of their own."""
     write_peft(random_adapter(mixed=True, scale=1.0), tmp_path / "one")
     write_gguf(random_adapter(rank=3, scale=0.5, seed=9), tmp_path / "other.gguf", gguf.header)
@@ -78,7 +78,7 @@ def two(tmp_path: Path, gguf: LocalModel) -> list[tuple[Path, float]]:
 @pytest.mark.usefixtures("no_flash_attention")
 @pytest.mark.parametrize("form", ["peft", "mlx", "gguf"])
 def test_one_adapter_is_what_llama_cpp_computes(
-    tmp_path: Path, gguf: LocalModel, folder: Path, form: str
+    tmp_path: Path, gguf: GGUFModel, folder: Path, form: str
 ) -> None:
     adapter, path = random_adapter(mixed=True, scale=1.0), tmp_path / "adapter"
     if form == "gguf":
@@ -93,7 +93,7 @@ def test_one_adapter_is_what_llama_cpp_computes(
 @pytest.mark.real
 @pytest.mark.usefixtures("no_flash_attention")
 def test_two_adapters_at_once_are_what_llama_cpp_computes(
-    tmp_path: Path, gguf: LocalModel, folder: Path
+    tmp_path: Path, gguf: GGUFModel, folder: Path
 ) -> None:
     both = two(tmp_path, gguf)
     ours = in_torch(folder, both, gguf)
@@ -103,7 +103,7 @@ def test_two_adapters_at_once_are_what_llama_cpp_computes(
     assert np.abs(ours - in_torch(folder, both[::-1], gguf)).max() < TOLERANCE
 
 
-def test_it_is_what_the_merged_model_computes(tmp_path: Path, gguf: LocalModel, folder: Path) -> None:
+def test_it_is_what_the_merged_model_computes(tmp_path: Path, gguf: GGUFModel, folder: Path) -> None:
     adapter = random_adapter(mixed=True, scale=1.0)
     write_peft(adapter, tmp_path / "adapter")
     merge(adapter, 0.7, open_files(folder), tmp_path / "merged")
@@ -111,7 +111,7 @@ def test_it_is_what_the_merged_model_computes(tmp_path: Path, gguf: LocalModel, 
     assert np.abs(ours - in_torch(tmp_path / "merged")).max() < TOLERANCE
 
 
-def test_a_scale_of_nothing_is_no_adapter(tmp_path: Path, gguf: LocalModel, folder: Path) -> None:
+def test_a_scale_of_nothing_is_no_adapter(tmp_path: Path, gguf: GGUFModel, folder: Path) -> None:
     plain = in_torch(folder)
     assert np.array_equal(in_torch(folder, [(path, 0.0) for path, _ in two(tmp_path, gguf)], gguf), plain)
 
@@ -179,9 +179,7 @@ def test_a_skeleton_has_the_layers_and_no_weights(folder: Path) -> None:
     assert len(lora_layers(bones)) == 14
 
 
-def test_an_adapter_in_gguf_s_order_says_what_it_needs(
-    tmp_path: Path, gguf: LocalModel, folder: Path
-) -> None:
+def test_an_adapter_in_gguf_s_order_says_what_it_needs(tmp_path: Path, gguf: GGUFModel, folder: Path) -> None:
     write_gguf(random_adapter(), tmp_path / "a.gguf", read_header(gguf.path))
     if gguf.header.architecture == "llama":
         with pytest.raises(ModelError, match="in GGUF's order") as caught:

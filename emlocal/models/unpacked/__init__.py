@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, shown
+from emlocal.models.gguf.header import GGUFHeader, shown
 from emlocal.models.paths import cache_dir
-from emlocal.models.resolve import LocalModel
+from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
 
@@ -28,7 +28,7 @@ _TOKENIZER_BYTES = 300  # of tokenizer.json for each token, generously
 _SAMPLE_BYTES = 4096
 
 
-def unpack(model: LocalModel, progress: Progress = silent) -> Path:
+def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
     """The folder with the model dequantized: F32, F16 and BF16 tensors as they are, quantized ones in F16.
 
     Made on the first call, which takes twice the model's parameters in bytes of disk, and found on later
@@ -97,11 +97,11 @@ def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _make(model: LocalModel, folder: Path, progress: Progress) -> None:
+def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
     """Fill a folder beside `folder` and rename it. The lock is held."""
-    from emlocal.models import unpacked_config as words
-    from emlocal.models import unpacked_weights as weights
-    from emlocal.models.unpacked_tokenizer import build_tokenizer
+    from emlocal.models.unpacked import config as words
+    from emlocal.models.unpacked import weights as weights
+    from emlocal.models.unpacked.tokenizer import build_tokenizer
 
     header = model.header
     words.check_architecture(header)

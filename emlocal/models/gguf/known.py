@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from emlocal import __version__
 from emlocal.errors import EmlocalError
 from emlocal.files import atomic_writer
-from emlocal.models.gguf_header import MAX_HEADER_BYTES, ArrayRef, GGUFHeader
-from emlocal.models.gguf_types import STRING
+from emlocal.models.gguf.header import MAX_HEADER_BYTES, ArrayRef, GGUFHeader
+from emlocal.models.gguf.types import STRING
 from emlocal.models.paths import cache_dir
 
 CHECKS = 1  # one more whenever the reader or the checks of the vocabulary change within a version

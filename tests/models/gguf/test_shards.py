@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from emlocal.models.gguf import read_header
-from tests.models.test_gguf import complaint
+from tests.models.gguf.test_file import complaint
 from tests.tiny_gguf import build, i32, tiny_metadata, tiny_tensors, u16, u32, write_tiny_gguf
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf import read_header
-from tests.models.mutants import mutant
+from tests.models.gguf.mutants import mutant
 from tests.tiny_architectures import ARCHITECTURES, write_tiny_architecture
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -62,7 +62,7 @@ class Worker:
     def load(self, path: Path) -> str:
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.models.llama_worker"],
+                [sys.executable, "-m", "tests.models.gguf.llama_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, TensorInfo, unusable
-from emlocal.models.gguf_types import TENSOR_TYPES
+from emlocal.models.gguf.header import GGUFHeader, TensorInfo, unusable
+from emlocal.models.gguf.types import TENSOR_TYPES
 from emlocal.models.storage import Progress
-from emlocal.models.unpacked_config import Unpacked
+from emlocal.models.unpacked.config import Unpacked
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB as float32; dequantizing takes a few times that

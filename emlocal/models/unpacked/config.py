@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, TensorInfo, shown
+from emlocal.models.gguf.header import GGUFHeader, TensorInfo, shown
 from emlocal.models.vocabulary import Vocabulary
 
 RUN_AS_IT_IS = "llama.cpp runs it as it is: --backend llama.cpp; to train or merge it give its safetensors"

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from emlocal.errors import ModelError
 from emlocal.models.paths import cache_dir
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import MANIFEST, WEIGHTS, identity, unpack
 from tests.tiny_architectures import architecture_metadata, architecture_tensors, write_tiny_architecture
 from tests.tiny_gguf import (
@@ -61,7 +61,7 @@ def start(model: Path, what: str = "") -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> LocalModel:
+def tiny(tmp_path: Path) -> GGUFModel:
     return resolve(str(write_tiny_gguf(tmp_path / "tiny.gguf")))
 
 
@@ -70,7 +70,7 @@ def left_behind() -> list[str]:
     return [p.name for p in (cache_dir() / "unpacked").iterdir() if p.name[0] == "." and p.suffix != ".lock"]
 
 
-def test_what_is_in_the_folder(tiny: LocalModel) -> None:
+def test_what_is_in_the_folder(tiny: GGUFModel) -> None:
     folder = unpack(tiny)
     assert folder == cache_dir() / "unpacked" / identity(tiny.header)
     config, generation, own = (
@@ -91,7 +91,7 @@ def test_what_is_in_the_folder(tiny: LocalModel) -> None:
     assert not left_behind()
 
 
-def test_it_is_made_once(tiny: LocalModel) -> None:
+def test_it_is_made_once(tiny: GGUFModel) -> None:
     folder = unpack(tiny)
     before = (folder / WEIGHTS).stat().st_mtime_ns
     steps: list[str] = []
@@ -128,14 +128,14 @@ def test_nan_is_left_alone(tmp_path: Path) -> None:
     assert (weights["model.layers.0.self_attn.q_proj.weight"].view("<u4") == 0x7FC00123).sum() == 1
 
 
-def test_the_same_contents_have_the_same_name_wherever_they_lie(tmp_path: Path, tiny: LocalModel) -> None:
+def test_the_same_contents_have_the_same_name_wherever_they_lie(tmp_path: Path, tiny: GGUFModel) -> None:
     copy = tmp_path / "elsewhere" / "copy.gguf"
     copy.parent.mkdir()
     shutil.copy(tiny.path, copy)
     assert identity(resolve(str(copy)).header) == identity(tiny.header)
 
 
-def test_other_weights_and_other_metadata_have_other_names(tmp_path: Path, tiny: LocalModel) -> None:
+def test_other_weights_and_other_metadata_have_other_names(tmp_path: Path, tiny: GGUFModel) -> None:
     names = {identity(tiny.header)}
     for tensor in tiny_tensors():
         tensors = tiny_tensors()
@@ -149,7 +149,7 @@ def test_other_weights_and_other_metadata_have_other_names(tmp_path: Path, tiny:
     assert len(names) == len(tiny_tensors()) + 2
 
 
-def test_killed_half_way(tiny: LocalModel) -> None:
+def test_killed_half_way(tiny: GGUFModel) -> None:
     dead = start(tiny.path, "die")
     dead.communicate(timeout=60)
     assert dead.returncode == -9
@@ -160,7 +160,7 @@ def test_killed_half_way(tiny: LocalModel) -> None:
     assert not left_behind()
 
 
-def test_two_at_once(tiny: LocalModel) -> None:
+def test_two_at_once(tiny: GGUFModel) -> None:
     running = [start(tiny.path) for _ in range(2)]
     said = [process.communicate(timeout=60) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
@@ -170,7 +170,7 @@ def test_two_at_once(tiny: LocalModel) -> None:
     assert not left_behind()
 
 
-def test_stopped_by_the_user(tiny: LocalModel) -> None:
+def test_stopped_by_the_user(tiny: GGUFModel) -> None:
     def stop(label: str, done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
@@ -180,7 +180,7 @@ def test_stopped_by_the_user(tiny: LocalModel) -> None:
     assert not (cache_dir() / "unpacked" / identity(tiny.header)).exists()
 
 
-def test_no_space(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space(tiny: GGUFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5000, 5000))
     with pytest.raises(ModelError, match=r"^unpacking Tiny needs \d+ kB of disk, but .* has 5 kB free$"):
@@ -188,7 +188,7 @@ def test_no_space(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not left_behind()
 
 
-def test_no_place_to_write(tiny: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_place_to_write(tiny: GGUFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"cannot write to .*unpacked: Not a directory"):
@@ -198,7 +198,7 @@ def test_no_place_to_write(tiny: LocalModel, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "damage", ["cut", "no tokenizer", "no manifest", "bad manifest", "other header", "empty"]
 )
-def test_a_damaged_folder_is_made_again(tiny: LocalModel, damage: str) -> None:
+def test_a_damaged_folder_is_made_again(tiny: GGUFModel, damage: str) -> None:
     folder = unpack(tiny)
     sound = {p.name: p.read_bytes() for p in folder.iterdir()}
     weights = sound[WEIGHTS]
@@ -219,7 +219,7 @@ def test_a_damaged_folder_is_made_again(tiny: LocalModel, damage: str) -> None:
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == sound
 
 
-def test_a_model_that_shrinks_meanwhile(tiny: LocalModel) -> None:
+def test_a_model_that_shrinks_meanwhile(tiny: GGUFModel) -> None:
     with tiny.path.open("rb+") as file:
         file.truncate(tiny.header.file_size - 4096)
     with pytest.raises(ModelError, match="it became shorter while it was being read"):

@@ -10,7 +10,7 @@ import pytest
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf import ArrayRef, read_header
-from emlocal.models.gguf_types import TENSOR_TYPES
+from emlocal.models.gguf.types import TENSOR_TYPES
 from tests.tiny_gguf import (
     CHAT_TEMPLATE,
     GGML_Q8_0,

@@ -1,6 +1,6 @@
 """What a GGUF header says, as data: `GGUFHeader`, `TensorInfo`, and the questions people ask of them.
 
-Nothing here checks anything; `gguf_file` fills these in and `gguf_checks` judges them.
+Nothing here checks anything; `file` fills these in and `checks` judges them.
 """
 
 import struct
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.models import gguf_types as types
+from emlocal.models.gguf import types
 from emlocal.models.header import Weights
 
 MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB

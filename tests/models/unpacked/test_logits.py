@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from emlocal.backends.base import Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.models.resolve import LocalModel, resolve
+from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_architectures import architecture_metadata, architecture_tensors
 from tests.tiny_gguf import EMBEDDING, GGML_F16, HEADS, TOKENS, Tensor, Value, build, f32, text, u32
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_flash_attention")
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(3, len(TOKENS), 150)]
 
 
-def llama_cpp_logits(model: LocalModel, tokens: list[int]) -> NDArray[np.float32]:
+def llama_cpp_logits(model: GGUFModel, tokens: list[int]) -> NDArray[np.float32]:
     backend = LlamaCppBackend(model, LoadOptions(context=256, kv_type="f32", sequences=1, threads=1))
     sequence = backend.open()
     backend.forward([Feed(sequence, tokens)])
@@ -48,14 +48,14 @@ def random_vectors(tensors: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def write(path: Path, architecture: str, more: list[Tensor] | None = None, **metadata: Value) -> LocalModel:
+def write(path: Path, architecture: str, more: list[Tensor] | None = None, **metadata: Value) -> GGUFModel:
     kv = architecture_metadata(architecture)
     kv |= {f"{architecture}.{name.replace('__', '.')}": value for name, value in metadata.items()}
     path.write_bytes(build(kv, random_vectors(architecture_tensors(architecture)) + (more or [])))
     return resolve(str(path))
 
 
-def assert_the_same(model: LocalModel) -> None:
+def assert_the_same(model: GGUFModel) -> None:
     folder = unpack(model)
     for length in (1, 2, len(PROMPT)):
         there, here = llama_cpp_logits(model, PROMPT[:length]), transformers_logits(folder, PROMPT[:length])
@@ -134,7 +134,7 @@ def test_half_precision_tensors_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_smollm2_is_greedy_alike(smollm2: LocalModel, unpacked_smollm2: Path) -> None:
+def test_smollm2_is_greedy_alike(smollm2: GGUFModel, unpacked_smollm2: Path) -> None:
     """llama.cpp multiplies quantized weights with activations of 8 bits: where two tokens are near, it may
     choose the other one."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=128, kv_type="f32", sequences=1))

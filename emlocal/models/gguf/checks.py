@@ -2,7 +2,7 @@
 
 llama.cpp answers most nonsense with an error, but some of it with an assertion that ends the process, an
 uncaught exception in a C function, or a null function pointer. Each check here names what it guards against;
-the line numbers are of the llama.cpp vendored in llama-cpp-python 0.3.36. tests/models/test_gguf_fuzz.py
+the line numbers are of the llama.cpp vendored in llama-cpp-python 0.3.36. tests/models/gguf/test_fuzz.py
 loads what passes here with the real library. docs/models.md lists what a header cannot show.
 """
 
@@ -12,8 +12,8 @@ from itertools import zip_longest
 from math import inf, isinf, isnan
 
 from emlocal.errors import ModelError
-from emlocal.models import gguf_types as types
-from emlocal.models.gguf_header import ArrayRef, GGUFHeader, int_or_none, shown, unusable
+from emlocal.models.gguf import types
+from emlocal.models.gguf.header import ArrayRef, GGUFHeader, int_or_none, shown, unusable
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama-model.cpp:1328 asserts it
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS; llama-model.cpp:1361

@@ -12,8 +12,8 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf_header import GGUFHeader, shown
-from emlocal.models.unpacked_config import RUN_AS_IT_IS
+from emlocal.models.gguf.header import GGUFHeader, shown
+from emlocal.models.unpacked.config import RUN_AS_IT_IS
 from emlocal.models.vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:

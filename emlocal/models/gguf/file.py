@@ -3,7 +3,7 @@
 Every length is checked against the bytes that are there before anything is read or allocated, because the
 native readers behind us have crashed on headers that lie (llama.cpp GHSA-3p4r-fq3f-q74v, mlx #4213, Ollama
 CVE-2026-7482). Tensor data is never read. What the numbers must be for a language model is judged in
-`gguf_checks`; this file knows the container only (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+`checks`; this file knows the container only (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import struct
@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 from emlocal.errors import ModelError
-from emlocal.models import gguf_types as types
-from emlocal.models.gguf_header import (
+from emlocal.models.gguf import types
+from emlocal.models.gguf.header import (
     MAX_HEADER_BYTES,
     ArrayRef,
     GGUFHeader,
@@ -27,7 +27,7 @@ from emlocal.models.gguf_header import (
     shown,
     unusable,
 )
-from emlocal.models.gguf_known import Known
+from emlocal.models.gguf.known import Known
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; the largest models have some thousands
 MAX_STRINGS = 1 << 22  # in one array; the largest vocabularies have 262k tokens
