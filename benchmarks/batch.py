@@ -232,7 +232,7 @@ _MEMORY = """
 import resource, sys
 from emlocal.backends.fake import END, FakeBackend
 from emlocal.batch.lines import parse_object
-from emlocal.batch.overrides import Plan
+from emlocal.settings import Plan
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.sampling import SamplingParams
 import numpy as np

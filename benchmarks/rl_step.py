@@ -67,7 +67,7 @@ def main() -> None:
     from emlocal.backends.learner import Descent
     from emlocal.backends.torch.policy_learner import TorchPolicyLearner
     from emlocal.cli.training_engines import open_engines
-    from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
+    from emlocal.cli.training_options import AnswerOptions, MachineOptions
     from emlocal.models.adapters.peft import write_peft
     from emlocal.training.folder import RunFolder
     from emlocal.training.loop import Plan, Run
@@ -103,7 +103,7 @@ def main() -> None:
 
     wait_until_quiet(120)
     noise, watcher = Noise(), Watcher()
-    answers = AnswerOptions(rollouts=Rollouts(chosen.rollouts))
+    answers = AnswerOptions(rollouts=chosen.rollouts)
     folder_name = tempfile.TemporaryDirectory()
     with (
         folder_name as name,

@@ -57,7 +57,7 @@ def main() -> None:
     wait_until_quiet(120)
     noise = Noise()
     for _ in range(chosen.rounds):
-        for engine in (Rollouts.llama_cpp, Rollouts.torch):
+        for engine in ("llama.cpp", "torch"):
             speeds[str(engine)] += speed(engine)
     ratios = [a / b for a, b in zip(speeds["llama.cpp"], speeds["torch"], strict=True)]
     around = circumstances()

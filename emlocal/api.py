@@ -23,7 +23,6 @@ from emlocal.backends.base import Backend
 from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
 from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.batch.lines import parse_object
-from emlocal.batch.overrides import Plan
 from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
@@ -37,26 +36,35 @@ from emlocal.models.memory import check_memory
 from emlocal.models.resolve import resolve
 from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams, Uniforms
-from emlocal.settings import DEFAULT_MAX_TOKENS, EM_PRESETS, EMInf, settings_of
-
-_NUMBERS = frozenset(settings_of(SamplingParams))
+from emlocal.settings import Given, Plan, Resolved, resolve_settings
+from emlocal.settings.resolve import GENERATION
+from emlocal.settings.table import NAMES
 
 Prompt = str | Sequence[Message]
 """A question, or messages of a conversation ({"role", "content"}), the last of them the user's."""
 
 
 class Settings(TypedDict, total=False):
-    """What `generate`, `stream` and `batch` take by keyword."""
+    """What `generate`, `stream` and `batch` take by keyword: the command line's settings, and these three."""
 
     em: bool | str | EMStep | None
     """True: EM-INF; a preset's name; EMInf(...) or AdaptiveTemperature(...); None or False: off."""
+    system: str
+    raw: bool
+    """The prompt goes to the model as it is, without its chat template."""
+    em_inf: bool
+    adaptive_temp: bool
+    em_preset: str
+    em_threshold: float
+    em_steps: int
+    em_learning_rate: float
+    em_optimizer: str
+    em_kl_weight: float
+    em_ratio: float
     seed: int
     """Of the draws; 0 where it is not given: the same call gives the same answer."""
     max_tokens: int
     stop: str | Sequence[str]
-    system: str
-    raw: bool
-    """The prompt goes to the model as it is, without its chat template."""
     temperature: float
     dynatemp_range: float
     dynatemp_exponent: float
@@ -173,12 +181,12 @@ class Model:
         if isinstance(lines, str):
             raise UsageError("lines is one text; a batch takes a list of them")
         method = Method(method) if isinstance(method, str) else method or Method()
-        plan, chosen = self._plan(settings), frozenset(settings)
-        plan = replace(plan, params=method.params(plan.params, chosen), samples=method.samples_per_prompt)
+        resolved = self._resolved(settings)
+        params = method.params(resolved.params, resolved.chosen)
         shared = BatchSettings(
-            plan,
+            replace(resolved.plan, params=params, samples=method.samples_per_prompt),
             method,
-            chosen,
+            resolved.chosen,
             settings.get("system"),
             settings.get("raw", False),
             keep=keep,
@@ -208,7 +216,7 @@ class Model:
 
     def _run(self, prompt: Prompt, settings: Settings) -> Iterator[Event]:
         self._check_open()
-        plan = self._plan(settings)
+        plan = self._resolved(settings).plan
         request = Request(plan.params, Uniforms(plan.seed), plan.max_tokens, plan.stop)
         return self._generator.run(self._tokens(prompt, settings), [request])
 
@@ -221,27 +229,23 @@ class Model:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         return chat_tokens(self.backend, with_system(messages, system))
 
-    def _plan(self, settings: Settings) -> Plan:
-        """The settings over the model's own. Raises UsageError for what there is not."""
-        unknown = settings.keys() - Settings.__annotations__.keys()
-        if unknown:
-            raise UsageError(f"there is no setting {', '.join(sorted(unknown))}")
+    def _resolved(self, settings: Settings) -> Resolved:
+        """The settings over the model's own. Raises UsageError for unknown names and values out of range."""
+        own = {name: value for name, value in settings.items() if name not in ("em", "system", "raw")}
+        given = GENERATION.read({**own, **_em_keywords(settings)}, NAMES)
         em = settings.get("em")
-        own = {name: value for name, value in self.backend.info.sampling.items() if name in _NUMBERS}
-        preset: Mapping[str, Any] = {}
-        if isinstance(em, str):
-            if em not in EM_PRESETS:
-                raise UsageError(f"em is {em!r}; it must be one of {', '.join(EM_PRESETS)}")
-            em, preset = EM_PRESETS[em]
-        step = EMInf() if em is True else em or None
-        given = {name: settings[name] for name in _NUMBERS & settings.keys()}  # type: ignore[literal-required]
-        bias = tuple((int(token), float(b)) for token, b in settings.get("logit_bias", {}).items())
-        params = SamplingParams(**{**own, **preset, **given}, em=step, logit_bias=bias)
-        stop = settings.get("stop", ())
-        return Plan(
-            params,
-            settings.get("max_tokens", DEFAULT_MAX_TOKENS),
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            settings.get("seed", 0),
-            1,
+        base = Plan(SamplingParams(em=None if isinstance(em, bool | str) else em))
+        return resolve_settings(("keyword", given), base=base, words=NAMES).with_model(
+            self.backend.info.sampling
         )
+
+
+def _em_keywords(settings: Settings) -> Given:
+    """What `em` says, as the settings that it stands for."""
+    em = settings.get("em")
+    if em is None or not isinstance(em, bool | str):
+        return {}
+    said = "em_preset" if isinstance(em, str) else "em_inf"
+    if said in settings:
+        raise UsageError(f"em and {said} are the same setting", "give one of them")
+    return {said: em}

@@ -87,7 +87,7 @@ def test_a_closed_model_says_so(tiny_model: GGUFModel) -> None:
 def test_settings_that_cannot_be_meant(model: emlocal.Model) -> None:
     for bad, message in (
         ({"temprature": 1}, "temprature"),
-        ({"temperature": -1}, "--temp is -1"),
+        ({"temperature": -1}, "temperature is -1"),
         ({"em": "strong"}, "strong"),
         ({"raw": True, "system": "be brief"}, "raw"),
     ):

@@ -69,7 +69,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.models.resolve", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.training.settings", HEAVY | {"numpy"}),
         (
-            "import emlocal.cli.generate, emlocal.cli.engine, emlocal.cli.precedence",
+            "import emlocal.cli.generate, emlocal.cli.engine, emlocal.settings.files",
             HEAVY | {"numpy", "jinja2"},
         ),
         ("import emlocal.backends.llama_cpp.loading", HEAVY | {"numpy", "jinja2"}),
@@ -130,7 +130,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 def test_the_sources_were_found() -> None:
     assert len(SOURCES) > 40
-    assert ("numpy", 12) not in list(imports(PACKAGE / "settings.py"))
+    assert ("numpy", 12) not in list(imports(PACKAGE / "settings/table.py"))
     assert any(m == "llama_cpp" for m, _ in imports(PACKAGE / "backends/llama_cpp/library.py"))
     assert not any(
         m == "llama_cpp" for m, _ in imports(PACKAGE / "backends/llama_cpp/library.py", at_load=True)

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from emlocal.batch.overrides import known_name, meant, shown
 from emlocal.errors import UsageError
 from emlocal.lines import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
+from emlocal.settings.resolve import LINE
+from emlocal.settings.table import shown
 
 _DEEPEST = 100
 _MOST_DIGITS = 600  # Python itself refuses more than 4300, or as few as 640
@@ -157,13 +158,13 @@ def parse_object(number: int, value: Any) -> Item | BadLine:
 
 
 def _own(number: int, value: Mapping[str, Any]) -> Item:
-    overrides = {name: v for name, v in value.items() if known_name(name)}
+    overrides = {name: v for name, v in value.items() if LINE.find(name)}
     extra: dict[str, Any] = {}
     for name, v in value.items():
         if name in overrides or name in ("prompt", "messages", "custom_id", "raw"):
             continue
-        if meant(name):
-            raise UsageError(f"there is no parameter {shown(name)}", f"did you mean {meant(name)}?")
+        if near := LINE.meant(name):
+            raise UsageError(f"there is no parameter {shown(name)}", f"did you mean {near.name}?")
         extra[name] = v
     raw = value.get("raw", False)
     if not isinstance(raw, bool):
@@ -180,7 +181,7 @@ def _openai(number: int, value: Mapping[str, Any]) -> Item:
         asked = f"{value.get('method', 'POST')} to {url}"
         raise UsageError(f"only POST to {' or '.join(_URLS)} is answered, not {shown(asked)}")
     for name in value:
-        if known_name(name) or name in ("messages", "prompt", "raw"):
+        if LINE.find(name) or name in ("messages", "prompt", "raw"):
             raise UsageError(f"{name} stands beside the body", "put it into the body, or leave it out")
     overrides = {}
     for name, v in body.items():
@@ -190,10 +191,10 @@ def _openai(number: int, value: Mapping[str, Any]) -> Item:
             if v is not False:
                 raise UsageError(f"{name} is {shown(v)}; here it can only be false")
             continue
-        if not known_name(name):
-            near = meant(name)
+        if not LINE.find(name):
+            near = LINE.meant(name)
             raise UsageError(
-                f"there is no parameter {shown(name)} here", f"did you mean {near}?" if near else ""
+                f"there is no parameter {shown(name)} here", f"did you mean {near.name}?" if near else ""
             )
         overrides[name] = v
     messages, prompt = _question(body)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from emlocal.backends.base import Backend
 from emlocal.batch.keys import Keys
 from emlocal.batch.lines import BadLine, Item, digest
-from emlocal.batch.overrides import Plan, fields_of
 from emlocal.batch.rows import Answered, Row, error_row, openai_row, own_row
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Request
@@ -20,6 +19,8 @@ from emlocal.methods.method import REVISE, Method, name_of
 from emlocal.models.templates import Message
 from emlocal.sampling import Uniforms
 from emlocal.sampling.draw import request_key
+from emlocal.settings import Plan
+from emlocal.settings.resolve import names_in, overridden
 
 AHEAD = 1024
 """With `ordered`, how many rows may wait for an earlier one; then no more lines are taken."""
@@ -158,8 +159,8 @@ class Batch:
             return Job(task, (), ())
         settings = self._settings
         try:
-            plan = settings.plan.with_overrides(line.overrides)
-            chosen = settings.chosen | fields_of(line.overrides)
+            plan = overridden(settings.plan, line.overrides)
+            chosen = settings.chosen | names_in(line.overrides)
             plan = replace(plan, params=settings.method.params(plan.params, chosen))
             vocabulary = self._backend.info.vocabulary
             for token, _ in plan.params.logit_bias:

@@ -60,6 +60,8 @@ def build(arguments: list[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
+    from emlocal.cli.options import Verb
+
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary in VERBS.items():
         if name != chosen:
@@ -69,7 +71,7 @@ def build(arguments: list[str]) -> typer.Typer:
         if name in GROUPS:
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(vars(module)[name])
+            app.command(name, cls=Verb)(vars(module)[name])
     return app
 
 

@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from emlocal import console
-from emlocal.cli.batch_options import Format, MethodOptions, RunOptions
-from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, check_roles, with_options
+from emlocal.cli.options import BatchOptions, MethodOptions, check_roles, with_options
 from emlocal.cli.running import choose_parallel, identity_of
 from emlocal.errors import CancelledError, UsageError
 from emlocal.models.storage import human_size
+from emlocal.settings import Given, Resolved, resolve_settings
+from emlocal.settings.em import EM
+from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.resolve import SAMPLING
+from emlocal.settings.table import NOTHING, options_of
 from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal
     from emlocal.batch.run import Batch, BatchSettings
     from emlocal.cli.engine import Opened
-    from emlocal.cli.precedence import Config
     from emlocal.methods.method import Method
 
 
@@ -35,11 +38,9 @@ def batch(
     output: Annotated[
         str, typer.Option("-o", "--output", help="JSONL file; stdout without it.", metavar="OUTPUT")
     ] = "-",
-    run: RunOptions = RunOptions(),
+    run: BatchOptions = BatchOptions(),
     how: MethodOptions = MethodOptions(),
-    em: EMOptions = EMOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    engine: EngineOptions = EngineOptions(),
+    given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Answer a file of prompts; killed runs go on where they stopped.
 
@@ -47,18 +48,18 @@ def batch(
     EM value for itself. Finished rows are neither lost nor repeated, whatever stopped the run.
     """
     from emlocal.batch.lines import canonical
-    from emlocal.cli import precedence
     from emlocal.cli.engine import open_for_batch
+    from emlocal.settings.files import read_config
 
     _check(input_, output, run)
-    config = precedence.read_config()
-    precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
+    layers = ("flag", given), ("config", read_config())
+    resolved = resolve_settings(*layers)
     method = _method(how)
     with ExitStack() as opened:
         source = opened.enter_context(_source(input_))
-        options = precedence.merged(engine, config.engine)
+        options = options_of(EngineOptions, *layers)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
-        settings = _settings(model, (sampling, em, config), method, run)
+        settings = _settings(model, resolved, method, run)
         identity = identity_of(settings, model)
         settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
@@ -70,7 +71,7 @@ def batch(
         raise typer.Exit(code)
 
 
-def _check(input_: str, output: str, run: RunOptions) -> None:
+def _check(input_: str, output: str, run: BatchOptions) -> None:
     """Raise UsageError for what cannot be meant, before anything is loaded."""
     if run.retry_errors and (output == "-" or not run.resume):
         raise UsageError("--retry-errors needs an output to go on with (-o OUTPUT, without --restart)")
@@ -110,40 +111,29 @@ def _source(input_: str) -> BinaryIO:
 def _method(how: MethodOptions) -> "Method":
     from emlocal.methods.method import Method
 
-    name = None if how.method is None else str(how.method)
-    extraction = None if how.extract is None else str(how.extract)
-    return Method(name, how.samples, how.rounds, extraction, how.pattern)  # type: ignore[arg-type]
+    return Method(how.method, how.samples, how.rounds, how.extract, how.pattern)
 
 
-def _settings(
-    model: "Opened", flags: tuple[SamplingOptions, EMOptions, "Config"], method: "Method", run: RunOptions
-) -> "BatchSettings":
+def _settings(model: "Opened", resolved: Resolved, method: "Method", run: BatchOptions) -> "BatchSettings":
     """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
-    from emlocal.batch.overrides import Plan
     from emlocal.batch.run import BatchSettings
-    from emlocal.cli import precedence
 
-    sampling, em, config = flags
-    resolved = precedence.sampling(sampling, em, config, model.backend.info.sampling)
-    chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
-    if em.em_inf is False:
-        chosen |= {"em_inf"}
-    seed = precedence.merged(sampling, config.sampling).seed
-    max_tokens, stop = precedence.limits(sampling, config.sampling)
-    params = method.params(resolved.params, chosen)
-    plan = Plan(
-        params,
-        max_tokens,
-        stop,
-        0 if seed is None else precedence.seed(sampling, config.sampling),
-        method.samples_per_prompt,
-    )
+    resolved = resolved.with_model(model.backend.info.sampling)
+    params = method.params(resolved.params, resolved.chosen)
+    plan = replace(resolved.plan, params=params, samples=method.samples_per_prompt)
     return BatchSettings(
-        plan, method, chosen, run.system, run.raw, run.keep, run.form is Format.openai, run.ordered
+        plan,
+        method,
+        resolved.chosen,
+        run.system,
+        run.raw,
+        run.keep,
+        run.form == "openai",
+        run.ordered,
     )
 
 
-def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: RunOptions) -> int:
+def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: BatchOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
@@ -181,7 +171,7 @@ def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: 
     return 1 if found.bad_lines or found.refused else 0
 
 
-def _journal(output: str, identity: Mapping[str, object], run: RunOptions) -> "Journal":
+def _journal(output: str, identity: Mapping[str, object], run: BatchOptions) -> "Journal":
     """The output file, with a word on what it holds already."""
     from emlocal.batch.journal import Journal
     from emlocal.batch.rows import is_error, key_of
@@ -203,7 +193,7 @@ def _run(
     source: BinaryIO,
     journal: "Journal | None",
     settings: "BatchSettings",
-    run: RunOptions,
+    run: BatchOptions,
 ) -> int:
     """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
     from emlocal.batch.lines import read_lines
@@ -251,7 +241,7 @@ def _run(
     return 1 if stopped or batch.tally.errors or (journal is not None and journal.errors) else 0
 
 
-def _say_what_is_there(journal: "Journal", run: RunOptions) -> None:
+def _say_what_is_there(journal: "Journal", run: BatchOptions) -> None:
     if run.quiet:
         return
     if journal.repaired:

@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emlocal import __version__, console
-from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.cli.options import with_options
 from emlocal.errors import UsageError
+from emlocal.settings import EM_STEPS, Given, resolve_settings
+from emlocal.settings.em import EM, switch_of
+from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
@@ -30,8 +34,7 @@ def bench(
     ] = 12,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the draws.", metavar="N")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-    em: EMOptions = EMOptions(),
-    engine: EngineOptions = EngineOptions(),
+    given: Annotated[Given, EM, ENGINE] = NOTHING,
 ) -> None:
     """Measure speed on this machine, and what entropy minimization costs.
 
@@ -41,16 +44,16 @@ def bench(
     the rounds if they are fewer than six. A token's time includes the forward pass, the sampler, and the
     assembly of text; not the prompt, and not the terminal.
     """
-    from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
     from emlocal.generation import interruptible
+    from emlocal.settings.files import read_config
 
     if tokens < 1 or rounds < 1:
         raise UsageError("--tokens and --rounds must be at least 1")
-    config = precedence.read_config()
-    em = _with_em(em, config.em)
-    precedence.sampling(SamplingOptions(), em, config, {})  # what contradicts itself fails before loading
-    options = precedence.merged(engine, config.engine)
+    config = read_config()
+    layers = ("flag", _with_em(given, config)), ("config", config)
+    resolved = resolve_settings(*layers)
+    options = options_of(EngineOptions, *layers)
     # An exception in the callback of a prefill would be lost; the flag is seen between two measurements.
     with interruptible() as cancelled, console.progress() as progress:
 
@@ -63,7 +66,7 @@ def bench(
         started = time.perf_counter()
         with open_backend(options, sequences=2, quiet=as_json) as backend:
             load_seconds = time.perf_counter() - started
-            params = precedence.sampling(SamplingOptions(), em, config, backend.info.sampling).params
+            params = resolved.with_model(backend.info.sampling).params
             measured = _measure(backend, params, (tokens, rounds, seed), load_seconds, say)
     if as_json:
         console.print_json(measured)
@@ -71,13 +74,13 @@ def bench(
         _show(measured)
 
 
-def _with_em(em: EMOptions, config: EMOptions) -> EMOptions:
+def _with_em(given: Given, config: Given) -> Given:
     """The EM step to measure: the one that is asked for, else EM-INF."""
-    if em.em_inf is False:
+    if given.get("em_inf") is False:
         raise UsageError("bench compares EM with none; --no-em-inf leaves nothing to compare")
-    chosen = (em.em_inf, em.em_preset, em.adaptive_temperature)
-    configured = (config.em_inf, config.em_preset, config.adaptive_temperature)
-    return em if any(chosen) or any(configured) else replace(em, em_inf=True)
+    asking = ("em_preset", *(switch_of(step).name for step in EM_STEPS))
+    asked = any(layer.get(name) for layer in (given, config) for name in asking)
+    return given if asked else {**given, "em_inf": True}
 
 
 def _measure(

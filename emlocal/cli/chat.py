@@ -1,20 +1,22 @@
 """`emlocal chat`: a conversation in a terminal or a pipe."""
 
-import re
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emlocal.cli.options import EMOptions, EngineOptions, OutputOptions, Preset, SamplingOptions, with_options
+from emlocal.cli.options import OutputOptions, with_options
 from emlocal.errors import UsageError
+from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
+from emlocal.settings.em import EM, EMInf, em_numbers
+from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
+from emlocal.settings.table import NOTHING, SET, options_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from emlocal.chat.session import Turn
-    from emlocal.cli.precedence import Config, Sampling
 
 
 @with_options
@@ -24,29 +26,27 @@ def chat(
         str | None, typer.Option("--load", help="Go on with a saved conversation.", metavar="NAME")
     ] = None,
     output: OutputOptions = OutputOptions(),
-    em: EMOptions = EMOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    engine: EngineOptions = EngineOptions(),
+    given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
     from emlocal.chat.conversation import Conversation, chat_file
     from emlocal.chat.reading import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
-    from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
     from emlocal.models.paths import data_dir
+    from emlocal.settings.files import read_config
 
     if output.trace is not None:
         raise UsageError("--trace belongs to emlocal generate")
-    config = precedence.read_config()
-    precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
-    seed = precedence.seed(sampling, config.sampling)
+    config = read_config()
+    settings = ChatSettings(given, config)
     conversation = Conversation.load(chat_file(load)) if load else Conversation()
     if system is not None:
         conversation.system = system
-    with open_backend(precedence.merged(engine, config.engine), sequences=4, quiet=output.quiet) as backend:
-        settings = ChatSettings(replace(sampling, seed=seed), em, config, backend.info.sampling)
+    options = options_of(EngineOptions, ("flag", given), ("config", config))
+    with open_backend(options, sequences=4, quiet=output.quiet) as backend:
+        settings.model = backend.info.sampling
         session = ChatSession(backend, conversation)
 
         def status() -> str:
@@ -66,79 +66,58 @@ def chat(
 class ChatSettings:
     """The flags, as /set and /em change them."""
 
-    def __init__(
-        self, sampling: SamplingOptions, em: EMOptions, config: "Config", model: "Mapping[str, float]"
-    ) -> None:
-        self._sampling = sampling
-        self._em = em
+    def __init__(self, given: Given, config: Given) -> None:
+        """Raises UsageError where the flags contradict each other."""
+        self.model: Mapping[str, float] = {}
+        """The loaded model's own settings."""
         self._config = config
-        self._model = model
-        self._resolve(sampling, em)
-
-    def _resolve(self, sampling: SamplingOptions, em: EMOptions) -> "Sampling":
-        from emlocal.cli import precedence
-
-        return precedence.sampling(sampling, em, self._config, self._model)
+        self._base = Plan(seed=random_seed())
+        self._given = given
+        self._resolved = resolve_settings(("flag", given), ("config", config), base=self._base)
 
     def turn(self) -> "Turn":
         from emlocal.chat.session import Turn
-        from emlocal.cli import precedence
 
-        most, stop = precedence.limits(self._sampling, self._config.sampling)
-        seed = precedence.seed(self._sampling, self._config.sampling)
-        return Turn(self._resolve(self._sampling, self._em).params, seed, most, stop)
+        plan = self._now().plan
+        return Turn(plan.params, plan.seed, plan.max_tokens, plan.stop)
 
     def set(self, name: str, value: str) -> None:
-        from emlocal.cli import precedence
-
-        sampling = precedence.with_text(self._sampling, name, value)
-        em = precedence.with_text(self._em, name, value)
-        if sampling is None and em is None:
-            names = [*precedence.flag_names(SamplingOptions), *precedence.flag_names(EMOptions)]
-            raise precedence.unknown_setting(name, names)
-        sampling, em = sampling or self._sampling, em or self._em
-        try:
-            self._resolve(sampling, em)
-            precedence.limits(sampling, self._config.sampling)
-            precedence.seed(sampling, self._config.sampling)
-        except UsageError as error:
-            raise _in_words_of_set(error) from None
-        self._sampling, self._em = sampling, em
+        self._take({**self._given, **GENERATION.read_text(name, value, SET)})
 
     def em(self, choice: str) -> None:
+        others = {name: value for name, value in self._given.items() if name not in EM.settings}
         if choice == "off":
-            self._em = EMOptions(em_inf=False)
-        elif choice == "on":  # what belongs to adaptive temperature goes with it
-            self._em = replace(self._em, em_inf=True, adaptive_temperature=None, em_ratio=None)
-        elif choice in list(Preset):
-            self._em = EMOptions(em_preset=Preset(choice))
+            self._take({**others, "em_inf": False})
+        elif choice == "on":  # what belongs to other steps goes with them
+            kept = self._given.keys() & {"em_preset", *em_numbers(EMInf)}
+            self._take({**others, **{name: self._given[name] for name in kept}, "em_inf": True})
+        elif choice in EM_PRESETS:
+            self._take({**others, "em_preset": choice})
         else:
-            raise UsageError(f"/em {choice}: it takes on, off, or a preset ({', '.join(Preset)})")
+            raise UsageError(f"/em {choice}: it takes on, off, or a preset ({', '.join(EM_PRESETS)})")
 
     def em_text(self) -> str:
-        from emlocal.settings import describe_em
-
-        return describe_em(self._resolve(self._sampling, self._em).params.em)
+        return describe_em(self._resolved.params.em)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        from emlocal.settings import SamplingParams, settings_of
-
-        resolved = self._resolve(self._sampling, self._em)
-        flags = settings_of(SamplingParams)
-        rows = [
-            (flags[name].flag.removeprefix("--"), f"{vars(resolved.params)[name]:g}", source)
-            for name, source in resolved.sources.items()
+        now = self._now()
+        values = {**vars(now.params), **vars(now.plan)}
+        rows = []
+        for name, known in SAMPLING.settings.items():
+            source = now.sources[name]
+            if isinstance(values[name], int | float):
+                shown = f"{values[name]:g}" if isinstance(values[name], float) else str(values[name])
+                rows.append((known.flag.removeprefix("--"), shown, source))
+        rows += [("stop", repr(text), now.sources["stop"]) for text in now.plan.stop]
+        rows += [
+            ("logit-bias", f"{token}={b:g}", now.sources["logit_bias"]) for token, b in now.params.logit_bias
         ]
-        turn = self.turn()
-        rows += [("max-tokens", str(turn.max_tokens), ""), ("seed", str(turn.seed), "")]
-        rows += [("stop", repr(text), "") for text in turn.stop]
         return [*rows, ("em", self.em_text(), "")]
 
+    def _take(self, given: Given) -> None:
+        """Use these from now on. Raises UsageError, and keeps the old ones, for a contradiction."""
+        resolved = resolve_settings(("flag", given), ("config", self._config), base=self._base, words=SET)
+        self._given, self._resolved = given, resolved
 
-def _in_words_of_set(error: UsageError) -> UsageError:
-    """An error that speaks of flags, as /set has it: names without dashes, and no --no-."""
-
-    def named(text: str) -> str:
-        return re.sub(r"--([a-z][a-z-]*)", r"\1", re.sub(r"--no-([a-z-]+)", r"\1 false", text))
-
-    return UsageError(named(error.message), named(re.sub(r"^add --([a-z-]+)$", r"/set \1 true", error.hint)))
+    def _now(self) -> Resolved:
+        return self._resolved.with_model(self.model)

@@ -79,14 +79,13 @@ def _places() -> Iterator["Finding"]:
 
 def _config() -> "Finding":
     """The config file: found, and every value in it usable."""
-    from emlocal.cli import precedence
-    from emlocal.cli.options import EMOptions, SamplingOptions
     from emlocal.diagnosis.checks import Finding
+    from emlocal.settings import resolve_settings
+    from emlocal.settings.files import config_path, read_config
 
-    path = precedence.config_path()
+    path = config_path()
     facts = {"path": str(path), "exists": path.exists()}
-    config = precedence.read_config()
-    precedence.sampling(SamplingOptions(), EMOptions(), config, {})
+    resolve_settings(("config", read_config()))
     if not path.exists():
         return Finding("config", "info", f"none; it would be {path}", facts=facts)
     return Finding("config", "ok", str(path), facts=facts)

@@ -13,11 +13,11 @@ from emlocal import console
 from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
 from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
 from emlocal.cancel import interruptible
-from emlocal.cli.options import EngineOptions
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
 from emlocal.models.resolve import FolderModel, Model, resolve
+from emlocal.settings.engine import EngineOptions
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
@@ -58,17 +58,15 @@ def open_for_batch(options: EngineOptions, parallel: int | None, *, quiet: bool)
 @contextmanager
 def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: bool) -> Iterator[Opened]:
     _check(options)
-    name, reason = select_backend(str(options.backend or "auto"), options.model)
+    name, reason = select_backend(options.backend or "auto", options.model)
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
-        model = resolve(
-            options.model, formats=formats_of(name), offline=bool(options.offline), progress=progress
-        )
-    adapters = tuple(_adapter(text, model, name, quiet) for text in options.adapter or [])
+        model = resolve(options.model, formats=formats_of(name), offline=options.offline, progress=progress)
+    adapters = tuple(_adapter(text, model, name, quiet) for text in options.adapter)
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
-    kv_type: KVType | None = str(options.kv_type) if options.kv_type else None  # type: ignore[assignment]
+    kv_type: KVType | None = options.kv_type
     terms = memory_terms(name, model.header, kv_type)
     if not shared:
         from emlocal.generation.scheduler import SPARE_SEQUENCES as SPARE

@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from emlocal import console
-from emlocal.cli.options import EMOptions, EngineOptions, SamplingOptions, with_options
+from emlocal.cli.options import with_options
 from emlocal.cli.running import identity_of
 from emlocal.errors import CancelledError, EmlocalError, UsageError
+from emlocal.settings import Given, Plan, resolve_settings
+from emlocal.settings.em import EM
+from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.resolve import SAMPLING
+from emlocal.settings.table import NOTHING, options_of, setting
 from emlocal.words import counted
 
 if TYPE_CHECKING:
-    from emlocal.batch.overrides import Plan
     from emlocal.cli.engine import Opened
-    from emlocal.cli.precedence import Config
     from emlocal.evaluation.contenders import Contender
     from emlocal.evaluation.judging import Judged
     from emlocal.evaluation.report.document import Document
     from emlocal.evaluation.run import Entry
     from emlocal.evaluation.tasks.task import Task
 
-_MOST_SAMPLES = 1024
 _PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
 
 
@@ -36,43 +38,70 @@ _PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": 
 class EvalOptions:
     """What is asked, and what becomes of it."""
 
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Problems, .jsonl or .json; without it, from the hub.", metavar="FILE"),
-    ] = None
-    targets: Annotated[
-        Path | None,
-        typer.Option(
-            "--targets", help="SciCode's test_data.h5, for problems without gold code.", metavar="FILE"
-        ),
-    ] = None
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N problems.", metavar="N")] = (
-        None
+    data: Path | None = setting(
+        None,
+        "--data",
+        help="Problems, .jsonl or .json; without it, from the hub.",
+        kind="path",
+        metavar="FILE",
     )
-    samples: Annotated[
-        int, typer.Option("-n", "--samples", help="Answers to each: mean@N and pass@k.", metavar="N")
-    ] = 1
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message, instead of the task's.", metavar="TEXT")
-    ] = None
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder. (default: eval-TASK-MODEL)", metavar="DIR")
-    ] = None
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run code that the model writes, contained.")
-    ] = False
-    code_seconds: Annotated[
-        float | None,
-        typer.Option("--code-seconds", help="For such a program. (default: 10; scicode 300)", metavar="X"),
-    ] = None
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with answers that are there, or begin anew.")
-    ] = True
-    parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", help="Sequences at once. (default: 16, or as memory allows)", metavar="N"),
-    ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the table.")] = False
+    targets: Path | None = setting(
+        None,
+        "--targets",
+        help="SciCode's test_data.h5, for problems without gold code.",
+        kind="path",
+        metavar="FILE",
+    )
+    limit: int | None = setting(None, "--limit", 1, help="Only the first N problems.", kind="whole")
+    samples: int = setting(
+        1,
+        "--samples",
+        1,
+        1024,
+        "Answers to each: mean@N and pass@k.",
+        aliases=("--n", "--num-return-sequences"),
+        short="-n",
+    )
+    system: str | None = setting(
+        None,
+        "--system",
+        help="System message, instead of the task's.",
+        kind="text",
+        aliases=("--system-prompt",),
+        metavar="TEXT",
+    )
+    output: Path | None = setting(
+        None,
+        "--output",
+        help="Folder. (default: eval-TASK-MODEL)",
+        kind="path",
+        aliases=("--output-dir",),
+        short="-o",
+        metavar="DIR",
+    )
+    allow_code: bool = setting(False, "--allow-code", help="Run code that the model writes, contained.")
+    code_seconds: float | None = setting(
+        None,
+        "--code-seconds",
+        0,
+        3600,
+        "For such a program. (default: 10; scicode 300)",
+        low_is_open=True,
+        kind="number",
+    )
+    resume: bool = setting(
+        True, "--resume", help="Go on with answers that are there, or begin anew.", off="--restart"
+    )
+    parallel: int | None = setting(
+        None,
+        "--parallel",
+        1,
+        256,
+        "Sequences at once. (default: 16, or as memory allows)",
+        kind="whole",
+        aliases=("--max-num-seqs",),
+    )
+    quiet: bool = setting(False, "--quiet", help="Only the table.", short="-q")
 
 
 @with_options
@@ -95,33 +124,34 @@ def eval(
         ),
     ] = "greedy,sample,em-inf",
     how: EvalOptions = EvalOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    engine: EngineOptions = EngineOptions(),
+    given: Annotated[Given, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Compare ways of answering on problems with known answers: accuracy, cost, and how sure that is.
 
     All methods have the same engine, prompts and draws. What is there is not answered again: a killed run
     goes on, and methods can be added. The folder gets results.json, results.md and report.html.
     """
-    from emlocal.cli import precedence
     from emlocal.cli.engine import MOST_PARALLEL, open_for_batch
     from emlocal.evaluation.contenders import read_contenders
     from emlocal.evaluation.run import others_in
     from emlocal.evaluation.tasks.open import open_task
     from emlocal.generation.scheduler import SPARE_SEQUENCES
+    from emlocal.settings.files import read_config
 
-    config = precedence.read_config()
+    config = {name: value for name, value in read_config().items() if name not in EM.settings}
+    layers = ("flag", given), ("config", config)  # EM is for methods to say
+    resolved = resolve_settings(*layers)
     contenders = read_contenders(methods)
     for contender in contenders:  # what contradicts itself fails before a model is loaded
-        contender.plan(*_base(sampling, config, {}))
+        contender.plan(resolved.plan, resolved.chosen)
     asked = open_task(task, how.data, how.limit, how.code_seconds, how.targets)
     _check(asked, contenders, how)
     _check_folder(how.output)
     with ExitStack() as opened:
-        options = precedence.merged(engine, config.engine)
+        options = options_of(EngineOptions, *layers)
         model = opened.enter_context(open_for_batch(options, how.parallel, quiet=how.quiet))
         parallel = how.parallel or min(MOST_PARALLEL, model.backend.max_sequences - SPARE_SEQUENCES)
-        base = _base(sampling, config, model.backend.info.sampling)
+        base = resolved.with_model(model.backend.info.sampling).plan, resolved.chosen
         entries = _entries(asked, contenders, base, model, parallel, how)
         name = f"eval-{asked.name}-{model.backend.info.name}"
         folder = how.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))  # as Windows has them, too
@@ -134,29 +164,11 @@ def eval(
         console.note(f"{folder}: results.json, results.md, report.html, and all answers")
 
 
-def _base(
-    sampling: SamplingOptions, config: "Config", model: Mapping[str, float]
-) -> "tuple[Plan, frozenset[str]]":
-    """What all methods begin with, and which of it was set on purpose. EM is for methods to say."""
-    from emlocal.batch.overrides import Plan
-    from emlocal.cli import precedence
-
-    plain = replace(config, em=EMOptions())
-    resolved = precedence.sampling(sampling, EMOptions(), plain, model)
-    chosen = frozenset(name for name, source in resolved.sources.items() if source in ("flag", "config"))
-    given = precedence.merged(sampling, config.sampling).seed
-    seed = 0 if given is None else precedence.seed(sampling, config.sampling)
-    max_tokens, stop = precedence.limits(sampling, config.sampling)
-    return Plan(resolved.params, max_tokens, stop, seed, 1), chosen
-
-
 def _check(task: "Task", contenders: "Sequence[Contender]", how: EvalOptions) -> None:
     """Raise UsageError for what cannot be meant, EmlocalError for what would fail at the end."""
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise EmlocalError(f"emlocal eval needs the package {package}", "pip install 'emlocal[eval]'")
-    if not 1 <= how.samples <= _MOST_SAMPLES:
-        raise UsageError(f"--samples is {how.samples}; it must be between 1 and {_MOST_SAMPLES:,}")
     if task.runs_code:
         if not how.allow_code:
             raise UsageError(

@@ -1,11 +1,10 @@
 """`emlocal finetune`: a LoRA adapter from the model's own, unlabelled answers (EM-FT)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from emlocal.cli.finetune_options import Recipe, TrainingOptions
 from emlocal.cli.options import with_options
 from emlocal.cli.training_options import (
     AnswerOptions,
@@ -16,6 +15,8 @@ from emlocal.cli.training_options import (
     RunOptions,
 )
 from emlocal.errors import UsageError
+from emlocal.settings.table import NOTHING, Given, Table
+from emlocal.training.settings import RECIPES, FineTuneSettings, settings_of_run
 from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from emlocal.cli.training_engines import Opened
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.training.prompts import Prompt
-    from emlocal.training.settings import FineTuneSettings
+
+Recipe = Literal["default", "paper", "one-shot"]
 
 
 @with_options
@@ -33,10 +35,10 @@ def finetune(
     output: Output,
     model: ModelName = None,
     recipe: Annotated[Recipe, typer.Option("--recipe", help="Settings that others are changes to.")] = (
-        Recipe.default
+        "default"
     ),
     run: RunOptions = RunOptions(),
-    training: TrainingOptions = TrainingOptions(),
+    given: Annotated[Given, Table.of(FineTuneSettings)] = NOTHING,
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
@@ -46,21 +48,20 @@ def finetune(
     of the distributions that its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
     """
     machine.go_offline_if_asked()
-    from emlocal.cli.finetune_settings import settings_of_run
     from emlocal.cli.training import Asked, carry_out
 
-    settings = settings_of_run(training, recipe, run.config)
+    settings = settings_of_run(FineTuneSettings, given, run.config, RECIPES[recipe].values)
     carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
 
 
-def _work(settings: "FineTuneSettings", recipe: Recipe) -> "Work[EntropyLearner]":
+def _work(settings: FineTuneSettings, recipe: Recipe) -> "Work[EntropyLearner]":
     from emlocal.backends.learner import EntropyObjective
     from emlocal.cli import training_view as view
     from emlocal.cli.training import Work
     from emlocal.training.finetune import FineTune
 
     def check(prompts: Sequence["Prompt"]) -> None:
-        if recipe is Recipe.one_shot and len(prompts) > 1:
+        if recipe == "one-shot" and len(prompts) > 1:
             raise UsageError(
                 f"--recipe one-shot trains on one prompt; there are {len(prompts):,}", "choose one: --limit 1"
             )

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emlocal import console
-from emlocal.cli.options import (
-    EMOptions,
-    EngineOptions,
-    OutputOptions,
-    PromptOptions,
-    SamplingOptions,
-    check_roles,
-    with_options,
-)
+from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, with_options
 from emlocal.errors import UsageError
+from emlocal.settings import Given, Plan, resolve_settings
+from emlocal.settings.em import EM
+from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.resolve import SAMPLING, random_seed
+from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
@@ -39,37 +36,35 @@ def generate(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     output: OutputOptions = OutputOptions(),
-    em: EMOptions = EMOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    engine: EngineOptions = EngineOptions(),
+    given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Answer one prompt.
 
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
-    from emlocal.cli import precedence
     from emlocal.cli.engine import open_backend
+    from emlocal.settings.files import read_config
 
     if not 1 <= samples <= 256:
         raise UsageError(f"--samples is {samples}; it must be between 1 and 256")
     if as_json and output.show_entropy:
         raise UsageError("--json and --show-entropy contradict each other", "leave one of them out")
     check_roles(prompting.raw, prompting.system)
-    config = precedence.read_config()
-    precedence.sampling(sampling, em, config, {})  # what contradicts itself fails before a model is loaded
-    seed = precedence.seed(sampling, config.sampling)
-    limits = precedence.limits(sampling, config.sampling)
+    layers = ("flag", given), ("config", read_config())
+    resolved = resolve_settings(*layers, base=Plan(seed=random_seed()))
     text = read_prompt(prompt, file)
     quiet = output.quiet or as_json
-    with open_backend(
-        precedence.merged(engine, config.engine), sequences=samples + 1, quiet=quiet
-    ) as backend:
+    options = options_of(EngineOptions, *layers)
+    with open_backend(options, sequences=samples + 1, quiet=quiet) as backend:
         from emlocal.generation import Request  # with numpy, which is imported while the model is loaded
         from emlocal.sampling import Uniforms
 
-        params = precedence.sampling(sampling, em, config, backend.info.sampling).params
-        requests = [Request(params, Uniforms(seed, 0, i), *limits) for i in range(samples)]
-        job = Job(encode(backend, text, prompting), requests, seed, output, as_json)
+        plan = resolved.with_model(backend.info.sampling).plan
+        requests = [
+            Request(plan.params, Uniforms(plan.seed, 0, i), plan.max_tokens, plan.stop)
+            for i in range(samples)
+        ]
+        job = Job(encode(backend, text, prompting), requests, plan.seed, output, as_json)
         code = run(backend, job)
     if code:
         raise typer.Exit(code)

@@ -167,14 +167,13 @@ def _facts(model: Model) -> dict[str, Any]:
 
 def _in_effect(own: Mapping[str, float]) -> dict[str, dict[str, float | str]]:
     """What emlocal samples with when no flag is given: config file, then model, then its own defaults."""
-    from emlocal.cli.options import EMOptions, SamplingOptions
-    from emlocal.cli.precedence import read_config, sampling
-    from emlocal.settings import describe_em
+    from emlocal.settings import SamplingParams, describe_em, resolve_settings, settings_of
+    from emlocal.settings.files import read_config
 
-    resolved = sampling(SamplingOptions(), EMOptions(), read_config(), own)
+    resolved = resolve_settings(("config", read_config())).with_model(own)
     effective: dict[str, dict[str, float | str]] = {
-        name: {"value": vars(resolved.params)[name], "from": source}
-        for name, source in resolved.sources.items()
+        name: {"value": vars(resolved.params)[name], "from": resolved.sources[name]}
+        for name in settings_of(SamplingParams)
     }
     em = resolved.params.em
     return effective | {"em": {"value": describe_em(em), "from": "config" if em else "default"}}

@@ -1,222 +1,49 @@
-"""Every flag, declared once for all verbs.
+"""The command line's flags, made from the settings' records, and the options that only some verbs have.
 
-A verb takes groups of flags as dataclasses:
+A verb takes tables of settings, and groups of options:
 
     @with_options
-    def generate(prompt: ..., engine: EngineOptions, sampling: SamplingOptions) -> None: ...
+    def chat(output: OutputOptions, given: Annotated[Given, EM, SAMPLING, ENGINE]) -> None: ...
 
-`with_options` shows typer each field of a group as a parameter of its own and hands the group back whole.
-A flag that was not given is None, so that the config file, the model and emlocal's defaults can follow.
+`with_options` shows typer each setting as a parameter of its own. Of a table, the verb is handed what was
+given and nothing else, so that the config file, the model and emlocal's defaults can follow; of a group, the
+dataclass.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from emlocal.errors import UsageError
-from emlocal.settings import SamplingParams, settings_of
+from emlocal.methods.answers import Extraction
+from emlocal.methods.method import METHODS, MethodName
+from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
 
 R = TypeVar("R")
-ENGINE, SAMPLING, EM, OUTPUT = "Model and engine", "Sampling", "Entropy minimization", "Output"
-
-
-class BackendChoice(StrEnum):
-    auto = "auto"
-    llama_cpp = "llama.cpp"
-    mlx = "mlx"
-    torch = "torch"
-
-
-class KVChoice(StrEnum):
-    f32 = "f32"
-    f16 = "f16"
-    q8_0 = "q8_0"
-    q4_0 = "q4_0"
-
-
-class Optimizer(StrEnum):
-    sgd = "sgd"
-    adam = "adam"
-
-
-class Preset(StrEnum):
-    default = "default"
-    paper = "paper"
-    em_pt = "em-pt"
-
-
-def flag(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
-    """A flag in one of the help's panels."""
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
-
-
-def number_flag(cls: type, name: str, panel: str, metavar: str) -> Any:
-    """The flag of a number that a settings dataclass declares, with its help text and default."""
-    known = settings_of(cls)[name]
-    default = next(f.default for f in fields(cls) if f.name == name)
-    return flag(panel, known.flag, help=f"{known.help} (default: {default:g})", metavar=metavar)
-
-
-def _sampling(name: str, metavar: str = "X") -> Any:
-    return number_flag(SamplingParams, name, SAMPLING, metavar)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Which model, and how to run it."""
-
-    model: Annotated[
-        str | None,
-        flag(
-            ENGINE,
-            "-m",
-            "--model",
-            help="Short name, .gguf file, or org/name:QUANT of the hub.",
-            metavar="MODEL",
-        ),
-    ] = None
-    backend: Annotated[BackendChoice | None, flag(ENGINE, "--backend", help="Engine to run on.")] = None
-    adapter: Annotated[
-        list[str] | None,
-        flag(
-            ENGINE,
-            "--adapter",
-            help="LoRA adapter: a PEFT or MLX folder, or a GGUF file. Repeatable.",
-            metavar="PATH[=SCALE]",
-        ),
-    ] = None
-    context: Annotated[
-        int | None,
-        flag(
-            ENGINE,
-            "-c",
-            "--context",
-            help="Tokens of context. (default: the model's, at most 8192; 2048 in a batch)",
-            metavar="N",
-        ),
-    ] = None
-    threads: Annotated[
-        int | None,
-        flag(ENGINE, "-t", "--threads", help="CPU threads. (default: physical cores)", metavar="N"),
-    ] = None
-    kv_type: Annotated[
-        KVChoice | None,
-        flag(
-            ENGINE,
-            "--kv-type",
-            help="Type of the cached keys and values. (default: f16; in torch the model's)",
-        ),
-    ] = None
-    offline: Annotated[bool | None, flag(ENGINE, "--offline", help="Never use the network.")] = None
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen; see SamplingParams."""
-
-    temperature: Annotated[float | None, _sampling("temperature")] = None
-    dynatemp_range: Annotated[float | None, _sampling("dynatemp_range")] = None
-    dynatemp_exponent: Annotated[float | None, _sampling("dynatemp_exponent")] = None
-    top_k: Annotated[int | None, _sampling("top_k", "N")] = None
-    top_p: Annotated[float | None, _sampling("top_p")] = None
-    min_p: Annotated[float | None, _sampling("min_p")] = None
-    repeat_penalty: Annotated[float | None, _sampling("repeat_penalty")] = None
-    repeat_last_n: Annotated[int | None, _sampling("repeat_last_n", "N")] = None
-    presence_penalty: Annotated[float | None, _sampling("presence_penalty")] = None
-    frequency_penalty: Annotated[float | None, _sampling("frequency_penalty")] = None
-    logit_bias: Annotated[
-        list[str] | None,
-        flag(
-            SAMPLING,
-            "--logit-bias",
-            help="Add to a token's logit; -inf bans it. Repeatable.",
-            metavar="ID=BIAS",
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        flag(
-            SAMPLING,
-            "-s",
-            "--seed",
-            help="Seed of the draws. (default: random, and shown; 0 in a batch)",
-            metavar="N",
-        ),
-    ] = None
-    max_tokens: Annotated[
-        int | None,
-        flag(SAMPLING, "--max-tokens", help="Stop after this many tokens. (default: 1024)", metavar="N"),
-    ] = None
-    stop: Annotated[
-        list[str] | None, flag(SAMPLING, "--stop", help="Stop before this text. Repeatable.", metavar="TEXT")
-    ] = None
-
-
-@dataclass(frozen=True)
-class EMOptions:
-    """The entropy-minimizing step; see EMInf and AdaptiveTemperature."""
-
-    em_inf: Annotated[
-        bool | None, flag(EM, "--em-inf/--no-em-inf", help="Minimize each token's entropy while decoding.")
-    ] = None
-    adaptive_temperature: Annotated[
-        bool | None,
-        flag(
-            EM,
-            "--adaptive-temp/--no-adaptive-temp",
-            help="Cool each token to a target entropy instead.",
-        ),
-    ] = None
-    em_preset: Annotated[
-        Preset | None,
-        flag(
-            EM,
-            "--em-preset",
-            help="EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
-        ),
-    ] = None
-    em_threshold: Annotated[
-        float | None,
-        flag(EM, "--em-threshold", help="δ in nats: leave rows below it alone. (default: 0.3)", metavar="X"),
-    ] = None
-    em_steps: Annotated[
-        int | None, flag(EM, "--em-steps", help="Most gradient steps per token. (default: 10)", metavar="N")
-    ] = None
-    em_learning_rate: Annotated[
-        float | None, flag(EM, "--em-learning-rate", help="η, size of a step. (default: 2)", metavar="X")
-    ] = None
-    em_optimizer: Annotated[
-        Optimizer | None, flag(EM, "--em-optimizer", help="How steps are taken. (default: sgd)")
-    ] = None
-    em_kl_weight: Annotated[
-        float | None,
-        flag(EM, "--em-kl-weight", help="κ, weight of KL(original ‖ new). (default: 0)", metavar="X"),
-    ] = None
-    em_ratio: Annotated[
-        float | None,
-        flag(
-            EM,
-            "--em-ratio",
-            help="α of adaptive temperature: share of the entropy kept. (default: 0.5)",
-            metavar="X",
-        ),
-    ] = None
+OUTPUT = "Output"
+ALIASES: dict[str, dict[str, str]] = {}
+"""Of each verb: other programs' flags → emlocal's."""
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """What is said before the answer."""
 
-    system: Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")] = None
-    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without chat template.")] = (
-        False
+    system: str | None = setting(
+        None,
+        "--system",
+        help="System message.",
+        kind="text",
+        aliases=("--system-prompt",),
+        metavar="TEXT",
     )
+    raw: bool = setting(False, "--raw", help="Send the prompt as it is, without chat template.")
 
 
 def check_roles(raw: bool, system: str | None) -> None:
@@ -229,42 +56,219 @@ def check_roles(raw: bool, system: str | None) -> None:
 class OutputOptions:
     """What is shown and written beside the answer."""
 
-    show_entropy: Annotated[
-        bool, flag(OUTPUT, "--show-entropy", help="Colour the answer by each token's entropy before EM.")
-    ] = False
-    trace: Annotated[
-        Path | None, flag(OUTPUT, "--trace", help="Write one JSON line per token.", metavar="FILE")
-    ] = None
-    quiet: Annotated[bool, flag(OUTPUT, "-q", "--quiet", help="No notes and no statistics on stderr.")] = (
-        False
+    show_entropy: bool = setting(
+        False, "--show-entropy", help="Colour the answer by each token's entropy before EM.", panel=OUTPUT
+    )
+    trace: Path | None = setting(
+        None,
+        "--trace",
+        help="Write one JSON line per token.",
+        kind="path",
+        metavar="FILE",
+        panel=OUTPUT,
+    )
+    quiet: bool = setting(
+        False, "--quiet", help="No notes and no statistics on stderr.", short="-q", panel=OUTPUT
     )
 
 
+@dataclass(frozen=True)
+class MethodOptions:
+    """How each prompt is answered."""
+
+    method: MethodName | None = setting(
+        None,
+        "--method",
+        help="How to answer; without it, as the sampling and EM flags say.",
+        choices=METHODS,
+    )
+    samples: int | None = setting(
+        None,
+        "--samples",
+        1,
+        1024,
+        "Answers to each prompt. (default: 1; 8 to vote)",
+        kind="whole",
+        aliases=("--n", "--num-return-sequences"),
+        short="-n",
+    )
+    rounds: int | None = setting(
+        None, "--rounds", 1, 100, "Revisions of sequential-refinement. (default: 2)", kind="whole"
+    )
+    extract: Extraction | None = setting(
+        None, "--extract", help="What self-consistency votes on.", choices=get_args(Extraction)
+    )
+    pattern: str | None = setting(
+        None,
+        "--extract-pattern",
+        help="For --extract regex; its first group.",
+        kind="text",
+        metavar="REGEX",
+    )
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What becomes of a batch's rows."""
+
+    resume: bool = setting(
+        True, "--resume", help="Go on with an output that exists, or empty it.", off="--restart"
+    )
+    retry_errors: bool = setting(
+        False, "--retry-errors", help="Try lines again that are error rows in the output."
+    )
+    fail_fast: bool = setting(False, "--fail-fast", help="Stop at the first error row.")
+    ordered: bool = setting(
+        False, "--ordered", help="Rows in the order of the lines, not as they are finished."
+    )
+    keep: bool = setting(False, "--keep", help="Carry a line's other fields through, under 'kept'.")
+    form: Literal["emlocal", "openai"] = setting(
+        "emlocal",
+        "--format",
+        help="emlocal's rows, or OpenAI's batch output.",
+        choices=("emlocal", "openai"),
+    )
+    parallel: int | None = setting(
+        None,
+        "--parallel",
+        1,
+        256,
+        "Sequences at once. (default: measured)",
+        kind="whole",
+        aliases=("--max-num-seqs",),
+    )
+    dry_run: bool = setting(
+        False, "--dry-run", help="Check every line, count tokens, estimate time; run nothing."
+    )
+    system: str | None = setting(
+        None,
+        "--system",
+        help="System message of lines without one.",
+        kind="text",
+        aliases=("--system-prompt",),
+        metavar="TEXT",
+    )
+    raw: bool = setting(False, "--raw", help="Send prompts as they are, without chat template.")
+    quiet: bool = setting(False, "--quiet", help="Nothing on stderr but errors.", short="-q")
+
+
+class Verb(TyperCommand):
+    """A verb that understands the flags of other programs, and underscores in flags."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, respelt(args, self.params, ALIASES.get(self.name or "", {})))
+
+
+def respelt(arguments: Iterable[str], parameters: Iterable[Any], aliases: Mapping[str, str]) -> list[str]:
+    """The arguments with each flag under its main name; values, and what follows `--`, stay as they are.
+
+    Raises UsageError where one setting is given under two names.
+    """
+    options = {name: p for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
+    found: list[str] = []
+    typed: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        option = None
+        if argument == "--":
+            return [*found, argument, *rest]
+        if name.startswith("--"):
+            dashed = name.replace("_", "-")
+            main = name if name in options else aliases.get(dashed, dashed)
+            option = options.get(main)
+            if option is not None:
+                if typed.setdefault(main, name) != name:
+                    raise UsageError(f"{typed[main]} and {name} are the same setting", "give one of them")
+                argument = main + equals + value
+            takes_next = option is not None and not option.is_flag and not equals
+        else:
+            takes_next = _ends_with_option(argument, options)
+        found.append(argument)
+        if takes_next:
+            found += [value for value in [next(rest, None)] if value is not None]
+    return found
+
+
+def _ends_with_option(argument: str, options: Mapping[str, Any]) -> bool:
+    """Whether an argument like -n or -qn leaves the value of its last flag to the next argument."""
+    if not argument.startswith("-"):
+        return False
+    for position, letter in enumerate(argument[1:], start=2):
+        option = options.get(f"-{letter}")
+        if option is None or not option.is_flag:
+            return option is not None and position == len(argument)
+    return False
+
+
 def with_options(verb: Callable[..., R]) -> Callable[..., R]:
-    """Let `verb` take groups of flags; see the module."""
+    """Let `verb` take tables of settings and groups of options; see the module."""
     signature = inspect.signature(verb)
     hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    tables: dict[str, Table] = {}
     parameters = []
     for name, parameter in signature.parameters.items():
-        if name not in groups:
+        table = _table_in(hints[name])
+        if table is None:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
             continue
-        group_hints = get_type_hints(groups[name], include_extras=True)
+        tables[name] = table
         parameters += [
             inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=group_hints[f.name]
+                known.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(known)
             )
-            for f in fields(groups[name])
+            for known in table.settings.values()
         ]
+    ALIASES[verb.__name__] = {
+        alias: known.flag
+        for table in tables.values()
+        for known in table.settings.values()
+        for alias in known.aliases
+    }
 
     @functools.wraps(verb)
     def flat(**values: Any) -> R:
-        for name, cls in groups.items():
-            values[name] = cls(**{f.name: values.pop(f.name) for f in fields(cls)})
+        for name, table in tables.items():
+            own = {each: values.pop(each) for each in table.settings}
+            # typer has an empty list where a repeatable flag was not given
+            given = table.read({n: value for n, value in own.items() if value != []}, FLAGS)
+            values[name] = options_of(hints[name], ("flag", given)) if is_dataclass(hints[name]) else given
         return verb(**values)
 
     flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     flat.__annotations__ = {p.name: p.annotation for p in parameters}
     del flat.__wrapped__  # or typer would look through to `verb`
     return flat
+
+
+def _table_in(hint: Any) -> Table | None:
+    """The settings behind one parameter of a verb; None for a parameter that typer is to see itself."""
+    if is_dataclass(hint):
+        return Table.of(hint)  # type: ignore[arg-type]
+    if get_origin(hint) is not Annotated:
+        return None
+    tables = [extra for extra in get_args(hint)[1:] if isinstance(extra, Table)]
+    return functools.reduce(Table.__or__, tables) if tables else None
+
+
+def _option(known: Setting) -> Any:
+    """What typer is to know of a setting."""
+    kinds: dict[str, Any] = {
+        "number": float,
+        "whole": int,
+        "switch": bool,
+        "text": str,
+        "texts": list[str],
+        "path": Path,
+    }
+    kind = Literal[known.choices] if known.kind == "choice" else kinds[known.kind]
+    names = [f"{known.flag}/{known.off}" if known.off else known.flag]
+    option = typer.Option(
+        *([known.short] if known.short else []),
+        *names,
+        help=known.full_help,
+        metavar=known.metavar,
+        rich_help_panel=known.panel,
+        show_default=False,
+    )
+    return Annotated[kind | None, option]

@@ -1,13 +1,11 @@
 """`emlocal rl`: a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL)."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emlocal.cli.options import with_options
-from emlocal.cli.rl_options import RLOptions
 from emlocal.cli.training_options import (
     AnswerOptions,
     Data,
@@ -16,8 +14,9 @@ from emlocal.cli.training_options import (
     Output,
     RunOptions,
 )
-from emlocal.errors import UsageError
+from emlocal.settings.table import NOTHING, Given, Table
 from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
+from emlocal.training.settings import settings_of_run
 from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def rl(
         ),
     ] = None,
     run: RunOptions = RunOptions(),
-    training: RLOptions = RLOptions(),
+    given: Annotated[Given, Table.of(RLSettings)] = NOTHING,
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
@@ -55,38 +54,11 @@ def rl(
     emlocal chat -m MODEL --adapter FOLDER.
     """
     machine.go_offline_if_asked()
-    settings = settings_of_run(training, recipe, run.config)
+    values = read_recipe(recipe) if recipe is not None else NOTHING
+    settings = settings_of_run(RLSettings, given, run.config, values)
     from emlocal.cli.training import Asked, carry_out
 
     carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
-
-
-def settings_of_run(flags: RLOptions, recipe: str | None, config: Path | None) -> RLSettings:
-    """Flag > --config > recipe > default. Raises UsageError for values that cannot be meant."""
-    given: dict[str, Any] = {name: value for name, value in vars(flags).items() if value is not None}
-    if flags.reward is not None:
-        given["reward"] = _rewards(flags.reward)
-    if flags.target_modules is not None:
-        given["target_modules"] = tuple(filter(None, map(str.strip, flags.target_modules.split(","))))
-    values = read_recipe(recipe) if recipe is not None else {}
-    if config is not None:
-        values |= read_recipe(config)
-    values |= {name: str(value) if isinstance(value, str) else value for name, value in given.items()}
-    return RLSettings(**values)
-
-
-def _rewards(text: str) -> tuple[tuple[str, float], ...]:
-    """`token`, or `verifier=1,token=0.01`. Raises UsageError."""
-    found = []
-    for part in text.split(","):
-        name, separator, weight = part.partition("=")
-        try:
-            found.append((name.strip(), float(weight) if separator else 1.0))
-        except ValueError:
-            raise UsageError(
-                f"--reward has the weight {weight.strip()!r}, which is no number", "say verifier=1,token=0.01"
-            ) from None
-    return tuple(found)
 
 
 def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]":

@@ -63,7 +63,6 @@ def carry_out(work: Work[L], asked: Asked) -> None:
 
     Raises what any part of it raises, and Exit(1) for a run that stopped by itself.
     """
-    _check(asked)
     trainer = choose_trainer(asked.machine.backend, work.engines)
     processes = _processes(asked.machine.device, trainer)
     if processes.rank > 0:
@@ -74,7 +73,7 @@ def carry_out(work: Work[L], asked: Asked) -> None:
     if not run.dry_run:
         check_folder(asked.output, work.verb, resume=run.resume)
     if run.report_to:
-        check_package(str(run.report_to))
+        check_package(run.report_to)
     prompts = read_prompts(asked.data, limit=answers.limit)
     work.check(prompts)
     validation = read_prompts(run.validate) if run.validate else []
@@ -120,21 +119,6 @@ def _processes(device: str, trainer: str) -> Processes:
     return AcceleratedProcesses(cpu=device == "cpu")
 
 
-def _check(asked: Asked) -> None:
-    """Raise UsageError for numbers that cannot be meant."""
-    cores = os.cpu_count() or 1
-    for flag, value, low, high in (
-        ("--save-every", asked.run.save_every, 1, 10**9),
-        ("--limit", asked.answers.limit, 1, 10**12),
-        ("--parallel", asked.answers.parallel, 1, 256),
-        ("--threads", asked.machine.threads, 1, 4 * cores),
-        ("--context", asked.machine.context, 16, 10**9),
-        ("--tokens-per-batch", asked.machine.token_budget, 1, 10**9),
-    ):
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"{flag} is {value}; it must be between {low:,} and {high:,}")
-
-
 def _train(
     work: Work[L],
     asked: Asked,
@@ -160,7 +144,7 @@ def _train(
         cancelled = opened.enter_context(interruptible())
         view = opened.enter_context(View(work.settings.steps, work.columns, run.quiet))
         if run.report_to and processes.rank == 0:
-            view.reporter = opened.enter_context(Reporter(str(run.report_to), output, identity["settings"]))
+            view.reporter = opened.enter_context(Reporter(run.report_to, output, identity["settings"]))
         view.begin([*engines.describe(), *work.told(len(tokens))], start.step if start else None)
         plan = Plan(asked.machine.token_budget, run.save_every)
         loop = Run(

@@ -185,10 +185,10 @@ def choose_trainer(asked: Trainer, known: Sequence[str]) -> str:
     `known`: those that the method can be trained on. Raises UsageError for another one, BackendError for one
     that is not installed.
     """
-    if asked is Trainer.auto:
+    if asked == "auto":
         chosen = "mlx" if "mlx" in known and select_backend()[0] == "mlx" else "torch"
     else:
-        chosen = str(asked)
+        chosen = asked
     if chosen not in known:
         raise UsageError(f"this is not for the {chosen} engine yet", f"use --backend {known[0]}")
     select_backend(chosen)  # which says what to install where it is missing
@@ -196,7 +196,7 @@ def choose_trainer(asked: Trainer, known: Sequence[str]) -> str:
 
 
 def _check_rollouts(asked: Rollouts, trainer: str) -> None:
-    if asked not in (Rollouts.auto, Rollouts.llama_cpp) and str(asked) != trainer:
+    if asked not in ("auto", "llama.cpp", trainer):
         raise UsageError(
             f"--rollouts is {asked}, and {trainer} is trained: the answers are given by that or by llama.cpp",
             f"use --rollouts {trainer}, or leave it out",
@@ -207,7 +207,7 @@ def _open(
     trainer: str, folder: Path, name: str, machine: MachineOptions, threads: int
 ) -> tuple[Opened, dict[str, tuple[int, int]]]:
     """The model, and (out, in) of its linear layers by name."""
-    options = {"name": name, "device": machine.device, "dtype": str(machine.dtype)}
+    options = {"name": name, "device": machine.device, "dtype": machine.dtype}
     if trainer == "mlx":
         from emlocal.backends.mlx.load import open_model as open_in_mlx
         from emlocal.backends.mlx.lora import linear_layers as layers_in_mlx
@@ -240,7 +240,7 @@ def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int
 def _check_model(model: Model, rollouts: Rollouts) -> None:
     if model.header.chat_template is None:
         raise ModelError(f"{model.name} has no chat template, which prompts are put with", "use a chat model")
-    if rollouts is Rollouts.llama_cpp and not isinstance(model, GGUFModel):
+    if rollouts == "llama.cpp" and not isinstance(model, GGUFModel):
         raise UsageError(
             f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"
         )
@@ -258,7 +258,7 @@ def _answerer(
     model: Model, opened: Opened, options: LoadOptions, asked: Rollouts, parallel: int
 ) -> LlamaCppModel | SameModel:
     """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
-    wanted = asked is Rollouts.llama_cpp or (asked is Rollouts.auto and opened.place.on_cpu)
+    wanted = asked == "llama.cpp" or (asked == "auto" and opened.place.on_cpu)
     if wanted and isinstance(model, GGUFModel):
         from emlocal.backends.llama_cpp import LlamaCppBackend
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from emlocal.batch.overrides import Plan, known_name, meant
 from emlocal.errors import UsageError
 from emlocal.methods.method import METHODS, Method, MethodName
-from emlocal.settings import EM_PRESETS, describe_em
+from emlocal.settings import EM_PRESETS, Plan, describe_em, overridden
+from emlocal.settings.resolve import LINE
 from emlocal.words import counted
 
 _PLAIN = {
@@ -66,7 +66,7 @@ class Contender:
             params=self.drawing.params(base.params, kept),
             samples=self.collecting.samples_per_prompt,
         )
-        plan = plan.with_overrides(self.settings)
+        plan = overridden(plan, self.settings)
         if plan.params.temperature == 0 and self.collecting.name == "self-consistency":
             raise UsageError(f"{self.name}: greedy samples are all alike, and cannot vote")
         return plan
@@ -122,13 +122,16 @@ def _settings(part: str, word: str, arguments: Sequence[str]) -> dict[str, Any]:
             found |= _PLAIN if word == "sample" else {}
             if word == "em-inf" and text not in EM_PRESETS:
                 raise UsageError(f"--methods has {part!r}; the presets are {', '.join(EM_PRESETS)}")
-        elif name in _COMMON:
-            raise UsageError(f"--methods has {part!r}: {_COMMON[name]}")
-        elif not known_name(name):
-            near = meant(name)
-            hint = f"did you mean {near}?" if near else "docs/batch.md lists them"
+        known = LINE.find(name)
+        if known is None:
+            near = LINE.meant(name)
+            hint = f"did you mean {near.name}?" if near else "docs/batch.md lists them"
             raise UsageError(f"--methods has {part!r}: there is no setting {name!r}", hint)
-        found[name.replace("-", "_")] = _value(text)
+        if known.name in _COMMON:
+            raise UsageError(f"--methods has {part!r}: {_COMMON[known.name]}")
+        if known.name in found:
+            raise UsageError(f"--methods has {part!r}: it sets {known.name} twice")
+        found[known.name] = _value(text)
     return found
 
 

@@ -5,16 +5,13 @@ it, change it. What it leaves out has the default.
 """
 
 import math
-import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from emlocal.errors import UsageError
-from emlocal.settings import setting, settings_of
-from emlocal.training.settings import TrainingSettings, check_choice
+from emlocal.settings.table import Table, records_of, setting, shown
+from emlocal.training.settings import ANSWERS, TRAINING, TrainingSettings
 
 Reward = Literal["token", "sequence", "self-certainty", "majority", "vote", "verifier"]
 RewardScale = Literal["sum", "mean"]
@@ -24,15 +21,30 @@ Averaging = Literal["token", "sequence", "sum"]
 Regularize = Literal["none", "clip-cov", "kl-cov"]
 TokenWeights = Literal["none", "tw-grpo"]
 
-_CHOICES = {
-    "normalize": get_args(RewardScale),
-    "advantage": get_args(Advantage),
-    "loss": get_args(Loss),
-    "averaging": get_args(Averaging),
-    "regularize": get_args(Regularize),
-    "token_weights": get_args(TokenWeights),
-}
+REWARD = "Reward and policy gradient"
+"""A part of the help."""
 _RECIPES = Path(__file__).with_name("recipes")
+
+
+def _rewards(given: Any, said: str) -> tuple[tuple[str, float], ...]:
+    """`token`; `verifier=1,token=0.01`; in a TOML file also { verifier = 1, token = 0.01 }."""
+    if isinstance(given, str):
+        return tuple(_reward(part, said) for part in given.split(","))
+    if isinstance(given, tuple):
+        return given
+    if not isinstance(given, dict) or not all(type(weight) in (int, float) for weight in given.values()):
+        raise UsageError(f"{said} is {shown(given)}; it must be a name, or a table of names and weights")
+    return tuple((name, float(weight)) for name, weight in given.items())
+
+
+def _reward(part: str, said: str) -> tuple[str, float]:
+    name, separator, weight = part.partition("=")
+    try:
+        return name.strip(), float(weight) if separator else 1.0
+    except ValueError:
+        raise UsageError(
+            f"{said} has the weight {weight.strip()!r}, which is no number", "say verifier=1,token=0.01"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -42,43 +54,128 @@ class RLSettings(TrainingSettings):
     Raises UsageError, with flag and range, for a bad value.
     """
 
-    samples: int = setting(4, "--samples", 2, 10**4, "N, answers to each prompt of a step.")
-    reward: tuple[tuple[Reward, float], ...] = (("token", 1.0),)
-    """What an answer is worth: rewards and their weights in the sum."""
-    normalize: RewardScale = "sum"
-    """Of the rewards token and sequence: the paper's sums over tokens, or the released code's means."""
-    advantage: Advantage = "rloo"
-    loss: Loss = "reinforce"
-    averaging: Averaging = "token"
-    """Of the tokens' losses: see `emlocal.em.policy_gradient.averaging_weights`."""
-    ppo_epochs: int = setting(1, "--ppo-epochs", 1, 100, "Optimizer steps on the same answers.")
-    clip_low: float = setting(
-        0.2, "--clip-low", 0, 1, "ppo-clip holds tokens whose probability fell by more than this share …"
+    samples: int = setting(
+        4,
+        "--samples",
+        2,
+        10**4,
+        "N, answers to each prompt of a step.",
+        aliases=("--num-generations", "--n"),
+        panel=ANSWERS,
     )
-    clip_high: float = setting(0.2, "--clip-high", 0, 1e3, "… or rose by more.")
-    kl_beta: float = setting(0.001, "--kl-beta", 0, 1e3, "β, weight of KL(model ‖ base), estimated by k3.")
+    reward: tuple[tuple[Reward, float], ...] = setting(
+        (("token", 1.0),),
+        "--reward",
+        help="token, sequence, self-certainty, majority, vote or verifier; or a weighted sum:"
+        " verifier=1,token=0.01. (default: token)",
+        kind="text",
+        metavar="NAME",
+        panel=REWARD,
+        read=_rewards,
+    )
+    """What an answer is worth: rewards and their weights in the sum."""
+    normalize: RewardScale = setting(
+        "sum",
+        "--normalize",
+        help="Of the rewards token and sequence: the paper's sums, or the released code's means.",
+        choices=get_args(RewardScale),
+        panel=REWARD,
+    )
+    advantage: Advantage = setting(
+        "rloo",
+        "--advantage",
+        help="Of an answer against the others.",
+        choices=get_args(Advantage),
+        panel=REWARD,
+    )
+    loss: Loss = setting("reinforce", "--loss", help="Of the policy.", choices=get_args(Loss), panel=REWARD)
+    averaging: Averaging = setting(
+        "token",
+        "--averaging",
+        help="Mean over tokens; over answers of means; over answers of sums.",
+        choices=get_args(Averaging),
+        panel=REWARD,
+    )
+    """Of the tokens' losses: see `emlocal.em.policy_gradient.averaging_weights`."""
+    ppo_epochs: int = setting(
+        1,
+        "--ppo-epochs",
+        1,
+        100,
+        "Optimizer steps on the same answers.",
+        aliases=("--num-iterations",),
+        panel=REWARD,
+    )
+    clip_low: float = setting(
+        0.2,
+        "--clip-low",
+        0,
+        1,
+        "ppo-clip holds tokens whose probability fell by more than this share …",
+        aliases=("--epsilon",),
+        panel=REWARD,
+    )
+    clip_high: float = setting(
+        0.2, "--clip-high", 0, 1e3, "… or rose by more.", aliases=("--epsilon-high",), panel=REWARD
+    )
+    kl_beta: float = setting(
+        0.001,
+        "--kl-beta",
+        0,
+        1e3,
+        "β, weight of KL(model ‖ base), estimated by k3.",
+        aliases=("--beta",),
+        panel=TRAINING,
+    )
     entropy_bonus: float = setting(
         0.0,
         "--entropy-bonus",
         -1e3,
         1e3,
         "c: rewards entropy with c·H a token. (The paper's code left 0.001 on; -1 adds EM-FT's gradient.)",
+        panel=REWARD,
     )
-    regularize: Regularize = "none"
+    regularize: Regularize = setting(
+        "none",
+        "--regularize",
+        help="Hold back the tokens that lower entropy most.",
+        choices=get_args(Regularize),
+        panel=REWARD,
+    )
     clip_cov_share: float = setting(
-        2e-4, "--clip-cov-share", 0, 1, "Clip-Cov: share of tokens without policy gradient.", low_is_open=True
+        2e-4,
+        "--clip-cov-share",
+        0,
+        1,
+        "Clip-Cov: share of tokens without policy gradient.",
+        low_is_open=True,
+        panel=REWARD,
     )
     kl_cov_share: float = setting(
-        2e-3, "--kl-cov-share", 0, 1, "KL-Cov: share of tokens that are pulled back.", low_is_open=True
+        2e-3,
+        "--kl-cov-share",
+        0,
+        1,
+        "KL-Cov: share of tokens that are pulled back.",
+        low_is_open=True,
+        panel=REWARD,
     )
-    kl_cov_pull: float = setting(1.0, "--kl-cov-pull", 0, 1e3, "KL-Cov: the strength of the pull.")
-    token_weights: TokenWeights = "none"  # noqa: S105 (tokens of text)
-    tw_alpha: float = setting(1.7, "--tw-alpha", 1, 100, "TW-GRPO: the largest weight of a token.")
+    kl_cov_pull: float = setting(
+        1.0, "--kl-cov-pull", 0, 1e3, "KL-Cov: the strength of the pull.", panel=REWARD
+    )
+    token_weights: TokenWeights = setting(
+        "none",
+        "--token-weights",
+        help="Weigh tokens by how much answers disagree there.",
+        choices=get_args(TokenWeights),
+        panel=REWARD,
+    )
+    tw_alpha: float = setting(
+        1.7, "--tw-alpha", 1, 100, "TW-GRPO: the largest weight of a token.", panel=REWARD
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in _CHOICES.items():
-            check_choice(self, name, known)
         _check_rewards(self.reward)
         if self.regularize == "kl-cov" and self.ppo_epochs == 1:
             raise UsageError(
@@ -99,7 +196,7 @@ class RLSettings(TrainingSettings):
 
     def _check_idle(self) -> None:
         """Raise UsageError for a setting that was changed and that nothing looks at."""
-        defaults = {f.name: f.default for f in fields(self)}
+        known = records_of(RLSettings)
         scaled = bool({"token", "sequence"} & dict(self.reward).keys())
         for name, needed, used in (
             ("normalize", "--reward token or sequence", scaled),
@@ -110,8 +207,8 @@ class RLSettings(TrainingSettings):
             ("kl_cov_pull", "--regularize kl-cov", self.regularize == "kl-cov"),
             ("tw_alpha", "--token-weights tw-grpo", self.token_weights == "tw-grpo"),  # noqa: S105 (of text)
         ):
-            if not used and vars(self)[name] != defaults[name]:
-                flag = f"--{name.replace('_', '-')}"
+            if not used and vars(self)[name] != known[name].default:
+                flag = known[name].flag
                 raise UsageError(
                     f"{flag} is {vars(self)[name]}, and does nothing without {needed}", f"leave out {flag}"
                 )
@@ -157,55 +254,13 @@ def recipes() -> list[str]:
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """The settings of a recipe by name, or of a TOML file by path (ends in .toml): {field: value}.
 
-    Raises UsageError for one that does not exist or cannot be read, and for settings that are unknown or
-    of the wrong kind.
+    Raises UsageError for one that does not exist or cannot be read, and for settings that are unknown, of the
+    wrong kind or out of range.
     """
+    from emlocal.settings.files import read_settings
+
     if isinstance(name, str) and not name.endswith(".toml"):
         if name not in recipes():
             raise UsageError(f"there is no recipe {name}", f"take one of these: {', '.join(recipes())}")
         name = _RECIPES / f"{name}.toml"
-    path = Path(name)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}", "give a TOML file, or a recipe by its name") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as why:
-        raise UsageError(f"{path} cannot be read: {why}") from why
-    known = names_of_settings()
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise UsageError(f"{path}: unknown setting {key}", f"you may mean {near[0]}" if near else "")
-    return {known[key]: _typed(f"{path}: {key}", known[key], value) for key, value in values.items()}
-
-
-def names_of_settings() -> dict[str, str]:
-    """{flag without its dashes: field}."""
-    numbers = settings_of(RLSettings)
-    flags = {f.name: numbers[f.name].flag if f.name in numbers else f"--{f.name}" for f in fields(RLSettings)}
-    return {flag.removeprefix("--").replace("_", "-"): name for name, flag in flags.items()}
-
-
-def _typed(where: str, name: str, value: Any) -> Any:
-    """A value of a TOML file as RLSettings has it. Ranges are not looked at here."""
-    if name == "reward":
-        return _rewards(where, value)
-    if name == "target_modules":
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        raise UsageError(f"{where} must be a list of names")
-    default = next(f.default for f in fields(RLSettings) if f.name == name)
-    assert default is not MISSING
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise UsageError(f"{where} is {value!r}; it must be like {default!r}")
-    return value
-
-
-def _rewards(where: str, value: Any) -> tuple[tuple[str, float], ...]:
-    """`"token"` or `{ verifier = 1.0, token = 0.1 }`."""
-    weights: Mapping[str, Any] = {value: 1.0} if isinstance(value, str) else value
-    if not isinstance(weights, dict) or not all(type(w) in (int, float) for w in weights.values()):
-        raise UsageError(f"{where} must be a name, or a table of names and weights")
-    return tuple((name, float(weight)) for name, weight in weights.items())
+    return read_settings(Path(name), Table.of(RLSettings))

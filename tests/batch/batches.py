@@ -7,11 +7,10 @@ from typing import Any
 
 from emlocal.backends.fake import FakeBackend, hashed
 from emlocal.batch.lines import read_lines
-from emlocal.batch.overrides import Plan
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.methods.method import Method
-from emlocal.settings import SamplingParams
+from emlocal.settings import Plan, SamplingParams
 
 Row = dict[str, Any]
 

@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from emlocal.backends.fake import END, VOCABULARY, hashed, saying
-from emlocal.cli.batch_options import Extract, MethodChoice
+from emlocal.cli.options import MethodOptions
 from emlocal.errors import UsageError
 from emlocal.methods.method import METHODS, REVISE, Method, name_of
-from emlocal.settings import AdaptiveTemperature, EMInf, SamplingParams
+from emlocal.settings import AdaptiveTemperature, EMInf, SamplingParams, records_of
 from tests.batch.batches import batch, row, rows, settings, timeless
 
 ASK = {"custom_id": "a", "prompt": "hi"}
@@ -35,8 +35,9 @@ def one_of(*replies: str) -> Callable[[Sequence[int]], NDArray[np.float32]]:
 
 
 def test_the_command_line_offers_all_methods() -> None:
-    assert tuple(map(str, MethodChoice)) == METHODS
-    assert [str(e) for e in Extract] == ["boxed", "last-number", "regex", "none"]
+    offered = records_of(MethodOptions)
+    assert offered["method"].choices == METHODS
+    assert offered["extract"].choices == ("boxed", "last-number", "regex", "none")
 
 
 def test_greedy_takes_the_most_probable_token_each_time() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from emlocal.cli.training_view import View
 from emlocal.models.adapters.reading import read_adapter
+from emlocal.settings import records_of
 from emlocal.training import rl_settings
-from emlocal.training.rl_settings import recipes
+from emlocal.training.rl_settings import RLSettings, recipes
 from tests.cli.conftest import Outcome
 from tests.cli.training import error_of, settings_in
 from tests.metrics import metrics, timeless
@@ -177,7 +178,7 @@ def test_dry_run_tells_and_writes_nothing(rl: RL, out: Path, tmp_path: Path) -> 
     assert values["prompts"] == "5 of 5"
     assert values["--reward"] == "verifier=1,token=0.01"
     assert (values["--alpha"], values["--clip-low"]) == ("100", "0.2")
-    assert set(values) >= {f"--{name}" for name in rl_settings.names_of_settings()}  # each can be typed
+    assert set(values) >= {known.flag for known in records_of(RLSettings).values()}  # each can be typed
     assert "a step                0 s (4 answers of 8 tokens)" in done.out
     masked = done.out[done.out.index("not in the loss") : done.out.index("in the loss (8 tokens")]
     assert "say " in masked
@@ -260,10 +261,10 @@ def test_choices_that_there_are_not(rl: RL, flag: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("learning_rate = 1e-4", "unknown setting learning_rate"),
+        ("learning_rat = 1e-4", "there is no setting 'learning_rat'"),
         ('reward = "entropy"', "--reward is 'entropy'"),
-        ("reward = { token = true }", "reward must be a name, or a table of names and weights"),
-        ("samples = 1", "--samples is 1"),
+        ("reward = { token = true }", "it must be a name, or a table of names and weights"),
+        ("samples = 1", "samples is 1"),
         ("steps = ", "cannot be read"),
     ],
 )

@@ -2,10 +2,9 @@
 
 import pytest
 
-from emlocal.batch.overrides import Plan
 from emlocal.errors import UsageError
 from emlocal.evaluation.contenders import describe, read_contenders
-from emlocal.settings import EM_PRESETS, AdaptiveTemperature, EMInf, SamplingParams
+from emlocal.settings import EM_PRESETS, AdaptiveTemperature, EMInf, Plan, SamplingParams
 
 BASE = Plan(SamplingParams(temperature=0.7, top_p=0.9, repeat_penalty=1.1), 64, (), 3, 1)
 
@@ -77,6 +76,7 @@ def test_flags_are_for_those_that_sample() -> None:
         ("em-inf:em_step=3", "no setting 'em_step'"),
         ("sample:seed=9", "--seed says which"),
         ("sample:samples=3", "--samples how many"),
+        ("sample:top_k=3:top-k=4", "sets top_k twice"),
         ("self-consistency:x", "comes one number"),
         ("self-consistency:4:5", "comes one number"),
         ("self-consistency:1", "at least 2"),
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_said(text: str, said: str) -> None:
     [
         ("sample:-1", "between 0 and 100"),
         ("sample:warm", "must be a number"),
-        ("em-inf:em_ratio=0.5", "does nothing here"),
+        ("em-inf:em_ratio=0.5", "does nothing without adaptive_temp"),
         ("greedy+self-consistency:3", "all alike"),
     ],
 )

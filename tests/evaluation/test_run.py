@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from emlocal.backends.base import Feed
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed
 from emlocal.batch.lines import canonical
-from emlocal.batch.overrides import Plan
 from emlocal.batch.run import BatchSettings
 from emlocal.errors import CancelledError, UsageError
 from emlocal.evaluation import run
@@ -26,7 +25,7 @@ from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.settings import SamplingParams
+from emlocal.settings import Plan, SamplingParams
 from tests.evaluation.data import SCICODE_ROW, rows
 
 PARALLEL = 3

@@ -29,13 +29,13 @@ def test_no_step_has_no_learning_rate(schedule: str, warmup: int) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"normalize": "sum"}, "--normalize is 'sum'; it must be token or sequence"),
-        ({"schedule": "step"}, "--schedule is 'step'; it must be constant or linear or cosine"),
+        ({"normalize": "sum"}, '--normalize is "sum"; it must be token or sequence'),
+        ({"schedule": "step"}, '--schedule is "step"; it must be one of constant, linear, cosine'),
         ({"target_modules": ()}, "--target-modules is empty"),
         ({"target_modules": ("q_proj", "")}, "--target-modules is empty"),
         ({"steps": 1.5}, "--steps is 1.5; it must be a whole number"),
-        ({"steps": True}, "--steps is True"),
-        ({"alpha": float("inf")}, "--alpha is inf"),
+        ({"steps": True}, "--steps is true"),
+        ({"alpha": float("inf")}, "--alpha is inf; it must be more than 0"),
         ({"max_kl": float("nan")}, "--max-kl is nan"),
         ({"seed": 2**63}, "--seed is"),
     ],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from emlocal.em import EMStep, Outcome
-from emlocal.settings import check_settings, setting
+from emlocal.settings.table import check_settings, setting
 
 if TYPE_CHECKING:
     from emlocal.em.entropy import Float64
@@ -31,11 +31,9 @@ class AdaptiveTemperature(EMStep):
     flag: ClassVar[str] = "--adaptive-temp"
     help: ClassVar[str] = "Cool each token to a target entropy instead."
 
-    ratio: float = setting(
-        0.5, "--em-ratio", 0, 1, "α: cool until the entropy is this share of what it was …"
-    )
+    ratio: float = setting(0.5, "--em-ratio", 0, 1, "α of adaptive temperature: share of the entropy kept.")
     threshold: float = setting(
-        0.1, "--em-threshold", 0, math.inf, "δ in nats: … but no further than to this entropy."
+        0.1, "--em-threshold", 0, math.inf, "δ in nats: cool no further than to this entropy."
     )
 
     def __post_init__(self) -> None:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from emlocal.em import EMStep, Outcome
-from emlocal.errors import UsageError
-from emlocal.settings import check_settings, setting
+from emlocal.settings.table import check_settings, setting
 
 if TYPE_CHECKING:
     from emlocal.em.entropy import Float64
@@ -33,24 +32,18 @@ class EMInf(EMStep):
     flag: ClassVar[str] = "--em-inf"
     help: ClassVar[str] = "Minimize each token's entropy while decoding."
 
-    threshold: float = setting(
-        0.3, "--em-threshold", 0, math.inf, "δ in nats: descend until the entropy is no more than this."
-    )
+    threshold: float = setting(0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.")
     """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
-    steps: int = setting(10, "--em-steps", 0, 1000, "The most gradient steps per token.")
-    learning_rate: float = setting(
-        2.0, "--em-learning-rate", 0, 1e6, "η, the size of a gradient step on the logits.", low_is_open=True
+    steps: int = setting(10, "--em-steps", 0, 1000, "Most gradient steps per token.")
+    learning_rate: float = setting(2.0, "--em-learning-rate", 0, 1e6, "η, size of a step.", low_is_open=True)
+    optimizer: Literal["sgd", "adam"] = setting(
+        "sgd", "--em-optimizer", help="How steps are taken.", choices=("sgd", "adam")
     )
-    optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd is the paper's descent; adam is what the authors' code runs, fresh for every token."""
-    kl_weight: float = setting(
-        0.0, "--em-kl-weight", 0, 1e6, "κ, the weight of KL(original ‖ new) beside the entropy."
-    )
+    kl_weight: float = setting(0.0, "--em-kl-weight", 0, 1e6, "κ, weight of KL(original ‖ new).")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.optimizer not in ("sgd", "adam"):
-            raise UsageError(f"--em-optimizer is {self.optimizer!r}; it must be sgd or adam")
 
     def describe(self) -> str:
         kl = f", κ {self.kl_weight:g}" if self.kl_weight else ""

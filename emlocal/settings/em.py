@@ -1,0 +1,59 @@
+"""The table of what switches EM steps on and sets them, made from the steps' own records."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from emlocal.em import EMStep
+from emlocal.em.steps import STEPS
+from emlocal.em.steps.em_inf import EM_PRESETS
+from emlocal.settings.table import Setting, Table, records_of
+
+PANEL = "Entropy minimization"
+
+
+EM_STEPS = tuple(STEPS.values())
+"""All steps. Their flags, keys and fields come from this table."""
+
+
+def named(known: Setting) -> Setting:
+    """A step's setting under the name that it has beside the others': em_threshold, not threshold."""
+    return replace(known, name=known.flag.removeprefix("--").replace("-", "_"), panel=known.panel or PANEL)
+
+
+def switch_of(step: type[EMStep]) -> Setting:
+    """What switches a step on and off."""
+    off = f"--no-{step.flag.removeprefix('--')}"
+    switch = Setting(step.flag, 0, 0, step.help, kind="switch", default=False, off=off)
+    return named(switch)
+
+
+def em_numbers(step: type[EMStep]) -> dict[str, Setting]:
+    """The settings of a step, by the names that they have beside other steps' ones."""
+    return {known.name: known for known in map(named, records_of(step).values())}
+
+
+PRESET = Setting(
+    "--em-preset",
+    0,
+    0,
+    "EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
+    name="em_preset",
+    kind="choice",
+    choices=tuple(EM_PRESETS),
+    panel=PANEL,
+)
+
+
+def em_table(steps: Sequence[type[EMStep]]) -> Table:
+    """The switch of each step, the preset, and the steps' settings. Steps may share one, under one flag."""
+    settings = {switch.name: switch for switch in map(switch_of, steps)} | {PRESET.name: PRESET}
+    for step in steps:
+        for name, known in em_numbers(step).items():
+            first = settings.setdefault(name, known)
+            if first.default != known.default:
+                both = f"(default: {first.default:g}; {known.default:g} with {step.flag})"
+                settings[name] = replace(first, help=f"{first.help} {both}")
+    return Table(settings)
+
+
+EM = em_table(EM_STEPS)

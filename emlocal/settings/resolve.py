@@ -1,0 +1,204 @@
+"""The one resolver: from what flags, files and lines give to the settings of an answer, and their sources.
+
+A setting's value is that of the strongest source that gives it:
+
+    a line's own field, or a keyword in Python
+    a flag; what is set in a chat with /set is as strong
+    the preset that one of these names
+    the config file
+    the model's own settings
+    emlocal's default
+
+A preset that the config file names sets the EM step alone.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from emlocal.em import EMStep
+from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
+from emlocal.errors import UsageError
+from emlocal.settings.em import EM, EM_STEPS, PRESET, em_numbers, named, switch_of
+from emlocal.settings.sampling import Plan, SamplingParams
+from emlocal.settings.table import FLAGS, NAMES, NOTHING, Given, Table, Words, ranked, records_of
+
+_PARAMS = Table.of(SamplingParams)
+SAMPLING = (_PARAMS | Table.of(Plan).without("samples")).beginning_with(
+    *("temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p", "min_p"),
+    *("repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),
+)
+"""How tokens are chosen, and when an answer ends."""
+GENERATION = SAMPLING | EM
+"""What flags, the config file, /set and Python's keywords can set for an answer …"""
+LINE = GENERATION | Table.of(Plan)
+"""… and what a line of a batch can, and eval's specs."""
+_LIMITS = records_of(Plan)
+_SWITCHES = {step: switch_of(step) for step in EM_STEPS}
+_SWITCH_NAMES = [PRESET.name, *(switch.name for switch in _SWITCHES.values())]
+_NUMBERS = {step: em_numbers(step) for step in EM_STEPS}
+_PRESET_NUMBERS = {
+    name: {named(known).name: vars(step)[field] for field, known in records_of(type(step)).items()}
+    for name, (step, _) in EM_PRESETS.items()
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """How a prompt is answered, and where each setting comes from."""
+
+    plan: Plan
+    sources: Mapping[str, str]
+    """Name of the setting → "line", "keyword", "flag", "preset", "config", "model" or "default"."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """How tokens are chosen."""
+        return self.plan.params
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """What somebody set on purpose; a method leaves it alone. A method is stronger than EM in a file."""
+        return frozenset(
+            name
+            for name, source in self.sources.items()
+            if source not in ("default", "model", "preset")
+            and not (source == "config" and name in EM.settings)
+        )
+
+    def with_model(self, own: Mapping[str, float]) -> "Resolved":
+        """The same, with the model's own settings where nothing stronger gave one.
+
+        Args:
+            own: what the model's file has, under its names; what emlocal has no setting for is passed over.
+        Raises:
+            UsageError: a value is out of range.
+        """
+        found = {}
+        for name, value in own.items():
+            known = _PARAMS.find(name)
+            if known is None or self.sources[known.name] != "default":
+                continue
+            if known.whole:  # some files write whole numbers as floats; a negative top-k is off in llama.cpp
+                value = max(0, int(value)) if known.name == "top_k" else int(value)
+            try:
+                found[known.name] = known.value(value, known.flag)
+            except UsageError as error:
+                message = f"the model's own settings: {error.message}"
+                raise UsageError(message, f"give {known.flag} yourself") from None
+        params = replace(self.params, **found)
+        return Resolved(replace(self.plan, params=params), {**self.sources, **dict.fromkeys(found, "model")})
+
+
+def resolve_settings(*layers: tuple[str, Given], base: Plan = Plan(), words: Words = FLAGS) -> Resolved:
+    """The settings of an answer.
+
+    Args:
+        layers: (source, what it gives), the strongest first; values as `Table.read` has them.
+        base: what holds where no layer says otherwise.
+        words: how settings are spelt in the first layer, for error messages.
+    Raises:
+        UsageError: the first layer contradicts itself, or sets what has no effect.
+    """
+    values, sources = ranked(_with_presets(layers), [*_PARAMS.settings, *_LIMITS, *_SWITCH_NAMES])
+    step, of_step = _em_step(layers, base.params.em, words)
+    own = {name: value for name, value in values.items() if name in _PARAMS.settings}
+    limits = {name: value for name, value in values.items() if name in _LIMITS}
+    plan = replace(base, params=replace(base.params, em=step, **own), **limits)
+    return Resolved(plan, {**dict.fromkeys((*_PARAMS.settings, *_LIMITS), "default"), **sources, **of_step})
+
+
+def random_seed() -> int:
+    """A seed of 32 bits, short enough to type again."""
+    return int.from_bytes(os.urandom(4))
+
+
+def overridden(plan: Plan, line: Mapping[str, Any]) -> Plan:
+    """`plan` with a line's own values. Raises UsageError that names the value."""
+    given = LINE.read(line, NAMES)
+    return resolve_settings(("line", given), base=plan, words=NAMES).plan if given else plan
+
+
+def names_in(line: Mapping[str, Any]) -> frozenset[str]:
+    """The settings that a line gives, by their names."""
+    found = (LINE.find(name) for name, value in line.items() if value is not None)
+    return frozenset(known.name for known in found if known is not None)
+
+
+def _with_presets(layers: Sequence[tuple[str, Given]]) -> Iterator[tuple[str, Given]]:
+    """The layers, each followed by the sampling settings of the preset that it names."""
+    for source, given in layers:
+        yield source, given
+        if source != "config" and PRESET.name in given:
+            yield "preset", EM_PRESETS[given[PRESET.name]][1]
+
+
+def check_switches(given: Given, words: Words) -> None:
+    """Raise UsageError where one source asks for two EM steps, or for one that it switches off."""
+    em_inf, on = _SWITCHES[EMInf], _steps_in(given)
+    if given.get(em_inf.name) is False and PRESET.name in given:
+        raise UsageError(
+            f"{words.off(em_inf)} and {words.said(PRESET)} contradict each other", "leave one of them out"
+        )
+    if len(on) > 1:
+        one, other = (words.said(_SWITCHES[step]) for step in on[:2])
+        raise UsageError(f"{one} and {other} contradict each other: there is one EM step")
+
+
+def _steps_in(given: Given) -> list[type[EMStep]]:
+    """The steps that one source switches on."""
+    return [
+        step
+        for step, switch in _SWITCHES.items()
+        if given.get(switch.name) or (step is EMInf and PRESET.name in given)
+    ]
+
+
+def _em_step(
+    layers: Sequence[tuple[str, Given]], base: EMStep | None, words: Words
+) -> tuple[EMStep | None, dict[str, str]]:
+    """The step that the strongest layer that speaks of one asks for, and where its settings come from.
+
+    `base`, where no layer speaks of one.
+    """
+    source, first = layers[0] if layers else ("", NOTHING)
+    check_switches(first, words)
+    kind = _kind(layers, base)
+    for name in EM.settings:
+        owners = [step for step in EM_STEPS if name in _NUMBERS[step]]
+        if source != "config" and name in first and owners and kind not in owners:
+            switches = [_SWITCHES[step] for step in owners]
+            needed = " or ".join(map(words.said, switches))
+            raise UsageError(
+                f"{words.said(EM.settings[name])} does nothing without {needed}", words.on(switches[0])
+            )
+    if kind is None:
+        return None, {}
+    numbers = _NUMBERS[kind]
+    values, sources = ranked(_with_preset_numbers(layers, kind), numbers)
+    step = base if isinstance(base, kind) else kind()
+    step = replace(step, **{numbers[name].field: value for name, value in values.items()})
+    return step, {**dict.fromkeys(numbers, "default"), **sources}
+
+
+def _kind(layers: Sequence[tuple[str, Given]], base: EMStep | None) -> type[EMStep] | None:
+    """Which step is on."""
+    off: set[type[EMStep]] = set()
+    for _, given in layers:
+        on = [step for step in _steps_in(given) if step not in off]
+        if on:
+            return on[0]
+        off |= {step for step, switch in _SWITCHES.items() if given.get(switch.name) is False}
+        if EMInf in off:  # "no EM-INF" is "no EM"
+            return None
+    return None if base is None or type(base) in off else type(base)
+
+
+def _with_preset_numbers(
+    layers: Sequence[tuple[str, Given]], kind: type[EMStep]
+) -> Iterator[tuple[str, Given]]:
+    for source, given in layers:
+        yield source, given
+        if kind is EMInf and PRESET.name in given:
+            yield "preset", _PRESET_NUMBERS[given[PRESET.name]]

@@ -1,0 +1,210 @@
+"""How one prompt is answered: the sampling settings of a row, and the limits of an answer."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from emlocal.em import EMStep
+from emlocal.errors import UsageError
+from emlocal.settings.table import check_settings, setting, shown
+
+MAX_SEED = 2**64 - 1
+DEFAULT_MAX_TOKENS = 1024
+"""Of an answer, where nobody says."""
+PANEL = "Sampling"
+_LARGEST_BIAS = 1e30  # logits are float32: what is infinite there makes a row no distribution
+_LONGEST_TOKEN_ID = 18  # digits
+
+
+def _bias(given: Any, said: str) -> tuple[tuple[int, float], ...]:
+    """{"token id": bias} as OpenAI has it, or texts: ID=BIAS, or llama.cpp's ID+BIAS and ID-BIAS."""
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
+        return tuple(_bias_of(text, said) for text in given)
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{said} is {shown(given)}; it must be an object of token ids and numbers")
+    return tuple(_checked_bias(token, bias, said) for token, bias in given.items())
+
+
+def _bias_of(text: str, said: str) -> tuple[int, float]:
+    for separator in "=+-":
+        token, found, bias = text.partition(separator)
+        if found and token.isdigit():
+            try:
+                return _checked_bias(token, float(bias if separator == "=" else separator + bias), said)
+            except ValueError:
+                break
+    raise UsageError(f"{said} is {text!r}; it must be a token id and a number: 15043=-1.5 or 15043=-inf")
+
+
+def _checked_bias(token: Any, bias: Any, said: str) -> tuple[int, float]:
+    digits = str(token) if isinstance(token, int | str) and not isinstance(token, bool) else ""
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= _LONGEST_TOKEN_ID):
+        raise UsageError(f"{said} names {shown(token)}; it must be a token id, 0 or more")
+    number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    if not number or not (abs(bias) <= _LARGEST_BIAS or bias == -math.inf):
+        span = f"a number between {-_LARGEST_BIAS:g} and {_LARGEST_BIAS:g}, or -inf"
+        raise UsageError(f"{said} of token {digits} is {shown(bias)}; it must be {span}")
+    return int(digits), float(bias)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One row's settings, in the order in which they act. Raises UsageError for a value out of range."""
+
+    repeat_penalty: float = setting(
+        1.0,
+        "--repeat-penalty",
+        0,
+        100,
+        "Divide a repeated token's positive logit, multiply its negative one (1 = off).",
+        low_is_open=True,
+        aliases=("--repetition-penalty", "--penalty-repeat"),
+        panel=PANEL,
+    )
+    presence_penalty: float = setting(
+        0.0,
+        "--presence-penalty",
+        -100,
+        100,
+        "Subtract from the logit of every token seen (0 = off).",
+        panel=PANEL,
+    )
+    frequency_penalty: float = setting(
+        0.0,
+        "--frequency-penalty",
+        -100,
+        100,
+        "Subtract from a token's logit per time it was seen (0 = off).",
+        panel=PANEL,
+    )
+    repeat_last_n: int = setting(
+        64,
+        "--repeat-last-n",
+        -1,
+        10**9,
+        "Tokens the penalties look back at (-1 = all, 0 = none).",
+        aliases=("--repetition-context-size", "--penalty-last-n"),
+        panel=PANEL,
+    )
+    logit_bias: tuple[tuple[int, float], ...] = setting(
+        (),
+        "--logit-bias",
+        help="Add to a token's logit; -inf bans it. Repeatable.",
+        kind="texts",
+        metavar="ID=BIAS",
+        panel=PANEL,
+        read=_bias,
+    )
+    """(token id, what to add to its logit); −inf bans the token."""
+    em: EMStep | None = None
+    temperature: float = setting(
+        0.8,
+        "--temp",
+        0,
+        100,
+        "Sampling temperature, after EM (0 = greedy).",
+        aliases=("--temperature",),
+        panel=PANEL,
+    )
+    dynatemp_range: float = setting(
+        0.0,
+        "--dynatemp-range",
+        0,
+        100,
+        "Temperature ± this, by the entropy of the row (0 = off).",
+        panel=PANEL,
+    )
+    """llama.cpp's dynamic temperature: hotter where the model is unsure. A rival of EM, for comparison."""
+    dynatemp_exponent: float = setting(
+        1.0,
+        "--dynatemp-exp",
+        0,
+        100,
+        "Power of the entropy's share of its maximum in --dynatemp-range.",
+        panel=PANEL,
+    )
+    top_k: int = setting(0, "--top-k", 0, 10**9, "Keep the k most probable tokens (0 = all).", panel=PANEL)
+    top_p: float = setting(
+        1.0,
+        "--top-p",
+        0,
+        1,
+        "Keep the most probable tokens that sum to this (1 = all).",
+        low_is_open=True,
+        panel=PANEL,
+    )
+    min_p: float = setting(
+        0.05,
+        "--min-p",
+        0,
+        1,
+        "Drop tokens below this share of the most probable token (0 = none).",
+        panel=PANEL,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for token, bias in self.logit_bias:
+            if token < 0 or math.isnan(bias) or bias == math.inf:
+                raise UsageError(
+                    f"--logit-bias {token}={bias:g}: the token id is ≥ 0, the bias a number or -inf"
+                )
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens seen so far matter."""
+        off = (self.repeat_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
+        return not off and self.repeat_last_n != 0
+
+    def temperature_at(self, entropy: float, vocabulary: int) -> float:
+        """The temperature of a row with this entropy (nats) over so many tokens."""
+        if self.dynatemp_range == 0 or vocabulary == 1:
+            return self.temperature
+        low = max(0.0, self.temperature - self.dynatemp_range)
+        share = min(1.0, entropy / math.log(vocabulary))
+        return float(low + (self.temperature + self.dynatemp_range - low) * share**self.dynatemp_exponent)
+
+    def without_em(self) -> "SamplingParams":
+        """The same with the EM step off: the other side of a comparison."""
+        return replace(self, em=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one prompt is answered. Raises UsageError, with flag and range, for a value out of range."""
+
+    params: SamplingParams = SamplingParams()
+    max_tokens: int = setting(
+        DEFAULT_MAX_TOKENS,
+        "--max-tokens",
+        1,
+        math.inf,
+        "Stop after this many tokens.",
+        aliases=("--max-new-tokens", "--max-completion-tokens", "--n-predict", "--num-predict"),
+        panel=PANEL,
+    )
+    stop: tuple[str, ...] = setting(
+        (),
+        "--stop",
+        help="Stop before this text. Repeatable.",
+        kind="texts",
+        aliases=("--stop-sequences", "--reverse-prompt"),
+        metavar="TEXT",
+        panel=PANEL,
+    )
+    seed: int = setting(
+        0,
+        "--seed",
+        0,
+        MAX_SEED,
+        "Seed of the draws. (default: random, and shown; 0 in a batch)",
+        short="-s",
+        panel=PANEL,
+    )
+    samples: int = setting(1, "--samples", 1, 1024, aliases=("--n", "--num-return-sequences"))
+
+    def __post_init__(self) -> None:
+        check_settings(self)

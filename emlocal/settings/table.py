@@ -1,0 +1,362 @@
+"""What a setting is. Each is declared once, in the dataclass that holds its value:
+
+    @dataclass(frozen=True)
+    class SamplingParams:
+        top_k: int = setting(0, "--top-k", 0, 10**9, "Keep the k most probable tokens (0 = all).")
+
+The command line's flags, the keys of config.toml and of training's files, `/set`, the fields of a batch line,
+eval's `NAME:SETTING=VALUE`, Python's keywords, the checks and their messages are made from that record.
+No numpy: `emlocal --help` must be quick.
+"""
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from emlocal.errors import UsageError
+
+Kind = Literal["number", "whole", "switch", "choice", "text", "texts", "path"]
+Given = Mapping[str, Any]
+"""Settings that someone gave: name → value, of the type that the setting's dataclass has."""
+NOTHING: Given = {}
+Read = Callable[[Any, str], Any]
+"""From a value as it was typed, and the setting's name for the message, to the dataclass's value."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the program and its users need to know of one setting."""
+
+    flag: str
+    """The name on the command line; without its dashes, the key in files and in `/set`."""
+    low: float
+    high: float
+    help: str
+    low_is_open: bool = False
+    whole: bool = False
+    name: str = ""
+    """The name in batch lines and in Python."""
+    field: str = ""
+    """The dataclass's field."""
+    kind: Kind = "number"
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Further flags, as other programs have them. Accepted wherever a name is typed; not in `--help`."""
+    short: str = ""
+    off: str = ""
+    """The flag that says false."""
+    metavar: str | None = None
+    panel: str | None = None
+    """The part of `--help` that it stands in."""
+    read: Read | None = None
+
+    def span(self) -> str:
+        """The range in words: "between 0 and 1", "at least 0", "more than 0 and at most 1"."""
+        if math.isinf(self.high):
+            return f"more than {_bound(self.low)}" if self.low_is_open else f"at least {_bound(self.low)}"
+        if self.low_is_open:
+            return f"more than {_bound(self.low)} and at most {_bound(self.high)}"
+        return f"between {_bound(self.low)} and {_bound(self.high)}"
+
+    def described(self) -> str:
+        """What a value is, in words."""
+        if self.kind == "choice":
+            return " or ".join(self.choices) if len(self.choices) < 3 else f"one of {', '.join(self.choices)}"
+        return {
+            "number": f"a number {self.span()}",
+            "whole": f"a whole number {self.span()}",
+            "switch": "true or false",
+            "text": "a text",
+            "texts": "a text or a list of texts, none of them empty",
+            "path": "a path",
+        }[self.kind]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """All spellings on the command line, the main one first."""
+        return (self.flag, *self.aliases)
+
+    @property
+    def full_help(self) -> str:
+        """The help text, with the default where the text does not tell it."""
+        if (
+            "(default: " in self.help
+            or self.default is None
+            or self.default is False
+            or isinstance(self.default, tuple)
+        ):
+            return self.help
+        number = self.kind in ("number", "whole")
+        default = self.flag if self.default is True else f"{self.default:g}" if number else self.default
+        return f"{self.help} (default: {default})"
+
+    def value(self, given: Any, said: str) -> Any:
+        """`given` as the dataclass has it. Raises UsageError, which calls the setting `said`."""
+        if self.read is not None:
+            return self.read(given, said)
+        if self.kind in ("number", "whole"):
+            return self._number(given, said)
+        if self.kind == "texts":
+            texts = [given] if isinstance(given, str) else given
+            if isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts):
+                return tuple(texts)
+        elif self.kind == "path":
+            if isinstance(given, str | Path):
+                return Path(given)
+        elif self.kind == "switch":
+            if isinstance(given, bool):
+                return given
+        elif isinstance(given, str) and (self.kind == "text" or given in self.choices):
+            return given
+        raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
+
+    def _number(self, given: Any, said: str) -> float:
+        number = isinstance(given, int | float) and not isinstance(given, bool) and given == given
+        if not number or (self.whole and not isinstance(given, int)):
+            raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
+        too_low = given <= self.low if self.low_is_open else given < self.low
+        if too_low or given > self.high or abs(given) > sys.float_info.max:
+            value = f"{given:g}" if isinstance(given, float) else shown(given)
+            raise UsageError(f"{said} is {value}; it must be {self.span()}")
+        return given if self.whole else float(given)
+
+
+def setting(
+    default: Any,
+    flag: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    help: str = "",
+    *,
+    low_is_open: bool = False,
+    kind: Kind | None = None,
+    choices: Sequence[str] = (),
+    aliases: Sequence[str] = (),
+    short: str = "",
+    off: str = "",
+    metavar: str | None = None,
+    panel: str | None = None,
+    name: str = "",
+    read: Read | None = None,
+) -> Any:
+    """A dataclass field with a default and a Setting. The kind follows from the choices or the default.
+
+    A setting whose default is None may stay None; its `kind` must be given. The name is the field's if it is
+    not given.
+    """
+    kind = kind or _kind_of(default, choices)
+    known = Setting(
+        flag,
+        low,
+        high,
+        help,
+        low_is_open,
+        whole=kind == "whole",
+        name=name,
+        kind=kind,
+        default=default,
+        choices=tuple(choices),
+        aliases=tuple(aliases),
+        short=short,
+        off=off,
+        metavar=metavar or {"number": "X", "whole": "N"}.get(kind),
+        panel=panel,
+        read=read,
+    )
+    return field(default=default, metadata={"setting": known})
+
+
+def _kind_of(default: Any, choices: Sequence[str]) -> Kind:
+    if choices:
+        return "choice"
+    kinds: dict[type, Kind] = {bool: "switch", int: "whole", float: "number", str: "text"}
+    return kinds[type(default)]
+
+
+def records_of(cls: Any) -> dict[str, Setting]:
+    """All settings of a dataclass, by field."""
+    found = ((f.name, f.metadata["setting"]) for f in fields(cls) if "setting" in f.metadata)
+    return {name: replace(known, name=known.name or name, field=name) for name, known in found}
+
+
+def settings_of(cls: Any) -> dict[str, Setting]:
+    """The settings of a dataclass that are numbers, by field."""
+    return {name: known for name, known in records_of(cls).items() if known.kind in ("number", "whole")}
+
+
+def check_settings(values: Any) -> None:
+    """Raise UsageError for the first value of a settings dataclass that is out of range, or not a choice."""
+    for f in fields(values):
+        known: Setting | None = f.metadata.get("setting")
+        value = vars(values)[f.name]
+        if known is None or known.kind not in ("number", "whole", "choice"):
+            continue
+        if value is not None or known.default is not None:
+            known.value(value, known.flag)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: as JSON has it, and not longer than a line."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value:g}"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _bound(value: float) -> str:
+    """A bound in words: 0.5, 1000, 2^64 - 1."""
+    if isinstance(value, int) and value > 2**53 and (value + 1).bit_count() == 1:
+        return f"2^{value.bit_length()} - 1"
+    return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Words:
+    """How settings are spelt in one place where people type them."""
+
+    style: Literal["flag", "key", "name"]
+    fix: str
+    """What to do to switch one on."""
+
+    def said(self, known: Setting) -> str:
+        """The setting's name."""
+        return {"flag": known.flag, "key": known.flag.removeprefix("--"), "name": known.name}[self.style]
+
+    def off(self, known: Setting) -> str:
+        """The setting, said to be false."""
+        return known.off if self.style == "flag" else f"{self.said(known)} false"
+
+    def on(self, known: Setting) -> str:
+        """What to do to switch it on."""
+        return self.fix.format(self.said(known))
+
+
+FLAGS = Words("flag", "add {}")
+KEYS = Words("key", "add {} = true")
+SET = Words("key", "/set {} true")
+NAMES = Words("name", "set {}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Settings that can be given in the same place, by name."""
+
+    settings: Mapping[str, Setting]
+
+    @classmethod
+    def of(cls, *classes: type) -> "Table":
+        """The settings of these dataclasses."""
+        return cls({known.name: known for each in classes for known in records_of(each).values()})
+
+    def __or__(self, other: "Table") -> "Table":
+        return Table({**self.settings, **other.settings})
+
+    def without(self, *names: str) -> "Table":
+        """The others."""
+        return Table({name: known for name, known in self.settings.items() if name not in names})
+
+    def beginning_with(self, *names: str) -> "Table":
+        """The same settings, these first."""
+        return Table({name: self.settings[name] for name in names}) | self
+
+    @cached_property
+    def _spelt(self) -> dict[str, Setting]:
+        """All spellings, with underscores."""
+        return {
+            spelling.removeprefix("--").replace("-", "_"): known
+            for known in self.settings.values()
+            for spelling in (*known.flags, known.name)
+        }
+
+    def find(self, name: str) -> Setting | None:
+        """The setting of this name: its flag without dashes, its Python name or an alias, with - or _."""
+        return self._spelt.get(name.replace("-", "_"))
+
+    def meant(self, name: str) -> Setting | None:
+        """The setting that a misspelt field of a batch line probably means."""
+        # one letter and a word (n_predict) is too little to guess from: a line may have a field "predict"
+        known = [spelling for spelling in self._spelt if spelling[1:2] not in ("", "_")]
+        near = difflib.get_close_matches(name.replace("-", "_"), known, 1, cutoff=0.8)
+        return self._spelt[near[0]] if near else None
+
+    def unknown(self, name: str, words: Words) -> UsageError:
+        """The error for a setting that does not exist, with those that it may be meant to be."""
+        said = {known.name: words.said(known) for known in self.settings.values()}
+        spelt = {s: k.name for k in self.settings.values() for s in (k.name, k.flag.removeprefix("--"))}
+        close = difflib.get_close_matches(name, spelt, 3, cutoff=0.57)
+        near = dict.fromkeys(said[spelt[one]] for one in close)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(said.values())}"
+        return UsageError(f"there is no setting {name!r}", hint)
+
+    def read(self, values: Mapping[str, Any], words: Words) -> dict[str, Any]:
+        """What was typed, under the settings' own names; None is not given.
+
+        Raises UsageError for a name that does not exist or is a second one for the same setting, and for a
+        value of the wrong kind or out of range.
+        """
+        found: dict[str, Any] = {}
+        spelt: dict[str, str] = {}
+        for name, value in values.items():
+            if value is None:
+                continue
+            known = self.find(name)
+            if known is None:
+                raise self.unknown(name, words)
+            if known.name in found:
+                raise UsageError(f"{spelt[known.name]} and {name} are the same setting", "give one of them")
+            found[known.name], spelt[known.name] = known.value(value, words.said(known)), name
+        return found
+
+    def read_text(self, name: str, text: str, words: Words) -> dict[str, Any]:
+        """One setting whose value was typed as text: a number, true or false, or the text itself."""
+        import tomllib
+
+        known = self.find(name)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        if (
+            known is not None
+            and known.kind in ("text", "texts", "path")
+            and not isinstance(value, str | list)
+        ):
+            value = text
+        return self.read({name: value}, words)
+
+
+def ranked(
+    layers: Iterable[tuple[str, Given]], names: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The one ranking of sources: each setting's value is that of the first layer that has it.
+
+    Args:
+        layers: (where from, what it gives), the strongest first.
+    Returns:
+        The values, and where each comes from. What no layer has is in neither.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    wanted = set(names)
+    for source, given in layers:
+        for name in given.keys() & wanted - values.keys():
+            values[name], sources[name] = given[name], source
+    return values, sources
+
+
+def options_of(cls: type[T], *layers: tuple[str, Given]) -> T:
+    """The dataclass with the settings of these layers, the strongest first."""
+    known = {each.name: each for each in records_of(cls).values()}
+    values, _ = ranked(layers, known)
+    return cls(**{known[name].field: value for name, value in values.items()})
