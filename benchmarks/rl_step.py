@@ -65,7 +65,7 @@ def main() -> None:
     chosen = parser.parse_args()
 
     from emlocal.backends.learner import Descent
-    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+    from emlocal.backends.torch.learner import TorchPolicyLearner
     from emlocal.cli.training_engines import open_engines
     from emlocal.cli.training_options import AnswerOptions, MachineOptions
     from emlocal.models.adapters.peft import write_peft

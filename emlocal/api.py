@@ -21,7 +21,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend
 from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
-from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
+from emlocal.backends.select import engine, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
@@ -118,19 +118,19 @@ def load(
         ModelError: there is no such model or adapter, or it cannot be used.
         UsageError: an engine or a context that does not exist.
     """
-    engine, _ = select_backend(backend, None if name is None else str(name))
+    chosen = engine(select_backend(backend, None if name is None else str(name))[0])
     if not 1 <= parallel <= 256:
         raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
-    model = resolve(None if name is None else str(name), formats=formats_of(engine), offline=offline)
+    model = resolve(None if name is None else str(name), formats=chosen.formats, offline=offline)
     trained = model.header.context_length
     asked = min(trained, BATCH_CONTEXT) if context is None and parallel > 1 else context
     length = context_length(asked, trained)
     sequences = parallel + SPARE_SEQUENCES + 1  # the last is the generator's
     shared = parallel == 1
-    terms = memory_terms(engine, model.header, kv_type)
-    check_memory(model.header, length, terms, n_seqs=rooms(engine, sequences, shared))
+    terms = chosen.memory_terms(model.header, kv_type)
+    check_memory(model.header, length, terms, n_seqs=chosen.contexts_to_reserve(sequences, shared))
     options = LoadOptions(length, sequences, shared, threads, kv_type, tuple(adapters))
-    return Model(load_backend(engine, model, options), parallel)
+    return Model(chosen.load(model, options), parallel)
 
 
 class Model:

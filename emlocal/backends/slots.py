@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
 from emlocal.backends.device_sampler import DeviceSampler, kernel_of
+from emlocal.backends.engine import Place
 from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ContextFullError, UsageError
 from emlocal.sampling import Draw, Sampler
@@ -101,13 +102,6 @@ class Decoder(Protocol):
     def cache(self) -> SlotCache: ...
     def check(self) -> None:
         """Raise ModelError for a model that it cannot run."""
-
-
-class Place(Protocol):
-    """Where a model is."""
-
-    def describe(self) -> str:
-        """For people: "cpu, float32 (no CUDA device)"."""
 
 
 class SlotBackend(Backend):

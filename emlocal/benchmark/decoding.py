@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends import ENGINES
 from emlocal.backends.base import Backend, Feed
-from emlocal.backends.select import bare_loop
+from emlocal.backends.select import engine
 from emlocal.benchmark.statistics import Ratio, speed_ratio
 from emlocal.errors import UsageError
 from emlocal.generation import Generator, Piece, Request
@@ -151,7 +152,8 @@ def _steps(generator: Generator, prompt: list[int], request: Request) -> tuple[f
 
 
 def _bare(generator: Generator, prompt: list[int], first: int, steps: int) -> float | None:
-    decode = bare_loop(generator.backend)
+    name = generator.backend.name
+    decode = engine(name).bare_loop if name in ENGINES else None
     if decode is None:
         return None
     # as the other sides do: the prompt is held, and its last token has just been read

@@ -91,8 +91,8 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
+    from emlocal import machine
     from emlocal.benchmark import decoding, sampler
-    from emlocal.diagnosis import machine
     from emlocal.generation import Generator
 
     tokens, rounds, seed = size

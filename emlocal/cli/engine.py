@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from emlocal import console
 from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
-from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
+from emlocal.backends.select import engine, select_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
@@ -62,18 +62,20 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     with console.progress(quiet) as progress:
-        model = resolve(options.model, formats=formats_of(name), offline=options.offline, progress=progress)
+        model = resolve(
+            options.model, formats=engine(name).formats, offline=options.offline, progress=progress
+        )
     adapters = tuple(_adapter(text, model, name, quiet) for text in options.adapter)
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)
     kv_type: KVType | None = options.kv_type
-    terms = memory_terms(name, model.header, kv_type)
+    terms = engine(name).memory_terms(model.header, kv_type)
     if not shared:
         from emlocal.generation.scheduler import SPARE_SEQUENCES as SPARE
 
         sequences = SPARE + (sequences or _as_many_as_fit(model.header, context, terms, SPARE))
     assert sequences is not None
-    check_memory(model.header, context, terms, n_seqs=rooms(name, sequences, shared))
+    check_memory(model.header, context, terms, n_seqs=engine(name).contexts_to_reserve(sequences, shared))
     load = LoadOptions(
         context=context,
         sequences=sequences,
@@ -81,10 +83,11 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         threads=options.threads,
         kv_type=kv_type,
         adapters=adapters,
+        warn=console.warn,
     )
     # llama.cpp calls back while it loads: nothing may be raised there
     with interruptible() as cancelled, console.progress(quiet) as progress:
-        backend = load_backend(name, model, load, progress, meanwhile=partial(_prepare, model.header))
+        backend = engine(name).load(model, load, progress, partial(_prepare, model.header))
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt

@@ -70,13 +70,7 @@ def _work(settings: FineTuneSettings, recipe: Recipe) -> "Work[EntropyLearner]":
         opened: "Opened", adapter: "Adapter", descent: "Descent", checkpointing: bool
     ) -> "EntropyLearner":
         objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
-        if opened.engine == "mlx":
-            from emlocal.backends.mlx.learner import MLXEntropyLearner
-
-            return MLXEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
-        from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-
-        return TorchEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
+        return opened.entropy_learner(adapter, descent, objective, checkpointing=checkpointing)
 
     def told(prompts: int) -> Sequence[str]:
         s = settings

@@ -20,8 +20,7 @@ from emlocal.training.settings import settings_of_run
 from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
-    from emlocal.backends.learner import Descent
-    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+    from emlocal.backends.learner import Descent, PolicyLearner
     from emlocal.cli.training import Work
     from emlocal.cli.training_engines import Opened
     from emlocal.models.adapters.adapter import Adapter
@@ -61,7 +60,7 @@ def rl(
     carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
 
 
-def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]":
+def _work(settings: RLSettings, recipe: str | None) -> "Work[PolicyLearner]":
     from emlocal.cli import training_view as view
     from emlocal.cli.training import Work
     from emlocal.cli.training_validation import check_answers
@@ -73,12 +72,8 @@ def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]
 
     def learner(
         opened: "Opened", adapter: "Adapter", descent: "Descent", checkpointing: bool
-    ) -> "TorchPolicyLearner":
-        from emlocal.backends.torch.policy_learner import TorchPolicyLearner
-
-        assert opened.engine == "torch"
-        return TorchPolicyLearner(
-            opened.model,
+    ) -> "PolicyLearner":
+        return opened.policy_learner(
             adapter,
             descent,
             objective_of(settings),
@@ -86,7 +81,7 @@ def _work(settings: RLSettings, recipe: str | None) -> "Work[TorchPolicyLearner]
             checkpointing=checkpointing,
         )
 
-    def method(made: "TorchPolicyLearner", prompts: Sequence["Prompt"]) -> "PolicyGradient":
+    def method(made: "PolicyLearner", prompts: Sequence["Prompt"]) -> "PolicyGradient":
         labels = [p.answer or "" for p in prompts] if settings.needs_labels else []
         return PolicyGradient(settings, made, labels)
 

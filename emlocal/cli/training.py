@@ -12,7 +12,7 @@ from typing import Any, Generic
 import typer
 
 from emlocal import __version__, console
-from emlocal.backends.processes import Processes
+from emlocal.backends.learner import Processes
 from emlocal.cli.training_engines import Engines, L, MakeLearner, choose_trainer, open_engines
 from emlocal.cli.training_options import AnswerOptions, MachineOptions, RunOptions
 from emlocal.cli.training_validation import Validation, check_answers

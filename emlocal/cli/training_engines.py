@@ -6,17 +6,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
+from typing import Any, Generic, TypeVar
 
 from emlocal import console
 from emlocal.backends.base import LoadOptions
-from emlocal.backends.cpu import physical_cores
+from emlocal.backends.engine import Opened
+from emlocal.backends.engine import Trainer as EngineTrainer
 from emlocal.backends.learner import Descent, Learner
-from emlocal.backends.select import select_backend
+from emlocal.backends.select import engine, select_backend
 from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts, Trainer
 from emlocal.errors import ContextFullError, ModelError, UsageError
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.machine import physical_cores
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.resolve import GGUFModel, Model, resolve
 from emlocal.models.unpacked import identity, unpack
@@ -26,15 +28,9 @@ from emlocal.training.settings import TrainingSettings
 from emlocal.training.start import new_adapter
 from emlocal.words import counted
 
-if TYPE_CHECKING:
-    from emlocal.backends.mlx.load import Opened as OpenedInMLX
-    from emlocal.backends.torch.load import Opened as OpenedInTorch
-
 L = TypeVar("L", bound=Learner)
-Opened = Union["OpenedInTorch", "OpenedInMLX"]
 MakeLearner = Callable[[Opened, Adapter, Descent, bool], L]
 """Takes the model, the adapter to begin with, and whether to compute activations twice."""
-_PACKAGES = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx-lm")}
 
 PARALLEL = 16
 """Answers at once, where nobody says."""
@@ -129,9 +125,8 @@ class Engines(Generic[L]):
 
     def versions(self) -> dict[str, str]:
         """Of the packages that compute."""
-        names = [*_PACKAGES[self.trainer]]
-        if self.answerer.backend.name == "llama.cpp":
-            names.append("llama-cpp-python")
+        both = self.trainer, self.answerer.backend.name
+        names = dict.fromkeys(package for name in both for package in engine(name).distributions)
         return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
@@ -158,10 +153,12 @@ def open_engines(
         folder = unpack(model, progress) if isinstance(model, GGUFModel) else model.path
         progress(f"loading {trainer}", 0, None)
         threads = machine.threads or physical_cores()
-        opened, layers = _open(trainer, folder, model.name, machine, threads)
+        opened = _trainer(trainer).open(
+            folder, name=model.name, device=machine.device, dtype=machine.dtype, threads=threads
+        )
     learner = make_learner(
         opened,
-        replace(new_adapter(layers, settings), base_model=model.name),
+        replace(new_adapter(opened.linear_layers(), settings), base_model=model.name),
         Descent(settings.weight_decay, settings.max_grad_norm),
         machine.gradient_checkpointing,
     )
@@ -195,31 +192,19 @@ def choose_trainer(asked: Trainer, known: Sequence[str]) -> str:
     return chosen
 
 
+def _trainer(name: str) -> EngineTrainer:
+    """How this engine trains."""
+    trainer = engine(name).trainer
+    assert trainer is not None  # see `choose_trainer`
+    return trainer
+
+
 def _check_rollouts(asked: Rollouts, trainer: str) -> None:
     if asked not in ("auto", "llama.cpp", trainer):
         raise UsageError(
             f"--rollouts is {asked}, and {trainer} is trained: the answers are given by that or by llama.cpp",
             f"use --rollouts {trainer}, or leave it out",
         )
-
-
-def _open(
-    trainer: str, folder: Path, name: str, machine: MachineOptions, threads: int
-) -> tuple[Opened, dict[str, tuple[int, int]]]:
-    """The model, and (out, in) of its linear layers by name."""
-    options = {"name": name, "device": machine.device, "dtype": machine.dtype}
-    if trainer == "mlx":
-        from emlocal.backends.mlx.load import open_model as open_in_mlx
-        from emlocal.backends.mlx.lora import linear_layers as layers_in_mlx
-
-        in_mlx = open_in_mlx(folder, **options)
-        return in_mlx, layers_in_mlx(in_mlx.model)
-    from emlocal.backends.torch.learner import linear_layers, use_threads
-    from emlocal.backends.torch.load import open_model
-
-    opened = open_model(folder, **options)
-    use_threads(threads)
-    return opened, linear_layers(opened.model)
 
 
 def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int:

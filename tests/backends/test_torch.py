@@ -13,7 +13,7 @@ import emlocal
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.chunking import Chunk, passes
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.select import memory_terms, rooms
+from emlocal.backends.select import engine as record
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.cache import TorchCache, Window
 from emlocal.backends.torch.decoder import Decoder, attention_windows
@@ -187,9 +187,9 @@ def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: GGUFModel, un
         engine.open()
     engine.forward([Feed(0, list(range(240)))])
     engine.forward([Feed(i, [5]) for i in range(4)])
-    cells = kv_bytes(tiny_model.header, 256 * rooms("torch", 4, shared=True), 4.0)
+    cells = kv_bytes(tiny_model.header, 256 * record("torch").contexts_to_reserve(4, shared=True), 4.0)
     assert cells < engine._decoder.cache.nbytes < 1.01 * cells
-    terms = memory_terms("torch", tiny_model.header, None)
+    terms = record("torch").memory_terms(tiny_model.header, None)
     assert engine.memory_bytes() < estimate(tiny_model.header, 256, terms, n_seqs=4)
     engine.close()
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from emlocal.backends.base import Feed, ModelInfo
 from emlocal.backends.chunking import passes
-from emlocal.backends.cpu import physical_cores
 from emlocal.backends.options import LoadOptions
 from emlocal.backends.slots import SlotBackend, Tokenizer
 from emlocal.backends.torch.decoder import Decoder
@@ -23,6 +22,7 @@ from emlocal.backends.torch.device import Place, out_of_memory
 from emlocal.backends.torch.packed import packed_bytes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError
+from emlocal.machine import physical_cores
 from emlocal.words import counted
 
 CPU_BUDGET, CUDA_BUDGET = 512, 4096

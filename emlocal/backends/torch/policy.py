@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emlocal.backends.torch.head import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
+from emlocal.backends.torch.objective import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
 from emlocal.em.policy_gradient import LARGEST_GAP, PolicyObjective
 
 
