@@ -12,6 +12,7 @@ from typing import Any
 import typer.main
 
 from emlocal.cli.app import GROUPS, VERBS, build
+from emlocal.cli.options import ALIASES
 
 PAGE = Path(__file__).parent / "cli.md"
 
@@ -25,7 +26,7 @@ HEAD = """\
 - Every verb takes `-h` or `--help`. `--debug`, before or after the verb, shows the traceback of an error;
   `emlocal --version` says which version this is.
 - Flags of model, sampling and entropy minimization may stand in `config.toml`, without their dashes
-  ([tour.md](tour.md#settings-that-stay)).
+  ([tour.md](tour.md#settings-that-stay)). Other programs' names of flags work, too ([list](#other-names)).
 - Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 - [Short names of models, files and the hub](models.md), [sampling flags in their order](sampling.md),
   [training flags](finetune.md), [error messages](troubleshooting.md).
@@ -44,7 +45,19 @@ def page() -> str:
         if verb in GROUPS:
             for name, command in root.commands[verb].commands.items():
                 lines += _verb(f"emlocal {verb} {name}", command, level=3)
+    lines += ["", "## Other names", "", "| flag | also |", "|---|---|"]
+    lines += [f"| `{flag}` | {', '.join(f'`{name}`' for name in names)} |" for flag, names in _others()]
     return "\n".join(lines) + "\n"
+
+
+def _others() -> list[tuple[str, list[str]]]:
+    """Each flag that other programs have under other names, and those."""
+    found: dict[str, list[str]] = {}
+    for aliases in ALIASES.values():
+        for name, flag in aliases.items():
+            if name not in found.setdefault(flag, []):
+                found[flag].append(name)
+    return sorted(found.items())
 
 
 def _verb(name: str, command: Any, level: int = 2) -> Iterator[str]:

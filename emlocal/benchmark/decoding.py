@@ -160,7 +160,7 @@ def _bare(generator: Generator, prompt: list[int], first: int, steps: int) -> fl
     request = Request(SamplingParams(temperature=0), Uniforms(0), 1)
     for _ in generator.run(prompt, [request]):
         pass
-    return sum(decode(generator.sequence, first, steps))
+    return sum(decode(generator.backend, generator.sequence, first, steps))
 
 
 def recorded_rows(

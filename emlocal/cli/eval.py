@@ -88,6 +88,7 @@ class EvalOptions:
         "For such a program. (default: 10; scicode 300)",
         low_is_open=True,
         kind="number",
+        unit="seconds",
     )
     resume: bool = setting(
         True, "--resume", help="Go on with answers that are there, or begin anew.", off="--restart"

@@ -20,9 +20,9 @@ from emlocal.training.settings import settings_of_run
 from emlocal.words import counted, plain
 
 if TYPE_CHECKING:
+    from emlocal.backends.engine import Opened
     from emlocal.backends.learner import Descent, PolicyLearner
     from emlocal.cli.training import Work
-    from emlocal.cli.training_engines import Opened
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.training.prompts import Prompt
     from emlocal.training.rl import PolicyGradient

@@ -101,6 +101,7 @@ class MachineOptions:
         kind="whole",
         aliases=(*CONTEXT_NAMES, "--max-seq-length"),
         panel=MACHINE,
+        unit="tokens",
     )
     token_budget: int = setting(
         2048,

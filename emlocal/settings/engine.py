@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from emlocal.backends import ENGINES
 from emlocal.settings.table import Table, setting
 
 BackendName = Literal["auto", "llama.cpp", "mlx", "torch"]
@@ -30,7 +31,7 @@ class EngineOptions:
         None,
         "--backend",
         help="Engine to run on.",
-        choices=("auto", "llama.cpp", "mlx", "torch"),
+        choices=("auto", *ENGINES),
         panel=PANEL,
     )
     adapter: tuple[str, ...] = setting(
@@ -51,6 +52,7 @@ class EngineOptions:
         aliases=CONTEXT_NAMES,
         short="-c",
         panel=PANEL,
+        unit="tokens",
     )
     threads: int | None = setting(
         None,

@@ -175,7 +175,7 @@ def _em_step(
             )
     if kind is None:
         return None, {}
-    numbers = _NUMBERS[kind]
+    numbers = _NUMBERS.get(kind, {})  # Python may hand over a step of its own, which has no flags
     values, sources = ranked(_with_preset_numbers(layers, kind), numbers)
     step = base if isinstance(base, kind) else kind()
     step = replace(step, **{numbers[name].field: value for name, value in values.items()})

@@ -41,6 +41,7 @@ class Setting:
     help: str
     low_is_open: bool = False
     whole: bool = False
+    unit: str = ""
     name: str = ""
     """The name in batch lines and in Python."""
     field: str = ""
@@ -59,12 +60,14 @@ class Setting:
     read: Read | None = None
 
     def span(self) -> str:
-        """The range in words: "between 0 and 1", "at least 0", "more than 0 and at most 1"."""
+        """The range in words: "between 0 and 1", "at least 16 tokens", "more than 0 and at most 1"."""
         if math.isinf(self.high):
-            return f"more than {_bound(self.low)}" if self.low_is_open else f"at least {_bound(self.low)}"
-        if self.low_is_open:
-            return f"more than {_bound(self.low)} and at most {_bound(self.high)}"
-        return f"between {_bound(self.low)} and {_bound(self.high)}"
+            span = f"more than {_bound(self.low)}" if self.low_is_open else f"at least {_bound(self.low)}"
+        elif self.low_is_open:
+            span = f"more than {_bound(self.low)} and at most {_bound(self.high)}"
+        else:
+            span = f"between {_bound(self.low)} and {_bound(self.high)}"
+        return f"{span} {self.unit}".rstrip()
 
     def described(self) -> str:
         """What a value is, in words."""
@@ -137,6 +140,7 @@ def setting(
     help: str = "",
     *,
     low_is_open: bool = False,
+    unit: str = "",
     kind: Kind | None = None,
     choices: Sequence[str] = (),
     aliases: Sequence[str] = (),
@@ -160,6 +164,7 @@ def setting(
         help,
         low_is_open,
         whole=kind == "whole",
+        unit=unit,
         name=name,
         kind=kind,
         default=default,

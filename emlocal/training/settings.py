@@ -164,6 +164,7 @@ class TrainingSettings:
         100,
         "Stop when the answers' mean entropy (nats) falls below this.",
         panel=STOPPING,
+        unit="nats",
     )
     max_repetition: float = setting(
         0.2,
@@ -188,6 +189,7 @@ class TrainingSettings:
         math.inf,
         "Stop when the mean KL to the base (nats a token) passes this (0 = do not look).",
         panel=STOPPING,
+        unit="nats",
     )
 
     def __post_init__(self) -> None:

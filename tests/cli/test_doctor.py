@@ -248,7 +248,7 @@ def test_a_model_file_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, said["checks"]["model"]["status"]) == (1, "fail")
 
 
-@pytest.mark.parametrize("text", ["temp = ", "temperature = 1", "temp = -5", "top-k = 'many'"])
+@pytest.mark.parametrize("text", ["temp = ", "temprature = 1", "temp = -5", "top-k = 'many'"])
 def test_a_config_file_with_a_mistake(tmp_path: Path, text: str) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.toml").write_text(text)

@@ -105,7 +105,8 @@ class TorchBackend(SlotBackend):
         return f"{self.place.device.type}, {self.place.format}"
 
     def _weights_bytes(self) -> int:
-        return sum(p.nbytes for p in self._model.parameters()) + packed_bytes(self._model)
+        weights: int = sum(p.nbytes for p in self._model.parameters())
+        return weights + packed_bytes(self._model)
 
     def _give_back(self) -> None:
         if not self.place.on_cpu:

@@ -33,7 +33,7 @@ class AdaptiveTemperature(EMStep):
 
     ratio: float = setting(0.5, "--em-ratio", 0, 1, "α of adaptive temperature: share of the entropy kept.")
     threshold: float = setting(
-        0.1, "--em-threshold", 0, math.inf, "δ in nats: cool no further than to this entropy."
+        0.1, "--em-threshold", 0, math.inf, "δ in nats: cool no further than to this entropy.", unit="nats"
     )
 
     def __post_init__(self) -> None:

@@ -32,7 +32,9 @@ class EMInf(EMStep):
     flag: ClassVar[str] = "--em-inf"
     help: ClassVar[str] = "Minimize each token's entropy while decoding."
 
-    threshold: float = setting(0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.")
+    threshold: float = setting(
+        0.3, "--em-threshold", 0, math.inf, "δ in nats: leave rows below it alone.", unit="nats"
+    )
     """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
     steps: int = setting(10, "--em-steps", 0, 1000, "Most gradient steps per token.")
     learning_rate: float = setting(2.0, "--em-learning-rate", 0, 1e6, "η, size of a step.", low_is_open=True)
