@@ -6,7 +6,6 @@ from typing import Literal
 from emlocal.backends import ENGINES
 from emlocal.settings.table import Table, setting
 
-BackendName = Literal["auto", "llama.cpp", "mlx", "torch"]
 KVName = Literal["f32", "f16", "q8_0", "q4_0"]
 PANEL = "Model and engine"
 CONTEXT_NAMES = ("--ctx-size", "--max-model-len", "--context-length", "--n-ctx", "--num-ctx", "--max-kv-size")
@@ -27,7 +26,7 @@ class EngineOptions:
         metavar="MODEL",
         panel=PANEL,
     )
-    backend: BackendName | None = setting(
+    backend: str | None = setting(
         None,
         "--backend",
         help="Engine to run on.",

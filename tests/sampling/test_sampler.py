@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from emlocal.em.steps import AdaptiveTemperature, EMInf
@@ -16,6 +15,7 @@ from emlocal.sampling import Sampler, SamplingParams, _fused
 from emlocal.sampling.reference import probabilities
 from emlocal.settings import EM_PRESETS
 from tests.em.fast_path import hard_rows, softmax
+from tests.examples import examples
 
 LAST = 1 - 2.0**-53
 BORDER = 1e-5
@@ -201,7 +201,7 @@ def any_params(draw: st.DrawFn) -> SamplingParams:
     )
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@examples(300)
 @given(hard_rows(), any_params(), st.one_of(st.sampled_from(US), st.floats(0, LAST)))
 def test_hard_rows_draw_as_the_full_vocabulary(row, params, u) -> None:
     for sampler in (Sampler(len(row)), Sampler(len(row), fused=False)):
