@@ -53,8 +53,8 @@ def page() -> str:
 def _others() -> list[tuple[str, list[str]]]:
     """Each flag that other programs have under other names, and those."""
     found: dict[str, list[str]] = {}
-    for aliases in ALIASES.values():
-        for name, flag in aliases.items():
+    for verb in VERBS:
+        for name, flag in ALIASES.get(verb, {}).items():
             if name not in found.setdefault(flag, []):
                 found[flag].append(name)
     return sorted(found.items())

@@ -31,6 +31,7 @@ from emlocal.generation.decode import Event
 from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.generation.tokenizing import text_tokens
 from emlocal.methods.method import Method, MethodName
 from emlocal.models.memory import check_memory
 from emlocal.models.resolve import resolve
@@ -225,7 +226,7 @@ class Model:
         if settings.get("raw", False):
             if not isinstance(prompt, str) or system is not None:
                 raise UsageError("a raw prompt is one text, without roles")
-            return self.backend.encode(prompt, add_special=True, parse_special=True)
+            return text_tokens(self.backend, prompt, add_special=True, parse_special=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         return chat_tokens(self.backend, with_system(messages, system))
 

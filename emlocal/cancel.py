@@ -2,9 +2,16 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+from emlocal.errors import CancelledError
+
+T = TypeVar("T")
+_LOOK_SECONDS = 0.05  # between two looks at `cancelled`
+_unfinished: set[threading.Thread] = set()
 
 
 class Cancellation:
@@ -15,6 +22,14 @@ class Cancellation:
 
     def __call__(self) -> bool:
         return self.requested
+
+
+_active: list[Cancellation] = []  # of the blocks that the main thread is in
+
+
+def stop_requested() -> bool:
+    """Whether Ctrl-C or SIGTERM asked a block of `interruptible` to stop, for waits deep inside it."""
+    return any(cancellation.requested for cancellation in _active)
 
 
 @contextmanager
@@ -38,11 +53,50 @@ def interruptible() -> Iterator[Cancellation]:
         cancellation.requested = True
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
+    _active.append(cancellation)
     try:
         with _termination_waits(cancellation):
             yield cancellation
     finally:
+        _active.remove(cancellation)
         signal.signal(signal.SIGINT, previous)
+
+
+def waited_for(work: Callable[[], T], cancelled: Callable[[], bool] = lambda: False) -> T:
+    """The result of `work`, a native call that hears no signals, from a thread of its own.
+
+    This thread waits meanwhile: signals are handled at once. Work that is given up goes on until it ends or
+    the process does (see `unfinished`), so it must not touch what may be freed before.
+
+    Raises CancelledError when `cancelled()` becomes true, and what `work` raises.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)  # for the thread that waits
+        finally:
+            _unfinished.discard(thread)
+            done.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    _unfinished.add(thread)
+    thread.start()
+    while not done.wait(_LOOK_SECONDS):
+        if cancelled():
+            raise CancelledError
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def unfinished() -> bool:
+    """Whether work that was given up still runs. The process must then end without cleaning up under it."""
+    return bool(_unfinished)
 
 
 @contextmanager

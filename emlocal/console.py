@@ -24,23 +24,36 @@ _NO_WIDTH = 1000  # a pipe has no columns; no table of ours is wider
 @cache
 def err() -> "Console":
     """The console of stderr."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 @cache
 def out() -> "Console":
     """The console of stdout, for tables; an answer's text is written with `write`."""
-    from rich.console import Console
-
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
+    return _console(soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
+
+
+def _console(**settings: Any) -> "Console":
+    """A console on which nothing can be an escape code: messages quote files, names and templates."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                text, style, control = segment
+                plain = control is not None or text.isprintable() or text == "\n"
+                yield segment if plain else Segment(harmless(text), style)
+
+    return Harmless(highlight=False, **settings)
 
 
 def note(text: str) -> None:
     """A dim line on stderr."""
-    err().print(text, style="dim", markup=False)
+    err().print(harmless(text), style="dim", markup=False)
 
 
 def command(words: Sequence[str]) -> None:
@@ -50,7 +63,7 @@ def command(words: Sequence[str]) -> None:
 
 def warn(text: str) -> None:
     """A line on stderr that should be read."""
-    err().print(f"warning: {text}", style="yellow", markup=False)
+    err().print(f"warning: {harmless(text)}", style="yellow", markup=False)
 
 
 def write(text: str) -> None:
@@ -82,9 +95,9 @@ def hush() -> None:
 def report(error: EmlocalError) -> None:
     """What failed, and what mends it."""
     err().quiet = False
-    err().print(f"error: {error.message}", style="bold red", markup=False)
+    err().print(f"error: {harmless(error.message)}", style="bold red", markup=False)
     if error.hint:
-        err().print(f"  fix: {error.hint}", markup=False)
+        err().print(f"  fix: {harmless(error.hint)}", markup=False)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:

@@ -1,8 +1,10 @@
 """Errors that people see: one line that says what failed, one that says what mends it.
 
 Everything raised on purpose is an `EmlocalError`; the command line prints it without a traceback and
-leaves with its `exit_code`. Anything else that reaches the top is a defect of emlocal and says so.
+leaves with its `exit_code`. Anything else that reaches the top is `explained`.
 """
+
+import errno
 
 
 class EmlocalError(Exception):
@@ -36,6 +38,27 @@ class ContextFullError(EmlocalError):
 
 class CancelledError(Exception):
     """A long computation stopped because it was asked to."""
+
+
+_MEMORY_HINT = "close other programs, raise ulimit -v, or give a smaller --context, --parallel or model"
+
+_REFUSALS = ("cannot allocate memory", "failed to map segment", "start new thread")
+
+
+def explained(error: Exception) -> EmlocalError:
+    """What nobody foresaw, as an error that people can read: the system's refusals by their names, and what
+    is left as a defect of emlocal."""
+    said = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return EmlocalError("memory ran out", _MEMORY_HINT)
+    for line in said.splitlines():  # numpy says it among many others
+        if any(part in line for part in _REFUSALS):
+            return EmlocalError(f"the system gives no more memory or threads: {line}", _MEMORY_HINT)
+    if isinstance(error, OSError):
+        return EmlocalError(f"{error.filename or 'the output'}: {error.strerror or error}")
+    if isinstance(error, RecursionError):
+        return EmlocalError("something is nested too deeply", "use simpler input; --debug shows where")
+    return EmlocalError(f"unexpected {type(error).__name__}: {error}", "a defect; --debug shows where")
 
 
 class LogitsError(EmlocalError, ValueError):

@@ -14,10 +14,11 @@ from emlocal.errors import EmlocalError
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[TextIO]:
+def atomic_writer(path: Path, *, private: bool = False) -> Iterator[TextIO]:
     """A text file (UTF-8) that appears under its name when the block ends, or not at all if it raises.
 
-    A symbolic link is followed; what is no regular file (a pipe, a device) is written to as it is.
+    A symbolic link is followed; what is no regular file (a pipe, a device) is written to as it is. A
+    `private` file is for its owner only.
 
     Raises EmlocalError where the file cannot be written (no such folder, read-only, disk full).
     """
@@ -26,14 +27,17 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
             with path.open("w", encoding="utf-8") as stream:
                 yield stream
             return
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with (
+            atomic_path(path, private=private) as temporary,
+            temporary.open("w", encoding="utf-8", newline="\n") as file,
+        ):
             yield file
     except OSError as why:
         raise EmlocalError(f"cannot write {path}: {why.strerror or why}") from why
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
     """A file beside `path` for someone else's code to write, which gets the name `path` when the block ends.
 
     If the block raises there is no trace of it, and what `path` was it still is. A symbolic link is followed.
@@ -48,7 +52,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(descriptor)
         yield temporary
         _sync_file(temporary)
-        temporary.chmod(_usual_mode())
+        if not private:  # as `mkstemp` makes it
+            temporary.chmod(_usual_mode())
         temporary.replace(target)
         sync_folder(target.parent)
     except OSError as why:

@@ -1,18 +1,23 @@
 """Progress: a bar where there is a terminal, now and then a line where there is none."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
 import pytest
+from rich.text import Text
 
 from emlocal import console
+from emlocal.errors import EmlocalError
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Consoles keep whether they write to a terminal."""
-    console.err.cache_clear()
+    for stream in (console.err, console.out):
+        stream.cache_clear()
     yield
-    console.err.cache_clear()
+    for stream in (console.err, console.out):
+        stream.cache_clear()
 
 
 def test_lines_are_rare_for_each_thing_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,3 +63,53 @@ def test_a_terminal_gets_a_bar_with_amounts_only_where_there_are_any(
     drawn = capsys.readouterr().err
     assert "waiting" in drawn
     assert "bytes" not in drawn
+
+
+HOSTILE = "a\x1b]0;title\x07b\x9b31m\rc\ud800d\te\n\x08f é 你"
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        console.note,
+        console.warn,
+        console.heading,
+        lambda text: console.report(EmlocalError(text)),
+        lambda text: console.report(EmlocalError("x", text)),
+        lambda text: console.pairs([("name", text)]),
+        lambda text: console.pairs([(text, "value")]),
+        lambda text: console.err().print(text, markup=False),
+        lambda text: console.out().print(Text(text)),
+    ],
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_message_carries_an_escape_code(
+    say: Callable[[str], None],
+    terminal: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "100")
+    say(HOSTILE)
+    said = "".join(capsys.readouterr())
+    own = re.compile(r"\x1b\[[0-9;]*m")  # colours, which rich adds
+    bare = own.sub("", said)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", bare)
+    assert "title" in bare
+    if not terminal:
+        assert not own.search(said)
+        assert "a�]0;title" in bare
+
+
+def test_a_bar_carries_no_escape_code_of_a_label(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with console.progress() as progress:
+        progress("fetching \x1b]0;title\x07", 49_000_000, 98_000_000)
+    drawn = capsys.readouterr().err
+    assert "fetching �]0;tit" in drawn
+    assert "\x1b]" not in drawn

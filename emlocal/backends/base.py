@@ -90,6 +90,10 @@ class Backend(ABC):
         """Token ids. `add_special`: with the model's BOS and the like; `parse_special`: read "<|im_end|>"
         and its kind as the tokens that they name."""
 
+    def least_tokens(self, text: str) -> int:
+        """As many tokens `encode` gives at least, known without tokenizing; 0 where nothing is certain."""
+        return 0
+
     @abstractmethod
     def control_texts(self) -> Sequence[str]:
         """The texts that `encode` reads as control tokens, if it is asked to parse special ones."""

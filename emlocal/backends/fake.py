@@ -83,6 +83,9 @@ class FakeBackend(Backend):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return list(text.encode())
 
+    def least_tokens(self, text: str) -> int:
+        return len(text)
+
     def control_texts(self) -> Sequence[str]:
         return ()
 

@@ -40,6 +40,7 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> str | None: ...
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+    def least_tokens(self, text: str) -> int: ...
     def control_texts(self) -> Sequence[str]: ...
     def token_bytes(self, token: int) -> bytes: ...
 
@@ -169,6 +170,9 @@ class SlotBackend(Backend):
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def least_tokens(self, text: str) -> int:
+        return self._tokenizer.least_tokens(text)
 
     def control_texts(self) -> Sequence[str]:
         return self._tokenizer.control_texts()

@@ -64,6 +64,9 @@ def survey(
     for task, prompt in batch.questions():
         found.lines += 1
         progress(found.lines)
+        if task.too_long:
+            found.refused += 1
+            continue
         if task.error or task.plan is None:
             found.bad_lines += 1
             if len(found.bad) < _SHOWN:

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from emlocal.batch.keys import Keys
+from emlocal.batch.keys import Keys, Places
 from emlocal.errors import UsageError
 from emlocal.files import sync_folder
+from emlocal.text import parse_json
 
 _BUFFER = 1 << 20
 _SHOWN = 60
@@ -57,6 +58,21 @@ class Existing:
         if self.retried:
             self._rewrite_without_errors()
 
+    def rewrite_in_order(self, places: Places) -> bool:
+        """Put the rows into the order of these places, those without one last; False where they are so.
+
+        The file is replaced in one step: whatever stops it, all rows are there, in the old order or the new.
+        """
+        with self.target.open("rb") as old:
+            in_order, last = True, -1
+            for _, start, line, row in self._whole_lines(old):
+                place = places.put(self.key_of(row), start, len(line))
+                in_order, last = in_order and place >= last, place
+            if in_order:
+                return False
+            self._replace(self._read(old, start, length) for start, length in places.in_order())
+        return True
+
     def make_durable(self, descriptor: int) -> None:
         """Before the first row: the file's name, and a cut at its end."""
         os.fsync(descriptor)
@@ -99,11 +115,19 @@ class Existing:
         self.errors += failed
 
     def _rewrite_without_errors(self) -> None:
+        with self.target.open("rb") as old:
+            self._replace(line for _, _, line, row in self._whole_lines(old) if not self.is_error(row))
+
+    @staticmethod
+    def _read(file: BinaryIO, start: int, length: int) -> bytes:
+        file.seek(start)
+        return file.read(length)
+
+    def _replace(self, lines: Iterable[bytes]) -> None:
+        """A file of these lines in the output's place."""
         try:
-            with self._temporary.open("wb", buffering=_BUFFER) as new, self.target.open("rb") as old:
-                for _, _, line, row in self._whole_lines(old):
-                    if not self.is_error(row):
-                        new.write(line)
+            with self._temporary.open("wb", buffering=_BUFFER) as new:
+                new.writelines(lines)
                 self.end = new.tell()
                 new.flush()
                 os.fsync(new.fileno())
@@ -116,6 +140,8 @@ class Existing:
 
 def check_kind(path: Path, target: Path) -> None:
     """Raises UsageError where no file of rows can be."""
+    if target.is_symlink():  # though all links were followed
+        raise UsageError(f"{path} is a link that leads back to itself", "name another file with -o")
     if target.is_dir():
         raise UsageError(f"{path} is a folder, not an output file", "name a file in it")
     if target.exists() and not target.is_file():
@@ -152,8 +178,8 @@ def _row(line: bytes) -> dict[str, object] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        value = json.loads(line.decode())
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Self
 
 from emlocal.batch.existing import Existing, check_kind, check_settings
-from emlocal.batch.keys import Keys
-from emlocal.batch.manifest import BINARY, Manifest, manifest_path
+from emlocal.batch.keys import Keys, Places
+from emlocal.batch.manifest import BINARY, Manifest, lock_output, manifest_path
 from emlocal.errors import EmlocalError
 
 _SECONDS_BETWEEN_SYNCS = 1.0
@@ -41,6 +41,7 @@ class Journal:
         self.repaired, self.retried = held.repaired, held.retried
         self._key_of, self._is_error = held.key_of, held.is_error
         self._manifest = manifest
+        self._held = held
         self._descriptor = descriptor
         self._end = self._durable_end = held.end
         self._durable_rows = held.rows
@@ -70,8 +71,13 @@ class Journal:
         with ExitStack() as opened, _system_errors(path):
             if not restart and _size(target) and not manifest_path(target).exists():
                 check_settings(path, None, settings)  # before a manifest is left beside a stranger's file
+            if target.exists() and not manifest_path(target).exists():
+                with target.open("rb+") as file:  # before a manifest is left beside another's output
+                    lock_output(file.fileno(), path)
             manifest = Manifest.lock(target, path)
             opened.callback(manifest.close)
+            descriptor = _open_locked(target, path)
+            opened.callback(lambda: os.close(descriptor))
             held = Existing(path, target, key_of, is_error)
             opened.callback(held.done.close)
             if restart:
@@ -82,9 +88,9 @@ class Journal:
             else:
                 manifest.write(settings)
             manifest.sign()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | BINARY
-            descriptor = os.open(target, flags, 0o666)
-            opened.callback(os.close, descriptor)
+            if held.retried:  # the file is another one now
+                os.close(descriptor)
+                descriptor = _open_locked(target, path)
             held.make_durable(descriptor)
             journal = cls(path, manifest, descriptor, held)
             opened.pop_all()
@@ -119,6 +125,18 @@ class Journal:
             # The system may have dropped the rows since the last sync while it still shows them.
             raise self._failure(why, self._durable_end, self._durable_rows) from why
         self._durable_end, self._durable_rows, self._synced_at = self._end, self.rows, now
+
+    def put_in_order(self, places: Places) -> bool:
+        """Bring the rows into the order of the lines, where they are not: rows that were made again stand at
+        the end until then. Raises EmlocalError where it cannot be written; the rows are then as they were."""
+        self.sync()
+        with _system_errors(self.path):
+            if not self._held.rewrite_in_order(places):
+                return False
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._descriptor = _open_locked(self._held.target, self.path)
+        return True
 
     def close(self) -> None:
         """Make all rows durable and give the output free; raises EmlocalError as `append` does."""
@@ -174,6 +192,17 @@ def _line(row: Row) -> bytes:
     except UnicodeEncodeError:
         # Half a surrogate pair is no UTF-8, but JSON has an escape for it: the row reads back as it was.
         return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _open_locked(target: Path, called: Path) -> int:
+    """A descriptor that appends to the output, which is then locked under all its names."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
+    try:
+        lock_output(descriptor, called)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _size(target: Path) -> int:

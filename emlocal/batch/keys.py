@@ -1,6 +1,7 @@
 """A set of strings on disk: a million keys cost no more memory than ten."""
 
 import sqlite3
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -55,6 +56,61 @@ class Keys:
 
     def __len__(self) -> int:
         return self._count
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Places:
+    """Where each of many keys belongs, and which part of a file has it; on disk, as `Keys` is."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            f"PRAGMA cache_size = -{_CACHE_KIB}",
+            "CREATE TABLE places (key BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID",
+            "CREATE TABLE parts (place INTEGER, start INTEGER, length INTEGER)",
+            "BEGIN",
+        ):
+            self._database.execute(statement)
+        self._count = 0
+
+    def add(self, key: str) -> None:
+        """Give the key the next place, if it has none."""
+        try:
+            self._database.execute("INSERT OR IGNORE INTO places VALUES (?, ?)", (_stored(key), self._count))
+        except sqlite3.OperationalError as why:
+            raise _failure(why) from why
+        self._count += 1
+
+    def put(self, key: str, start: int, length: int) -> int:
+        """Note which bytes of a file belong to the key; its place, behind all others where it has none."""
+        try:
+            found = self._database.execute(
+                "SELECT place FROM places WHERE key = ?", (_stored(key),)
+            ).fetchone()
+            place: int = found[0] if found else self._count
+            self._database.execute("INSERT INTO parts VALUES (?, ?, ?)", (place, start, length))
+        except sqlite3.OperationalError as why:
+            raise _failure(why) from why
+        return place
+
+    def in_order(self) -> Iterator[tuple[int, int]]:
+        """(start, length) of all parts by place; of one place as they stand in the file."""
+        try:
+            yield from self._database.execute("SELECT start, length FROM parts ORDER BY place, start")
+        except sqlite3.OperationalError as why:
+            raise _failure(why) from why
 
     def close(self) -> None:
         self._database.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import sync_folder
+from emlocal.text import parse_json
 
 if sys.platform == "win32":
     import msvcrt
@@ -25,6 +26,7 @@ else:
     BINARY = 0
 
 FORMAT = "emlocal-batch-1"
+_LOCKED_BYTE, _LOCKED_BYTE_OF_OUTPUT = 1 << 30, 1 << 62  # on Windows; elsewhere the whole file is locked
 _START = json.dumps({"format": FORMAT}).encode()[:-1]
 
 
@@ -52,7 +54,7 @@ class Manifest:
         path = manifest_path(output)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
         try:
-            if not _lock(descriptor):
+            if not _lock(descriptor, _LOCKED_BYTE):
                 raise _in_use(called, descriptor)
             return cls(path, descriptor)
         except BaseException:
@@ -79,7 +81,7 @@ class Manifest:
         try:
             if self.settings is not None:
                 self._cut_signature()
-            _unlock(self._descriptor)
+            _unlock(self._descriptor, _LOCKED_BYTE)
         finally:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -100,6 +102,18 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
+def lock_output(descriptor: int, called: Path) -> None:
+    """Lock the output itself, which may have several names (hard links), each with a manifest of its own.
+
+    The lock goes when the descriptor is closed. Raises EmlocalError where another process has it.
+    """
+    if not _lock(descriptor, _LOCKED_BYTE_OF_OUTPUT):
+        raise EmlocalError(
+            f"{called} is being written by another emlocal, under another name of the same file",
+            "wait for it to end, or use another -o",
+        )
+
+
 def _content(descriptor: int) -> bytes:
     """The whole file: a few kilobytes. NUL bytes at its end are what a power failure leaves."""
     os.lseek(descriptor, 0, os.SEEK_SET)
@@ -110,7 +124,7 @@ def _content(descriptor: int) -> bytes:
 def _settings(content: bytes) -> dict[str, object] | None:
     first, end, _ = content.partition(b"\n")
     try:
-        value = json.loads(first.decode())
+        value = parse_json(first)
     except ValueError:
         return None
     if not end or not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -121,7 +135,7 @@ def _settings(content: bytes) -> dict[str, object] | None:
 
 def _in_use(called: Path, descriptor: int) -> EmlocalError:
     try:
-        process = f" (process {int(json.loads(_content(descriptor).splitlines()[1])['process'])})"
+        process = f" (process {int(parse_json(_content(descriptor).splitlines()[1])['process'])})"
     except (ValueError, LookupError, TypeError, OSError):
         process = ""  # it has the lock and has not signed yet
     return EmlocalError(
@@ -132,28 +146,27 @@ def _in_use(called: Path, descriptor: int) -> EmlocalError:
 
 if sys.platform == "win32":
     # Windows forbids others to read what is locked, so the lock is on a byte far behind the content.
-    _LOCKED_BYTE = 1 << 30
 
-    def _lock(descriptor: int) -> bool:
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    def _lock(descriptor: int, byte: int) -> bool:
+        os.lseek(descriptor, byte, os.SEEK_SET)
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except PermissionError:
             return False
         return True
 
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    def _unlock(descriptor: int, byte: int) -> None:
+        os.lseek(descriptor, byte, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
 
 else:
 
-    def _lock(descriptor: int) -> bool:
+    def _lock(descriptor: int, byte: int) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
-    def _unlock(descriptor: int) -> None:
+    def _unlock(descriptor: int, byte: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from emlocal.backends.base import Backend
-from emlocal.batch.keys import Keys
+from emlocal.batch.keys import Keys, Places
 from emlocal.batch.lines import BadLine, Item, digest
 from emlocal.batch.rows import Answered, Row, error_row, openai_row, own_row
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Request
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import Finished, Job, Scheduler
+from emlocal.generation.tokenizing import never, text_tokens
 from emlocal.methods.method import REVISE, Method, name_of
 from emlocal.models.templates import Message
 from emlocal.sampling import Uniforms
@@ -70,6 +71,8 @@ class Task:
     line: int
     order: int
     error: str = ""
+    too_long: bool = False
+    """The error is that the prompt cannot fit the context."""
     plan: Plan | None = None
     messages: Sequence[Message] | None = None
     prompt: str = ""
@@ -88,21 +91,26 @@ class Batch:
         *,
         parallel: int,
         done: Keys | None = None,
+        places: Places | None = None,
     ) -> None:
-        """`done`: keys of rows that exist; their lines are passed over."""
+        """`done`: keys of rows that exist; their lines are passed over. `places` takes the keys of all lines,
+        in their order."""
         self.scheduler: Scheduler[Task] = Scheduler(backend, parallel)
         self.tally = Tally()
         self._backend = backend
         self._settings = settings
         self._lines = iter(lines)
         self._done = done
+        self._places = places
         self._seen = Keys()
         self._follow_ups: deque[Job[Task]] = deque()
+        self._cancelled: Callable[[], bool] = never
         self._taken = self._given = 0
         self._held: dict[int, Row] = {}  # with `ordered`: rows that wait for earlier ones
 
-    def rows(self, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Row]:
+    def rows(self, cancelled: Callable[[], bool] = never) -> Iterator[Row]:
         """The rows as they are finished, or in the order of the lines. Raises CancelledError."""
+        self._cancelled = cancelled
         with self._seen:
             for finished in self.scheduler.run(self._next_job, cancelled):
                 row = self._row(finished)
@@ -130,6 +138,8 @@ class Batch:
             return None  # the one that all wait for is being worked on
         for line in self._lines:
             task = self._task(line)
+            if self._places is not None:
+                self._places.add(task.key)
             if self._done is not None and task.key in self._done:
                 self.tally.skipped += 1
                 continue
@@ -145,7 +155,11 @@ class Batch:
         own = digest("bad" if bad else "line", content)[:16]
         times = self._seen.add(f"id {named}" if named is not None else f"content {own}")
         custom_id = named if named is not None else own if times == 1 else f"{own}-{times}"
-        key = digest(custom_id, content, str(times), self._settings.fingerprint)
+        # Where a given name is the very hash that names the same content without a name, the second of the
+        # two lines gets a key of its own. Other keys are those of earlier versions: their outputs go on.
+        twin = (f"id {own}" if named is None else f"content {own}") if custom_id == own else None
+        both = ("given" if named is not None else "made",) if twin is not None and twin in self._seen else ()
+        key = digest(custom_id, content, str(times), self._settings.fingerprint, *both)
         task = Task(key, line.custom_id if bad else custom_id, line.line, self._taken)
         if isinstance(line, BadLine):
             task.error = line.message
@@ -177,7 +191,7 @@ class Batch:
                 )
             return self._ask(task)
         except EmlocalError as error:
-            task.error = error.message
+            task.error, task.too_long = error.message, isinstance(error, ContextFullError)
             return Job(task, (), ())
 
     def _ask(self, task: Task) -> Job[Task]:
@@ -185,9 +199,11 @@ class Batch:
         plan = task.plan
         assert plan is not None
         if task.messages is not None:
-            tokens = chat_tokens(self._backend, task.messages)
+            tokens = chat_tokens(self._backend, task.messages, self._cancelled)
         else:
-            tokens = self._backend.encode(task.prompt, add_special=True, parse_special=True)
+            tokens = text_tokens(
+                self._backend, task.prompt, add_special=True, parse_special=True, cancelled=self._cancelled
+            )
         first = len(task.rounds) * _DRAWS_OF_A_ROUND
         key = request_key(task.custom_id or "")
         return Job(

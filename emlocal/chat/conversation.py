@@ -1,6 +1,9 @@
-"""What has been said, and its file format."""
+"""What has been said, its file format, and the copy that is kept when a chat ends unforeseen."""
 
 import json
+import os
+import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
@@ -9,8 +12,10 @@ from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import atomic_writer
 from emlocal.models.paths import data_dir
 from emlocal.models.templates import Message
+from emlocal.text import parse_json, well_formed
 
 FORMAT = "emlocal-chat-1"
+_MOST_BYTES = 256 << 20  # of a saved conversation
 
 
 @dataclass
@@ -28,16 +33,17 @@ class Conversation:
             said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return [*said, {"role": "user", "content": question}]
 
-    def save(self, path: Path, model: str) -> None:
-        """Write it as JSON, whole or not at all. Raises EmlocalError."""
-        if path.parent == _chats():
+    def save(self, path: Path, model: str, *, private: bool = False) -> None:
+        """Write it as JSON, whole or not at all; `private`: for its owner only. Raises EmlocalError."""
+        if path.parent in (_chats(), _interrupted()):
             try:
-                _chats().mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
             except OSError as why:
                 raise EmlocalError(f"cannot write {path}: {why.strerror}") from why
-        pairs = [{"question": q, "answer": a} for q, a in self.exchanges]
-        content = {"format": FORMAT, "model": model, "system": self.system, "exchanges": pairs}
-        with atomic_writer(path) as file:
+        pairs = [{"question": well_formed(q), "answer": well_formed(a)} for q, a in self.exchanges]
+        system = None if self.system is None else well_formed(self.system)
+        content = {"format": FORMAT, "model": well_formed(model), "system": system, "exchanges": pairs}
+        with atomic_writer(path, private=private) as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
             file.write("\n")
 
@@ -45,29 +51,79 @@ class Conversation:
     def load(cls, path: Path) -> "Conversation":
         """Read a saved one. Raises UsageError for a missing file or one that is no conversation."""
         try:
-            content = json.loads(path.read_bytes())
+            with path.open("rb") as file:
+                raw = file.read(_MOST_BYTES + 1)
+            if len(raw) > _MOST_BYTES:
+                raise UsageError(f"{path} is no conversation: it has more than {_MOST_BYTES:,} bytes")
+            content = parse_json(raw)
         except OSError as why:
             raise UsageError(f"cannot read {path}: {why.strerror}") from why
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+        except ValueError as why:
             raise UsageError(f"{path} is no conversation: {why}") from why
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UsageError(f"{path} is no conversation: it does not say {FORMAT!r}")
         system, pairs = content.get("system"), content.get("exchanges")
         if not (system is None or isinstance(system, str)) or not _are_pairs(pairs):
             raise UsageError(f"{path} is no conversation: its messages are not texts")
-        return cls(system, [(pair["question"], pair["answer"]) for pair in pairs])
+        said = [(well_formed(pair["question"]), well_formed(pair["answer"])) for pair in pairs]
+        return cls(None if system is None else well_formed(system), said)
+
+    def keep(self, model: str) -> Path:
+        """Write the copy that `newest_kept` finds, and return where it is. Raises EmlocalError.
+
+        Where emlocal's own folder cannot be written (a full disk), it goes into the folder for temporary
+        files, where only its path finds it.
+        """
+        name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.json"
+        path = _interrupted() / name
+        try:
+            self.save(path, model, private=True)
+        except EmlocalError:
+            path = Path(tempfile.mkdtemp(prefix="emlocal-chat-")) / name
+            self.save(path, model, private=True)
+        return path
 
 
 def chat_file(name: str) -> Path:
-    """The file that a name means: a path or an existing file as it is, else one in emlocal's own folder."""
-    path = Path(name).expanduser()
-    if path.suffix == ".json" or len(path.parts) > 1 or path.is_file():
-        return path
-    return _chats() / f"{name}.json"
+    """The file that a name means: a path or an existing file as it is, else one in emlocal's own folder.
+
+    Raises UsageError for what no file can be called.
+    """
+    try:
+        if "\0" in name:
+            raise ValueError("it has a NUL character")
+        path = Path(name).expanduser()
+        if path.suffix == ".json" or len(path.parts) > 1 or path.is_file():
+            path.exists()  # raises where the name is too long
+            return path
+        own = _chats() / f"{name}.json"
+        own.exists()
+    except (OSError, RuntimeError, ValueError) as why:  # too long; the home of nobody; a NUL byte
+        said = why.strerror if isinstance(why, OSError) else str(why)
+        raise UsageError(f"no file can be called {name[:60]!r}: {said}") from None
+    return own
+
+
+def newest_kept() -> Path:
+    """The copy of the chat that ended unforeseen last. Raises UsageError if there is none."""
+    try:
+        kept = [(path.stat().st_mtime_ns, path.name, path) for path in _interrupted().glob("*.json")]
+    except OSError as why:
+        raise UsageError(f"cannot read {_interrupted()}: {why.strerror}") from why
+    if not kept:
+        raise UsageError(
+            "no chat was interrupted: there is nothing to resume",
+            "/save NAME in a chat keeps a conversation; emlocal chat --load NAME goes on with it",
+        )
+    return max(kept)[2]
 
 
 def _chats() -> Path:
     return data_dir() / "chats"
+
+
+def _interrupted() -> Path:
+    return _chats() / "interrupted"
 
 
 def _are_pairs(value: object) -> TypeGuard[list[dict[str, str]]]:

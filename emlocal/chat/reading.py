@@ -1,19 +1,25 @@
-"""Where messages come from: a terminal with line editing and history, or a pipe."""
+"""Where messages come from: a terminal with line editing and history, or a pipe.
 
-import os
+A reader raises EmlocalError for a message that cannot be taken, and the next one can be read then. Whatever
+else it raises means that nothing more can be read.
+"""
+
+import asyncio
+import codecs
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emlocal import console
 from emlocal.errors import UsageError
+from emlocal.text import well_formed
 
 if TYPE_CHECKING:
-    from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
 FENCE = '"""'
+_ATTEMPTS = 3  # after so many failures of the line editor in a row, the terminal is given up
 
 
 class PipeReader:
@@ -22,32 +28,45 @@ class PipeReader:
     interactive = False
 
     def __init__(self) -> None:
-        self._lines = self._decoded()
+        self._number = self._offset = 0  # lines and bytes so far
 
     def read(self, default: str = "") -> str | None:
-        line = next(self._lines, None)
+        line = self._line()
         if line is None or line.strip() != FENCE:
             return line
         block: list[str] = []
-        for inner in self._lines:
-            if inner.strip() == FENCE:
-                return "\n".join(block)
-            block.append(inner)
-        raise UsageError(f"the text that began with {FENCE} never ended")
-
-    def _decoded(self) -> Iterator[str]:
-        before = 0
-        for number, raw in enumerate(sys.stdin.buffer, 1):
+        broken: UsageError | None = None
+        while True:
             try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as why:
-                offset = before + len(raw) - len(why.object) + why.start  # `object` lacks the BOM
-                raise UsageError(
-                    f"line {number} of stdin is not UTF-8 text: byte 0x{why.object[why.start]:02x}"
-                    f" at offset {offset:,}",
-                    "convert it first, with iconv -f LATIN1 -t UTF-8 for example",
-                ) from why
-            before += len(raw)
+                inner = self._line()
+            except UsageError as error:  # the rest of the block is no message of its own
+                broken = broken or error
+                continue
+            if inner is None:
+                raise UsageError(f"the text that began with {FENCE} never ended")
+            if inner.strip() == FENCE:
+                break
+            block.append(inner)
+        if broken is not None:
+            raise broken
+        return "\n".join(block)
+
+    def _line(self) -> str | None:
+        """The next line without its end; None after the last. Raises UsageError for one that is not UTF-8."""
+        raw = sys.stdin.buffer.readline()
+        if not raw:
+            return None
+        start, self._number, self._offset = self._offset, self._number + 1, self._offset + len(raw)
+        if self._number == 1 and raw.startswith(codecs.BOM_UTF8):
+            raw, start = raw[len(codecs.BOM_UTF8) :], start + len(codecs.BOM_UTF8)
+        try:
+            return raw.decode().rstrip("\r\n")
+        except UnicodeDecodeError as why:
+            raise UsageError(
+                f"line {self._number} of stdin is not UTF-8 text: byte 0x{raw[why.start]:02x}"
+                f" at offset {start + why.start:,}",
+                "convert it first, with iconv -f LATIN1 -t UTF-8 for example",
+            ) from None
 
 
 class TerminalReader:
@@ -60,8 +79,12 @@ class TerminalReader:
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.styles import Style
 
+        from emlocal.chat.history import KeptHistory
+
+        self._history = KeptHistory(history)
+        self._say_if_history_fails()
         self._session: PromptSession[str] = PromptSession(
-            history=_history(history),
+            history=self._history,
             completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
             complete_while_typing=False,
             key_bindings=_bindings(),
@@ -72,9 +95,12 @@ class TerminalReader:
         self._warned = False
 
     def read(self, default: str = "") -> str | None:
+        failures = 0
         while True:
             try:
-                text = self._session.prompt([("class:prompt", ">>> ")], default=default)
+                text = self._session.prompt(
+                    [("class:prompt", ">>> ")], default=default, pre_run=self._catch_errors
+                )
             except KeyboardInterrupt:
                 if not self._warned:
                     console.note("Ctrl-D or /exit leaves")
@@ -83,26 +109,40 @@ class TerminalReader:
                 continue
             except EOFError:
                 return None
+            except Exception as error:
+                failures += 1
+                if failures == _ATTEMPTS:
+                    raise
+                console.warn(f"the line editor failed ({error}) and begins again")
+                # what was typed is offered once more, unless that is what makes it fail
+                default = well_formed(self._session.default_buffer.text) if failures == 1 else ""
+                continue
+            self._say_if_history_fails()
             lines = text.strip().splitlines()
             if lines and lines[0] == FENCE:
-                return "\n".join(lines[1:-1])
-            return text
+                text = "\n".join(lines[1:-1])
+            return self._whole(text)
 
+    def _catch_errors(self) -> None:
+        """Take the place of the editor's own handler, which shows a traceback and waits for Enter."""
+        asyncio.get_running_loop().set_exception_handler(self._end_editing)
 
-def _history(path: Path) -> "History":
-    """History in a file; in memory where the file cannot be written."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    def _end_editing(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What was raised in the event loop ends the line that is being edited, not the chat."""
+        app = self._session.app
+        if app.is_running and not app.is_done:  # else the line is complete, and nothing is lost
+            app.exit(exception=context.get("exception") or RuntimeError(str(context.get("message"))))
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-    except OSError as why:
-        console.warn(f"no history over sessions: {path} cannot be written ({why.strerror})")
-        return InMemoryHistory()
-    if os.name == "posix":
-        path.chmod(0o600)
-    return FileHistory(str(path))
+    def _whole(self, text: str) -> str:
+        whole = well_formed(text)
+        if whole != text:
+            console.warn("what was typed is not UTF-8 text; the bytes that are not were replaced by \ufffd")
+        return whole
+
+    def _say_if_history_fails(self) -> None:
+        if self._history.failure:
+            console.warn(f"no history over sessions: {self._history.failure}")
+            self._history.failure = ""
 
 
 def _bindings() -> "KeyBindings":

@@ -1,6 +1,7 @@
 """The loop that reads lines, answers questions and runs commands; the same in a terminal and in a pipe."""
 
 import difflib
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -8,7 +9,7 @@ from emlocal import answers, console
 from emlocal.chat.comparison import show_comparison
 from emlocal.chat.conversation import Conversation, chat_file
 from emlocal.chat.session import ChatSession, Turn
-from emlocal.errors import EmlocalError, UsageError
+from emlocal.errors import EmlocalError, UsageError, explained
 from emlocal.generation import CancelledError, Completion, interruptible
 from emlocal.generation.decode import Event
 from emlocal.sampling import Draw
@@ -74,7 +75,8 @@ class Repl:
         self.quiet = quiet
         self.writer = answers.AnswerWriter(show_entropy)
         self.failures = 0
-        self._draft = ""  # what /edit offers
+        self._draft = ""  # what /edit offers, or what could not be handled
+        self._in_file = _copy_of(session.conversation)  # what need not be kept
         self._done = False
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -95,18 +97,57 @@ class Repl:
         }
 
     def run(self) -> None:
-        """Until /exit or the end of the input. What fails says so, is counted, and the chat goes on."""
-        while not self._done:
-            draft, self._draft = self._draft, ""
+        """Until /exit or the end of the input. What fails says so, is counted, and the chat goes on.
+
+        Whatever ends it otherwise leaves a copy of the conversation, if that is in no file.
+        """
+        try:
+            while not self._done and self._turn():
+                pass
+        except BaseException:
+            self._keep()
+            raise
+
+    def _turn(self) -> bool:
+        """Read and handle one message; False at the end of the input."""
+        draft, self._draft = self._draft, ""
+        try:
             message = self.reader.read(draft)
-            if message is None:
-                return
+        except EmlocalError as error:
+            self._fail(error)
+            return True
+        if message is None:
+            return False
+        try:
             if message.strip():
-                try:
-                    self.handle(message)
-                except EmlocalError as error:
-                    self.failures += 1
-                    console.report(error)
+                self.handle(message)
+        except EmlocalError as error:
+            self._fail(error)
+        except (CancelledError, BrokenPipeError):  # asked to end; nobody reads the answers any more
+            raise
+        except Exception as error:  # noqa: BLE001
+            self._fail(explained(error))
+            self._draft = message
+        return True
+
+    def _fail(self, error: EmlocalError) -> None:
+        self.failures += 1
+        console.report(error)
+
+    def _keep(self) -> None:
+        """Write a copy of what would be lost, and say where it is, as far as that can be done."""
+        conversation = self.session.conversation
+        if not conversation.exchanges or self._in_file == _copy_of(conversation):
+            return
+        try:
+            path = conversation.keep(self.session.backend.info.name)
+            found = path.parent.parent == chat_file("x").parent
+            how = "emlocal chat --resume" if found else f"emlocal chat --load {shlex.quote(str(path))}"
+            console.warn(f"the conversation is in {path}; {how} goes on with it")
+        except EmlocalError as error:
+            console.report(error)
+        except OSError:  # the terminal is gone: nobody is there to be told
+            return
 
     def handle(self, message: str) -> None:
         """One message: a command, or something to answer."""
@@ -179,10 +220,12 @@ class Repl:
 
     def _show(self, _: str) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value, source in self.settings.rows():
-            table.add_row(name, value, source, style="dim" if source == "default" else "")
+            cells = (Text(cell) for cell in (name, value, source))  # not markup, whatever --stop is
+            table.add_row(*cells, style="dim" if source == "default" else "")
         console.err().print(table)
         used = self.session.context_used()
         console.note(
@@ -274,7 +317,13 @@ class Repl:
     def _edit(self, text: str) -> None:
         question, answer = self.session.take_back()
         if text:
-            self._answer(lambda turn, cancelled: self.session.ask(text, turn, cancelled))
+            exchanges = self.session.conversation.exchanges
+            before = len(exchanges)
+            try:
+                self._answer(lambda turn, cancelled: self.session.ask(text, turn, cancelled))
+            finally:
+                if len(exchanges) == before:  # no answer: the old one stays
+                    exchanges.append((question, answer))
         elif self.reader.interactive:
             self._draft = question
         else:
@@ -284,13 +333,19 @@ class Repl:
     def _save(self, name: str) -> None:
         path = chat_file(name or "last")
         self.session.conversation.save(path, self.session.backend.info.name)
+        self._in_file = _copy_of(self.session.conversation)
         console.note(f"saved {counted(len(self.session.conversation.exchanges), 'exchange')} to {path}")
 
     def _load(self, name: str) -> None:
         path = chat_file(name or "last")
         self.session.conversation = Conversation.load(path)
+        self._in_file = _copy_of(self.session.conversation)
         self.session.last = None
         console.note(f"loaded {counted(len(self.session.conversation.exchanges), 'exchange')} from {path}")
+
+
+def _copy_of(conversation: Conversation) -> tuple[str | None, tuple[tuple[str, str], ...]]:
+    return conversation.system, tuple(conversation.exchanges)
 
 
 def _shortened(text: str) -> str:

@@ -13,6 +13,8 @@ from emlocal.sampling import Uniforms
 from emlocal.sampling.draw import request_key
 from emlocal.settings import EMInf, SamplingParams
 
+_ROOM = "/undo or /clear makes room; emlocal chat --context N gives more"
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -80,7 +82,7 @@ class ChatSession:
             CancelledError: stopped before the answer began; nothing has changed.
             UsageError: the model's template refuses the conversation.
         """
-        prompt = self._prompt(question)
+        prompt = self._prompt(question, cancelled)
         request = self._request(turn)
         for event in self._generator.run(prompt, [request], cancelled):
             if isinstance(event, Completion):
@@ -114,7 +116,7 @@ class ChatSession:
         off = replace(turn.params, em=None)
         on = replace(turn.params, em=turn.params.em or EMInf())
         try:
-            prompt = self._prompt(question)
+            prompt = self._prompt(question, cancelled)
             requests = [self._request(replace(turn, params=params)) for params in (off, on)]
         finally:
             self.conversation.exchanges.append((question, answer))
@@ -136,12 +138,15 @@ class ChatSession:
         key = request_key(f"turn {len(self.conversation.exchanges)}")
         return Request(turn.params, Uniforms(turn.seed, key, self._attempt), turn.max_tokens, turn.stop)
 
-    def _prompt(self, question: str) -> list[int]:
-        tokens = chat_tokens(self.backend, self.conversation.messages(question))
+    def _prompt(self, question: str, cancelled: Callable[[], bool]) -> list[int]:
+        try:
+            tokens = chat_tokens(self.backend, self.conversation.messages(question), cancelled)
+        except ContextFullError as error:
+            raise ContextFullError(error.message, _ROOM) from None
         if len(tokens) >= self.backend.context:
             raise ContextFullError(
                 f"the conversation has {len(tokens):,} tokens with this message;"
                 f" the context holds {self.backend.context:,}",
-                "/undo or /clear makes room; emlocal chat --context N gives more",
+                _ROOM,
             )
         return tokens

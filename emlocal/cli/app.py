@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emlocal import __version__
-from emlocal.errors import CancelledError, EmlocalError
+from emlocal.errors import CancelledError, EmlocalError, explained
 
 VERBS = {
     "generate": "Answer one prompt.",
@@ -60,8 +60,6 @@ def build(arguments: list[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    from emlocal.cli.options import Verb
-
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary in VERBS.items():
         if name != chosen:
@@ -71,6 +69,8 @@ def build(arguments: list[str]) -> typer.Typer:
         if name in GROUPS:
             app.add_typer(module.app, name=name)
         else:
+            from emlocal.cli.options import Verb  # with the settings, which the list of verbs does not need
+
             app.command(name, cls=Verb)(vars(module)[name])
     return app
 
@@ -90,18 +90,13 @@ def run(arguments: list[str]) -> int:
         return 130
     except typer.Abort:  # "no" to a question
         return 1
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        _report(EmlocalError(f"{error.filename or 'the output'}: {error.strerror or error}"))
-        return 1
     except Exception as error:  # noqa: BLE001
         if type(error).__module__.startswith("typer"):  # wrong usage: it knows how to say so
             error.show()  # type: ignore[attr-defined]
             return 2
         if debug:
             traceback.print_exc()
-        _report(EmlocalError(f"unexpected {type(error).__name__}: {error}", "a defect; --debug shows where"))
+        _report(explained(error))
         return 1
     return int(code or 0)
 

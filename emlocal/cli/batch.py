@@ -196,6 +196,7 @@ def _run(
     run: BatchOptions,
 ) -> int:
     """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
+    from emlocal.batch.keys import Places
     from emlocal.batch.lines import read_lines
     from emlocal.batch.rows import is_error
     from emlocal.batch.run import Batch
@@ -208,12 +209,16 @@ def _run(
         parallel = run.parallel or (
             1 if done else choose_parallel(model, None, left, quiet=run.quiet).sequences
         )
+        # Rows of an earlier part of the run may be out of order: it was not --ordered, or errors are retried.
+        before = journal.rows + journal.retried if journal else 0
+        places = opened.enter_context(Places()) if settings.ordered and before else None
         batch = Batch(
             model.backend,
             read_lines(source),
             settings,
             parallel=parallel,
             done=journal.done if journal else None,
+            places=places,
         )
         began = time.perf_counter()
         cancelled = opened.enter_context(interruptible())
@@ -232,6 +237,8 @@ def _run(
                     break
         except CancelledError:
             stopped = True
+        if journal is not None and places is not None and not stopped and not cancelled.requested:
+            journal.put_in_order(places)
     if not run.quiet:
         errors = journal.errors if journal else 0
         seconds = time.perf_counter() - began

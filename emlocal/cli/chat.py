@@ -1,10 +1,14 @@
 """`emlocal chat`: a conversation in a terminal or a pipe."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emlocal import console
 from emlocal.cli.options import OutputOptions, with_options
 from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
@@ -13,6 +17,7 @@ from emlocal.settings.em import EM, em_numbers
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, SET, options_of
+from emlocal.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,11 +31,14 @@ def chat(
     load: Annotated[
         str | None, typer.Option("--load", help="Go on with a saved conversation.", metavar="NAME")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last chat that ended unforeseen.")
+    ] = False,
     output: OutputOptions = OutputOptions(),
     given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
-    from emlocal.chat.conversation import Conversation, chat_file
+    from emlocal.chat.conversation import Conversation, chat_file, newest_kept
     from emlocal.chat.reading import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
@@ -40,9 +48,12 @@ def chat(
 
     if output.trace is not None:
         raise UsageError("--trace belongs to emlocal generate")
+    if resume and load:
+        raise UsageError("--resume and --load contradict each other", "leave one of them out")
     config = read_config()
     settings = ChatSettings(given, config)
-    conversation = Conversation.load(chat_file(load)) if load else Conversation()
+    saved = newest_kept() if resume else chat_file(load) if load else None
+    conversation = Conversation.load(saved) if saved else Conversation()
     if system is not None:
         conversation.system = system
     options = options_of(EngineOptions, ("flag", given), ("config", config))
@@ -59,9 +70,27 @@ def chat(
         commands += ["compare", "regen", "undo", "edit", "save", "load"]
         reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
         repl = Repl(session, settings, reader, show_entropy=output.show_entropy, quiet=output.quiet)
-        repl.run()
+        if resume and not output.quiet:
+            console.note(f"going on with {counted(len(conversation.exchanges), 'exchange')} of {saved}")
+        with _ended_like_sigterm():
+            repl.run()
     if repl.failures and not terminal:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ended_like_sigterm() -> Iterator[None]:
+    """Within this block a terminal that is closed and Ctrl-\\ end the chat as SIGTERM does: after the answer
+    in hand, with the conversation kept. Without it they would end the process on the spot."""
+    numbers = [n for name in ("SIGHUP", "SIGQUIT") if (n := vars(signal).get(name)) is not None]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ChatSettings:

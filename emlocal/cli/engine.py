@@ -17,6 +17,7 @@ from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
 from emlocal.models.resolve import FolderModel, Model, resolve
+from emlocal.models.templates import start_process
 from emlocal.settings.engine import EngineOptions
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _opened(options: EngineOptions, sequences: int | None, shared: bool, quiet: 
         model = resolve(
             options.model, formats=engine(name).formats, offline=options.offline, progress=progress
         )
+    start_process(model.header.chat_template)
     adapters = tuple(_adapter(text, model, name, quiet) for text in options.adapter)
     trained = model.header.context_length
     context = context_length(options.context or (None if shared else min(trained, BATCH_CONTEXT)), trained)

@@ -39,45 +39,20 @@ class EvalOptions:
     """What is asked, and what becomes of it."""
 
     data: Path | None = setting(
-        None,
-        "--data",
-        help="Problems, .jsonl or .json; without it, from the hub.",
-        kind="path",
-        metavar="FILE",
+        None, "--data", help="Problems, .jsonl or .json; without it, from the hub.", metavar="FILE"
     )
     targets: Path | None = setting(
-        None,
-        "--targets",
-        help="SciCode's test_data.h5, for problems without gold code.",
-        kind="path",
-        metavar="FILE",
+        None, "--targets", help="SciCode's test_data.h5, for problems without gold code.", metavar="FILE"
     )
-    limit: int | None = setting(None, "--limit", 1, help="Only the first N problems.", kind="whole")
+    limit: int | None = setting(None, "--limit", 1, help="Only the first N problems.")
     samples: int = setting(
-        1,
-        "--samples",
-        1,
-        1024,
-        "Answers to each: mean@N and pass@k.",
-        aliases=("--n", "--num-return-sequences"),
-        short="-n",
+        1, "-n --samples --n --num-return-sequences", 1, 1024, "Answers to each: mean@N and pass@k."
     )
     system: str | None = setting(
-        None,
-        "--system",
-        help="System message, instead of the task's.",
-        kind="text",
-        aliases=("--system-prompt",),
-        metavar="TEXT",
+        None, "--system --system-prompt", help="System message, instead of the task's.", metavar="TEXT"
     )
     output: Path | None = setting(
-        None,
-        "--output",
-        help="Folder. (default: eval-TASK-MODEL)",
-        kind="path",
-        aliases=("--output-dir",),
-        short="-o",
-        metavar="DIR",
+        None, "-o --output --output-dir", help="Folder. (default: eval-TASK-MODEL)", metavar="DIR"
     )
     allow_code: bool = setting(False, "--allow-code", help="Run code that the model writes, contained.")
     code_seconds: float | None = setting(
@@ -87,22 +62,15 @@ class EvalOptions:
         3600,
         "For such a program. (default: 10; scicode 300)",
         low_is_open=True,
-        kind="number",
         unit="seconds",
     )
     resume: bool = setting(
-        True, "--resume", help="Go on with answers that are there, or begin anew.", off="--restart"
+        True, "--resume/--restart", help="Go on with answers that are there, or begin anew."
     )
     parallel: int | None = setting(
-        None,
-        "--parallel",
-        1,
-        256,
-        "Sequences at once. (default: 16, or as memory allows)",
-        kind="whole",
-        aliases=("--max-num-seqs",),
+        None, "--parallel --max-num-seqs", 1, 256, "Sequences at once. (default: 16, or as memory allows)"
     )
-    quiet: bool = setting(False, "--quiet", help="Only the table.", short="-q")
+    quiet: bool = setting(False, "-q --quiet", help="Only the table.")
 
 
 @with_options
@@ -239,12 +207,7 @@ def _system(task: "Task", how: EvalOptions) -> str | None:
 
 
 def _evaluate(
-    task: "Task",
-    entries: "Sequence[Entry]",
-    model: "Opened",
-    folder: Path,
-    parallel: int,
-    how: EvalOptions,
+    task: "Task", entries: "Sequence[Entry]", model: "Opened", folder: Path, parallel: int, how: EvalOptions
 ) -> "Document":
     """Answer, judge, and write the folder's files."""
     from emlocal.evaluation import run

@@ -122,12 +122,13 @@ def run(backend: "Backend", job: Job) -> int:
 def encode(backend: "Backend", text: str, prompting: PromptOptions) -> list[int]:
     """The prompt's tokens: through the chat template, or as it is with --raw."""
     from emlocal.generation.prompt import chat_tokens
+    from emlocal.generation.tokenizing import text_tokens
 
     if prompting.raw:
-        return backend.encode(text, add_special=True, parse_special=True)
+        return text_tokens(backend, text, add_special=True, parse_special=True)
     if backend.info.chat_template is None:
         console.warn(f"{backend.info.name} has no chat template; the prompt goes in as it is (--raw)")
-        return backend.encode(text, add_special=True, parse_special=True)
+        return text_tokens(backend, text, add_special=True, parse_special=True)
     system = [] if prompting.system is None else [{"role": "system", "content": prompting.system}]
     return chat_tokens(backend, [*system, {"role": "user", "content": text}])
 

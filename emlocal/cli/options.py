@@ -10,10 +10,10 @@ given and nothing else, so that the config file, the model and emlocal's default
 dataclass.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
+from functools import partial, reduce, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -22,11 +22,11 @@ from typer.core import TyperCommand
 
 from emlocal.errors import UsageError
 from emlocal.methods.answers import Extraction
-from emlocal.methods.method import METHODS, MethodName
+from emlocal.methods.method import MethodName
 from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
 
 R = TypeVar("R")
-OUTPUT = "Output"
+_output = partial(setting, panel="Output")
 ALIASES: dict[str, dict[str, str]] = {}
 """Of each verb: other programs' flags → emlocal's."""
 
@@ -35,14 +35,7 @@ ALIASES: dict[str, dict[str, str]] = {}
 class PromptOptions:
     """What is said before the answer."""
 
-    system: str | None = setting(
-        None,
-        "--system",
-        help="System message.",
-        kind="text",
-        aliases=("--system-prompt",),
-        metavar="TEXT",
-    )
+    system: str | None = setting(None, "--system --system-prompt", help="System message.", metavar="TEXT")
     raw: bool = setting(False, "--raw", help="Send the prompt as it is, without chat template.")
 
 
@@ -56,20 +49,11 @@ def check_roles(raw: bool, system: str | None) -> None:
 class OutputOptions:
     """What is shown and written beside the answer."""
 
-    show_entropy: bool = setting(
-        False, "--show-entropy", help="Colour the answer by each token's entropy before EM.", panel=OUTPUT
+    show_entropy: bool = _output(
+        False, "--show-entropy", help="Colour the answer by each token's entropy before EM."
     )
-    trace: Path | None = setting(
-        None,
-        "--trace",
-        help="Write one JSON line per token.",
-        kind="path",
-        metavar="FILE",
-        panel=OUTPUT,
-    )
-    quiet: bool = setting(
-        False, "--quiet", help="No notes and no statistics on stderr.", short="-q", panel=OUTPUT
-    )
+    trace: Path | None = _output(None, "--trace", help="Write one JSON line per token.", metavar="FILE")
+    quiet: bool = _output(False, "-q --quiet", help="No notes and no statistics on stderr.")
 
 
 @dataclass(frozen=True)
@@ -77,33 +61,19 @@ class MethodOptions:
     """How each prompt is answered."""
 
     method: MethodName | None = setting(
-        None,
-        "--method",
-        help="How to answer; without it, as the sampling and EM flags say.",
-        choices=METHODS,
+        None, "--method", help="How to answer; without it, as the sampling and EM flags say."
     )
     samples: int | None = setting(
         None,
-        "--samples",
+        "-n --samples --n --num-return-sequences",
         1,
         1024,
         "Answers to each prompt. (default: 1; 8 to vote)",
-        kind="whole",
-        aliases=("--n", "--num-return-sequences"),
-        short="-n",
     )
-    rounds: int | None = setting(
-        None, "--rounds", 1, 100, "Revisions of sequential-refinement. (default: 2)", kind="whole"
-    )
-    extract: Extraction | None = setting(
-        None, "--extract", help="What self-consistency votes on.", choices=get_args(Extraction)
-    )
+    rounds: int | None = setting(None, "--rounds", 1, 100, "Revisions of sequential-refinement. (default: 2)")
+    extract: Extraction | None = setting(None, "--extract", help="What self-consistency votes on.")
     pattern: str | None = setting(
-        None,
-        "--extract-pattern",
-        help="For --extract regex; its first group.",
-        kind="text",
-        metavar="REGEX",
+        None, "--extract-pattern", help="For --extract regex; its first group.", metavar="REGEX"
     )
 
 
@@ -111,9 +81,7 @@ class MethodOptions:
 class BatchOptions:
     """What becomes of a batch's rows."""
 
-    resume: bool = setting(
-        True, "--resume", help="Go on with an output that exists, or empty it.", off="--restart"
-    )
+    resume: bool = setting(True, "--resume/--restart", help="Go on with an output that exists, or empty it.")
     retry_errors: bool = setting(
         False, "--retry-errors", help="Try lines again that are error rows in the output."
     )
@@ -123,33 +91,19 @@ class BatchOptions:
     )
     keep: bool = setting(False, "--keep", help="Carry a line's other fields through, under 'kept'.")
     form: Literal["emlocal", "openai"] = setting(
-        "emlocal",
-        "--format",
-        help="emlocal's rows, or OpenAI's batch output.",
-        choices=("emlocal", "openai"),
+        "emlocal", "--format", help="emlocal's rows, or OpenAI's batch output."
     )
     parallel: int | None = setting(
-        None,
-        "--parallel",
-        1,
-        256,
-        "Sequences at once. (default: measured)",
-        kind="whole",
-        aliases=("--max-num-seqs",),
+        None, "--parallel --max-num-seqs", 1, 256, "Sequences at once. (default: measured)"
     )
     dry_run: bool = setting(
         False, "--dry-run", help="Check every line, count tokens, estimate time; run nothing."
     )
     system: str | None = setting(
-        None,
-        "--system",
-        help="System message of lines without one.",
-        kind="text",
-        aliases=("--system-prompt",),
-        metavar="TEXT",
+        None, "--system --system-prompt", help="System message of lines without one.", metavar="TEXT"
     )
     raw: bool = setting(False, "--raw", help="Send prompts as they are, without chat template.")
-    quiet: bool = setting(False, "--quiet", help="Nothing on stderr but errors.", short="-q")
+    quiet: bool = setting(False, "-q --quiet", help="Nothing on stderr but errors.")
 
 
 class Verb(TyperCommand):
@@ -226,7 +180,7 @@ def with_options(verb: Callable[..., R]) -> Callable[..., R]:
         for alias in known.aliases
     }
 
-    @functools.wraps(verb)
+    @wraps(verb)
     def flat(**values: Any) -> R:
         for name, table in tables.items():
             own = {each: values.pop(each) for each in table.settings}
@@ -248,7 +202,7 @@ def _table_in(hint: Any) -> Table | None:
     if get_origin(hint) is not Annotated:
         return None
     tables = [extra for extra in get_args(hint)[1:] if isinstance(extra, Table)]
-    return functools.reduce(Table.__or__, tables) if tables else None
+    return reduce(Table.__or__, tables) if tables else None
 
 
 def _option(known: Setting) -> Any:

@@ -2,8 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,7 +12,7 @@ from emlocal.settings.engine import CONTEXT_NAMES
 from emlocal.settings.table import setting
 from emlocal.training.settings import ANSWERS
 
-MACHINE = "Model and machine"
+_answers, _machine = partial(setting, panel=ANSWERS), partial(setting, panel="Model and machine")
 Rollouts = Literal["auto", "llama.cpp", "mlx", "torch"]
 Trainer = Literal["auto", "torch", "mlx"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -42,30 +43,13 @@ ModelName = Annotated[
 class AnswerOptions:
     """How the prompts are put, and which engine answers them."""
 
-    system: str | None = setting(
-        None,
-        "--system",
-        help="System message of prompts without one.",
-        kind="text",
-        aliases=("--system-prompt",),
-        metavar="TEXT",
-        panel=ANSWERS,
+    system: str | None = _answers(
+        None, "--system --system-prompt", help="System message of prompts without one.", metavar="TEXT"
     )
-    limit: int | None = setting(
-        None, "--limit", 1, 10**12, "Use the first N prompts only.", kind="whole", panel=ANSWERS
-    )
-    rollouts: Rollouts = setting(
-        "auto", "--rollouts", help="Engine that answers.", choices=get_args(Rollouts), panel=ANSWERS
-    )
-    parallel: int | None = setting(
-        None,
-        "--parallel",
-        1,
-        256,
-        "Answers at once. (default: 16)",
-        kind="whole",
-        aliases=("--max-num-seqs",),
-        panel=ANSWERS,
+    limit: int | None = _answers(None, "--limit", 1, 10**12, "Use the first N prompts only.")
+    rollouts: Rollouts = _answers("auto", "--rollouts", help="Engine that answers.")
+    parallel: int | None = _answers(
+        None, "--parallel --max-num-seqs", 1, 256, "Answers at once. (default: 16)"
     )
 
 
@@ -73,52 +57,29 @@ class AnswerOptions:
 class MachineOptions:
     """Where and in which format."""
 
-    backend: Trainer = setting(
-        "auto", "--backend", help="Engine that is trained.", choices=get_args(Trainer), panel=MACHINE
+    backend: Trainer = _machine("auto", "--backend", help="Engine that is trained.")
+    device: str = _machine("auto", "--device", help="cpu, cuda, cuda:1 …, gpu for mlx.", metavar="NAME")
+    dtype: Dtype = _machine("auto", "--dtype", help="Of the frozen weights.")
+    threads: int | None = _machine(
+        None, "-t --threads", 1, 4 * (os.cpu_count() or 1), "CPU threads. (default: physical cores)"
     )
-    device: str = setting(
-        "auto", "--device", help="cpu, cuda, cuda:1 …, gpu for mlx.", metavar="NAME", panel=MACHINE
-    )
-    dtype: Dtype = setting(
-        "auto", "--dtype", help="Of the frozen weights.", choices=get_args(Dtype), panel=MACHINE
-    )
-    threads: int | None = setting(
+    context: int | None = _machine(
         None,
-        "--threads",
-        1,
-        4 * (os.cpu_count() or 1),
-        "CPU threads. (default: physical cores)",
-        kind="whole",
-        short="-t",
-        panel=MACHINE,
-    )
-    context: int | None = setting(
-        None,
-        "--context",
+        f"--context {CONTEXT_NAMES} --max-seq-length",
         16,
         10**9,
         "Tokens of a prompt and its answer; longer prompts are left out. (default: --max-tokens + 1024)",
-        kind="whole",
-        aliases=(*CONTEXT_NAMES, "--max-seq-length"),
-        panel=MACHINE,
         unit="tokens",
     )
-    token_budget: int = setting(
-        2048,
-        "--tokens-per-batch",
-        1,
-        10**9,
-        "Most tokens trained on at a time: memory, not outcome.",
-        panel=MACHINE,
+    token_budget: int = _machine(
+        2048, "--tokens-per-batch", 1, 10**9, "Most tokens trained on at a time: memory, not outcome."
     )
-    gradient_checkpointing: bool = setting(
+    gradient_checkpointing: bool = _machine(
         False,
-        "--gradient-checkpointing",
+        "--gradient-checkpointing --grad-checkpoint",
         help="Compute activations twice rather than keep them: less memory, a third slower.",
-        aliases=("--grad-checkpoint",),
-        panel=MACHINE,
     )
-    offline: bool = setting(False, "--offline", help="Never use the network.", panel=MACHINE)
+    offline: bool = _machine(False, "--offline", help="Never use the network.")
 
     def go_offline_if_asked(self) -> None:
         """To be called before anything is imported that may ask the hub."""
@@ -131,23 +92,15 @@ class RunOptions:
     """What becomes of the run."""
 
     resume: bool = setting(False, "--resume", help="Go on with the run that the output folder holds.")
-    save_every: int = setting(
-        5, "--save-every", 1, 10**9, "Steps between checkpoints.", aliases=("--save-steps",)
-    )
+    save_every: int = setting(5, "--save-every --save-steps", 1, 10**9, "Steps between checkpoints.")
     validate: str | None = setting(
-        None,
-        "--validate",
-        help='Prompts with "answer": accuracy before and after.',
-        kind="text",
-        metavar="FILE",
+        None, "--validate", help='Prompts with "answer": accuracy before and after.', metavar="FILE"
     )
-    report_to: Tracker | None = setting(
-        None, "--report-to", help="Send the metrics there too.", choices=get_args(Tracker)
-    )
+    report_to: Tracker | None = setting(None, "--report-to", help="Send the metrics there too.")
     dry_run: bool = setting(
         False, "--dry-run", help="Show settings, one example, memory and time; train nothing."
     )
     config: Path | None = setting(
-        None, "--config", help="Settings from a TOML file, by flag name.", kind="path", metavar="FILE"
+        None, "--config", help="Settings from a TOML file, by flag name.", metavar="FILE"
     )
-    quiet: bool = setting(False, "--quiet", help="Nothing on stderr but warnings and errors.", short="-q")
+    quiet: bool = setting(False, "-q --quiet", help="Nothing on stderr but warnings and errors.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import UsageError
 from emlocal.files import atomic_writer
+from emlocal.text import parse_json
 from emlocal.training.grading import is_right
 from emlocal.training.prompts import Prompt
 from emlocal.training.rollouts import draw_rollouts
@@ -83,7 +84,7 @@ class Validation:
     def _read(self) -> float | None:
         """What was measured before, of these very prompts."""
         try:
-            held = json.loads(self._path.read_text(encoding="utf-8"))
+            held = parse_json(self._path.read_text(encoding="utf-8"))
             return float(held["before"]) if held["sha256"] == self._digest else None
         except (OSError, ValueError, KeyError, TypeError):
             return None  # to be measured, then

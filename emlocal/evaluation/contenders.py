@@ -5,7 +5,6 @@ drawn and the other what is done with them: em-inf+self-consistency:4. Settings 
 batch may set (docs/batch.md).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from emlocal.errors import UsageError
 from emlocal.methods.method import METHODS, Method, MethodName
 from emlocal.settings import EM_PRESETS, Plan, describe_em, overridden
 from emlocal.settings.resolve import LINE
+from emlocal.text import parse_json
 from emlocal.words import counted
 
 _PLAIN = {
@@ -138,7 +138,7 @@ def _settings(part: str, word: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """A number or true or false, as JSON has them; else the text."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

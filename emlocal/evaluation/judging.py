@@ -9,6 +9,7 @@ from typing import Self
 
 from emlocal.evaluation.answering import Answer
 from emlocal.evaluation.tasks.task import Task, Verdict
+from emlocal.text import parse_json
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _read(path: Path) -> Iterator[tuple[str, tuple[bool, str]]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             try:
-                value = json.loads(line)
+                value = parse_json(line)
                 yield value["key"], (bool(value["right"]), str(value["said"]))
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a crash

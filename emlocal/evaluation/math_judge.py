@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import threading
+from fractions import Fraction
+from itertools import combinations
 from math import ceil
 from types import TracebackType
 from typing import Self
@@ -23,6 +25,16 @@ LONGEST = 1000
 _LONGEST_PRODUCT = 2
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _START_SECONDS = 60.0  # sympy is imported
+_ARROW = re.compile(r"[-=]+>")
+_ORDER = re.compile(r"[<>≤≥≠]|\\(?:leq?(?:slant)?|geq?(?:slant)?|lt|gt|neq?)(?![A-Za-z])")
+"""Relations other than equality that math-verify reads, where they have two sides."""
+_OTHER_ORDER = re.compile(
+    r"[≪≫≮≯≰≱≲≳∉]|\\(?:not(?:in)?|ll|gg|[lg]eqq|n[lg]eq(?:slant|q)?|nless|ngtr|lesssim|gtrsim|prec|succ)"
+    r"(?![A-Za-z])"
+)
+_ONE_SIDED = re.compile(rf"(?:^|[,;({{$])\s*(?:{_ORDER.pattern})|(?:{_ORDER.pattern})\s*(?:$|[,;)}}$])")
+_EQUALS = re.compile(r"(?<![<>=!:\\])=(?![=>])")
+_PLAIN_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,99}(?:\.([0-9]{1,99}))?\s*")
 
 
 class MathJudge:
@@ -37,13 +49,16 @@ class MathJudge:
     def equal(self, gold: str, answer: str) -> bool:
         """Whether the answer means what the gold answer does (docs/evaluation.md lists where people differ).
 
+        An answer that says more than a value is not that value: a bound (\\leq 5), or two numbers (4 = 5).
         Raises EmlocalError where math-verify cannot be run.
         """
         if max(len(gold), len(answer)) > LONGEST:
             return False
+        if _contradicts_itself(answer) or (_is_bound(answer) and not _is_bound(gold)):
+            return False
         if _same_number(gold, answer):
             return True
-        if _is_text(gold):
+        if _is_text(gold) or _is_unread(gold):
             return canonical(gold) == canonical(answer)
         return self._ask(gold, answer)
 
@@ -110,6 +125,28 @@ def _is_text(gold: str) -> bool:
     key = canonical(gold)
     words = isinstance(key, tuple) and key[0] == "words" and len(key[1]) > _LONGEST_PRODUCT
     return words or _DATE.fullmatch(gold.strip()) is not None
+
+
+def _is_bound(text: str) -> bool:
+    """It has a relation other than equality. math-verify leaves out one that has one side: \\leq 5 is 5."""
+    text = _ARROW.sub(" ", text)
+    return _ORDER.search(text) is not None or _OTHER_ORDER.search(text) is not None
+
+
+def _is_unread(gold: str) -> bool:
+    """A relation that math-verify would leave out: with one side only, or of a kind that it does not know."""
+    gold = _ARROW.sub(" ", gold)
+    return _ONE_SIDED.search(gold) is not None or _OTHER_ORDER.search(gold) is not None
+
+
+def _contradicts_itself(answer: str) -> bool:
+    """It equates two plain numbers that are not equal, nor one the other's rounding.
+
+    math-verify takes the last. Where a side is more than a number (2 + 2 = 5, 0.5 = 50%), the last counts.
+    """
+    matches = [_PLAIN_NUMBER.fullmatch(side) for side in _EQUALS.split(answer)]
+    numbers = [(Fraction(match[0].strip()), len(match[1] or "")) for match in matches if match]
+    return any(abs(a - b) * 10 ** min(m, n) >= 1 for (a, m), (b, n) in combinations(numbers, 2))
 
 
 def _same_number(gold: str, answer: str) -> bool:

@@ -12,6 +12,7 @@ import emlocal
 from emlocal.backends import ENGINES
 from emlocal.backends.select import engine
 from emlocal.machine import cpu
+from emlocal.text import parse_json
 
 _ANSWERED = "made_with.jsonl"
 
@@ -45,7 +46,7 @@ def answered_with(folder: Path) -> dict[str, list[dict[str, object]]]:
     path = folder / _ANSWERED
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            value = json.loads(line)
+            value = parse_json(line)
             found.setdefault(value["method"], []).append(dict(value["made_with"]))
         except (ValueError, KeyError, TypeError):
             continue  # torn by a crash

@@ -1,19 +1,26 @@
 """From messages to the tokens of a prompt: the model's template, and nothing smuggled in by a message."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from emlocal.backends.base import Backend
-from emlocal.errors import UsageError
+from emlocal.errors import CancelledError, ModelError, UsageError
+from emlocal.generation.tokenizing import SHORT, check_fits, never, text_tokens
 from emlocal.models.templates import Message, render
+from emlocal.text import longest_of
 
 
-def chat_tokens(backend: Backend, messages: Sequence[Message]) -> list[int]:
+def chat_tokens(
+    backend: Backend, messages: Sequence[Message], cancelled: Callable[[], bool] = never
+) -> list[int]:
     """The prompt for these messages, ending where the assistant is to speak.
 
     Raises:
         UsageError: the model has no chat template, or its template refuses the messages.
         ModelError: the template is broken.
+        ContextFullError: what the template makes of them is so long that it cannot fit.
+        CancelledError: `cancelled()` became true.
     """
     info = backend.info
     if info.chat_template is None:
@@ -21,23 +28,31 @@ def chat_tokens(backend: Backend, messages: Sequence[Message]) -> list[int]:
             f"{info.name} has no chat template: it is not a chat model",
             "send the prompt as it is: emlocal generate --raw",
         )
-    named = _control_texts_in(backend, messages)
+    length = sum(len(m["content"]) for m in messages)
+    if length > SHORT:
+        _check_rendered(backend, messages)
+    named = _control_texts_in(backend, messages, length)
     if not named:
         text = render(info.chat_template, messages, bos=info.bos, eos=info.eos)
-        return backend.encode(text, add_special=False, parse_special=True)
+        return text_tokens(backend, text, add_special=False, parse_special=True, cancelled=cancelled)
     # a message says "<|im_end|>", say: a stand-in goes through the template, and is put back as mere text
     start, end = _unused_characters(messages)
-    pattern = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
-    texts = list(named)
+    pattern = _any_of(tuple(named))
+    number = {text: str(i) for i, text in enumerate(named)}
     masked = [
-        {**m, "content": pattern.sub(lambda hit: f"{start}{texts.index(hit[0])}{end}", m["content"])}
+        {**m, "content": pattern.sub(lambda hit: f"{start}{number[hit[0]]}{end}", m["content"])}
         for m in messages
     ]
     rendered = render(info.chat_template, masked, bos=info.bos, eos=info.eos)
+    spelt = [backend.encode(text, add_special=False, parse_special=False) for text in named]
     tokens: list[int] = []
     for i, part in enumerate(re.split(f"{start}([0-9]+){end}", rendered)):
-        text = texts[int(part)] if i % 2 else part
-        tokens += backend.encode(text, add_special=False, parse_special=i % 2 == 0)
+        if cancelled():
+            raise CancelledError
+        if i % 2:
+            tokens += spelt[int(part)]
+        else:
+            tokens += text_tokens(backend, part, add_special=False, parse_special=True, cancelled=cancelled)
     return tokens
 
 
@@ -48,13 +63,35 @@ def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Mes
     return [{"role": "system", "content": system}, *messages]
 
 
-def _control_texts_in(backend: Backend, messages: Sequence[Message]) -> list[str]:
-    """The names of control tokens that occur in the messages."""
+def _check_rendered(backend: Backend, messages: Sequence[Message]) -> None:
+    """Raise ContextFullError where what the template makes of the messages cannot fit.
+
+    Only the template knows how much of them goes into the prompt: some leave out thoughts and white space.
+    """
+    info = backend.info
+    assert info.chat_template is not None
+    try:
+        check_fits(backend, render(info.chat_template, messages, bos=info.bos, eos=info.eos))
+    except ModelError:  # messages of megabytes exceed the template's bounds: their size is the better reason
+        check_fits(backend, "".join(m["content"] for m in messages))
+        raise
+
+
+def _control_texts_in(backend: Backend, messages: Sequence[Message], length: int) -> list[str]:
+    """The names of control tokens that occur in the messages, which have `length` characters."""
     contents = [m["content"] for m in messages]
+    if length > SHORT:
+        pattern = _any_of(tuple(backend.control_texts()))
+        return list(dict.fromkeys(hit for content in contents for hit in pattern.findall(content)))
     both = ([backend.encode(c, add_special=False, parse_special=p) for c in contents] for p in (True, False))
     if next(both) == next(both):  # nearly always; to list the names takes longer
         return []
     return [name for name in backend.control_texts() if any(name in content for content in contents)]
+
+
+@lru_cache(maxsize=4)
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(longest_of(texts))
 
 
 def _unused_characters(messages: Sequence[Message]) -> tuple[str, str]:

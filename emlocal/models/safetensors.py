@@ -5,6 +5,7 @@ The format: 8 bytes of length, that many bytes of JSON, then the tensors one aft
 """
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import shown
+from emlocal.models.regular import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +54,8 @@ class SafetensorsHeader:
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
     """Read and check the header. Raises ModelError, in one line, unless it accounts for every byte."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
@@ -84,7 +86,7 @@ def read_floats(header: SafetensorsHeader, name: str) -> "NDArray[np.float32]":
     tensor = header.tensors[name]
     if tensor.dtype not in FLOATS:
         raise _unusable(header.path, f"tensor {shown(name)} is of type {tensor.dtype}, not {_any_of(FLOATS)}")
-    with header.path.open("rb") as file:
+    with open_regular(header.path) as file:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:

@@ -8,14 +8,17 @@ It stands on the `tokenizers` package alone. The files' own code (`auto_map`) is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import threading
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import shown
-from emlocal.models.json_file import read_chat_template, read_json
+from emlocal.models.json_file import MAX_JSON_BYTES, read_chat_template, read_json
+from emlocal.models.regular import read_regular
 from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.models.vocabulary import end_tokens
 
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
 _BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
+
+_SHORT = 8_192  # characters
+_MOST_SHRINKING = 4
+"""NFC makes at most 3.5 times fewer bytes of a text (a test looks at every character)."""
 
 
 class Tokenizer:
@@ -43,6 +50,7 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json", hint="get that file too: emlocal reads no other tokenizer"
             )
         self._pieces: dict[int, bytes] = {}
+        self._encoding = threading.Lock()
 
     @cached_property
     def _fast(self) -> FastTokenizer:
@@ -50,7 +58,11 @@ class Tokenizer:
 
         path = self.folder / "tokenizer.json"
         try:
-            tokenizer = FastTokenizer.from_file(str(path))
+            raw = read_regular(path, MAX_JSON_BYTES)
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}", "get it again") from error
+        try:
+            tokenizer = FastTokenizer.from_buffer(raw)
         except Exception as why:  # the package raises plain Exceptions
             raise ModelError(f"{path} is not a usable tokenizer: {shown(str(why))}", "get it again") from why
         tokenizer.no_truncation()
@@ -70,8 +82,35 @@ class Tokenizer:
         """Token ids. `add_special`: with the model's BOS and the like; `parse_special`: read "<|im_end|>"
         and its kind as the tokens that they name. A lone surrogate becomes "?"."""
         clean = text.encode("utf-8", errors="replace").decode()
-        self._fast.encode_special_tokens = not parse_special
-        return self._fast.encode(clean, add_special_tokens=add_special).ids
+        with self._encoding:
+            self._fast.encode_special_tokens = not parse_special
+            if len(clean) <= _SHORT:
+                return self._fast.encode(clean, add_special_tokens=add_special).ids
+            # Only the call for several texts lets other threads run meanwhile.
+            return self._fast.encode_batch([clean], add_special_tokens=add_special)[0].ids
+
+    def least_tokens(self, text: str) -> int:
+        """As many tokens `encode` gives at least, known without tokenizing; 0 where nothing is certain."""
+        if self._longest is None:
+            return 0
+        longest, shrinks = self._longest
+        kept = "".join(text.split()) if shrinks else text
+        return len(kept.encode(errors="replace")) // (longest * _MOST_SHRINKING)
+
+    @cached_property
+    def _longest(self) -> tuple[int, bool] | None:
+        """(the most bytes in a token's text, whether white space beside special tokens vanishes); None for a
+        tokenizer that may drop or rewrite what it reads."""
+        shape = json.loads(self._fast.to_str(), object_hook=_without_vocabulary)
+        model = shape["model"]
+        letters = byte_letters() if self._byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        known = self._fast.get_vocab(with_added_tokens=True)
+        whole = model.get("type") == "BPE" and all(letter in known for letter in letters)
+        steps = [*_steps(shape.get("normalizer")), *_steps(shape.get("pre_tokenizer"))]
+        if not whole or not all(_keeps_all(step) for step in steps):
+            return None
+        shrinks = any(token.lstrip or token.rstrip for token in self._added.values())
+        return max(len(text.encode()) for text in known), shrinks
 
     def control_texts(self) -> Sequence[str]:
         """The texts that `encode` reads as control tokens, if it is asked to parse special ones."""
@@ -128,6 +167,31 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja source of the chat template. It is untrusted: render it in a sandbox."""
         return read_chat_template(self.folder)
+
+
+def _without_vocabulary(table: dict[str, Any]) -> dict[str, Any]:
+    """A table of tokenizer.json without the large ones in it."""
+    return {name: value for name, value in table.items() if name not in ("vocab", "merges", "added_tokens")}
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer, or those that it is made of."""
+    if step is not None and step.get("type") == "Sequence":
+        for inner in (*step.get("normalizers", ()), *step.get("pretokenizers", ())):
+            yield from _steps(inner)
+    elif step is not None:
+        yield step
+
+
+def _keeps_all(step: dict[str, Any]) -> bool:
+    """Whether it drops nothing, and makes no text shorter than NFC does."""
+    kind = step.get("type")
+    if kind == "Split":
+        return step.get("behavior") != "Removed"
+    if kind == "Replace":
+        pattern = step.get("pattern", {}).get("String")
+        return isinstance(pattern, str) and len(step.get("content", "").encode()) >= len(pattern.encode())
+    return kind in ("NFC", "Prepend", "ByteLevel", "Metaspace", "Digits")
 
 
 def _ids(value: object) -> list[int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from emlocal.em import EMStep
@@ -12,7 +13,7 @@ from emlocal.settings.table import check_settings, setting, shown
 MAX_SEED = 2**64 - 1
 DEFAULT_MAX_TOKENS = 1024
 """Of an answer, where nobody says."""
-PANEL = "Sampling"
+_setting = partial(setting, panel="Sampling")
 _LARGEST_BIAS = 1e30  # logits are float32: what is infinite there makes a row no distribution
 _LONGEST_TOKEN_ID = 18  # digits
 
@@ -54,95 +55,52 @@ def _checked_bias(token: Any, bias: Any, said: str) -> tuple[int, float]:
 class SamplingParams:
     """One row's settings, in the order in which they act. Raises UsageError for a value out of range."""
 
-    repeat_penalty: float = setting(
+    repeat_penalty: float = _setting(
         1.0,
-        "--repeat-penalty",
+        "--repeat-penalty --repetition-penalty --penalty-repeat",
         0,
         100,
         "Divide a repeated token's positive logit, multiply its negative one (1 = off).",
         low_is_open=True,
-        aliases=("--repetition-penalty", "--penalty-repeat"),
-        panel=PANEL,
     )
-    presence_penalty: float = setting(
-        0.0,
-        "--presence-penalty",
-        -100,
-        100,
-        "Subtract from the logit of every token seen (0 = off).",
-        panel=PANEL,
+    presence_penalty: float = _setting(
+        0.0, "--presence-penalty", -100, 100, "Subtract from the logit of every token seen (0 = off)."
     )
-    frequency_penalty: float = setting(
-        0.0,
-        "--frequency-penalty",
-        -100,
-        100,
-        "Subtract from a token's logit per time it was seen (0 = off).",
-        panel=PANEL,
+    frequency_penalty: float = _setting(
+        0.0, "--frequency-penalty", -100, 100, "Subtract from a token's logit per time it was seen (0 = off)."
     )
-    repeat_last_n: int = setting(
+    repeat_last_n: int = _setting(
         64,
-        "--repeat-last-n",
+        "--repeat-last-n --repetition-context-size --penalty-last-n",
         -1,
         10**9,
         "Tokens the penalties look back at (-1 = all, 0 = none).",
-        aliases=("--repetition-context-size", "--penalty-last-n"),
-        panel=PANEL,
     )
-    logit_bias: tuple[tuple[int, float], ...] = setting(
+    logit_bias: tuple[tuple[int, float], ...] = _setting(
         (),
         "--logit-bias",
         help="Add to a token's logit; -inf bans it. Repeatable.",
-        kind="texts",
         metavar="ID=BIAS",
-        panel=PANEL,
         read=_bias,
     )
     """(token id, what to add to its logit); −inf bans the token."""
     em: EMStep | None = None
-    temperature: float = setting(
-        0.8,
-        "--temp",
-        0,
-        100,
-        "Sampling temperature, after EM (0 = greedy).",
-        aliases=("--temperature",),
-        panel=PANEL,
+    temperature: float = _setting(
+        0.8, "--temp --temperature", 0, 100, "Sampling temperature, after EM (0 = greedy)."
     )
-    dynatemp_range: float = setting(
-        0.0,
-        "--dynatemp-range",
-        0,
-        100,
-        "Temperature ± this, by the entropy of the row (0 = off).",
-        panel=PANEL,
+    dynatemp_range: float = _setting(
+        0.0, "--dynatemp-range", 0, 100, "Temperature ± this, by the entropy of the row (0 = off)."
     )
     """llama.cpp's dynamic temperature: hotter where the model is unsure. A rival of EM, for comparison."""
-    dynatemp_exponent: float = setting(
-        1.0,
-        "--dynatemp-exp",
-        0,
-        100,
-        "Power of the entropy's share of its maximum in --dynatemp-range.",
-        panel=PANEL,
+    dynatemp_exponent: float = _setting(
+        1.0, "--dynatemp-exp", 0, 100, "Power of the entropy's share of its maximum in --dynatemp-range."
     )
-    top_k: int = setting(0, "--top-k", 0, 10**9, "Keep the k most probable tokens (0 = all).", panel=PANEL)
-    top_p: float = setting(
-        1.0,
-        "--top-p",
-        0,
-        1,
-        "Keep the most probable tokens that sum to this (1 = all).",
-        low_is_open=True,
-        panel=PANEL,
+    top_k: int = _setting(0, "--top-k", 0, 10**9, "Keep the k most probable tokens (0 = all).")
+    top_p: float = _setting(
+        1.0, "--top-p", 0, 1, "Keep the most probable tokens that sum to this (1 = all).", low_is_open=True
     )
-    min_p: float = setting(
-        0.05,
-        "--min-p",
-        0,
-        1,
-        "Drop tokens below this share of the most probable token (0 = none).",
-        panel=PANEL,
+    min_p: float = _setting(
+        0.05, "--min-p", 0, 1, "Drop tokens below this share of the most probable token (0 = none)."
     )
 
     def __post_init__(self) -> None:
@@ -177,34 +135,23 @@ class Plan:
     """How one prompt is answered. Raises UsageError, with flag and range, for a value out of range."""
 
     params: SamplingParams = SamplingParams()
-    max_tokens: int = setting(
+    max_tokens: int = _setting(
         DEFAULT_MAX_TOKENS,
-        "--max-tokens",
+        "--max-tokens --max-new-tokens --max-completion-tokens --n-predict --num-predict",
         1,
         math.inf,
         "Stop after this many tokens.",
-        aliases=("--max-new-tokens", "--max-completion-tokens", "--n-predict", "--num-predict"),
-        panel=PANEL,
     )
-    stop: tuple[str, ...] = setting(
+    stop: tuple[str, ...] = _setting(
         (),
-        "--stop",
+        "--stop --stop-sequences --reverse-prompt",
         help="Stop before this text. Repeatable.",
-        kind="texts",
-        aliases=("--stop-sequences", "--reverse-prompt"),
         metavar="TEXT",
-        panel=PANEL,
     )
-    seed: int = setting(
-        0,
-        "--seed",
-        0,
-        MAX_SEED,
-        "Seed of the draws. (default: random, and shown; 0 in a batch)",
-        short="-s",
-        panel=PANEL,
+    seed: int = _setting(
+        0, "-s --seed", 0, MAX_SEED, "Seed of the draws. (default: random, and shown; 0 in a batch)"
     )
-    samples: int = setting(1, "--samples", 1, 1024, aliases=("--n", "--num-return-sequences"))
+    samples: int = _setting(1, "--samples --n --num-return-sequences", 1, 1024)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -13,11 +13,12 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from emlocal.errors import UsageError
 
@@ -40,15 +41,14 @@ class Setting:
     high: float
     help: str
     low_is_open: bool = False
-    whole: bool = False
     unit: str = ""
     name: str = ""
     """The name in batch lines and in Python."""
     field: str = ""
     """The dataclass's field."""
     kind: Kind = "number"
-    default: Any = None
     choices: tuple[str, ...] = ()
+    default: Any = None
     aliases: tuple[str, ...] = ()
     """Further flags, as other programs have them. Accepted wherever a name is typed; not in `--help`."""
     short: str = ""
@@ -58,6 +58,11 @@ class Setting:
     panel: str | None = None
     """The part of `--help` that it stands in."""
     read: Read | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a whole number."""
+        return self.kind == "whole"
 
     def span(self) -> str:
         """The range in words: "between 0 and 1", "at least 16 tokens", "more than 0 and at most 1"."""
@@ -134,62 +139,81 @@ class Setting:
 
 def setting(
     default: Any,
-    flag: str,
+    names: str,
     low: float = -math.inf,
     high: float = math.inf,
     help: str = "",
     *,
     low_is_open: bool = False,
     unit: str = "",
-    kind: Kind | None = None,
-    choices: Sequence[str] = (),
-    aliases: Sequence[str] = (),
-    short: str = "",
-    off: str = "",
     metavar: str | None = None,
     panel: str | None = None,
     name: str = "",
     read: Read | None = None,
 ) -> Any:
-    """A dataclass field with a default and a Setting. The kind follows from the choices or the default.
+    """A dataclass field with a default and a Setting, whose kind and choices are those of the field's type.
 
-    A setting whose default is None may stay None; its `kind` must be given. The name is the field's if it is
-    not given.
+    Args:
+        names: "-s --seed": the flag, a letter for it, and other programs' names after it;
+            "--resume/--restart": the flag, and the one that says false.
+        low, high: of a number, in `unit`.
+        name: the name in batch lines and in Python; the field's if it is not given.
+        read: how to read it from what was typed, if its type does not tell.
     """
-    kind = kind or _kind_of(default, choices)
+    flag, *aliases = names.split()
+    short = ""
+    if not flag.startswith("--"):
+        short, flag, *aliases = flag, *aliases
+    flag, _, off = flag.partition("/")
     known = Setting(
         flag,
         low,
         high,
         help,
         low_is_open,
-        whole=kind == "whole",
-        unit=unit,
-        name=name,
-        kind=kind,
+        unit,
+        name,
         default=default,
-        choices=tuple(choices),
         aliases=tuple(aliases),
         short=short,
         off=off,
-        metavar=metavar or {"number": "X", "whole": "N"}.get(kind),
+        metavar=metavar,
         panel=panel,
         read=read,
     )
     return field(default=default, metadata={"setting": known})
 
 
-def _kind_of(default: Any, choices: Sequence[str]) -> Kind:
-    if choices:
-        return "choice"
-    kinds: dict[type, Kind] = {bool: "switch", int: "whole", float: "number", str: "text"}
-    return kinds[type(default)]
+_RECORDS: dict[type, dict[str, Setting]] = {}  # of each settings dataclass: they are looked at for each line
+_METAVARS: dict[Kind, str] = {"number": "X", "whole": "N", "text": "TEXT", "texts": "TEXT", "path": "FILE"}
+_KINDS: dict[Any, Kind] = {float: "number", int: "whole", bool: "switch", str: "text", Path: "path"}
 
 
-def records_of(cls: Any) -> dict[str, Setting]:
+def records_of(cls: type) -> Mapping[str, Setting]:
     """All settings of a dataclass, by field."""
-    found = ((f.name, f.metadata["setting"]) for f in fields(cls) if "setting" in f.metadata)
-    return {name: replace(known, name=known.name or name, field=name) for name, known in found}
+    if cls not in _RECORDS:
+        _RECORDS[cls] = {f.name: _record(f) for f in fields(cls) if "setting" in f.metadata}
+    return _RECORDS[cls]
+
+
+def _record(f: Field[Any]) -> Setting:
+    known: Setting = f.metadata["setting"]
+    (kind,) = (each for each in _alternatives(f.type) if each is not type(None))
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    found: Kind = "choice" if choices else "texts" if get_origin(kind) is tuple else _KINDS[kind]
+    return replace(
+        known,
+        name=known.name or f.name,
+        field=f.name,
+        kind=found,
+        choices=choices,
+        metavar=known.metavar or _METAVARS.get(found),
+    )
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a value may have: of `int | None` both."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def settings_of(cls: Any) -> dict[str, Setting]:
@@ -199,12 +223,9 @@ def settings_of(cls: Any) -> dict[str, Setting]:
 
 def check_settings(values: Any) -> None:
     """Raise UsageError for the first value of a settings dataclass that is out of range, or not a choice."""
-    for f in fields(values):
-        known: Setting | None = f.metadata.get("setting")
-        value = vars(values)[f.name]
-        if known is None or known.kind not in ("number", "whole", "choice"):
-            continue
-        if value is not None or known.default is not None:
+    for name, known in records_of(type(values)).items():
+        value = vars(values)[name]
+        if known.kind in ("number", "whole", "choice") and not (value is None and known.default is None):
             known.value(value, known.flag)
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from emlocal.errors import EmlocalError, ModelError
 from emlocal.files import atomic_folder
 from emlocal.models.safetensors import read_safetensors_header, write_safetensors
+from emlocal.text import parse_json
 
 KEPT = 2
 """Checkpoints that stay: the newest and the one to fall back to."""
@@ -94,7 +95,7 @@ def _step(path: Path) -> int:
 
 
 def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    state = parse_json((path / _STATE).read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise ValueError(f"{_STATE} is no table")  # noqa: TRY004
     if state.get("format") != FORMAT:

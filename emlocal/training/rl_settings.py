@@ -6,6 +6,7 @@ it, change it. What it leaves out has the default.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,23 +22,21 @@ Averaging = Literal["token", "sequence", "sum"]
 Regularize = Literal["none", "clip-cov", "kl-cov"]
 TokenWeights = Literal["none", "tw-grpo"]
 
-REWARD = "Reward and policy gradient"
-"""A part of the help."""
+_reward = partial(setting, panel="Reward and policy gradient")
 _RECIPES = Path(__file__).with_name("recipes")
 
 
 def _rewards(given: Any, said: str) -> tuple[tuple[str, float], ...]:
     """`token`; `verifier=1,token=0.01`; in a TOML file also { verifier = 1, token = 0.01 }."""
-    if isinstance(given, str):
-        return tuple(_reward(part, said) for part in given.split(","))
-    if isinstance(given, tuple):
-        return given
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return tuple(_one_reward(part, said) for text in texts for part in text.split(","))
     if not isinstance(given, dict) or not all(type(weight) in (int, float) for weight in given.values()):
         raise UsageError(f"{said} is {shown(given)}; it must be a name, or a table of names and weights")
     return tuple((name, float(weight)) for name, weight in given.items())
 
 
-def _reward(part: str, said: str) -> tuple[str, float]:
+def _one_reward(part: str, said: str) -> tuple[str, float]:
     name, separator, weight = part.partition("=")
     try:
         return name.strip(), float(weight) if separator else 1.0
@@ -55,124 +54,63 @@ class RLSettings(TrainingSettings):
     """
 
     samples: int = setting(
-        4,
-        "--samples",
-        2,
-        10**4,
-        "N, answers to each prompt of a step.",
-        aliases=("--num-generations", "--n"),
-        panel=ANSWERS,
+        4, "--samples --num-generations --n", 2, 10**4, "N, answers to each prompt of a step.", panel=ANSWERS
     )
-    reward: tuple[tuple[Reward, float], ...] = setting(
+    reward: tuple[tuple[Reward, float], ...] = _reward(
         (("token", 1.0),),
         "--reward",
         help="token, sequence, self-certainty, majority, vote or verifier; or a weighted sum:"
         " verifier=1,token=0.01. (default: token)",
-        kind="text",
         metavar="NAME",
-        panel=REWARD,
         read=_rewards,
     )
     """What an answer is worth: rewards and their weights in the sum."""
-    normalize: RewardScale = setting(
+    normalize: RewardScale = _reward(
         "sum",
         "--normalize",
         help="Of the rewards token and sequence: the paper's sums, or the released code's means.",
-        choices=get_args(RewardScale),
-        panel=REWARD,
     )
-    advantage: Advantage = setting(
-        "rloo",
-        "--advantage",
-        help="Of an answer against the others.",
-        choices=get_args(Advantage),
-        panel=REWARD,
-    )
-    loss: Loss = setting("reinforce", "--loss", help="Of the policy.", choices=get_args(Loss), panel=REWARD)
-    averaging: Averaging = setting(
-        "token",
-        "--averaging",
-        help="Mean over tokens; over answers of means; over answers of sums.",
-        choices=get_args(Averaging),
-        panel=REWARD,
+    advantage: Advantage = _reward("rloo", "--advantage", help="Of an answer against the others.")
+    loss: Loss = _reward("reinforce", "--loss", help="Of the policy.")
+    averaging: Averaging = _reward(
+        "token", "--averaging", help="Mean over tokens; over answers of means; over answers of sums."
     )
     """Of the tokens' losses: see `emlocal.em.policy_gradient.averaging_weights`."""
-    ppo_epochs: int = setting(
-        1,
-        "--ppo-epochs",
-        1,
-        100,
-        "Optimizer steps on the same answers.",
-        aliases=("--num-iterations",),
-        panel=REWARD,
+    ppo_epochs: int = _reward(
+        1, "--ppo-epochs --num-iterations", 1, 100, "Optimizer steps on the same answers."
     )
-    clip_low: float = setting(
+    clip_low: float = _reward(
         0.2,
-        "--clip-low",
+        "--clip-low --epsilon",
         0,
         1,
         "ppo-clip holds tokens whose probability fell by more than this share …",
-        aliases=("--epsilon",),
-        panel=REWARD,
     )
-    clip_high: float = setting(
-        0.2, "--clip-high", 0, 1e3, "… or rose by more.", aliases=("--epsilon-high",), panel=REWARD
-    )
+    clip_high: float = _reward(0.2, "--clip-high --epsilon-high", 0, 1e3, "… or rose by more.")
     kl_beta: float = setting(
-        0.001,
-        "--kl-beta",
-        0,
-        1e3,
-        "β, weight of KL(model ‖ base), estimated by k3.",
-        aliases=("--beta",),
-        panel=TRAINING,
+        0.001, "--kl-beta --beta", 0, 1e3, "β, weight of KL(model ‖ base), estimated by k3.", panel=TRAINING
     )
-    entropy_bonus: float = setting(
+    entropy_bonus: float = _reward(
         0.0,
         "--entropy-bonus",
         -1e3,
         1e3,
         "c: rewards entropy with c·H a token. (The paper's code left 0.001 on; -1 adds EM-FT's gradient.)",
-        panel=REWARD,
     )
-    regularize: Regularize = setting(
-        "none",
-        "--regularize",
-        help="Hold back the tokens that lower entropy most.",
-        choices=get_args(Regularize),
-        panel=REWARD,
+    regularize: Regularize = _reward(
+        "none", "--regularize", help="Hold back the tokens that lower entropy most."
     )
-    clip_cov_share: float = setting(
-        2e-4,
-        "--clip-cov-share",
-        0,
-        1,
-        "Clip-Cov: share of tokens without policy gradient.",
-        low_is_open=True,
-        panel=REWARD,
+    clip_cov_share: float = _reward(
+        2e-4, "--clip-cov-share", 0, 1, "Clip-Cov: share of tokens without policy gradient.", low_is_open=True
     )
-    kl_cov_share: float = setting(
-        2e-3,
-        "--kl-cov-share",
-        0,
-        1,
-        "KL-Cov: share of tokens that are pulled back.",
-        low_is_open=True,
-        panel=REWARD,
+    kl_cov_share: float = _reward(
+        2e-3, "--kl-cov-share", 0, 1, "KL-Cov: share of tokens that are pulled back.", low_is_open=True
     )
-    kl_cov_pull: float = setting(
-        1.0, "--kl-cov-pull", 0, 1e3, "KL-Cov: the strength of the pull.", panel=REWARD
+    kl_cov_pull: float = _reward(1.0, "--kl-cov-pull", 0, 1e3, "KL-Cov: the strength of the pull.")
+    token_weights: TokenWeights = _reward(
+        "none", "--token-weights", help="Weigh tokens by how much answers disagree there."
     )
-    token_weights: TokenWeights = setting(
-        "none",
-        "--token-weights",
-        help="Weigh tokens by how much answers disagree there.",
-        choices=get_args(TokenWeights),
-        panel=REWARD,
-    )
-    tw_alpha: float = setting(
-        1.7, "--tw-alpha", 1, 100, "TW-GRPO: the largest weight of a token.", panel=REWARD
-    )
+    tw_alpha: float = _reward(1.7, "--tw-alpha", 1, 100, "TW-GRPO: the largest weight of a token.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

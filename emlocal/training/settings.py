@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from emlocal.errors import UsageError
 from emlocal.settings.table import (
@@ -24,171 +25,99 @@ S = TypeVar("S", bound="TrainingSettings")
 
 TRAINING, LORA, ANSWERS, STOPPING = "Training", "Adapter", "Answers trained on", "Stopping by itself"
 """Parts of the help."""
+_training, _lora = partial(setting, panel=TRAINING), partial(setting, panel=LORA)
+_answers, _stopping = partial(setting, panel=ANSWERS), partial(setting, panel=STOPPING)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block, by the names that transformers gives them in most architectures."""
 
 
 def _names(given: Any, said: str) -> tuple[str, ...]:
     """Names with commas, or a list of names."""
-    if isinstance(given, str):
-        given = [name.strip() for name in given.split(",") if name.strip()]
-    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UsageError(f"{said} is {shown(given)}; it must be a list of names")
-    if not given or not all(given):
+    found = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+    if not found or not all(text.strip() for text in texts):
         raise UsageError(f"{said} is empty", "name layers, such as q_proj,v_proj")
-    return tuple(given)
+    return found
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """What every method of training has. Raises UsageError, with flag and range, for a bad value."""
 
-    steps: int = setting(
-        12,
-        "--steps",
-        1,
-        10**6,
-        "Optimizer steps.",
-        aliases=("--iters", "--max-steps"),
-        panel=TRAINING,
+    steps: int = _training(12, "--steps --iters --max-steps", 1, 10**6, "Optimizer steps.")
+    prompts_per_step: int = _training(
+        16, "--prompts-per-step --batch-size", 1, 10**6, "Prompts answered in each step."
     )
-    prompts_per_step: int = setting(
-        16,
-        "--prompts-per-step",
-        1,
-        10**6,
-        "Prompts answered in each step.",
-        aliases=("--batch-size",),
-        panel=TRAINING,
+    learning_rate: float = _training(
+        1e-4, "--learning-rate --lr", 0, 1, "Of AdamW, at its highest.", low_is_open=True
     )
-    learning_rate: float = setting(
-        1e-4,
-        "--learning-rate",
-        0,
-        1,
-        "Of AdamW, at its highest.",
-        low_is_open=True,
-        aliases=("--lr",),
-        panel=TRAINING,
+    warmup: int = _training(
+        0, "--warmup --warmup-steps", 0, 10**6, "Steps in which the learning rate rises to its highest."
     )
-    warmup: int = setting(
-        0,
-        "--warmup",
-        0,
-        10**6,
-        "Steps in which the learning rate rises to its highest.",
-        aliases=("--warmup-steps",),
-        panel=TRAINING,
-    )
-    schedule: Schedule = setting(
-        "constant",
-        "--schedule",
-        help="Of the learning rate after the warm-up.",
-        choices=get_args(Schedule),
-        aliases=("--lr-scheduler-type",),
-        panel=TRAINING,
+    schedule: Schedule = _training(
+        "constant", "--schedule --lr-scheduler-type", help="Of the learning rate after the warm-up."
     )
     """How the learning rate goes on after the warm-up: linear and cosine fall to 0."""
-    weight_decay: float = setting(0.0, "--weight-decay", 0, 1, "Of AdamW.", panel=TRAINING)
-    max_grad_norm: float = setting(
-        1.0,
-        "--max-grad-norm",
-        0,
-        math.inf,
-        "Longer gradients are cut to this.",
-        low_is_open=True,
-        panel=TRAINING,
+    weight_decay: float = _training(0.0, "--weight-decay", 0, 1, "Of AdamW.")
+    max_grad_norm: float = _training(
+        1.0, "--max-grad-norm", 0, math.inf, "Longer gradients are cut to this.", low_is_open=True
     )
-    rank: int = setting(
-        16,
-        "--rank",
-        1,
-        1024,
-        "Rank of the LoRA adapter.",
-        aliases=("--lora-rank", "--lora-r"),
-        panel=LORA,
-    )
-    alpha: float = setting(
+    rank: int = _lora(16, "--rank --lora-rank --lora-r", 1, 1024, "Rank of the LoRA adapter.")
+    alpha: float = _lora(
         32.0,
-        "--alpha",
+        "--alpha --lora-alpha",
         0,
         1e6,
         "LoRA's alpha: its change is scaled by alpha / rank.",
         low_is_open=True,
-        aliases=("--lora-alpha",),
-        panel=LORA,
     )
-    target_modules: tuple[str, ...] = setting(
+    target_modules: tuple[str, ...] = _lora(
         LINEAR_LAYERS,
-        "--target-modules",
+        "--target-modules --lora-target-modules",
         help=f"Layers adapted, with commas. (default: {','.join(LINEAR_LAYERS)})",
-        kind="text",
-        aliases=("--lora-target-modules",),
         metavar="NAMES",
-        panel=LORA,
         read=_names,
     )
     """The layers that are adapted, by the last part of their names."""
-    rollout_temperature: float = setting(
+    rollout_temperature: float = _answers(
         1.0,
-        "--rollout-temp",
+        "--rollout-temp --rollout-temperature",
         0,
         100,
         "Sampling temperature of the answers trained on.",
         low_is_open=True,
-        aliases=("--rollout-temperature",),
-        panel=ANSWERS,
     )
-    max_tokens: int = setting(
+    max_tokens: int = _answers(
         256,
-        "--max-tokens",
+        "--max-tokens --max-new-tokens --n-predict --max-completion-length",
         1,
         10**6,
         "An answer ends after this many tokens.",
-        aliases=("--max-new-tokens", "--n-predict", "--max-completion-length"),
-        panel=ANSWERS,
     )
-    seed: int = setting(
-        0,
-        "--seed",
-        0,
-        2**63 - 1,
-        "Of the adapter, the order of prompts and the answers.",
-        panel=TRAINING,
-    )
+    seed: int = _training(0, "--seed", 0, 2**63 - 1, "Of the adapter, the order of prompts and the answers.")
 
-    entropy_floor: float = setting(
+    entropy_floor: float = _stopping(
         0.02,
         "--entropy-floor",
         0,
         100,
         "Stop when the answers' mean entropy (nats) falls below this.",
-        panel=STOPPING,
         unit="nats",
     )
-    max_repetition: float = setting(
-        0.2,
-        "--max-repetition",
-        0,
-        1,
-        "Stop when answers repeat themselves by this much more than at first.",
-        panel=STOPPING,
+    max_repetition: float = _stopping(
+        0.2, "--max-repetition", 0, 1, "Stop when answers repeat themselves by this much more than at first."
     )
-    max_length_change: float = setting(
-        2.0,
-        "--max-length-change",
-        1,
-        math.inf,
-        "Stop when answers get longer or shorter by this factor.",
-        panel=STOPPING,
+    max_length_change: float = _stopping(
+        2.0, "--max-length-change", 1, math.inf, "Stop when answers get longer or shorter by this factor."
     )
-    max_kl: float = setting(
+    max_kl: float = _stopping(
         1.0,
         "--max-kl",
         0,
         math.inf,
         "Stop when the mean KL to the base (nats a token) passes this (0 = do not look).",
-        panel=STOPPING,
         unit="nats",
     )
 
@@ -216,33 +145,21 @@ class TrainingSettings:
 class FineTuneSettings(TrainingSettings):
     """What decides the outcome of an EM-FT run."""
 
-    normalize: Normalize = setting(
-        "token",
-        "--normalize",
-        help="Mean over tokens, or the paper's sum over each answer.",
-        choices=get_args(Normalize),
-        panel=TRAINING,
+    normalize: Normalize = _training(
+        "token", "--normalize", help="Mean over tokens, or the paper's sum over each answer."
     )
     """token: the mean over a step's tokens; sequence: the sum over each answer's, as the paper's eq. 2."""
-    kl_beta: float = setting(
-        1.5,
-        "--kl-beta",
-        0,
-        1e3,
-        "β, weight of KL(model ‖ base) beside the entropy.",
-        aliases=("--beta",),
-        panel=TRAINING,
+    kl_beta: float = _training(
+        1.5, "--kl-beta --beta", 0, 1e3, "β, weight of KL(model ‖ base) beside the entropy."
     )
-    temperature: float = setting(
+    temperature: float = _training(
         1.0,
-        "--loss-temp",
+        "--loss-temp --loss-temperature",
         0,
         100,
         "Temperature of the distributions in the loss.",
         low_is_open=True,
-        aliases=("--loss-temperature",),
         name="loss_temperature",
-        panel=TRAINING,
     )
 
     @property

@@ -16,8 +16,8 @@ doubt, and du is 2. A step adds η du to e.
 
 On rows of models the entropy is so off by 1e-6 at most. On a row that is nearly flat, |a| is no more than the
 spread of its logits, and g = p·a nears ε: with a spread of 1e-4, dg/g is a hundredth, and some tokens cannot
-be told from the mean. After em-pt's three steps of 0.1 on some hundred such tokens the entropy's bound is 0.02
-nats; errors up to 3e-4 were seen. Tokens closer than 1e-6 may go either way, by 2η a step.
+be told from the mean. After em-pt's three steps of 0.1 on some hundred such tokens the entropy's bound is
+0.02 nats; errors up to 3e-4 were seen. Tokens closer than 1e-6 may go either way, by 2η a step.
 """
 
 import numpy as np

@@ -204,14 +204,19 @@ def test_entropy_lists_the_least_certain_tokens(chat) -> None:  # type: ignore[n
     assert "\x1b" not in done.out
 
 
-def test_stdin_that_is_not_utf8_ends_with_the_line_number(chat) -> None:  # type: ignore[no-untyped-def]
-    from emlocal.errors import UsageError
-
+def test_a_line_that_is_not_utf8_is_an_error_and_the_next_is_answered(chat) -> None:  # type: ignore[no-untyped-def]
     for bom in (b"", b"\xef\xbb\xbf"):
-        with pytest.raises(UsageError, match=rf"line 2 of stdin .* 0xff at offset {len(bom) + 4}$") as caught:
-            chat(bom + b"hi\na\xff\n", saying("ho"))
-        assert "iconv" in caught.value.hint
-    with pytest.raises(UsageError, match=r"line 1 of stdin .* 0xff at offset 5$"):
-        chat(b"\xef\xbb\xbfhi\xff\n", saying("ho"))
-    with pytest.raises(UsageError, match="never ended"):
-        chat('"""\nabc\n', saying("ho"))
+        done = chat(bom + b"hi\na\xff\nhi again\n", saying("ho"))
+        assert re.search(rf"line 2 of stdin .* 0xff at offset {len(bom) + 4}$", done.err, re.M)
+        assert "iconv" in done.err
+        assert done.repl.session.conversation.exchanges == [("hi", "ho"), ("hi again", "ho")]
+        assert done.repl.failures == 1
+    assert "line 1 of stdin is not UTF-8 text: byte 0xff at offset 5" in chat(b"\xef\xbb\xbfhi\xff\n").err
+    assert "never ended" in chat('"""\nabc\n').err
+
+
+def test_a_block_that_is_not_utf8_is_one_error(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat(b'"""\na\n\xff\n/exit\n\xfe\n"""\nhi\n', saying("ho"))
+    assert done.repl.failures == 1
+    assert "line 3 of stdin" in done.err
+    assert done.repl.session.conversation.exchanges == [("hi", "ho")]

@@ -1,7 +1,10 @@
 """Tasks: reading, finding answers, judging them."""
 
 import gzip
+import io
 import json
+import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.math_judge import MathJudge
+from emlocal.evaluation.tasks import reading
 from emlocal.evaluation.tasks.mathematics import MathTask, gold
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask
@@ -72,6 +76,61 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 1,}\n', encoding="utf-8")
     with pytest.raises(UsageError, match="line 3, character 9"):
         read_rows(tmp_path / "a.jsonl")
+
+
+def bomb(size: int) -> bytes:
+    """Blanks, packed a thousandfold."""
+    packed = io.BytesIO()
+    with gzip.open(packed, "wb") as file:
+        for _ in range(size >> 20):
+            file.write(b" " * (1 << 20))
+    return packed.getvalue()
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(bomb(300 << 20))
+    tracemalloc.start()
+    with pytest.raises(UsageError, match=r"a\.jsonl\.gz cannot be read: it unpacks to more than 256 MiB"):
+        read_rows(tmp_path / "a.jsonl.gz")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 32 << 20
+
+
+def test_only_regular_files_of_a_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.jsonl"):
+        with pytest.raises(UsageError, match="is not a regular file"):
+            read_rows(tmp_path / name)
+    monkeypatch.setattr(reading, "_LARGEST", 1 << 20)
+    with pytest.raises(UsageError, match="has more than 1 MiB"):
+        read_rows(write(tmp_path / "a.jsonl", [{"a": "x" * (1 << 20)}]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("NaN", "'answer' is nan: it must be a finite number"),
+        ("-Infinity", "'answer' is -inf: it must be a finite number"),
+        ("1e400", "'answer' is inf: it must be a finite number"),
+        ("[1, 2]", "'answer' is a list of other things than texts"),
+        ('["1", null]', "'answer' is a list of other things than texts"),
+        ('"4\\u0000"', r"an answer with the control character U\+0000"),
+        ('"4\\u001b[2J"', r"an answer with the control character U\+001B"),
+        ('"' + "1+" * 501 + '1"', "an answer of 1,003 characters, where 1,000 are compared"),
+        ('"$$"', "has no answer"),
+        ('{"a": 1}', "has no answer"),
+        ("true", "has no answer"),
+        ("[]", "has no answer"),
+    ],
+)
+def test_an_answer_that_no_model_can_give_is_refused(tmp_path: Path, answer: str, said: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question": "a", "answer": 1}}\n\n{{"question": "b", "answer": {answer}}}\n')
+    with pytest.raises(UsageError, match=rf"problem 2 \(line 3\).*{said}"):
+        open_task("questions", path)
+    assert len(open_task("questions", path, 1).problems) == 1
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
@@ -233,6 +292,75 @@ def test_hostile_answers_are_wrong_in_time(judge: MathJudge, hostile: str) -> No
 
 def test_long_answers_are_wrong(judge: MathJudge) -> None:
     assert not judge.equal("5", "5" + " " * 2000)
+
+
+BOUNDS = [
+    *("\\leq 5", "\\le 5", "\\leqslant 5", "≤ 5", "≤5", "< 5", "\\lt 5", "\\geq 5", "> 5", "\\gt 5", "≥ 5"),
+    *("\\neq 5", "≠ 5", "\\not= 5", "\\ll 5", "\\nleq 5", "\\not\\leq 5", "{\\leq} 5", "(\\leq 5)"),
+    *(
+        "$\\leq 5$",
+        "x \\leq 5",
+        "x\\not=5",
+        "1, \\leq 5",
+        "4 < x \\leq 5",
+        "5 \\geq x",
+        "\\{\\leq 5\\}",
+        "5 \\leq",
+    ),
+]
+
+
+@pytest.mark.parametrize("answer", BOUNDS)
+def test_a_bound_is_not_a_value(judge: MathJudge, answer: str) -> None:
+    assert not judge.equal("5", answer)
+    assert not judge.equal("2\\sqrt{2}", answer.replace("5", "\\sqrt{8}"))
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("\\leq 5", "5", False),
+        ("\\leq 5", "\\geq 5", False),
+        ("\\leq 5", "≤5", True),
+        ("x \\not= 5", "5", False),
+        ("x \\leq 5", "x≤5", True),
+        ("x \\leq 5", "5 \\geq x", True),
+        ("x \\leq 5", "x<5", False),
+        ("x > 2", "(2,\\infty)", True),
+        ("5", "x = 5", True),
+        ("5", "\\approx 5", True),
+        ("5", "x \\to 5", True),
+        ("5", "\\sqrt{25} = 5", True),
+        ("120", "5! = 120", True),
+        ("120", "5!=120", False),  # read as ≠
+        ("(1,2)", "\\left(1, 2\\right)", True),
+        ("5", "x -> 5", True),
+        ("\\ln 2", "\\ln 2", True),
+        ("5", "\\text{five or less}", False),
+    ],
+)
+def test_relations_are_compared_with_relations(judge: MathJudge, gold: str, answer: str, right: bool) -> None:
+    assert judge.equal(gold, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("5", "4=5", False),
+        ("4", "4=5", False),
+        ("5", "x = 4 = 5", False),
+        ("5", "5 = 5.0", True),
+        ("0.33", "0.333 = 0.33", True),  # rounded
+        ("50", "0.5 = 50\\%", True),  # a side with a label is not looked at
+        ("5", "2+3=5", True),
+        ("5", "2+2=5", True),  # the last side counts, as math-verify has it
+        ("4", "2+2=5", False),
+    ],
+)
+def test_an_answer_that_contradicts_itself_is_wrong(
+    judge: MathJudge, gold: str, answer: str, right: bool
+) -> None:
+    assert judge.equal(gold, answer) is right
 
 
 def test_lines_and_quotes_in_answers_do_not_disturb(judge: MathJudge) -> None:

@@ -8,6 +8,7 @@ silent bugs: docs/decisions.md).
 
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
 from emlocal.backends.llama_cpp.library import last_error
 from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
+from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
@@ -28,6 +30,7 @@ from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler
 from emlocal.words import counted
 
+_PATIENCE = 0.5  # seconds that `close` waits for a tokenization that was given up
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
 
 
@@ -67,6 +70,8 @@ class LlamaCppBackend(Backend):
         self._views: dict[tuple[int, int], list[NDArray[np.float32]]] = {}
         self._pieces: dict[int, bytes] = {}
         self._control_texts: Sequence[str] | None = None
+        self._texts: TokenTexts | None = None
+        self._encoding = threading.Lock()
         self._sampler = Sampler(self.info.vocabulary)
         self._cancelled: Callable[[], bool] = lambda: False
         self._abort = self._lib.ggml_abort_callback(lambda _: self._cancelled())
@@ -113,6 +118,21 @@ class LlamaCppBackend(Backend):
         return adapter
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        with self._encoding:
+            if len(text) <= LONG:
+                return self._encode(text, add_special, parse_special)
+            pieces = self._token_texts().pieces(text, parse_special)
+            return join_pieces(self._encode, pieces, add_special, parse_special)
+
+    def least_tokens(self, text: str) -> int:
+        return self._token_texts().least_tokens(text)
+
+    def _token_texts(self) -> TokenTexts:
+        if self._texts is None:
+            self._texts = TokenTexts(self._lib, self._vocab, self.info.vocabulary)
+        return self._texts
+
+    def _encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", errors="replace")
         room = len(raw) + 16
         while True:
@@ -259,6 +279,8 @@ class LlamaCppBackend(Backend):
         return int(self._lib.llama_model_size(self._model)) + self._kv_bytes
 
     def close(self) -> None:
+        if not self._encoding.acquire(timeout=_PATIENCE):
+            return  # a tokenization that was given up reads the vocabulary: the memory goes with the process
         self._rows, self._views = {}, {}
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)

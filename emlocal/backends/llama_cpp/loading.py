@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from emlocal.backends.llama_cpp.library import keep_errors, keep_nothing, last_error, load_library
+from emlocal.backends.llama_cpp.trial import try_first
 from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ModelError
 from emlocal.machine import physical_cores
@@ -29,7 +30,9 @@ class Loaded(NamedTuple):
 
 
 class Loading:
-    """Begins to load when it is made; `wait` has the result.
+    """Begins to load when it is made, after a trial in a child where the model needs one (`trial`).
+
+    `wait` has the result.
 
     In a `with` block that is left by an exception, what was loaded is freed. No code of Python's runs in
     the thread between its two calls of llama.cpp, so that it does not wait for the GIL, and no signal is
@@ -37,9 +40,10 @@ class Loading:
     """
 
     def __init__(self, model: GGUFModel, options: LoadOptions) -> None:
+        self.threads = options.threads or physical_cores()
+        try_first(model, self.threads)
         self.lib: Any = load_library()
         self.length = context_length(options.context, model.header.context_length)
-        self.threads = options.threads or physical_cores()
         self._files, self._kv_type = model.files, options.kv_type or DEFAULT_KV_TYPE
         self._model_params = self.lib.llama_model_default_params()
         self._context_params = self._params(options)

@@ -38,9 +38,7 @@ class EMInf(EMStep):
     """A row at H ≤ δ is left alone. δ = 0 never stops early, δ ≥ log V never starts."""
     steps: int = setting(10, "--em-steps", 0, 1000, "Most gradient steps per token.")
     learning_rate: float = setting(2.0, "--em-learning-rate", 0, 1e6, "η, size of a step.", low_is_open=True)
-    optimizer: Literal["sgd", "adam"] = setting(
-        "sgd", "--em-optimizer", help="How steps are taken.", choices=("sgd", "adam")
-    )
+    optimizer: Literal["sgd", "adam"] = setting("sgd", "--em-optimizer", help="How steps are taken.")
     """sgd is the paper's descent; adam is what the authors' code runs, fresh for every token."""
     kl_weight: float = setting(0.0, "--em-kl-weight", 0, 1e6, "κ, weight of KL(original ‖ new).")
 

@@ -9,6 +9,7 @@ that sets out to cheat can.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import struct
 import sys
 import traceback
 import types
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -28,17 +30,36 @@ sys.path.pop(0)  # the program is not to find what is beside emlocal in a checko
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo")
 _SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
 _LONGEST = 2000
-_NO_NEW_PRIVILEGES = 38
-_SET_DEATH_SIGNAL = 1
+_SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 1, 4, 38  # for prctl
 _CAPABILITIES_VERSION = 0x20080522
 
 
 def _readable() -> list[Path]:
-    """Python, its packages and the system's libraries; no home, no secrets, no other process."""
-    own = [sys.prefix, sys.base_prefix] if sys.prefix != "/usr" else []
-    own += [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    wanted = [Path(path) for path in (*own, *_SYSTEM, *_SINGLE) if path not in ("", "/", "/usr")]
+    """Python's own folders and the system's libraries; no home, no secrets, no other process.
+
+    Not the whole of a prefix: `python -m venv .` makes a project's own folder one.
+    """
+    base = Path(sys.base_prefix)
+    folders = [] if str(base) in ("/", "/usr") else [base / "lib", base / "lib64"]
+    if sys.prefix != sys.base_prefix:  # a virtual environment: its packages are in lib/python3.11
+        name = Path(os.__file__).parent.name
+        folders += [Path(sys.prefix, library, name) for library in ("lib", "lib64")]
+    wanted = [*folders, *map(Path, (*_SYSTEM, *_SINGLE))]
     return [path for path in dict.fromkeys(wanted) if path.exists()]
+
+
+def _leave_behind(report: int) -> None:
+    """Packages may run code as the interpreter starts (.pth files): what it opened is closed.
+
+    A thread of it would not be locked in. Raises RuntimeError where there is one.
+    """
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    if threads > 1:
+        raise RuntimeError(f"{threads} threads run before the program: a package's .pth file starts them")
+    for number in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        if number > 2 and number != report:
+            with suppress(OSError):  # the listing's own, which is closed
+                os.close(number)
 
 
 def _limit(seconds: int, memory: int) -> None:
@@ -52,11 +73,10 @@ def _limit(seconds: int, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, and SIGKILL if that is ignored
 
 
-def _no_new_privileges() -> None:
-    """Without it only root may lock itself in: a program with more rights would run locked in as well."""
+def _prctl(option: int, value: int, what: str) -> None:
     zero = ctypes.c_ulong(0)
-    if ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), zero, zero, zero):
-        raise OSError(ctypes.get_errno(), "new privileges cannot be given up")
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), zero, zero, zero):
+        raise OSError(ctypes.get_errno(), f"{what} cannot be given up")
 
 
 def _drop_capabilities() -> None:
@@ -74,14 +94,22 @@ def _error_of(program: str) -> str | None:
         exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 (that is what it is for)
     except BaseException as error:  # noqa: BLE001 (sys.exit() is no way to pass)
         said = "".join(traceback.format_exception_only(error)).strip()
-        return said[-_LONGEST:] or type(error).__name__
+        return (said[-_LONGEST:] or type(error).__name__) + _why(error)
     return None
+
+
+def _why(error: BaseException) -> str:
+    """What a person is told besides, where the sandbox was in the way."""
+    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
+        return " (the sandbox refuses it)"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return " (a program has one thread in the sandbox)"
+    return ""
 
 
 def _die_with(parent: int) -> None:
     """Be killed when the process is that started this one, however it ends."""
-    zero = ctypes.c_ulong(0)
-    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero)
+    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "outliving it")
     if os.getppid() != parent:  # it was gone before
         os._exit(1)
 
@@ -90,9 +118,11 @@ def _main() -> None:
     report, seconds, memory, parent = (int(argument) for argument in sys.argv[1:5])
     _die_with(parent)
     asked = json.load(sys.stdin)
+    _leave_behind(report)
     null = os.open("/dev/null", os.O_RDWR)
     _limit(seconds, memory)
-    _no_new_privileges()
+    _prctl(_SET_DUMPABLE, 0, "dumps")  # the limit does not hold where the system hands them to a program
+    _prctl(_SET_NO_NEW_PRIVILEGES, 1, "new privileges")  # only root could lock itself in without
     landlock.restrict(_readable())
     _drop_capabilities()
     seccomp.restrict()

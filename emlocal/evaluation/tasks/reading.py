@@ -2,7 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import json
+import math
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,19 +15,32 @@ from emlocal.hub_rows import hub_rows
 
 Row = Mapping[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
+_LARGEST = 256 << 20
+"""Bytes of a file of problems, unpacked. It is held in memory, about three times; the sets here have 4 MB."""
 
 
 class Rows(list[Row]):
     """Rows with their names, and where they come from."""
 
-    def __init__(self, rows: Sequence[Row], source: str, digest: str | None = None) -> None:
-        """`digest`: the SHA-256 of the file, in hexadecimal; None: the source says it all."""
+    def __init__(
+        self, rows: Sequence[Row], source: str, digest: str | None = None, lines: Sequence[int] | None = None
+    ) -> None:
+        """`digest`: the SHA-256 of the file, in hexadecimal; None: the source says it all.
+
+        `lines`: where each row stands in the file, from 1; None where it has no lines.
+        """
         super().__init__(rows)
+        self._lines = lines
         self.source = source if digest is None else f"{source}, sha256 {digest}"
         """For people: the file's name and digest; of the hub's the name."""
         self.identity = digest or source
         """What is the same where the rows are."""
         self.ids = ids(rows)
+
+    def where(self, index: int) -> str:
+        """Which row this is, for a message: "problem 2 (line 3)"."""
+        name = f"problem {index + 1:,}"
+        return name if self._lines is None else f"{name} (line {self._lines[index]:,})"
 
     def first(self, limit: int | None) -> Self:
         """The first rows, under the names that they have among all."""
@@ -35,9 +51,12 @@ class Rows(list[Row]):
 
 
 def read_rows(path: Path) -> Rows:
-    """The objects of a file. Raises UsageError for a file that is missing, empty, or holds something else."""
+    """The objects of a file.
+
+    Raises UsageError for a file that is missing, empty, larger than 256 MiB, or holds something else.
+    """
     try:
-        raw = path.expanduser().read_bytes()
+        raw = _read(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}", "give a .jsonl or .json file with --data") from None
     except OSError as why:
@@ -46,8 +65,9 @@ def read_rows(path: Path) -> Rows:
     if names.suffix not in _SUFFIXES:
         raise UsageError(f"{path} is neither JSONL nor JSON", f"its name must end in {', '.join(_SUFFIXES)}")
     try:
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-        rows = _listed(json.loads(text)) if names.suffix == ".json" else _lines(text)
+        text = (_unpacked(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        numbered = None if names.suffix == ".json" else _lines(text)
+        rows = _listed(json.loads(text)) if numbered is None else list(numbered.values())
     except (ValueError, EOFError, OSError, RecursionError) as why:
         raise UsageError(f"{path} cannot be read: {why}") from why
     if not rows:
@@ -55,7 +75,30 @@ def read_rows(path: Path) -> Rows:
     for number, row in enumerate(rows, 1):
         if not _is_unicode(row):
             raise UsageError(f"problem {number:,} of {path} holds half a surrogate pair, which is no text")
-    return Rows(rows, path.name, hashlib.sha256(raw).hexdigest())
+    lines = None if numbered is None else list(numbered)
+    return Rows(rows, path.name, hashlib.sha256(raw).hexdigest(), lines)
+
+
+def _read(path: Path) -> bytes:
+    """What is in a file. Raises UsageError for a pipe, a device or a folder, and for too large a file."""
+    path = path.expanduser()
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe that nobody writes to would be waited for
+        raise UsageError(f"{path} is not a regular file", "give a .jsonl or .json file with --data")
+    if status.st_size > _LARGEST:
+        raise UsageError(f"{path} has more than {_LARGEST >> 20} MiB", "split it into several files")
+    return path.read_bytes()
+
+
+def _unpacked(raw: bytes) -> bytes:
+    """Raises ValueError where it unpacks to too much; nothing of it is kept until that is known."""
+    size = 0
+    with gzip.open(io.BytesIO(raw)) as file:
+        while chunk := file.read(1 << 20):
+            size += len(chunk)
+            if size > _LARGEST:
+                raise ValueError(f"it unpacks to more than {_LARGEST >> 20} MiB")
+    return gzip.decompress(raw)
 
 
 def hub(name: str, split: str, limit: int | None, config: str | None = None) -> Rows:
@@ -72,8 +115,9 @@ def _is_unicode(row: Row) -> bool:
     return True
 
 
-def _lines(text: str) -> list[Row]:
-    rows: list[Row] = []
+def _lines(text: str) -> dict[int, Row]:
+    """The rows by the numbers of their lines, from 1; empty lines are passed over."""
+    rows: dict[int, Row] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -82,7 +126,7 @@ def _lines(text: str) -> list[Row]:
                 raise ValueError(f"line {number:,}, character {why.pos + 1:,}: {why.msg}") from why
             if not isinstance(value, dict):
                 raise ValueError(f"line {number:,} is no JSON object")
-            rows.append(value)
+            rows[number] = value
     return rows
 
 
@@ -99,11 +143,18 @@ def _listed(value: Any) -> list[Row]:
 
 
 def text_of(row: Row, names: Sequence[str]) -> str | None:
-    """The first of these fields that has a text or a number in it, stripped; a list's parts with commas."""
+    """The first of these fields that has a text or a number in it, stripped; a list's texts with commas.
+
+    Raises ValueError for a field with a number that is not finite, or a list of other things than texts.
+    """
     for name in names:
         value = row.get(name)
         if isinstance(value, list):
-            value = ", ".join(map(str, value))
+            if not all(isinstance(part, str) for part in value):
+                raise ValueError(f"{name!r} is a list of other things than texts")
+            value = ", ".join(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name!r} is {value}: it must be a finite number")
         if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
             return str(value).strip()
     return None

@@ -12,6 +12,7 @@ from emlocal.errors import ModelError, UsageError
 from emlocal.files import atomic_folder
 from emlocal.models.adapters.checks import unusable
 from emlocal.models.gguf.header import shown
+from emlocal.models.regular import read_regular
 from emlocal.models.safetensors import SafetensorsHeader, write_safetensors
 
 CONFIG = "adapter_config.json"
@@ -23,9 +24,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json`. Raises ModelError where it is missing, huge or no table."""
     path = folder / CONFIG
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise unusable(str(folder), f"{CONFIG} has {path.stat().st_size:,} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
     except OSError as error:
         raise ModelError(
             f"cannot read {path}: {error.strerror}", "an adapter is a folder with both"

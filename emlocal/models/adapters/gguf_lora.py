@@ -26,6 +26,7 @@ from emlocal.models.adapters.names import (
 )
 from emlocal.models.gguf import GGUFHeader, TensorInfo, read_adapter_pairs
 from emlocal.models.gguf.header import shown, unusable
+from emlocal.models.regular import open_regular
 
 BASE_NAME = "general.base_model.0.name"
 _ALORA = "adapter.alora.invocation_tokens"
@@ -143,7 +144,7 @@ def _floats(path: Path, tensor: TensorInfo) -> NDArray[np.float32]:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:

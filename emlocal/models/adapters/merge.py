@@ -19,6 +19,8 @@ from emlocal.files import atomic_folder
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.checks import check_fits
 from emlocal.models.gguf.header import shown
+from emlocal.models.json_file import MAX_JSON_BYTES
+from emlocal.models.regular import open_regular, read_regular
 from emlocal.models.safetensors import (
     FLOATS,
     SafetensorsHeader,
@@ -93,7 +95,7 @@ def merge(adapter: Adapter, scale: float, model: ModelFolder, out: Path, progres
     with atomic_folder(out) as temporary:
         done = 0
         for file in model.files:
-            with file.path.open("rb") as source, (temporary / file.path.name).open("wb") as target:
+            with open_regular(file.path) as source, (temporary / file.path.name).open("wb") as target:
                 done = _merge_file(file, source, target, pairs, (done, model.bytes), progress)
         for path in model.path.iterdir():
             if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED:
@@ -177,7 +179,7 @@ def _index(folder: Path) -> dict[str, str]:
     """Where each tensor is, from the index. A file's name in it stays within the folder."""
     path = folder / _INDEX
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        places = json.loads(read_regular(path, MAX_JSON_BYTES))["weight_map"]
         sound = all(isinstance(f, str) and _PLAIN_NAME.fullmatch(f) for f in places.values()) and places
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", "fetch the model again") from error

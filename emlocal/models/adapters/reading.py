@@ -17,6 +17,7 @@ from emlocal.models.adapters.names import linear_shapes
 from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from emlocal.models.adapters.peft import check_no_pickle, read_peft
 from emlocal.models.gguf import GGUFHeader, read_adapter_header
+from emlocal.models.regular import open_regular
 
 Format = Literal["peft", "mlx", "gguf"]
 _Found = TypeVar("_Found")
@@ -40,7 +41,7 @@ def format_of(path: Path) -> Format:
 
 def _begins_like_gguf(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(4) == b"GGUF"
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", "make it readable") from error

@@ -7,6 +7,7 @@ from emlocal.errors import ModelError
 from emlocal.models.gguf import types
 from emlocal.models.gguf.file import parse_file
 from emlocal.models.gguf.header import GGUFHeader, TensorInfo, shown, unusable
+from emlocal.models.regular import open_regular
 
 MAX_LORA_RANK = 4096  # the widest layer of the largest model in the catalog; beyond it LoRA saves nothing
 
@@ -113,7 +114,7 @@ def _check_finite(path: Path, tensor: TensorInfo) -> None:
     import numpy as np  # not at the top: `emlocal models path` has no other use for it
 
     dtype, mask = exponent_bits[tensor.type]
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(tensor.offset)
         bits = np.frombuffer(file.read(tensor.nbytes), dtype)
     if ((bits & mask) == mask).any():

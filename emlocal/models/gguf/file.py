@@ -6,11 +6,11 @@ CVE-2026-7482). Tensor data is never read. What the numbers must be for a langua
 `checks`; this file knows the container only (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
+import os
 import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from stat import S_ISREG
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -28,6 +28,7 @@ from emlocal.models.gguf.header import (
     unusable,
 )
 from emlocal.models.gguf.known import Known
+from emlocal.models.regular import open_regular
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; the largest models have some thousands
 MAX_STRINGS = 1 << 22  # in one array; the largest vocabularies have 262k tokens
@@ -122,11 +123,9 @@ def parse_file(path: Path, known: Known | None = None) -> GGUFHeader:
     time in proportion to the header, whatever the header claims (0.1 s for 151,936 tokens).
     """
     try:
-        status = path.stat()
-        if not S_ISREG(status.st_mode):
-            raise unusable(path, "it is not a regular file")
-        with path.open("rb") as file:
-            return _parse(_Reader(path, file, status.st_size, known or Known(bytearray(), {})))
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return _parse(_Reader(path, file, size, known or Known(bytearray(), {})))
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}", hint="see what is there: emlocal models list") from None
     except OSError as error:

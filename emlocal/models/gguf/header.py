@@ -12,6 +12,7 @@ from pathlib import Path
 from emlocal.errors import ModelError
 from emlocal.models.gguf import types
 from emlocal.models.header import Weights
+from emlocal.models.regular import open_regular
 
 MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
 _U64 = struct.Struct("<Q")
@@ -192,7 +193,7 @@ class GGUFHeader(Weights):
     def _elements(self, ref: ArrayRef, data: bytearray | None) -> bytes:
         if data is not None:
             return bytes(memoryview(data)[ref.offset : ref.offset + ref.nbytes])
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(ref.offset)
             read = file.read(ref.nbytes)
         if len(read) != ref.nbytes:

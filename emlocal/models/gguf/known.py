@@ -3,6 +3,8 @@
 What is remembered is the header's own content (BLAKE2b of all its bytes), not a date or a size: a file that
 changed is another header, however quickly it changed. All checks but those of the vocabulary are made each
 time. Without this file, or with a damaged one, everything is checked.
+
+Beside it: the models that came through a trial in a process of their own (backends/llama_cpp/trial.py).
 """
 
 import json
@@ -12,15 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emlocal import __version__
-from emlocal.errors import EmlocalError
+from emlocal.errors import EmlocalError, ModelError
 from emlocal.files import atomic_writer
 from emlocal.models.gguf.header import MAX_HEADER_BYTES, ArrayRef, GGUFHeader
 from emlocal.models.gguf.types import STRING
 from emlocal.models.paths import cache_dir
+from emlocal.models.regular import open_regular
 
 CHECKS = 1  # one more whenever the reader or the checks of the vocabulary change within a version
 LARGE = 10_000  # tokens; fewer are checked in no time
-_MOST = 64  # headers remembered
+_HEADERS, _TRIALS = "checked-headers.json", "tried-models.json"
+_MOST = 64  # entries of each
 
 
 class Known(NamedTuple):
@@ -34,19 +38,19 @@ class Known(NamedTuple):
 
 def recall(path: Path) -> Known | None:
     """The header of this file, if one with the same bytes was remembered."""
-    entry = _entries().get(str(path.absolute()))
+    entry = _entries(_HEADERS).get(str(path.absolute()))
     if not isinstance(entry, dict):
         return None
     length, extents, digest = (entry.get(name) for name in ("length", "extents", "digest"))
     if not isinstance(length, int) or not 0 < length <= MAX_HEADER_BYTES or not isinstance(extents, dict):
         return None
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if length > file.seek(0, 2):
                 return None
             file.seek(0)
             data = bytearray(file.read(length))
-    except OSError:  # whoever reads the file next says why
+    except (OSError, ModelError):  # whoever reads the file next says why
         return None
     return Known(data, extents) if _digest(data, extents) == digest else None
 
@@ -60,24 +64,35 @@ def remember(header: GGUFHeader, data: bytes | bytearray) -> None:
         for key, value in header.metadata.items()
         if isinstance(value, ArrayRef) and value.element_type == STRING
     }
-    entries = _entries()
+    entries = _entries(_HEADERS)
     entries.pop(str(header.path.absolute()), None)
     entry = {"length": len(data), "extents": extents, "digest": _digest(data, extents)}
-    entries = dict(list(entries.items())[1 - _MOST :]) | {str(header.path.absolute()): entry}
+    _keep(_HEADERS, entries | {str(header.path.absolute()): entry})
+
+
+def came_through(key: str) -> bool:
+    """Whether the model of this name for its contents came through a trial."""
+    return _entries(_TRIALS).get(key) is True
+
+
+def remember_trial(key: str) -> None:
+    """Keep that it did."""
+    _keep(_TRIALS, _entries(_TRIALS) | {key: True})
+
+
+def _keep(name: str, entries: dict[str, Any]) -> None:
+    """Write the latest entries."""
+    file = cache_dir() / name
     with suppress(EmlocalError, OSError):  # a folder that cannot be written to: checked again next time
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(_file()) as file:
-            json.dump(entries, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(file) as stream:
+            json.dump(dict(list(entries.items())[-_MOST:]), stream)
 
 
-def _file() -> Path:
-    return cache_dir() / "checked-headers.json"
-
-
-def _entries() -> dict[str, Any]:
-    """Path → what is known of the file there; the oldest first."""
+def _entries(name: str) -> dict[str, Any]:
+    """What is remembered in a file of the cache; the oldest first."""
     try:
-        found = json.loads(_file().read_text("utf-8"))
+        found = json.loads((cache_dir() / name).read_text("utf-8"))
     except (OSError, ValueError):  # none yet, or damaged
         return {}
     return found if isinstance(found, dict) else {}

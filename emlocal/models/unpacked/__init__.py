@@ -16,9 +16,11 @@ from pathlib import Path
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import GGUFHeader, shown
 from emlocal.models.paths import cache_dir
+from emlocal.models.regular import open_regular
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
+from emlocal.text import parse_json
 
 FORMAT = 1
 """Counts up whenever the same GGUF file gives another folder."""
@@ -58,8 +60,8 @@ def identity(header: GGUFHeader) -> str:
     digest = hashlib.sha256(f"emlocal unpacked {FORMAT}".encode())
     for path in header.files:
         inside = sorted((t for t in header.tensors.values() if t.file == path), key=lambda t: t.offset)
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with open_regular(path) as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
             digest.update(file.read(inside[0].offset if inside else -1))
             for tensor in inside:
                 file.seek(tensor.offset + max(tensor.nbytes - _SAMPLE_BYTES, 0) // 2)
@@ -70,7 +72,7 @@ def identity(header: GGUFHeader) -> str:
 def _is_whole(folder: Path) -> bool:
     """Whether all of it is there as it was written: the manifest, the sizes in it, the weights' header."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        sizes = parse_json((folder / MANIFEST).read_text("utf-8"))["files"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
             return False
         read_safetensors_header(folder / WEIGHTS)

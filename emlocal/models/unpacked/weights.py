@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import GGUFHeader, TensorInfo, unusable
 from emlocal.models.gguf.types import TENSOR_TYPES
+from emlocal.models.regular import open_regular
 from emlocal.models.storage import Progress
 from emlocal.models.unpacked.config import Unpacked
 
@@ -43,7 +44,7 @@ def write_safetensors(path: Path, tensors: Sequence[Unpacked], label: str, progr
 
 def read_vector(tensor: TensorInfo) -> list[float]:
     """The values of a float32 tensor."""
-    with tensor.file.open("rb") as file:
+    with open_regular(tensor.file) as file:
         return _read(file, tensor, 0, tensor.nbytes).view("<f4").tolist()  # type: ignore[no-any-return]
 
 
@@ -86,7 +87,7 @@ def _converted(tensor: Unpacked) -> Iterator[NDArray[np.generic]]:
     unit = rows // tensor.heads if tensor.heads else 1
     step = max(_CHUNK_ELEMENTS // (columns * unit), 1) * unit
     convert = partial(np.frombuffer, dtype=_BITS[tensor.dtype]) if source.type in _BITS else None
-    with source.file.open("rb") as file:
+    with open_regular(source.file) as file:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             raw = _read(file, source, source.nbytes * first // rows, source.nbytes * last // rows)

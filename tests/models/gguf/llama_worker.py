@@ -1,7 +1,8 @@
 """Loads GGUF files with the real llama.cpp, one path a line on stdin, one verdict a line on stdout.
 
 Run as a process of its own: what crashes llama.cpp ends this process, and the test sees which file did it.
-Loading includes what every use of emlocal does next: a context, encoding some text, one decode, the logits.
+Loading includes what every use of emlocal does next: a context as it makes one, encoding some text, a decode
+of that and two of single tokens, the logits of each.
 """
 
 import ctypes
@@ -33,14 +34,22 @@ def use(model: int) -> str:
         llama_cpp.llama_token_to_piece(vocab, token, piece, 256, 0, True)
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1
+    parameters.n_batch = parameters.n_ubatch = 64
+    parameters.n_seq_max, parameters.kv_unified = 4, True
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:
         return "no context"
     try:
-        batch = llama_cpp.llama_batch_get_one(tokens, max(1, min(count, 32)))
-        status = llama_cpp.llama_decode(context, batch)
-        logits = llama_cpp.llama_get_logits_ith(context, -1) if status == 0 else None
-        return f"decoded {logits[0]:.3f}" if logits else f"decode status {status}"
+        first = 0.0
+        for number, length in enumerate((max(1, min(count, 32)), 1, 1)):
+            status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, length))
+            if status != 0:
+                return f"decode status {status}"
+            logits = llama_cpp.llama_get_logits_ith(context, -1)
+            if not logits:
+                return "no logits"
+            first = first if number else logits[0]
+        return f"decoded {first:.3f}"
     finally:
         llama_cpp.llama_free(context)
 

@@ -3,7 +3,13 @@
 import random
 import struct
 
-from tests.tiny_architectures import ARCHITECTURES, architecture_metadata, architecture_tensors
+from emlocal.models.gguf.keys import CHECKED
+from tests.tiny_architectures import (
+    ARCHITECTURES,
+    architecture_metadata,
+    architecture_tensors,
+    general_architecture,
+)
 from tests.tiny_gguf import (
     F32,
     I32,
@@ -24,28 +30,14 @@ NUMBERS = [0, 1, 2, 3, 5, 7, 16, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 257
 NUMBERS += [(1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 FLOATS = [0.0, -0.0, -1.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan"), 0.5, 1e6]
 HEADER_BYTES = len(tiny_gguf()) - sum(len(t.data) for t in tiny_tensors())
-# Keys that llama.cpp reads for this architecture although the tiny model has no need of them.
+# Keys that llama.cpp reads for one or another architecture although the tiny models have no need of them.
 MORE_KEYS = [
-    "llama.vocab_size",
-    "llama.attention.key_length",
-    "llama.attention.value_length",
-    "llama.attention.sliding_window",
-    "llama.expert_count",
-    "llama.expert_used_count",
-    "llama.expert_group_count",
-    "llama.expert_group_used_count",
-    "llama.rope.scaling.factor",
-    "llama.rope.scaling.original_context_length",
-    "llama.rope.scaling.attn_factor",
-    "llama.nextn_predict_layers",
-    "llama.pooling_type",
-    "llama.attention.causal",
-    "llama.embedding_length_out",
+    *sorted(f"llama.{name}" for name in set().union(*CHECKED.values())),
     "llama.attention.clamp_kqv",
     "llama.attention.max_alibi_bias",
+    "llama.attention.scale",
     "llama.logit_scale",
     "llama.residual_scale",
-    "llama.attention.scale",
     "llama.embedding_scale",
     "llama.use_parallel_residual",
     "llama.tensor_data_layout",
@@ -67,9 +59,6 @@ MORE_KEYS = [
     "split.no",
     "general.alignment",
     "general.quantization_version",
-    "llama.rope.scaling.type",
-    "llama.feed_forward_length",
-    "llama.attention.head_count_kv",
 ]
 OTHER_ARCHITECTURES = [
     "llama",
@@ -97,6 +86,7 @@ def mutant(seed: int) -> bytes:
     if seed % 2:
         architecture = ARCHITECTURES[seed // 2 % len(ARCHITECTURES)]
         metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
+        architecture = general_architecture(architecture)
     else:
         architecture = "llama"
     if rng.random() < 0.5 or seed % 5 >= 2:

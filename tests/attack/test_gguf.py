@@ -1,0 +1,175 @@
+"""GGUF files with one thing wrong: each key that llama.cpp knows, each tensor, alone, and a few at once.
+
+What emlocal refuses, it refuses in one line. What it accepts is loaded by the real library in a process of
+its own, and computes three rows of logits there, or is refused by the library with an error.
+
+    pytest -m attack tests/attack/test_gguf.py       all of it: hours on two cores
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import pytest
+
+from emlocal.errors import ModelError
+from emlocal.models.gguf import read_header
+from emlocal.models.gguf.keys import CHECKED
+from tests.models.gguf.alone import Changed, keys_of_llama_cpp, with_one_key_changed, with_one_tensor_changed
+from tests.models.gguf.loading import Worker, accepted
+from tests.models.gguf.mutants import mutant
+from tests.tiny_architectures import (
+    ARCHITECTURES,
+    architecture_metadata,
+    architecture_tensors,
+    general_architecture,
+)
+from tests.tiny_gguf import Value, build, ints, u32
+
+RANDOM = 100_000
+STEP = 307
+"""Every so many of the walk are loaded in the normal tests."""
+WORST = ("_swa", "sliding_window_pattern", "rope.dimension_count")
+"""Endings of keys that have ended or hung the process: the normal tests take every second value of them."""
+
+File = tuple[str, bytes]
+"""What was done to it, and the bytes."""
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def survivors_only(files: Iterable[File], path: Path, worker: Worker) -> Counter[str]:
+    """Read all, load what is accepted; assert that nothing ended or hung the process. Verdicts, counted."""
+    verdicts, crashes = Counter[str](), []
+    for done, data in files:
+        path.write_bytes(data)
+        verdict = worker.load(path) if accepted(path) else "not accepted"
+        verdicts[verdict.split()[0]] += 1
+        if verdict.startswith("killed"):
+            crashes.append(f"{done}: {verdict}")
+    print(f"{verdicts.total():,} files: {dict(verdicts)}")
+    assert not crashes
+    return verdicts
+
+
+def written(files: Iterable[Changed]) -> Iterator[File]:
+    return ((file.what, build(file.metadata, file.tensors)) for file in files)
+
+
+def whole_walk(architecture: str) -> Iterator[Changed]:
+    return chain(with_one_key_changed(architecture), with_one_tensor_changed(architecture))
+
+
+def random_files(count: int) -> Iterator[File]:
+    return ((f"random {seed}", mutant(seed)) for seed in range(count))
+
+
+def test_the_checked_architectures_are_those_that_are_walked() -> None:
+    assert {general_architecture(name) for name in ARCHITECTURES} == set(CHECKED)
+    known = {name.removeprefix("%s.") for name in keys_of_llama_cpp()}
+    assert len(known) > 200
+    for rules in CHECKED.values():
+        assert set(rules) <= known  # else the table has a key that llama.cpp does not read
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_part_of_the_walk(architecture: str, tmp_path: Path, worker: Worker) -> None:
+    """Half of the values of the worst keys, and of all others an even part."""
+    worst = (f for f in with_one_key_changed(architecture) if f.what.split(" = ")[0].endswith(WORST))
+    files = chain(islice(worst, None, None, 2), islice(whole_walk(architecture), None, None, STEP))
+    verdicts = survivors_only(written(files), tmp_path / "file.gguf", worker)
+    assert verdicts["decoded"] > 100
+    assert verdicts["not"] > 100
+
+
+@pytest.mark.attack
+@pytest.mark.real
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_whole_walk(architecture: str, tmp_path: Path, worker: Worker) -> None:
+    survivors_only(written(whole_walk(architecture)), tmp_path / "file.gguf", worker)
+
+
+@pytest.mark.attack
+@pytest.mark.real
+def test_a_hundred_thousand_at_random(tmp_path: Path, worker: Worker) -> None:
+    survivors_only(random_files(RANDOM), tmp_path / "file.gguf", worker)
+
+
+def changed(architecture: str, without: str = "", **keys: Value | None) -> bytes:
+    """A sound model but for these keys (`__` is a dot; None: gone), and without tensors of this name."""
+    metadata = dict(architecture_metadata(architecture))
+    for name, value in keys.items():
+        key = f"{general_architecture(architecture)}.{name.replace('__', '.')}"
+        metadata.pop(key, None)
+        if value is not None:
+            metadata[key] = value
+    tensors = architecture_tensors(architecture)
+    return build(metadata, [t for t in tensors if not without or without not in t.name])
+
+
+FOUND: dict[str, tuple[bytes, str]] = {
+    "a rotated size of 0 in layers with a window": (
+        changed("gemma3", rope__dimension_count_swa=u32(0)),
+        "gemma3.rope.dimension_count_swa is 0",
+    ),
+    "an odd one": (
+        changed("gemma3", rope__dimension_count_swa=u32(7)),
+        "dimension_count_swa is an odd number",
+    ),
+    "one larger than a head": (
+        changed("gemma3", rope__dimension_count_swa=u32(16)),
+        "dimension_count_swa is 16",
+    ),
+    "no layer with the window": (
+        changed("gemma3", attention__sliding_window_pattern=u32(1)),
+        "attention.sliding_window_pattern is 1: no layer has a window",
+    ),
+    "an array of zeros": (
+        changed("gemma2", attention__sliding_window_pattern=ints([0, 0])),
+        "attention.sliding_window_pattern is (0, 0): no layer has a window",
+    ),
+    "neither form of Q, K and V": (changed("phi3", "attn_qkv"), "layer 0 has no attn_qkv.weight"),
+    "all of a head is rotated": (
+        changed("deepseek2", rope__dimension_count=None),
+        "of 12 numbers of a head's key all 20 are rotated",
+    ),
+    "key-value heads that differ": (
+        changed("deepseek2", attention__head_count_kv=ints([1, 2])),
+        "layer 1 has 4 attention heads for 2 key-value heads, the first layer 4 for 1",
+    ),
+    "windowed heads of another size": (
+        changed("gemma3", attention__key_length_swa=u32(16)),
+        "attention.key_length_swa is 16, but heads without a window have 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_an_attack_found_is_one_line(what: str, tmp_path: Path) -> None:
+    """The files of the page, made here; and their neighbours."""
+    data, complaint = FOUND[what]
+    path = tmp_path / "file.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ModelError) as caught:
+        read_header(path)
+    assert complaint in caught.value.message
+    assert caught.value.message.isprintable()
+
+
+def test_vectors_are_of_one_type(tmp_path: Path) -> None:
+    """Of mamba, whose ssm_d is one in all but its name."""
+    tensors = architecture_tensors("mamba")
+    for tensor in tensors:
+        if tensor.name.endswith("ssm_d"):
+            tensor.type, tensor.data = 30, tensor.data[: len(tensor.data) // 2]
+    path = tmp_path / "file.gguf"
+    path.write_bytes(build(architecture_metadata("mamba"), tensors))
+    with pytest.raises(ModelError, match="ssm_d is of type BF16, not F32"):
+        read_header(path)
