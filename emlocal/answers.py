@@ -16,6 +16,7 @@ from emlocal.files import atomic_writer
 from emlocal.generation import Completion, Timings
 from emlocal.generation.entropy import summarize
 from emlocal.sampling import Draw
+from emlocal.text import CONTROLS
 from emlocal.words import change, counted
 
 _ENOUGH_TO_TIME = 16  # tokens
@@ -154,7 +155,7 @@ class AnswerWriter:
         if not self._terminal:
             console.write(text)
             return
-        for part in re.split(r"(\s+)", text.translate(console.CONTROLS)):
+        for part in re.split(r"(\s+)", text.translate(CONTROLS)):
             if part.isspace():
                 self._end_word()
                 self._gap += part

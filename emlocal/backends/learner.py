@@ -196,7 +196,7 @@ class PolicyLearner(Learner):
     @abstractmethod
     def divergences(self, group: Sequence[Answer]) -> Floats:
         """How much a prompt's answers disagree at each position, [longest answer], see
-        `emlocal.em.policy_gradient.position_divergence`.
+        `emlocal.em.relatives.position_divergence`.
 
         Raises OutOfMemoryError.
         """

@@ -9,6 +9,7 @@ from emlocal import console
 from emlocal.cli.training_options import MachineOptions
 from emlocal.models.storage import human_size
 from emlocal.settings import settings_of
+from emlocal.text import CONTROLS
 from emlocal.training.batching import MicroBatches
 from emlocal.training.loop import Method, prompts_of_step
 from emlocal.training.rollouts import Rollout, draw_rollouts
@@ -95,7 +96,7 @@ def _show_example(engines: "Engines[Any]", rollout: Rollout) -> None:
 
 
 def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.translate(console.CONTROLS).splitlines())
+    return "".join(f"    {line}\n" for line in text.translate(CONTROLS).splitlines())
 
 
 def _show_costs(

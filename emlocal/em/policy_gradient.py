@@ -20,7 +20,8 @@ the token reward leaves out, and EM-FT follows.
 k3 is never negative, and its mean over tokens drawn from π is KL(π ‖ reference). As a loss, however, it is
 followed through ℓ_t alone, and that slope's mean is the gradient of the reverse, KL(reference ‖ π).
 
-Clip-Cov and TW-GRPO need no loss of their own: both scale the advantages of tokens (by 0, by w_t > 0).
+Clip-Cov and TW-GRPO (`emlocal.em.relatives`) need no loss of their own: both scale the advantages of tokens,
+by 0 and by w_t > 0.
 """
 
 from dataclasses import dataclass
@@ -35,9 +36,6 @@ from emlocal.em.rewards import checked_lengths
 Kind = Literal["reinforce", "ppo-clip"]
 Averaging = Literal["token", "sequence", "sum"]
 Bool = NDArray[np.bool_]
-
-LARGEST_GAP = 11.0
-"""TW-GRPO's bound on a difference of log-probabilities, nats."""
 
 
 @dataclass(frozen=True)
@@ -157,76 +155,3 @@ def log_prob_gradient(log_p: Float64, token: int) -> Float64:
     gradient: Float64 = -np.exp(log_p)
     gradient[token] += 1
     return gradient
-
-
-# ------------------------------------------------------------------------------- which tokens to hold back
-
-
-def covariances(advantages: ArrayLike, log_probs: ArrayLike) -> Float64:
-    """(A_t − mean A)(ℓ_t − mean ℓ), [M], means over all tokens (Cui et al. 2025, arXiv 2505.22617).
-
-    A policy gradient lowers the entropy by about the mean of these. The authors take ℓ of the moment, and
-    means over a micro-batch; over a whole step and with ℓ° it does not depend on how a step is cut up, and
-    is the same in the first update.
-    """
-    a, now = np.asarray(advantages, dtype=np.float64), np.asarray(log_probs, dtype=np.float64)
-    product: Float64 = (a - a.mean()) * (now - now.mean())
-    return product
-
-
-def clip_cov(
-    covariance: ArrayLike, uniforms: ArrayLike, *, share: float = 2e-4, low: float = 1.0, high: float = 5.0
-) -> Bool:
-    """Clip-Cov's choice, [M]: tokens whose policy gradient is dropped (arXiv 2505.22617).
-
-    max(1, ⌊share · M⌋) tokens at random of those with low < covariance < high, or all of them where they
-    are fewer. Give them advantage 0.
-
-    Args:
-        covariance: [M], of `covariances`.
-        uniforms: [M], random numbers: the tokens with the least ones are taken.
-    """
-    cov, order = np.asarray(covariance, dtype=np.float64), np.asarray(uniforms, dtype=np.float64)
-    candidates = np.flatnonzero((cov > low) & (cov < high))
-    taken = candidates[np.argsort(order[candidates], kind="stable")[: max(1, int(share * len(cov)))]]
-    dropped = np.zeros(len(cov), dtype=np.bool_)
-    dropped[taken] = True
-    return dropped
-
-
-def kl_cov(covariance: ArrayLike, *, share: float = 2e-3) -> Bool:
-    """KL-Cov's choice, [M]: the max(1, ⌊share · M⌋) tokens of highest covariance (arXiv 2505.22617).
-
-    Give them `pull` 1 (the authors' coefficient), and all tokens ppo-clip with ε = ∞. share: 2e-3 for 7B,
-    2e-4 for 32B. In the first update after drawing, ℓ = ℓ°, the pull has slope 0: alone it does nothing.
-    """
-    cov = np.asarray(covariance, dtype=np.float64)
-    chosen = np.zeros(len(cov), dtype=np.bool_)
-    chosen[np.argsort(-cov, kind="stable")[: max(1, int(share * len(cov)))]] = True
-    return chosen
-
-
-def position_divergence(log_p: ArrayLike) -> float:
-    """How much a group's answers disagree at one position, ≥ 0 (TW-GRPO, arXiv 2505.24718, released code).
-
-    mean_g Σ_v (e^d − d − 1), d = mean_g log p_gv − log p_gv within ±11. The sum over tokens has no weights,
-    so it is no divergence of distributions: the tail, most of the vocabulary, decides it.
-
-    `log_p`: [G, V]; for an answer that has ended, the uniform distribution, log p_v = −log V.
-    """
-    rows = np.asarray(log_p, dtype=np.float64)
-    d = np.clip(rows.mean(axis=0) - rows, -LARGEST_GAP, LARGEST_GAP)
-    return float((np.expm1(d) - d).sum(axis=1).mean())
-
-
-def tw_grpo_weights(divergences: ArrayLike, alpha: float) -> Float64:
-    """w_t = 1 + (α − 1) · (D_t − min D) / (max D − min D) of a group's positions, [T]; 1 where all D agree.
-
-    Multiply the advantages of each answer's token t by w_t. α is 1.7 in the authors' runs.
-
-    `divergences`: [T], `position_divergence` at each position up to the end of the group's longest answer.
-    The authors go on to the end of the batch's longest, where D = 0; so other prompts had a say.
-    """
-    d = np.asarray(divergences, dtype=np.float64)
-    span = d.max() - d.min()
-    return 1 + (alpha - 1) * ((d - d.min()) / span if span > 0 else np.zeros_like(d))

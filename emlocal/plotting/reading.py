@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from emlocal.console import harmless
 from emlocal.errors import EmlocalError, UsageError
+from emlocal.text import harmless
 
 
 def read_bytes(path: Path) -> bytes:

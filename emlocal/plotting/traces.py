@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emlocal.console import harmless
 from emlocal.errors import UsageError
 from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.plotting.reading import finite, labels, read_bytes
 from emlocal.sampling import Draw
+from emlocal.text import harmless
 from emlocal.words import change, counted
 
 _HINT = "give what --trace of generate wrote"

@@ -14,24 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.learner import Floats, OutOfMemoryError, PolicyLearner, PolicyTerms, Scores, TokenLosses
-from emlocal.em.advantages import grpo, rloo, zero_variance
 from emlocal.em.entropy import Float64
-from emlocal.em.policy_gradient import (
-    PolicyObjective,
-    averaging_weights,
-    clip_cov,
-    covariances,
-    kl_cov,
-    tw_grpo_weights,
-)
+from emlocal.em.policy_gradient import PolicyObjective, averaging_weights
+from emlocal.em.relatives import clip_cov, covariances, kl_cov, tw_grpo_weights
 from emlocal.em.rewards import (
+    grpo,
     majority_reward,
+    rloo,
     self_certainty_reward,
     sequence_reward,
     token_reward,
     verifier_reward,
     vote_reward,
     weighted_sum,
+    zero_variance,
 )
 from emlocal.errors import EmlocalError
 from emlocal.sampling.draw import request_key

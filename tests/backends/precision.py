@@ -53,7 +53,7 @@ def adam_in_float32(row: NDArray[np.float32], settings: EMInf) -> tuple[float, f
         w = (1 - BETA1) * BETA1**ages / (1 - BETA1**step)
         v = (1 - BETA2) * BETA2**ages / (1 - BETA2**step)
         mean, rms = (w * g).sum(axis=0), adam.root_mean_square()
-        with np.errstate(invalid="ignore", divide="ignore"):  # masked tokens: 0/0
+        with np.errstate(all="ignore"):  # masked tokens: 0/0
             slope = w / (rms + EPSILON) - np.nan_to_num(mean * v * g / rms) / (rms + EPSILON) ** 2
         du = np.minimum((np.abs(slope) * dg).sum(axis=0), 2.0)
         du[(dg > np.abs(g) / 2).any(axis=0)] = 2.0

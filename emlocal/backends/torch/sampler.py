@@ -4,7 +4,7 @@ What emlocal.sampling.reference does row by row, on blocks of rows, in float64. 
 emlocal.backends.device_sampler.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,11 @@ class TorchSampler(DeviceSampler):
         self._padded = -(-vocabulary // GROUP) * GROUP
         self._descend: em.Step = em.descend if device.type == "cpu" else Compiled(warn)
 
-    def _structure(self, params: SamplingParams) -> Hashable:
+    def _structure(self, params: SamplingParams) -> tuple[str | None, int]:
         return kernel_of(params.em), _largest(params, self.vocabulary)
 
     def _begin(self, logits: Tensor, at: Sequence[int], rows: Sequence[Row]) -> Run:
-        u = np.array([[row.u for row in rows]])
-        settings = torch.from_numpy(np.concatenate([u, device_sampler.columns(rows)])).to(self.device)
+        settings = torch.from_numpy(_columns(rows)).to(self.device)
 
         def run(structure: tuple[str, int], block: Sequence[int], full: Sequence[int]) -> Tensor:
             index = torch.tensor([[at[i] for i in full], full], device=self.device)
@@ -120,6 +119,11 @@ class Compiled:
             done = self._step(z, threshold, allowed, rate)
         self._proven = True
         return done
+
+
+def _columns(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """float64 [12, B]: u, and what `device_sampler.columns` has."""
+    return np.concatenate([np.array([[row.u for row in rows]]), device_sampler.columns(rows)])
 
 
 def _largest(params: SamplingParams, vocabulary: int) -> int:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emlocal.console import harmless
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.report.document import FORMAT
 from emlocal.evaluation.results import Estimate, MethodResult
+from emlocal.text import harmless
 
 _LARGEST = 1e300  # NaN, infinities and endless integers are not below it
 

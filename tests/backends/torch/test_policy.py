@@ -18,7 +18,8 @@ from emlocal.backends.torch.policy import (
     token_scores,
 )
 from emlocal.em.entropy import entropy, log_softmax
-from emlocal.em.policy_gradient import PolicyObjective, policy_loss, position_divergence
+from emlocal.em.policy_gradient import PolicyObjective, policy_loss
+from emlocal.em.relatives import position_divergence
 from emlocal.em.rewards import self_certainty
 from tests.backends.torch import naive
 

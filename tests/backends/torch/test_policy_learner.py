@@ -14,7 +14,8 @@ from emlocal.backends.learner import Descent, TokenLosses
 from emlocal.backends.torch.learner import TorchPolicyLearner
 from emlocal.backends.torch.lora import attach, base_weights, linear_layers
 from emlocal.em.entropy import entropy
-from emlocal.em.policy_gradient import PolicyObjective, position_divergence
+from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.em.relatives import position_divergence
 from emlocal.em.rewards import self_certainty
 from emlocal.training.rl_settings import RLSettings
 from emlocal.training.start import new_adapter
