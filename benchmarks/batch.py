@@ -109,9 +109,9 @@ def single_stream(generator: Any, prompt: list[int], steps: int) -> float:
 
 def full(model: str, rounds: int) -> dict[str, Any]:
     """AT_ONCE sequences, full all the time."""
-    from emlocal.benchmark.decoding import endless
-    from emlocal.benchmark.statistics import ratio
     from emlocal.generation import Generator
+    from emlocal.measure.decoding import endless
+    from emlocal.measure.statistics import ratio
 
     steps, times = 24, {"bare": [], "em": [], "single": []}  # type: ignore[var-annotated]
     with many(model) as backend, endless(backend):
@@ -176,9 +176,9 @@ def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
 
 def shared(model: str, samples: int, length: int, tokens: int) -> dict[str, Any]:
     """One prompt, many samples: read once, against separate runs."""
-    from emlocal.benchmark.decoding import endless
     from emlocal.generation import Completion, Generator
     from emlocal.generation.scheduler import Job, Scheduler
+    from emlocal.measure.decoding import endless
 
     with many(model) as backend, endless(backend):
         prompt = backend.encode(" ".join(questions(40)), add_special=True, parse_special=False)[:length]

@@ -12,7 +12,7 @@ from common import QUIET, Noise, arguments, generator, report, say, wait_until_q
 
 
 def measure(model: str, rounds: int, tokens: int, tries: int) -> dict[str, Any]:
-    from emlocal.benchmark.decoding import Decoding, decode_round
+    from emlocal.measure.decoding import Decoding, decode_round
     from emlocal.settings import EMInf, SamplingParams
 
     params = SamplingParams(em=EMInf())

@@ -15,7 +15,7 @@ from common import report
 
 from emlocal.evaluation.report.texts import p_value
 from emlocal.evaluation.results import share_cut_off
-from emlocal.evaluation.run import answers_path
+from emlocal.evaluation.runner import answers_path
 from emlocal.evaluation.statistics import mcnemar
 from emlocal.training.rollouts import repetition
 

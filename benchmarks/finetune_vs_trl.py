@@ -40,9 +40,9 @@ def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from emlocal.backends.torch.lora import linear_layers
     from emlocal.machine import peak_memory
     from emlocal.training.batching import micro_batches, token_weights
+    from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings
-    from emlocal.training.start import new_adapter
 
     opened = open_model(folder, dtype="bfloat16", threads=threads)
     learner = TorchEntropyLearner(

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask
-from emlocal.evaluation.tasks.reading import read_rows
 from emlocal.evaluation.tasks.scicode import SciCodeTask
-from emlocal.evaluation.tasks.task import Problem, Task
+from emlocal.evaluation.tasks.task import Problem, Task, read_rows
 
 
 def solved(task: Task, path: Path) -> Iterator[tuple[Problem, str, dict[str, str]]]:

@@ -43,9 +43,9 @@ def ours(folder: Path, rows: list[list[int]]) -> Iterator[float]:
     from emlocal.backends.mlx.learner import MLXEntropyLearner
     from emlocal.backends.mlx.load import open_model
     from emlocal.backends.mlx.lora import linear_layers
+    from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings
-    from emlocal.training.start import new_adapter
 
     opened = open_model(folder)
     adapter = new_adapter(linear_layers(opened.model), FineTuneSettings())
@@ -153,7 +153,7 @@ def in_chunks(hidden: Any, head: Any, weights: Any) -> Any:
 
 
 def main() -> None:
-    from emlocal.benchmark.statistics import speed_ratio
+    from emlocal.measure.statistics import speed_ratio
 
     chosen = arguments(__doc__ or "", parts=("speed", "memory"), rounds=2, steps=3, tokens=33)
     results: dict[str, Any] = {}

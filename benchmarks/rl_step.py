@@ -64,16 +64,15 @@ def main() -> None:
     parser.add_argument("--rollouts", choices=("torch", "llama.cpp"), default="torch")
     chosen = parser.parse_args()
 
-    from emlocal.backends.learner import Descent
-    from emlocal.backends.torch.learner import TorchPolicyLearner
-    from emlocal.cli.training_engines import open_engines
-    from emlocal.cli.training_options import AnswerOptions, MachineOptions
     from emlocal.models.adapters.peft import write_peft
+    from emlocal.training.engines import open_engines
     from emlocal.training.folder import RunFolder
     from emlocal.training.loop import Plan, Run
+    from emlocal.training.options import AnswerOptions, Setup
     from emlocal.training.prompts import read_prompts
-    from emlocal.training.rl import PolicyGradient, objective_of
+    from emlocal.training.rl import PolicyGradient, em_rl
     from emlocal.training.rl_settings import RLSettings
+    from emlocal.training.watching import View
 
     settings = RLSettings(steps=chosen.steps, prompts_per_step=4, max_tokens=chosen.tokens)
     times: dict[str, float] = defaultdict(float)
@@ -98,18 +97,13 @@ def main() -> None:
             times.clear()
             self.since = time.perf_counter()
 
-    def learner(opened: Any, adapter: Any, descent: Descent, checkpointing: bool) -> TorchPolicyLearner:
-        return TorchPolicyLearner(opened.model, adapter, descent, objective_of(settings))
-
     wait_until_quiet(120)
     noise, watcher = Noise(), Watcher()
-    answers = AnswerOptions(rollouts=chosen.rollouts)
+    setup = Setup([], Path(), str(MODELS[chosen.model]), answers=AnswerOptions(rollouts=chosen.rollouts))
     folder_name = tempfile.TemporaryDirectory()
     with (
         folder_name as name,
-        open_engines(
-            str(MODELS[chosen.model]), settings, answers, MachineOptions(), learner, "torch", quiet=True
-        ) as engines,
+        open_engines(em_rl(settings), setup, "torch", View()) as engines,
     ):
         fresh, prompts_file = Path(name) / "fresh", Path(name) / "prompts.jsonl"
         write_peft(engines.learner.adapter(), fresh)

@@ -8,7 +8,6 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 from common import MODELS, Noise, circumstances, say, wait_until_quiet
 
@@ -23,23 +22,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     chosen = parser.parse_args()
 
-    from emlocal.cli.training_engines import open_engines
-    from emlocal.cli.training_options import AnswerOptions, MachineOptions, Rollouts
+    from emlocal.training.engines import open_engines
+    from emlocal.training.finetune import em_ft
+    from emlocal.training.options import AnswerOptions, Rollouts, Setup
     from emlocal.training.rollouts import draw_rollouts
     from emlocal.training.settings import FineTuneSettings
+    from emlocal.training.watching import View
 
     settings = FineTuneSettings(max_tokens=chosen.tokens, prompts_per_step=PARALLEL)
     path = str(Path(MODELS[chosen.model]))
     speeds: dict[str, list[float]] = {"llama.cpp": [], "torch": []}
 
-    def learner(opened: Any, adapter: Any, descent: Any, checkpointing: bool) -> Any:
-        from emlocal.backends.torch.learner import TorchLearner
-
-        return TorchLearner(opened.model, adapter, descent, checkpointing=checkpointing)
-
     def speed(engine: Rollouts) -> list[float]:
-        answers = AnswerOptions(rollouts=engine)
-        with open_engines(path, settings, answers, MachineOptions(), learner, "torch", quiet=True) as engines:
+        setup = Setup([], Path(), path, answers=AnswerOptions(rollouts=engine))
+        with open_engines(em_ft(settings), setup, "torch", View()) as engines:
             engines.answerer.refresh(engines.learner.adapter())
             backend = engines.answerer.backend
             prompts = [

@@ -22,7 +22,7 @@ from common import report
 from emlocal.evaluation.answering import Answer, name_of
 from emlocal.evaluation.judging import Judge
 from emlocal.evaluation.report.texts import p_value
-from emlocal.evaluation.run import answers_path
+from emlocal.evaluation.runner import answers_path
 from emlocal.evaluation.statistics import bootstrap_mean, sign_flip
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.task import Task

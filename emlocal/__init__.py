@@ -1,17 +1,20 @@
 """emlocal: entropy minimization for language models on people's own machines (arXiv 2505.15134).
 
-From Python: `emlocal.load("smollm2:135m")` can generate, stream and batch; see emlocal.api.
+From Python: `emlocal.load("smollm2:135m")` can generate, stream and batch (emlocal.api); `emlocal.finetune`,
+`emlocal.rl` and `emlocal.evaluate` are the verbs of those names.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from emlocal.api import Answer, Model, load
+    from emlocal.evaluation.runner import evaluate
     from emlocal.methods.method import Method
     from emlocal.settings import AdaptiveTemperature, EMInf
+    from emlocal.training.runner import finetune, rl
 
 __version__ = "0.1.0"
-__all__ = ["AdaptiveTemperature", "Answer", "EMInf", "Method", "Model", "load"]
+__all__ = ["AdaptiveTemperature", "Answer", "EMInf", "Method", "Model", "evaluate", "finetune", "load", "rl"]
 
 _WHERE = {
     "AdaptiveTemperature": "emlocal.settings",
@@ -19,7 +22,10 @@ _WHERE = {
     "EMInf": "emlocal.settings",
     "Method": "emlocal.methods.method",
     "Model": "emlocal.api",
+    "evaluate": "emlocal.evaluation.runner",
+    "finetune": "emlocal.training.runner",
     "load": "emlocal.api",
+    "rl": "emlocal.training.runner",
 }
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from emlocal import console
 from emlocal.backends.base import Backend
 from emlocal.files import atomic_writer
+from emlocal.formatting import change, counted
 from emlocal.generation import Completion, Timings
 from emlocal.generation.entropy import summarize
 from emlocal.sampling import Draw
 from emlocal.text import CONTROLS
-from emlocal.words import change, counted
 
 _ENOUGH_TO_TIME = 16  # tokens
 # Upper bounds in nats and 256-colour codes: from sure to guessing.

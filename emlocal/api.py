@@ -20,8 +20,6 @@ from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend
-from emlocal.backends.options import BATCH_CONTEXT, KVType, LoadOptions, context_length
-from emlocal.backends.select import engine, select_backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
@@ -32,12 +30,13 @@ from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.generation.prompt import chat_tokens, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.generation.tokenizing import text_tokens
+from emlocal.loading import load as load_shared
+from emlocal.loading import load_for_batch
 from emlocal.methods.method import Method, MethodName
-from emlocal.models.memory import check_memory
-from emlocal.models.resolve import resolve
 from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams, Uniforms
 from emlocal.settings import Given, Plan, Resolved, resolve_settings
+from emlocal.settings.engine import BackendName, EngineOptions, KVName
 from emlocal.settings.resolve import GENERATION
 from emlocal.settings.table import NAMES
 
@@ -101,10 +100,10 @@ def load(
     name: str | Path | None = None,
     *,
     parallel: int = 1,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     context: int | None = None,
     threads: int | None = None,
-    kv_type: KVType | None = None,
+    kv_type: KVName | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     offline: bool = False,
 ) -> "Model":
@@ -119,19 +118,12 @@ def load(
         ModelError: there is no such model or adapter, or it cannot be used.
         UsageError: an engine or a context that does not exist.
     """
-    chosen = engine(select_backend(backend, None if name is None else str(name))[0])
-    if not 1 <= parallel <= 256:
-        raise UsageError(f"parallel is {parallel}; it must be between 1 and 256")
-    model = resolve(None if name is None else str(name), formats=chosen.formats, offline=offline)
-    trained = model.header.context_length
-    asked = min(trained, BATCH_CONTEXT) if context is None and parallel > 1 else context
-    length = context_length(asked, trained)
-    sequences = parallel + SPARE_SEQUENCES + 1  # the last is the generator's
-    shared = parallel == 1
-    terms = chosen.memory_terms(model.header, kv_type)
-    check_memory(model.header, length, terms, n_seqs=chosen.contexts_to_reserve(sequences, shared))
-    options = LoadOptions(length, sequences, shared, threads, kv_type, tuple(adapters))
-    return Model(chosen.load(model, options), parallel)
+    model = None if name is None else str(name)
+    wanted = EngineOptions(model, backend, (), context, threads, kv_type, offline)
+    if parallel == 1:
+        return Model(load_shared(wanted, adapters, sequences=SPARE_SEQUENCES + 2).backend, 1)
+    loaded = load_for_batch(wanted, parallel, adapters, spare=1)  # the one is the generator's
+    return Model(loaded.backend, parallel)
 
 
 class Model:

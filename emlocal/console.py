@@ -5,15 +5,15 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
-from emlocal.models.storage import Progress, human_size, silent
+from emlocal.formatting import counted, human_size
+from emlocal.models.storage import Progress, silent
 from emlocal.text import harmless
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,6 +101,30 @@ def pairs(rows: Iterable[tuple[str, str]]) -> None:
     for name, text in rows:
         table.add_row(Text(name), Text(text, overflow="fold"))
     out().print(table)
+
+
+def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print them on stdout: as a JSON object, or a line each as people read them."""
+    if as_json:
+        write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    else:
+        pairs((name.replace("_", " "), _fact(name, value)) for name, value in facts.items())
+
+
+def _fact(name: str, value: object) -> str:
+    """One fact as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return human_size(value) if name.endswith("bytes") else f"{value:,}"
+    if name == "sampling_in_effect" and isinstance(value, dict):
+        return "\n".join(f"{k} {v['value']} ({v['from']})" for k, v in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:g}" for k, v in value.items()) or "not given"
+    if isinstance(value, list):
+        between = "\n" if name == "files" else ", "
+        return between.join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return "not given" if value is None else str(value)
 
 
 def heading(text: str) -> None:

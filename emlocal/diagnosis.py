@@ -24,8 +24,8 @@ from emlocal import install, machine
 from emlocal.backends import ENGINES
 from emlocal.backends.engine import Engine
 from emlocal.backends.select import engine, select_backend
-from emlocal.models.storage import human_size, nearest
-from emlocal.words import counted
+from emlocal.formatting import counted, human_size
+from emlocal.models.storage import nearest
 
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60

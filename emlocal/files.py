@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -51,11 +51,9 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
         temporary = Path(name)
         os.close(descriptor)
         yield temporary
-        _sync_file(temporary)
         if not private:  # as `mkstemp` makes it
             temporary.chmod(_usual_mode())
-        temporary.replace(target)
-        sync_folder(target.parent)
+        put_in_place(temporary, target)
     except OSError as why:
         raise EmlocalError(f"cannot write {path}: {why.strerror or why}") from why
     finally:
@@ -82,26 +80,60 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         yield temporary
         for file in temporary.iterdir():
-            _sync_file(file)
             file.chmod(_usual_mode())
         temporary.chmod(_usual_mode(0o777))
-        sync_folder(temporary)
         old = temporary.with_suffix(".old")
         if target.exists():
             target.rename(old)
         try:
-            temporary.rename(target)
+            put_folder_in_place(temporary, target)
         except OSError:
             if old.exists():
                 old.rename(target)
             raise
-        sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as why:
         raise EmlocalError(f"cannot write {folder}: {why.strerror or why}") from why
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a file, so that after a power cut the whole of it is there under its new name, or none of it."""
+    _sync_file(temporary)
+    temporary.replace(target)
+    sync_folder(target.parent)
+
+
+def put_folder_in_place(temporary: Path, target: Path) -> None:
+    """The same for a folder of files, where nothing is called `target` yet."""
+    for file in temporary.iterdir():
+        _sync_file(file)
+    sync_folder(temporary)
+    temporary.rename(target)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file within this block; `waiting` is called each second that another process holds it.
+
+    The system lets go of it when a process dies, so it cannot be stale.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock)
+    while True:
+        try:
+            held.acquire(timeout=1)
+            break
+        except Timeout:
+            waiting()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _sync_file(path: Path) -> None:

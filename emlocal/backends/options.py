@@ -4,9 +4,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from emlocal.errors import UsageError
+
+if TYPE_CHECKING:
+    from emlocal.models.adapters.adapter import Adapter
 
 KVType = Literal["f32", "f16", "q8_0", "q4_0"]
 DEFAULT_CONTEXT = 8192
@@ -35,8 +38,8 @@ class LoadOptions:
     """None: one per physical core. MLX chooses for itself."""
     kv_type: KVType | None = None
     """None: f16 in llama.cpp, the model's own in torch and mlx."""
-    adapters: tuple[tuple[Path, float], ...] = ()
-    """(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
+    adapters: tuple[tuple["Adapter | Path", float], ...] = ()
+    """(LoRA adapter: as it was read, or a GGUF file, a PEFT or an MLX folder; scale)."""
     warn: Callable[[str], None] = python_warning
     """Told what the user should know while the model runs. An engine does not print."""
 

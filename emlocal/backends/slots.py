@@ -20,8 +20,8 @@ from emlocal.backends.device_sampler import DeviceSampler, kernel_of
 from emlocal.backends.engine import Place
 from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ContextFullError, UsageError
+from emlocal.formatting import counted
 from emlocal.sampling import Draw, Sampler
-from emlocal.words import counted
 
 BLOCK = 256
 """Tokens; a cache's capacity is a multiple of it."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from emlocal.batch.existing import Existing, check_kind, check_settings
 from emlocal.batch.keys import Keys, Places
 from emlocal.batch.manifest import BINARY, Manifest, lock_output, manifest_path
+from emlocal.batch.output_scan import Existing, check_kind, check_settings
 from emlocal.errors import EmlocalError
 
 _SECONDS_BETWEEN_SYNCS = 1.0

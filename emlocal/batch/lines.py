@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from emlocal.errors import UsageError
-from emlocal.lines import TOO_LONG, numbered_lines
+from emlocal.jsonl import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 from emlocal.settings.resolve import LINE
 from emlocal.settings.table import shown

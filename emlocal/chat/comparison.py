@@ -2,9 +2,9 @@
 
 from emlocal import answers, console
 from emlocal.backends.base import Backend
+from emlocal.formatting import change, counted
 from emlocal.generation import Completion
 from emlocal.generation.entropy import summarize
-from emlocal.words import change, counted
 
 
 def parting(off: Completion, on: Completion) -> int | None:

@@ -10,10 +10,10 @@ from emlocal.chat.comparison import show_comparison
 from emlocal.chat.conversation import Conversation, chat_file
 from emlocal.chat.session import ChatSession, Turn
 from emlocal.errors import EmlocalError, UsageError, explained
+from emlocal.formatting import change, counted
 from emlocal.generation import CancelledError, Completion, interruptible
 from emlocal.generation.decode import Event
 from emlocal.sampling import Draw
-from emlocal.words import change, counted
 
 HELP = """\
 /help              this list

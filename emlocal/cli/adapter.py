@@ -1,18 +1,16 @@
 """`emlocal adapter`: what an adapter is, in another format, or merged into its model."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from emlocal import console
-from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
+from emlocal.formatting import counted, human_size
 from emlocal.models.gguf.header import GGUFHeader, shown
 from emlocal.models.resolve import GGUFModel, resolve
-from emlocal.models.storage import Progress, human_size
-from emlocal.words import counted
+from emlocal.models.storage import Progress
 
 if TYPE_CHECKING:
     from emlocal.models.adapters.adapter import Adapter
@@ -20,12 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Show, convert and merge LoRA adapters.", no_args_is_help=True)
 
 
-class FormatChoice(StrEnum):
-    peft = "peft"
-    mlx = "mlx"
-    gguf = "gguf"
-
-
+AdapterFormat = Literal["peft", "mlx", "gguf"]
 Path_ = Annotated[
     Path, typer.Argument(help="A PEFT or MLX folder, or a GGUF file.", metavar="ADAPTER", show_default=False)
 ]
@@ -44,7 +37,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter is and, with --base, whether it fits that model."""
-    show_facts(_facts(path, base), as_json=as_json)
+    console.show_facts(_facts(path, base), as_json=as_json)
 
 
 @app.command()
@@ -54,13 +47,13 @@ def convert(
         Path, typer.Option("-o", "--output", help="Folder, or .gguf file, to write.", metavar="OUT")
     ],
     to: Annotated[
-        FormatChoice | None, typer.Option("--to", help="Format to write; gguf if OUT ends in .gguf.")
+        AdapterFormat | None, typer.Option("--to", help="Format to write; gguf if OUT ends in .gguf.")
     ] = None,
     base: Base = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an adapter.")] = False,
 ) -> None:
     """Write an adapter in another format. To and from GGUF takes --base, a GGUF model."""
-    kind = to or (FormatChoice.gguf if out.suffix == ".gguf" else None)
+    kind = to or ("gguf" if out.suffix == ".gguf" else None)
     if kind is None:
         raise UsageError(f"in which format is {out} to be?", "say --to peft, --to mlx or --to gguf")
     if out.exists() and not force:
@@ -68,7 +61,7 @@ def convert(
     if out.exists() and out.resolve() == path.resolve():
         raise UsageError(f"{out} is the adapter itself", "choose another name")
     header = _gguf_base(base) if base is not None and not _is_folder_model(base) else None
-    if kind is FormatChoice.gguf and header is None:
+    if kind == "gguf" and header is None:
         raise UsageError(
             "to write GGUF takes the base model as GGUF, for its tensors' names and numbers of heads",
             "give it: --base MODEL",
@@ -80,9 +73,9 @@ def convert(
     adapter = read_adapter(path, header)
     if base is not None and header is None:
         _check_fits_folder(adapter, Path(base))
-    if kind is FormatChoice.gguf:
+    if kind == "gguf":
         _write_gguf(adapter, out, header)
-    elif kind is FormatChoice.mlx:
+    elif kind == "mlx":
         write_mlx(adapter, out, replace=force)
     else:
         write_peft(adapter, out, replace=force)
@@ -106,7 +99,7 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
 ) -> None:
     """Write a model as a folder of safetensors with an adapter added to its weights."""
-    from emlocal.cli.engine import adapter_and_scale
+    from emlocal.loading import adapter_and_scale
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.origin import other_base

@@ -15,20 +15,20 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import BatchOptions, MethodOptions, check_roles, with_options
-from emlocal.cli.running import choose_parallel, identity_of
+from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
-from emlocal.models.storage import human_size
+from emlocal.formatting import counted, human_size
+from emlocal.identity import batch_identity
 from emlocal.settings import Given, Resolved, resolve_settings
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal
     from emlocal.batch.run import Batch, BatchSettings
-    from emlocal.cli.engine import Opened
+    from emlocal.loading import Loaded
     from emlocal.methods.method import Method
 
 
@@ -48,7 +48,7 @@ def batch(
     EM value for itself. Finished rows are neither lost nor repeated, whatever stopped the run.
     """
     from emlocal.batch.lines import canonical
-    from emlocal.cli.engine import open_for_batch
+    from emlocal.cli.views import open_for_batch
     from emlocal.settings.files import read_config
 
     _check(input_, output, run)
@@ -60,7 +60,7 @@ def batch(
         options = options_of(EngineOptions, *layers)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, resolved, method, run)
-        identity = identity_of(settings, model)
+        identity = batch_identity(settings, model)
         settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
             code = _dry_run(model, source, settings, run)
@@ -114,7 +114,7 @@ def _method(how: MethodOptions) -> "Method":
     return Method(how.method, how.samples, how.rounds, how.extract, how.pattern)
 
 
-def _settings(model: "Opened", resolved: Resolved, method: "Method", run: BatchOptions) -> "BatchSettings":
+def _settings(model: "Loaded", resolved: Resolved, method: "Method", run: BatchOptions) -> "BatchSettings":
     """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
     from emlocal.batch.run import BatchSettings
 
@@ -133,7 +133,7 @@ def _settings(model: "Opened", resolved: Resolved, method: "Method", run: BatchO
     )
 
 
-def _dry_run(model: "Opened", source: BinaryIO, settings: "BatchSettings", run: BatchOptions) -> int:
+def _dry_run(model: "Loaded", source: BinaryIO, settings: "BatchSettings", run: BatchOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
     from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
@@ -189,7 +189,7 @@ def _journal(output: str, identity: Mapping[str, object], run: BatchOptions) -> 
 
 
 def _run(
-    model: "Opened",
+    model: "Loaded",
     source: BinaryIO,
     journal: "Journal | None",
     settings: "BatchSettings",

@@ -17,7 +17,7 @@ from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
-    from emlocal.benchmark.statistics import Ratio
+    from emlocal.measure.statistics import Ratio
     from emlocal.settings import SamplingParams
 
 _SAMPLED_ROWS = 48
@@ -44,7 +44,7 @@ def bench(
     the rounds if they are fewer than six. A token's time includes the forward pass, the sampler, and the
     assembly of text; not the prompt, and not the terminal.
     """
-    from emlocal.cli.engine import open_backend
+    from emlocal.cli.views import open_backend
     from emlocal.generation import interruptible
     from emlocal.settings.files import read_config
 
@@ -92,8 +92,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
     from emlocal import machine
-    from emlocal.benchmark import decoding, sampler
     from emlocal.generation import Generator
+    from emlocal.measure import decoding, sampler
 
     tokens, rounds, seed = size
     decoding.check_room(backend, tokens)
@@ -160,8 +160,8 @@ def _decode_json(decoded: Any) -> dict[str, Any]:
 
 def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[str, float]:
     """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
-    from emlocal.benchmark.decoding import PROMPTS, prompt_tokens
     from emlocal.generation import Piece, Request
+    from emlocal.measure.decoding import PROMPTS, prompt_tokens
     from emlocal.sampling import Uniforms
 
     started = time.perf_counter()
@@ -180,8 +180,7 @@ def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[st
 
 def _show(measured: dict[str, Any]) -> None:
     """The same for people."""
-    from emlocal.models.storage import human_size
-    from emlocal.words import counted
+    from emlocal.formatting import counted, human_size
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
     first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]
@@ -231,6 +230,6 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:
-    from emlocal.benchmark.statistics import Ratio
+    from emlocal.measure.statistics import Ratio
 
     return "not measured" if ratio is None else str(Ratio(**ratio))

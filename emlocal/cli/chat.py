@@ -12,12 +12,12 @@ from emlocal import console
 from emlocal.cli.options import OutputOptions, with_options
 from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
+from emlocal.formatting import counted
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
 from emlocal.settings.em import EM, em_numbers
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, SET, options_of
-from emlocal.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,10 +39,10 @@ def chat(
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
     from emlocal.chat.conversation import Conversation, chat_file, newest_kept
-    from emlocal.chat.reading import PipeReader, TerminalReader
+    from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
-    from emlocal.cli.engine import open_backend
+    from emlocal.cli.views import open_backend
     from emlocal.models.paths import data_dir
     from emlocal.settings.files import read_config
 

@@ -42,7 +42,7 @@ def generate(
 
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
-    from emlocal.cli.engine import open_backend
+    from emlocal.cli.views import open_backend
     from emlocal.settings.files import read_config
 
     if not 1 <= samples <= 256:

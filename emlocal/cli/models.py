@@ -7,13 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from emlocal import console
-from emlocal.cli.facts import show_facts
 from emlocal.errors import ModelError, UsageError
+from emlocal.formatting import human_size
 from emlocal.models import catalog, hub, starter
 from emlocal.models.folder import needed_files
 from emlocal.models.gguf.header import shown
 from emlocal.models.resolve import Format, HubName, Model, local_path, meaning, on_disk, resolve
-from emlocal.models.storage import human_size
 
 app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
 
@@ -106,7 +105,7 @@ def show(name: Name, as_json: Json = False) -> None:
         }
     else:
         facts = _facts(resolve(name, formats=FORMATS, download=False))
-    show_facts(facts, as_json=as_json)
+    console.show_facts(facts, as_json=as_json)
     if not facts["on_disk"] and not as_json:
         console.err().print(f"Not on this machine yet. Fetch it: emlocal models pull {name}", markup=False)
 

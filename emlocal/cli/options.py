@@ -31,6 +31,26 @@ ALIASES: dict[str, dict[str, str]] = {}
 """Of each verb: other programs' flags → emlocal's."""
 
 
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Prompts: .jsonl, text (one a line), or a dataset of the hub.", metavar="FILE"
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", help="Folder for the adapter, the metrics and the checkpoints.", metavar="FOLDER"
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", help="Short name, .gguf file, folder, or org/name of the hub.", metavar="MODEL"
+    ),
+]
+
+
 @dataclass(frozen=True)
 class PromptOptions:
     """What is said before the answer."""

@@ -1,31 +1,14 @@
 """`emlocal rl`: a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from emlocal.cli.options import with_options
-from emlocal.cli.training_options import (
-    AnswerOptions,
-    Data,
-    MachineOptions,
-    ModelName,
-    Output,
-    RunOptions,
-)
+from emlocal.cli.options import Data, ModelName, Output, with_options
 from emlocal.settings.table import NOTHING, Given, Table
+from emlocal.training.options import AnswerOptions, MachineOptions, RunOptions, Setup
 from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
 from emlocal.training.settings import settings_of_run
-from emlocal.words import counted, plain
-
-if TYPE_CHECKING:
-    from emlocal.backends.engine import Opened
-    from emlocal.backends.learner import Descent, PolicyLearner
-    from emlocal.cli.training import Work
-    from emlocal.models.adapters.adapter import Adapter
-    from emlocal.training.prompts import Prompt
-    from emlocal.training.rl import PolicyGradient
 
 
 @with_options
@@ -55,55 +38,8 @@ def rl(
     machine.go_offline_if_asked()
     values = read_recipe(recipe) if recipe is not None else NOTHING
     settings = settings_of_run(RLSettings, given, run.config, values)
-    from emlocal.cli.training import Asked, carry_out
+    from emlocal.cli.training_view import RL_COLUMNS, carry_out
+    from emlocal.training.rl import em_rl
 
-    carry_out(_work(settings, recipe), Asked(data, output, model, run, answers, machine))
-
-
-def _work(settings: RLSettings, recipe: str | None) -> "Work[PolicyLearner]":
-    from emlocal.cli import training_view as view
-    from emlocal.cli.training import Work
-    from emlocal.cli.training_validation import check_answers
-    from emlocal.training.rl import PolicyGradient, objective_of
-
-    def check(prompts: Sequence["Prompt"]) -> None:
-        if settings.needs_labels:
-            check_answers(prompts, "the reward verifier")
-
-    def learner(
-        opened: "Opened", adapter: "Adapter", descent: "Descent", checkpointing: bool
-    ) -> "PolicyLearner":
-        return opened.policy_learner(
-            adapter,
-            descent,
-            objective_of(settings),
-            temperature=settings.rollout_temperature,
-            checkpointing=checkpointing,
-        )
-
-    def method(made: "PolicyLearner", prompts: Sequence["Prompt"]) -> "PolicyGradient":
-        labels = [p.answer or "" for p in prompts] if settings.needs_labels else []
-        return PolicyGradient(settings, made, labels)
-
-    def told(prompts: int) -> Sequence[str]:
-        s = settings
-        parts = [name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward]
-        worth = " + ".join(parts).replace("+ -", "- ")
-        return (
-            f"recipe {recipe or 'default'}: {counted(s.steps, 'step')} of {s.samples:,} answers to each of"
-            f" {s.prompts_per_step:,} of {counted(prompts, 'prompt')},",
-            f"reward {worth}, advantage {s.advantage}, loss {s.loss}, β {plain(s.kl_beta)},",
-            f"learning rate {plain(s.learning_rate)}, rank {s.rank}, seed {s.seed}",
-        )
-
-    columns = (
-        ("reward", 9, view.number("reward", 3)),
-        ("same", 5, view.share("zero_variance", 0)),
-        view.ENTROPY,
-        view.KL,
-        view.LENGTH,
-        view.REPETITION,
-        view.GRADIENT,
-        view.SECONDS,
-    )
-    return Work("rl", settings, check, learner, method, told, columns)
+    setup = Setup(data, output, model, run, answers, machine, run.validate)
+    carry_out(em_rl(settings, recipe), setup, RL_COLUMNS)

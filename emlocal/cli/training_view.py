@@ -1,4 +1,4 @@
-"""What people see of a training run: a line a step, and a bar for the step that is under way."""
+"""Training from the command line: from flags to a setup, and what people see: a line a step, and a bar."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -6,12 +6,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import typer
+
 from emlocal import console
+from emlocal.formatting import counted, human_size, plain
+from emlocal.models.storage import Progress
+from emlocal.settings import settings_of
+from emlocal.text import CONTROLS
+from emlocal.training.dry_run import Trial, try_out
+from emlocal.training.engines import Objective
+from emlocal.training.options import Setup
+from emlocal.training.runner import TrainingResult, train
+from emlocal.training.settings import TrainingSettings
+from emlocal.training.watching import View
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from emlocal.training.reporting import Reporter
+    from rich.progress import Progress as Bars
 
 Row = Mapping[str, Any]
 Column = tuple[str, int, Callable[[Row], str]]
@@ -37,31 +47,45 @@ GRADIENT: Column = ("gradient", 9, number("gradient_norm", 3))
 SECONDS: Column = ("seconds", 8, lambda row: f"{row['rollout_seconds'] + row.get('train_seconds', 0.0):.1f}")
 
 
-class View:
+FINETUNE_COLUMNS = (ENTROPY, KL, LENGTH, ENDED, REPETITION, GRADIENT, SECONDS)
+RL_COLUMNS = (
+    ("reward", 9, number("reward", 3)),
+    ("same", 5, share("zero_variance", 0)),
+    *(ENTROPY, KL, LENGTH, REPETITION, GRADIENT, SECONDS),
+)
+
+
+def carry_out(objective: Objective[Any], setup: Setup, columns: Sequence[Column]) -> None:
+    """Train, or with `--dry-run` tell what would be done.
+
+    Raises what any part of it raises, and Exit(1) for a run that stopped by itself.
+    """
+    with TerminalView(objective.settings.steps, columns, setup.run.quiet) as view:
+        if setup.run.dry_run:
+            trial = try_out(objective, setup, view)
+            view.stop()
+            if trial is not None:
+                show_trial(trial)
+            return
+        result = train(objective, setup, view)
+    if result.outcome.reason != "finished":
+        raise typer.Exit(1)
+
+
+class TerminalView(View):
     """Tells how a run goes, on stderr. Use it in a `with` block."""
 
     def __init__(self, steps: int, columns: Sequence[Column], quiet: bool) -> None:
-        self.reporter: Reporter | None = None
+        super().__init__(console.warn)
         step: Column = ("step", 9, lambda row: f"{row['step']:>4}/{steps:<4}")
         self._columns = (step, *columns)
         self._quiet = quiet
         self._opened = ExitStack()
-        self._bars: Progress | None = None
+        self._progress: Progress | None = None
+        self._bars: Bars | None = None
         self._task: Any = None
 
     def __enter__(self) -> Self:
-        if not self._quiet and console.err().is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=console.err(),
-                transient=True,
-            )
-            self._bars = self._opened.enter_context(bars)
         return self
 
     def __exit__(
@@ -72,10 +96,16 @@ class View:
     def stop(self) -> None:
         """Take the bar away."""
         self._opened.close()
-        self._bars = None
+        self._bars = self._progress = None
+
+    def loading(self, what: str, done: int, total: int | None) -> None:
+        if self._progress is None:
+            self._progress = self._opened.enter_context(console.progress(self._quiet))
+        self._progress(what, done, total)
 
     def begin(self, lines: Sequence[str], resumed: int | None) -> None:
         """What is about to happen; lines short enough for 80 columns, a long name aside."""
+        self.stop()
         if self._quiet:
             return
         for line in lines:
@@ -83,6 +113,16 @@ class View:
         if resumed is not None:
             console.note(f"going on after step {resumed}")
         console.note(" ".join(f"{title:>{width}}" for title, width, _ in self._columns))
+        if console.err().is_terminal:
+            self._show_bars()
+
+    def _show_bars(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        bars = Bars(*columns, TimeElapsedColumn(), console=console.err(), transient=True)
+        self._bars, self._task = self._opened.enter_context(bars), None
 
     def answering(self, step: int, done: int, total: int) -> None:
         self._bar(f"step {step}: answering", done, total)
@@ -102,15 +142,10 @@ class View:
 
     def finished_step(self, row: dict[str, Any]) -> None:
         """A line of the table."""
-        if self.reporter is not None:
-            self.reporter.log(row)
+        super().finished_step(row)
         if self._quiet:
             return
         console.note(" ".join(f"{said(row):>{width}}" for _, width, said in self._columns))
-
-    def warn(self, text: str) -> None:
-        """Something that people should know, `--quiet` or not."""
-        console.warn(text)
 
     def validated(self, before: float, after: float) -> None:
         """Accuracies of `--validate`."""
@@ -122,3 +157,81 @@ class View:
         self.stop()
         if not self._quiet:
             console.note(f"stopped; the same command with --resume goes on ({output})")
+
+    def ended(self, result: TrainingResult) -> None:
+        """How it ended, and what to do next."""
+        self.stop()
+        outcome, output = result.outcome, result.adapter
+        if self._quiet:
+            if outcome.reason != "finished":
+                console.warn(f"stopped: {outcome.message}")
+            return
+        console.note(f"{'finished' if outcome.reason == 'finished' else 'stopped'}: {outcome.message}")
+        first, last = outcome.first, outcome.last
+        if first and last:
+            console.note(
+                f"entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
+                f" length {first.length:.0f} → {last.length:.0f},"
+                f" repetition {first.repetition:.1%} → {last.repetition:.1%}"
+            )
+        if outcome.steps == 0:
+            console.note(f"no step was taken that could be kept: the adapter in {output} changes nothing")
+            return
+        console.note(f"the adapter of {counted(outcome.steps, 'step')} is in {output}; try it:")
+        console.command(["emlocal", "chat", "-m", result.model, "--adapter", str(output)])
+
+
+def show_trial(trial: Trial) -> None:
+    """Print the settings, one example as it would be trained on, and what a run takes."""
+    settings = trial.settings
+    console.heading("Settings")
+    for name, value in vars(settings).items():
+        _line(_flag(settings, name), _said(value))
+    _line("--context", f"{trial.context:,}")
+    _line("--tokens-per-batch", f"{trial.token_budget:,}")
+    _line("prompts", f"{trial.fitting:,} of {trial.prompts:,}")
+    for name, text in zip(("model", "adapter", "engine"), trial.described, strict=True):
+        _line(name, text)
+
+    console.heading("One example")  # the prompt, which is not in the loss, and the answer, which is
+    (prompt, asked), (answer, answered) = trial.example
+    console.write(f"  not in the loss ({counted(asked, 'token')}; <n> is control token n):\n")
+    console.write(_indented(prompt))
+    console.write(f"  in the loss ({counted(answered, 'token')} of an answer cut short here):\n")
+    console.write(_indented(answer))
+
+    console.heading("A run, if every answer is as long as it may get")
+    answers = f"{settings.answers_per_step:,} answers of {settings.max_tokens:,} tokens"
+    _line("answering", f"{trial.answering_speed:,.0f} tokens/s")
+    _line("training", f"{trial.training_speed:,.0f} tokens/s, prompts included")
+    _line("a step", f"{_duration(trial.step_seconds)} ({answers})")
+    _line(counted(settings.steps, "step"), _duration(trial.run_seconds))
+    _line("memory", f"{human_size(trial.peak_memory)} at its peak, with one whole micro-batch")
+
+
+def _flag(settings: TrainingSettings, name: str) -> str:
+    """What people set it with."""
+    numbers = settings_of(type(settings))
+    return numbers[name].flag if name in numbers else "--" + name.replace("_", "-")
+
+
+def _line(name: str, text: str) -> None:
+    console.write(f"  {name:<21} {text}\n")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return plain(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    return ",".join(each if isinstance(each, str) else f"{each[0]}={plain(each[1])}" for each in value)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.translate(CONTROLS).splitlines())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

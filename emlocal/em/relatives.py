@@ -1,16 +1,16 @@
-"""Relatives: what other work adds to the policy gradient, for those who compare with it. Experimental.
+"""Relatives of EM-RL that others compare with: Clip-Cov, KL-Cov, TW-GRPO. Not part of the method.
 
-Clip-Cov and KL-Cov hold back the tokens that lower the entropy most, TW-GRPO weighs positions by how much a
-group's answers differ there. They are no part of the method, and the first two work against it
-(docs/methods.md).
+They keep a policy's entropy *up*, and EM-RL brings it down: by its own measure they work against it
+(docs/methods.md, "Its relatives"). They are here so that a comparison has them on the same engine, answers
+and draws, and are off unless they are asked for (--regularize, --token-weights). All choose or weigh tokens;
+KL-Cov alone has a term of its own in the loss (emlocal.em.policy_gradient).
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from emlocal.em.entropy import Float64
-
-Bool = NDArray[np.bool_]
+from emlocal.em.policy_gradient import Bool
 
 LARGEST_GAP = 11.0
 """TW-GRPO's bound on a difference of log-probabilities, nats."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
+from emlocal.formatting import counted
 from emlocal.methods.method import METHODS, Method, MethodName
 from emlocal.settings import EM_PRESETS, Plan, describe_em, overridden
 from emlocal.settings.resolve import LINE
 from emlocal.text import parse_json
-from emlocal.words import counted
 
 _PLAIN = {
     "top_k": 0,

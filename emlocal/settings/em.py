@@ -23,7 +23,7 @@ def named(known: Setting) -> Setting:
 def switch_of(step: type[EMStep]) -> Setting:
     """What switches a step on and off."""
     off = f"--no-{step.flag.removeprefix('--')}"
-    switch = Setting(step.flag, 0, 0, step.help, kind="switch", default=False, off=off)
+    switch = Setting(step.flag, help=step.help, kind="switch", default=False, off=off)
     return named(switch)
 
 
@@ -34,9 +34,7 @@ def em_numbers(step: type[EMStep]) -> dict[str, Setting]:
 
 PRESET = Setting(
     "--em-preset",
-    0,
-    0,
-    "EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
+    help="EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
     name="em_preset",
     kind="choice",
     choices=tuple(EM_PRESETS),

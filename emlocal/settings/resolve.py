@@ -12,6 +12,7 @@ A setting's value is that of the strongest source that gives it:
 A preset that the config file names sets the EM step alone.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,9 +79,14 @@ class Resolved:
         found = {}
         for name, value in own.items():
             known = _PARAMS.find(name)
-            if known is None or self.sources[known.name] != "default":
+            if (
+                known is None
+                or known.kind not in ("number", "whole")
+                or self.sources[known.name] != "default"
+            ):
                 continue
-            if known.whole:  # some files write whole numbers as floats; a negative top-k is off in llama.cpp
+            if known.whole and math.isfinite(value):  # some files write whole numbers as floats
+                # and a negative top-k is off in llama.cpp
                 value = max(0, int(value)) if known.name == "top_k" else int(value)
             try:
                 found[known.name] = known.value(value, known.flag)

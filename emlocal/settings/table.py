@@ -10,7 +10,6 @@ No numpy: `emlocal --help` must be quick.
 """
 
 import difflib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -37,9 +36,9 @@ class Setting:
 
     flag: str
     """The name on the command line; without its dashes, the key in files and in `/set`."""
-    low: float
-    high: float
-    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    help: str = ""
     low_is_open: bool = False
     unit: str = ""
     name: str = ""
@@ -95,12 +94,7 @@ class Setting:
     @property
     def full_help(self) -> str:
         """The help text, with the default where the text does not tell it."""
-        if (
-            "(default: " in self.help
-            or self.default is None
-            or self.default is False
-            or isinstance(self.default, tuple)
-        ):
+        if "(default: " in self.help or self.default is None or self.default is False or self.kind == "texts":
             return self.help
         number = self.kind in ("number", "whole")
         default = self.flag if self.default is True else f"{self.default:g}" if number else self.default
@@ -127,7 +121,9 @@ class Setting:
         raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
 
     def _number(self, given: Any, said: str) -> float:
-        number = isinstance(given, int | float) and not isinstance(given, bool) and given == given
+        number = (
+            isinstance(given, int | float) and not isinstance(given, bool) and given == given
+        )  # a NaN is not
         if not number or (self.whole and not isinstance(given, int)):
             raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
         too_low = given <= self.low if self.low_is_open else given < self.low
@@ -231,6 +227,8 @@ def check_settings(values: Any) -> None:
 
 def shown(value: Any) -> str:
     """A value in an error message: as JSON has it, and not longer than a line."""
+    import json  # not needed where nothing is wrong
+
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value:g}"
     try:
@@ -247,13 +245,13 @@ def _bound(value: float) -> str:
     return f"{value:g}"
 
 
-@dataclass(frozen=True)
 class Words:
     """How settings are spelt in one place where people type them."""
 
-    style: Literal["flag", "key", "name"]
-    fix: str
-    """What to do to switch one on."""
+    def __init__(self, style: Literal["flag", "key", "name"], fix: str) -> None:
+        """`fix`: what to do to switch one on."""
+        self.style = style
+        self.fix = fix
 
     def said(self, known: Setting) -> str:
         """The setting's name."""
@@ -274,11 +272,11 @@ SET = Words("key", "/set {} true")
 NAMES = Words("name", "set {}")
 
 
-@dataclass(frozen=True)
 class Table:
     """Settings that can be given in the same place, by name."""
 
-    settings: Mapping[str, Setting]
+    def __init__(self, settings: Mapping[str, Setting]) -> None:
+        self.settings = settings
 
     @classmethod
     def of(cls, *classes: type) -> "Table":
@@ -349,15 +347,12 @@ class Table:
         import tomllib
 
         known = self.find(name)
+        as_text = known is not None and known.kind in ("text", "texts", "path")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        if (
-            known is not None
-            and known.kind in ("text", "texts", "path")
-            and not isinstance(value, str | list)
-        ):
+        if as_text and not isinstance(value, str | list):
             value = text
         return self.read({name: value}, words)
 

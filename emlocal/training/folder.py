@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import atomic_writer, sync_folder
+from emlocal.identity import differences
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.peft import write_peft
 from emlocal.training import checkpoint
@@ -212,26 +213,14 @@ def _leftovers(path: Path) -> list[Path]:
 
 def _compare(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise UsageError with every difference."""
-    old, new = _flat(held), _flat(json.loads(json.dumps(wanted)))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if names:
-        said = "; ".join(f"{n} was {_said(old.get(n))}, is {_said(new.get(n))}" for n in names)
+    if differing := differences(_by_name(held), _by_name(wanted)):
         raise UsageError(
-            f"the run in {path} has other settings: {said}",
+            f"the run in {path} has other settings: {differing}",
             "resume it with its own, or give a new folder: -o",
         )
 
 
-def _flat(values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """By names that say of what: "prompts sha256", "model sha256"; settings by their own."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, "" if name == "settings" else f"{name} ")
-        else:
-            flat[group + name] = value
-    return flat
-
-
-def _said(value: Any) -> str:
-    return "not there" if value is None else json.dumps(value, ensure_ascii=False)
+def _by_name(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings stand among the rest, by their own names."""
+    settings = described.get("settings")
+    return {**described, "settings": {}, **(settings if isinstance(settings, dict) else {})}

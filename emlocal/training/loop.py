@@ -16,6 +16,7 @@ import numpy as np
 from emlocal.backends.base import Backend
 from emlocal.backends.learner import Learner, Processes
 from emlocal.errors import CancelledError, EmlocalError
+from emlocal.formatting import counted
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.sampling.draw import request_key
 from emlocal.training.batching import MicroBatches
@@ -24,7 +25,6 @@ from emlocal.training.folder import OthersFolder, RunFolder
 from emlocal.training.guards import Guards
 from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
 from emlocal.training.settings import TrainingSettings
-from emlocal.words import counted
 
 MOST_SKIPPED = 3
 """Steps in a row whose gradient is not finite, before the run stops."""

@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.hub_rows import hub_rows
-from emlocal.lines import TOO_LONG, numbered_lines
+from emlocal.jsonl import TOO_LONG, numbered_lines
+from emlocal.models.hub import hub_rows
 from emlocal.models.templates import Message
 
 FIELDS = ("prompt", "question", "problem")
@@ -35,13 +35,20 @@ class Prompt:
     """"train.jsonl, line 7", for messages."""
 
 
-def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
+Source = str | Path | Iterable[str | Mapping[str, Any]]
+"""A file or a dataset by its name, or prompts: texts, or objects as in a line of JSONL."""
+
+
+def read_prompts(source: Source, *, limit: int | None = None) -> list[Prompt]:
     """The prompts of a .jsonl file (objects with "prompt", "messages", "question" or "problem"), of any
     other text file (one a line, blank lines left out), or of a dataset of the hub, NAME/NAME[:SPLIT].
 
     Raises UsageError for a file that is missing, empty, or has a line that is no prompt; nothing of it is
     used then.
     """
+    if not isinstance(source, str | Path):
+        return _sound(list(islice(map(_given, count(1), source), limit)), "the list", _JSON_LINE)
+    source = str(source)
     path = Path(source).expanduser()
     if path.is_dir():
         raise UsageError(f"{source} is a folder", "give a file of prompts, .jsonl or text")
@@ -51,17 +58,27 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
         found = _of_hub(source, limit)
     else:
         raise UsageError(f"there is no file {source}", "give a .jsonl or text file, or ORG/NAME of the hub")
+    json_lines = _is_json(path) or not path.exists()
+    return _sound(found, source, _JSON_LINE if json_lines else "give text in UTF-8, a prompt a line")
+
+
+def _sound(found: Sequence[Prompt | str], source: str, hint: str) -> list[Prompt]:
+    """The prompts, where all are. Raises UsageError with what is wrong with those that are none."""
     wrong = [what for what in found if isinstance(what, str)]
     if wrong:
         more = f"; and {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
-        raise UsageError(
-            "; ".join(wrong[:_SHOWN]) + more,
-            _JSON_LINE if _is_json(path) or not path.exists() else "give text in UTF-8, a prompt a line",
-        )
+        raise UsageError("; ".join(wrong[:_SHOWN]) + more, hint)
     prompts = [what for what in found if isinstance(what, Prompt)]
     if not prompts:
         raise UsageError(f"{source} holds no prompts")
     return prompts
+
+
+def _given(number: int, value: str | Mapping[str, Any]) -> Prompt | str:
+    where = f"prompt {number:,}"
+    if isinstance(value, str):
+        return _of_text(value, where) if value.strip() else f"{where}: empty"
+    return _of_object(value, where) if isinstance(value, Mapping) else f"{where}: neither text nor object"
 
 
 def _of_file(path: Path) -> Iterator[Prompt | str]:

@@ -1,6 +1,7 @@
 """EM-RL: rewards of several answers to a prompt, against each other, as a policy gradient.
 
-Each part is a function of its own in `emlocal.em`: rewards, advantages, which tokens to hold back, losses.
+`PolicyGradient.gradients` is the whole of it: answers → rewards → advantages → losses → gradient. Each step's
+equation is a function of its own in `emlocal.em`; what related methods hold back is in `em.relatives`.
 """
 
 import hashlib
@@ -8,12 +9,20 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.learner import Floats, OutOfMemoryError, PolicyLearner, PolicyTerms, Scores, TokenLosses
+from emlocal.backends.learner import (
+    Descent,
+    Floats,
+    OutOfMemoryError,
+    PolicyLearner,
+    PolicyTerms,
+    Scores,
+    TokenLosses,
+)
 from emlocal.em.entropy import Float64
 from emlocal.em.policy_gradient import PolicyObjective, averaging_weights
 from emlocal.em.relatives import clip_cov, covariances, kl_cov, tw_grpo_weights
@@ -30,12 +39,19 @@ from emlocal.em.rewards import (
     zero_variance,
 )
 from emlocal.errors import EmlocalError
+from emlocal.formatting import counted, plain
+from emlocal.models.adapters.adapter import Adapter
 from emlocal.sampling.draw import request_key
 from emlocal.training.batching import MicroBatches
-from emlocal.training.grading import answer_of, label_of
+from emlocal.training.engines import Objective
+from emlocal.training.grading import answer_of, check_answers, label_of
 from emlocal.training.loop import Gradient
+from emlocal.training.prompts import Prompt
 from emlocal.training.rl_settings import Reward, RLSettings
 from emlocal.training.rollouts import Rollout
+
+if TYPE_CHECKING:
+    from emlocal.backends.engine import Opened
 
 _ADVANTAGES = {"rloo": rloo, "grpo": grpo}
 
@@ -77,12 +93,16 @@ class PolicyGradient:
     ) -> Iterator[Gradient]:
         """See `loop.Method`. Rewards, advantages and the reference are of the answers as they were drawn."""
         s, tokens = self.settings, _Tokens(rollouts)
+        # What the model that drew the answers, and the base, say of each of their tokens.
         scores = self._scores(step, rollouts, batches, tokens) if s.needs_scores else None
         base = self._scores(step, rollouts, batches, tokens, base=True) if s.needs_reference else None
+        # Rewards: one number an answer, a weighted sum of what the settings name.
         of_each = self.rewards(chosen, rollouts, scores, tokens)
         rewards = weighted_sum(list(of_each.values()), [weight for _, weight in s.reward])
+        # Advantages: an answer's reward against those of the other answers to its prompt.
         groups = rewards.reshape(-1, s.samples)
         advantages = _ADVANTAGES[s.advantage](groups).ravel()
+        # Losses: what each token of an answer costs, given its answer's advantage.
         losses = self._losses(step, rollouts, batches, advantages, scores, base, tokens)
         row: dict[str, Any] = {
             "reward": float(rewards.mean()),
@@ -91,6 +111,7 @@ class PolicyGradient:
         }
         if len(of_each) > 1:
             row |= {f"reward_{name}": float(each.mean()) for name, each in of_each.items()}
+        # Gradients: one for each update on these answers; the loop follows it before the next is made.
         for _ in range(s.ppo_epochs):
             terms = self._accumulate(step, rollouts, batches, losses, tokens)
             count = sum(each.tokens for each in terms)
@@ -232,3 +253,37 @@ class _Tokens:
         """Of some answers, in their order."""
         ends, lengths = self._ends[answers], self.lengths[answers]
         return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
+
+
+def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[PolicyLearner]":
+    """What `emlocal rl` trains; `recipe`: the name of what the settings began with."""
+
+    def check(prompts: Sequence[Prompt]) -> None:
+        if settings.needs_labels:
+            check_answers(prompts, "the reward verifier")
+
+    def learner(opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool) -> PolicyLearner:
+        return opened.policy_learner(
+            adapter,
+            descent,
+            objective_of(settings),
+            temperature=settings.rollout_temperature,
+            checkpointing=checkpointing,
+        )
+
+    def method(made: PolicyLearner, prompts: Sequence[Prompt]) -> PolicyGradient:
+        labels = [p.answer or "" for p in prompts] if settings.needs_labels else []
+        return PolicyGradient(settings, made, labels)
+
+    def told(prompts: int) -> Sequence[str]:
+        s = settings
+        parts = [name if w == 1 else f"{plain(w)} · {name}" for name, w in s.reward]
+        worth = " + ".join(parts).replace("+ -", "- ")
+        return (
+            f"recipe {recipe or 'default'}: {counted(s.steps, 'step')} of {s.samples:,} answers to each of"
+            f" {s.prompts_per_step:,} of {counted(prompts, 'prompt')},",
+            f"reward {worth}, advantage {s.advantage}, loss {s.loss}, β {plain(s.kl_beta)},",
+            f"learning rate {plain(s.learning_rate)}, rank {s.rank}, seed {s.seed}",
+        )
+
+    return Objective("rl", settings, check, learner, method, told, "em-rl")

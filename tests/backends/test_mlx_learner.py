@@ -24,8 +24,8 @@ from emlocal.backends.torch.lora import lora_layers
 from emlocal.em.em_ft import em_ft
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
+from emlocal.training.engines import new_adapter
 from emlocal.training.settings import FineTuneSettings
-from emlocal.training.start import new_adapter
 from tests.tiny_pair import ModelPair, random_adapter, write_pair
 
 SETTINGS = FineTuneSettings(rank=4, alpha=8)

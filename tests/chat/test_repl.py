@@ -9,7 +9,7 @@ import pytest
 
 from emlocal import console
 from emlocal.backends.fake import FakeBackend, Script, hashed, saying
-from emlocal.chat.reading import PipeReader
+from emlocal.chat.input import PipeReader
 from emlocal.chat.repl import HELP, Repl
 from emlocal.chat.session import ChatSession
 from emlocal.cli.chat import ChatSettings

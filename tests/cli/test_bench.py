@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emlocal.backends.fake import END, FakeBackend
-from emlocal.benchmark import decoding, sampler, statistics
 from emlocal.cli.app import build
 from emlocal.errors import UsageError
 from emlocal.generation import Generator
+from emlocal.measure import decoding, sampler, statistics
 from emlocal.settings import EMInf, SamplingParams
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -43,7 +43,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     def opened(*_: object, **__: object) -> Iterator[FakeBackend]:
         yield backend
 
-    monkeypatch.setattr("emlocal.cli.engine.open_backend", opened)
+    monkeypatch.setattr("emlocal.cli.views.open_backend", opened)
     return backend
 
 

@@ -221,6 +221,6 @@ def test_trace_into_a_folder_that_is_not_there(emlocal: Emlocal, tiny: str) -> N
 def test_ctrl_c_while_the_model_is_loaded(
     emlocal: Emlocal, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emlocal.cli.engine._prepare", lambda header: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("emlocal.loading._prepare", lambda header: signal.raise_signal(signal.SIGINT))
     outcome = emlocal("generate", "-m", tiny, "Hello")
     assert (outcome.code, outcome.out) == (130, "")

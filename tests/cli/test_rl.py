@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.cli.training_view import View
+from emlocal.cli.training_view import TerminalView
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.settings import records_of
 from emlocal.training import rl_settings
@@ -299,7 +299,7 @@ def test_resume_with_other_labels_is_refused_where_they_decide(rl: RL, out: Path
     data.write_text(data.read_text().replace("#### 3", "#### 4"))
     done = rl(*flags, "--resume")
     assert done.code == 2
-    assert "prompts labels was" in error_of(done)
+    assert "prompts.labels: " in error_of(done)
 
 
 def test_resume_with_other_labels_that_decide_nothing(rl: RL, out: Path, data: Path) -> None:
@@ -311,13 +311,13 @@ def test_resume_with_other_labels_that_decide_nothing(rl: RL, out: Path, data: P
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["--reward", "sequence"], 'reward was [["token", 1.0]], is [["sequence", 1.0]]'),
-        (["--samples", "3"], "samples was 2, is 3"),
+        (["--reward", "sequence"], 'reward: [["token", 1.0]] -> [["sequence", 1.0]]'),
+        (["--samples", "3"], "samples: 2 -> 3"),
         (
             ["--kl-beta", "0", "--entropy-bonus", "1"],
-            "kl_beta was 0.001, is 0.0; entropy_bonus was 0.0, is 1.0",
+            "kl_beta: 0.001 -> 0; entropy_bonus: 0 -> 1",
         ),
-        (["--recipe", "intuitor"], "reward was"),
+        (["--recipe", "intuitor"], "reward: "),
     ],
 )
 def test_resume_with_other_settings_names_them(rl: RL, out: Path, changes: list[str], says: str) -> None:
@@ -353,9 +353,9 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     assert rl(*flags).code == 0
     weights, rows = (out / "adapter_model.safetensors").read_bytes(), metrics(out)
     out.rename(out.with_name("whole"))
-    real, seen = View.training, 0
+    real, seen = TerminalView.training, 0
 
-    def training(self: View, step: int, done: int, total: int) -> None:
+    def training(self: TerminalView, step: int, done: int, total: int) -> None:
         nonlocal seen
         real(self, step, done, total)
         seen += step == 2 and done == total
@@ -363,7 +363,7 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(View, "training", training)
+        patch.setattr(TerminalView, "training", training)
         stopped = rl(*flags)
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"

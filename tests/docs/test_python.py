@@ -20,3 +20,5 @@ def test_the_examples_run(at_home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "the prompt is empty" in said
     assert "give a larger --context" in said
     assert session["row"]["votes"] >= 1
+    assert session["tuned"].outcome.steps == 1
+    assert [method.name for method in session["found"].methods] == ["greedy", "em-inf"]

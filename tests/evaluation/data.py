@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from emlocal.evaluation.sandbox import landlock
-from emlocal.evaluation.tasks.reading import Rows
-from emlocal.evaluation.tasks.task import Task
+from emlocal.evaluation.tasks.task import Rows, Task
 
 HUMANEVAL_ROW = {
     "task_id": "T/0",

@@ -14,7 +14,7 @@ from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed
 from emlocal.batch.lines import canonical
 from emlocal.batch.run import BatchSettings
 from emlocal.errors import CancelledError, UsageError
-from emlocal.evaluation import run
+from emlocal.evaluation import runner as run
 from emlocal.evaluation.answering import Answer, takes_system
 from emlocal.evaluation.contenders import describe, read_contenders
 from emlocal.evaluation.judging import Judge, Judged

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.evaluation.math_judge import MathJudge
-from emlocal.evaluation.tasks import reading
-from emlocal.evaluation.tasks.mathematics import MathTask, gold
+from emlocal.evaluation.tasks import task as task_module
+from emlocal.evaluation.tasks.mathematics import MathJudge, MathTask, gold
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask
-from emlocal.evaluation.tasks.reading import ids, read_rows
 from emlocal.evaluation.tasks.scicode import SciCodeTask
+from emlocal.evaluation.tasks.task import ids, read_rows
 from tests.evaluation.data import HUMANEVAL_ROW, SCICODE_ROW, contained, mark, rows, write
 
 LABELLED = Path(__file__).parents[1] / "data" / "judged_answers.jsonl"
@@ -103,7 +102,7 @@ def test_only_regular_files_of_a_size_are_read(tmp_path: Path, monkeypatch: pyte
     for name in ("pipe.jsonl", "zero.jsonl"):
         with pytest.raises(UsageError, match="is not a regular file"):
             read_rows(tmp_path / name)
-    monkeypatch.setattr(reading, "_LARGEST", 1 << 20)
+    monkeypatch.setattr(task_module, "_LARGEST", 1 << 20)
     with pytest.raises(UsageError, match="has more than 1 MiB"):
         read_rows(write(tmp_path / "a.jsonl", [{"a": "x" * (1 << 20)}]))
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.plotting.draw import screen_lines
-from emlocal.plotting.screen.canvas import Canvas
-from emlocal.plotting.screen.frame import bar, between, framed, short
+from emlocal.plotting.terminal import Canvas, bar, between, framed, short
 from tests.plotting.data import rows, run
 
 

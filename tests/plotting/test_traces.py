@@ -7,9 +7,7 @@ import pytest
 
 from emlocal.errors import UsageError
 from emlocal.plotting.draw import screen_lines, write_picture
-from emlocal.plotting.picture.traces import MOST
-from emlocal.plotting.screen.traces import MOST_SPELLED, show_traces
-from emlocal.plotting.traces import read_traces, shown_text
+from emlocal.plotting.traces import MOST, MOST_SPELLED, read_traces, show_traces, shown_text
 from tests.plotting.data import texts, trace
 
 

@@ -84,6 +84,10 @@ def test_a_bad_value_of_the_model_says_so_unless_something_stronger_is_there() -
     with pytest.raises(UsageError, match="the model's own settings: --temp is -3; it must be between"):
         resolve_settings().with_model({"temperature": -3.0})
     assert resolve_settings(("flag", {"temperature": 1.0})).with_model({"temperature": -3.0}).chosen
+    for wrong in (float("inf"), float("nan"), 1e300):
+        with pytest.raises(UsageError, match="the model's own settings: --top-k is"):
+            resolve_settings().with_model({"top_k": wrong})
+    assert resolve_settings().with_model({"logit_bias": 1.0}) == resolve_settings()
 
 
 def test_no_config_file_is_an_empty_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,14 +17,13 @@ from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.resolve import resolve
-from emlocal.training.answerers import LlamaCppModel
+from emlocal.training.engines import LlamaCppModel, new_adapter
 from emlocal.training.finetune import FineTune
 from emlocal.training.folder import RunFolder
 from emlocal.training.loop import Method, Outcome, Plan, Run
 from emlocal.training.rl import PolicyGradient, objective_of
 from emlocal.training.rl_settings import RLSettings
 from emlocal.training.settings import FineTuneSettings, TrainingSettings
-from emlocal.training.start import new_adapter
 from tests.metrics import metrics, timeless
 from tests.tiny_pair import ModelPair
 

@@ -92,7 +92,7 @@ def test_a_finished_run_resumed_ends_at_once_with_the_same(pair: ModelPair, whol
 
 def test_changed_settings_are_refused_with_their_differences(pair: ModelPair, whole: Path) -> None:
     changed = replace(SETTINGS, learning_rate=1e-3, steps=7)
-    with pytest.raises(UsageError, match=r"steps was 6, is 7; learning_rate was 0.003, is 0.001"):
+    with pytest.raises(UsageError, match=r"steps: 6 -> 7; learning_rate: 0.003 -> 0.001"):
         run(pair, whole, Watched(), changed, resume=True)
 
 

@@ -51,10 +51,10 @@ def test_a_new_run_and_the_same_again(out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"settings": {"steps": 4}}, "steps was 3, is 4"),
-        ({"settings": {"steps": 3, "new": 1}}, "new was not there, is 1"),
-        ({"prompts": {"count": 2, "sha256": "q"}}, 'prompts sha256 was "p", is "q"'),
-        ({"model": {"sha256": "n"}}, 'model sha256 was "m", is "n"'),
+        ({"settings": {"steps": 4}}, "steps: 3 -> 4"),
+        ({"settings": {"steps": 3, "new": 1}}, "new: not set -> 1"),
+        ({"prompts": {"count": 2, "sha256": "q"}}, 'prompts.sha256: "p" -> "q"'),
+        ({"model": {"sha256": "n"}}, 'model.sha256: "m" -> "n"'),
     ],
 )
 def test_every_part_of_the_identity_counts(out: Path, change: dict[str, object], says: str) -> None:

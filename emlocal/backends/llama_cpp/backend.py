@@ -24,11 +24,12 @@ from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
+from emlocal.formatting import counted
+from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler
-from emlocal.words import counted
 
 _PATIENCE = 0.5  # seconds that `close` waits for a tokenization that was given up
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
@@ -78,8 +79,8 @@ class LlamaCppBackend(Backend):
         self._no_abort = self._lib.ggml_abort_callback()
         self._abortable = False
 
-    def set_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
-        """Compute with these adapters, (path, scale), from now on, and free those that were loaded before.
+    def set_adapters(self, adapters: Sequence[tuple[Adapter | Path, float]]) -> None:
+        """Compute with these adapters, (adapter, scale), from now on, and free those that were loaded before.
 
         Raises BackendError while a sequence is open, whose state comes from other weights; ModelError for an
         adapter that cannot be used, and then the ones before stay.
@@ -92,12 +93,12 @@ class LlamaCppBackend(Backend):
             )
         self._put_adapters(adapters)
 
-    def _put_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
+    def _put_adapters(self, adapters: Sequence[tuple[Adapter | Path, float]]) -> None:
         # The new ones are loaded before the old ones are freed: llama.cpp tells adapters apart by address.
         loaded: list[tuple[Any, float]] = []
         try:
-            for path, scale in adapters:
-                loaded.append((self._load_adapter(path), scale))
+            for each, scale in adapters:
+                loaded.append((self._load_adapter(each), scale))
         except BaseException:
             for adapter, _ in loaded:
                 self._lib.llama_adapter_lora_free(adapter)
@@ -110,12 +111,12 @@ class LlamaCppBackend(Backend):
             self._lib.llama_adapter_lora_free(adapter)
         self._adapters = loaded
 
-    def _load_adapter(self, path: Path) -> Any:
-        with as_gguf(path, self._header) as file:
-            adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(file))
-        if not adapter:
-            raise ModelError(f"llama.cpp cannot load the adapter {path}: {last_error() or 'no reason given'}")
-        return adapter
+    def _load_adapter(self, adapter: Adapter | Path) -> Any:
+        with as_gguf(adapter, self._header) as file:
+            loaded = self._lib.llama_adapter_lora_init(self._model, os.fsencode(file))
+        if not loaded:
+            raise ModelError(f"llama.cpp cannot load the adapter {file}: {last_error() or 'no reason given'}")
+        return loaded
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         with self._encoding:

@@ -33,15 +33,15 @@ def try_first(model: GGUFModel, threads: int) -> None:
 
     Raises ModelError where that kills the child or does not end, BackendError where it cannot be done.
     What llama.cpp refuses with an error comes through here: it does so again. Files that came through before
-    are known by their contents (`unpacked.identity`) and cost some milliseconds.
+    are known by their contents (`emlocal.identity.gguf_digest`) and cost some milliseconds.
     """
     if model.header.architecture in CHECKED:
         return
     from importlib.metadata import version
 
-    from emlocal.models.unpacked import identity
+    from emlocal.identity import gguf_digest
 
-    key = f"{identity(model.header)} {version('llama-cpp-python')}"
+    key = f"{gguf_digest(model.header)} {version('llama-cpp-python')}"
     if came_through(key):
         return
     _try(model, threads)

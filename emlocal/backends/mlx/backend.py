@@ -23,7 +23,7 @@ from emlocal.backends.mlx.sampler import MLXSampler
 from emlocal.backends.options import LoadOptions
 from emlocal.backends.slots import SlotBackend, Tokenizer
 from emlocal.errors import BackendError, CancelledError
-from emlocal.words import counted
+from emlocal.formatting import counted
 
 CPU_BUDGET, GPU_BUDGET = 512, 2048
 """Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""

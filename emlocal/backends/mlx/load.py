@@ -11,7 +11,7 @@ from emlocal.backends.mlx.lora import attach, linear_layers
 from emlocal.backends.mlx.model import context_of, load_model, windows
 from emlocal.backends.slots import check_kv_type
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import FolderHeader, read_folder_header
 from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def open_folder(
     header = read_folder_header(folder)
     place = choose_place(header.tensors, device, dtype)
     check_kv_type("mlx", options.kv_type, place.format)
-    adapters = [(read_adapter(path, base), scale) for path, scale in options.adapters]
+    adapters = [(in_memory(adapter, base), scale) for adapter, scale in options.adapters]
     opened = _open(header, place, name)
     for adapter, strength in adapters:
         attach(opened.model, adapter, strength, place.dtype, opened.info.name)

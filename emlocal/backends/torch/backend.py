@@ -22,8 +22,8 @@ from emlocal.backends.torch.device import Place, out_of_memory
 from emlocal.backends.torch.packed import packed_bytes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError
+from emlocal.formatting import counted
 from emlocal.machine import physical_cores
-from emlocal.words import counted
 
 CPU_BUDGET, CUDA_BUDGET = 512, 4096
 """Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""

@@ -16,7 +16,7 @@ from emlocal.backends.torch.model import load_model, skeleton, trained_context
 from emlocal.backends.torch.packed import can_pack, pack
 from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import sampling_settings
 from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.json_file import read_json
@@ -106,7 +106,7 @@ def open_folder(
     as can be known before the weights are loaded.
     """
     check_kv_type("torch", options.kv_type, choose_place(device, dtype).format)
-    adapters = [_scaled(read_adapter(path, base), scale) for path, scale in options.adapters]
+    adapters = [_scaled(in_memory(adapter, base), scale) for adapter, scale in options.adapters]
     if adapters:
         layers = skeleton(folder)
         for adapter in adapters:

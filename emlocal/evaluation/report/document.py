@@ -1,4 +1,4 @@
-"""Everything that there is to report of an evaluation."""
+"""Everything that there is to report of an evaluation: results.json, written and read."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.judging import Judged
-from emlocal.evaluation.results import Comparison, MethodResult
+from emlocal.evaluation.results import Comparison, Estimate, MethodResult
 from emlocal.evaluation.tasks.task import Task
 from emlocal.files import atomic_writer
+from emlocal.text import harmless
 
 FORMAT = "emlocal-eval-1"
 
@@ -69,3 +71,123 @@ def write_json(document: Document, path: Path) -> None:
     with atomic_writer(path) as file:
         json.dump(as_json(document), file, ensure_ascii=False, indent=1)
         file.write("\n")
+
+
+_LARGEST = 1e300  # NaN, infinities and endless integers are not below it
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a method stands: how often it is right, and what an answer costs."""
+
+    name: str
+    accuracy: Estimate
+    flops: float
+    """Of one answer; 0 where none was given."""
+    repetitions: int = 1
+    """The K of mean@K."""
+
+    @classmethod
+    def of(cls, method: MethodResult) -> "Standing":
+        """Of an evaluation at hand."""
+        return cls(method.name, method.accuracy, method.cost.flops, method.repetitions)
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation, as its file tells."""
+
+    task: str
+    problems: int
+    model: str
+    standings: tuple[Standing, ...]
+
+
+def read_results(path: Path) -> Results:
+    """What results.json says of the methods.
+
+    Raises UsageError for a file that is not there, is no results.json, is one of another version, or damaged;
+    EmlocalError where it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} is not there", "give what -o of eval was") from None
+    except OSError as why:
+        raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
+    except UnicodeDecodeError as why:
+        raise UsageError(f"{path} holds no results of eval: byte {why.start:,} is no UTF-8 text") from None
+    except json.JSONDecodeError as why:
+        raise UsageError(f"{path} is no JSON, or damaged, at line {why.lineno:,}: {why.msg}") from None
+    except (ValueError, RecursionError) as why:
+        raise UsageError(f"{path} holds no results of eval: {why}") from None
+    _check_format(found, path)
+    try:
+        return _results(found)
+    except _DamagedError as why:
+        raise UsageError(f"{path} is damaged: {why}", "run the same emlocal eval again") from None
+
+
+def _check_format(found: object, path: Path) -> None:
+    name = found.get("format") if isinstance(found, dict) else None
+    if name == FORMAT:
+        return
+    if isinstance(name, str) and name.startswith(FORMAT.rstrip("0123456789")):
+        raise UsageError(
+            f"{path} is of another version of emlocal: its format is {name}, this one reads {FORMAT}",
+            "run the same emlocal eval again: answers that are there are kept",
+        )
+    raise UsageError(f"{path} holds no results of eval", "give what -o of eval was")
+
+
+class _DamagedError(ValueError):
+    """A value that is not there or is of another kind; the text names it."""
+
+
+def _results(found: dict[str, Any]) -> Results:
+    task, model = _part(found, "task"), _part(found, "model")
+    methods = found.get("methods")
+    if not isinstance(methods, list) or not methods:
+        raise _DamagedError("it has no methods")
+    return Results(
+        _text(task, "name"),
+        int(_number(task, "problems")),
+        _text(model, "name"),
+        tuple(_standing(method) for method in methods),
+    )
+
+
+def _standing(method: object) -> Standing:
+    if not isinstance(method, dict):
+        raise _DamagedError("a method is no object")
+    accuracy = _part(method, "accuracy")
+    value, low, high = (_number(accuracy, name) for name in ("value", "low", "high"))
+    if not (0 <= low <= high <= 1 and 0 <= value <= 1):
+        raise _DamagedError(f"an accuracy is {value}, of {low} to {high}")
+    return Standing(
+        _text(method, "name"),
+        Estimate(value, low, high),
+        max(0.0, _number(_part(method, "cost"), "flops")),
+        int(_number(method, "repetitions")),
+    )
+
+
+def _part(of: dict[str, Any], name: str) -> dict[str, Any]:
+    value = of.get(name)
+    if not isinstance(value, dict):
+        raise _DamagedError(f"{name} is missing, or no object")
+    return value
+
+
+def _text(of: dict[str, Any], name: str) -> str:
+    value = of.get(name)
+    if not isinstance(value, str):
+        raise _DamagedError(f"{name} is missing, or no text")
+    return harmless(value)
+
+
+def _number(of: dict[str, Any], name: str) -> float:
+    value = of.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise _DamagedError(f"{name} is missing, or no number")
+    return value

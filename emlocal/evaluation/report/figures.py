@@ -7,8 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import BackendError
-from emlocal.evaluation.report.document import Document
-from emlocal.evaluation.report.reading import Standing
+from emlocal.evaluation.report.document import Document, Standing
 from emlocal.evaluation.report.texts import accuracy_name, entropy_changed
 
 if TYPE_CHECKING:

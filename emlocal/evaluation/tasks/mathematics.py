@@ -2,17 +2,166 @@
 
 What the sets call question and answer differs; `QUESTION` and `ANSWER` are the names that are known. The
 prompt is the one most published figures use (notes of the paper's code: eval/…/system_prompt.md).
+
+Two answers are equal by their notation, else by math-verify. That computes with sympy what models write, and
+9^{9^{9^9}} has no end and no room: it works in a process of its own, which is ended and replaced when an
+answer takes too long.
 """
 
+import json
+import re
+import subprocess
+import sys
+import threading
 import unicodedata
 from collections.abc import Mapping
+from fractions import Fraction
 from importlib.metadata import version
+from itertools import combinations
+from math import ceil
+from types import TracebackType
+from typing import Self
 
-from emlocal.errors import UsageError
-from emlocal.evaluation.math_judge import LONGEST, MathJudge
-from emlocal.evaluation.tasks.reading import Row, Rows, text_of
-from emlocal.evaluation.tasks.task import Problem, Task
-from emlocal.methods.answers import extract, find_answer
+from emlocal.errors import EmlocalError, UsageError
+from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task, text_of
+from emlocal.methods.answers import canonical, extract, find_answer
+
+SECONDS = 20.0
+"""For one comparison; what is not decided by then is not equal. Nearly all take milliseconds."""
+LONGEST = 1000
+"""Characters of an answer that is still compared by meaning."""
+_LONGEST_PRODUCT = 2
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_START_SECONDS = 60.0  # sympy is imported
+_ARROW = re.compile(r"[-=]+>")
+_ORDER = re.compile(r"[<>≤≥≠]|\\(?:leq?(?:slant)?|geq?(?:slant)?|lt|gt|neq?)(?![A-Za-z])")
+"""Relations other than equality that math-verify reads, where they have two sides."""
+_OTHER_ORDER = re.compile(
+    r"[≪≫≮≯≰≱≲≳∉]|\\(?:not(?:in)?|ll|gg|[lg]eqq|n[lg]eq(?:slant|q)?|nless|ngtr|lesssim|gtrsim|prec|succ)"
+    r"(?![A-Za-z])"
+)
+_ONE_SIDED = re.compile(rf"(?:^|[,;({{$])\s*(?:{_ORDER.pattern})|(?:{_ORDER.pattern})\s*(?:$|[,;)}}$])")
+_EQUALS = re.compile(r"(?<![<>=!:\\])=(?![=>])")
+_PLAIN_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,99}(?:\.([0-9]{1,99}))?\s*")
+
+
+class MathJudge:
+    """Compares answers. Use it as a context, or close it: it may hold a process."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self._worker: subprocess.Popen[bytes] | None = None
+        self.undecided = 0
+        """Comparisons that took too long."""
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether the answer means what the gold answer does (docs/evaluation.md lists where people differ).
+
+        An answer that says more than a value is not that value: a bound (\\leq 5), or two numbers (4 = 5).
+        Raises EmlocalError where math-verify cannot be run.
+        """
+        if max(len(gold), len(answer)) > LONGEST:
+            return False
+        if _contradicts_itself(answer) or (_is_bound(answer) and not _is_bound(gold)):
+            return False
+        if _same_number(gold, answer):
+            return True
+        if _is_text(gold) or _is_unread(gold):
+            return canonical(gold) == canonical(answer)
+        return self._ask(gold, answer)
+
+    def _ask(self, gold: str, answer: str) -> bool:
+        worker = self._started()
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        worker.stdin.flush()
+        said = self._line(worker, self.seconds)
+        if not said:  # out of time, or of memory
+            self.undecided += 1
+            self.close()
+            return False
+        return bool(json.loads(said))
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()  # ended by the timer just as it answered
+        if self._worker is None:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-P", "-m", "emlocal.evaluation.math_worker", str(ceil(self.seconds) + 1)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us: an answer would be wrong because of it
+            )
+            if self._line(self._worker, _START_SECONDS).strip() != b"ready":
+                self.close()
+                raise EmlocalError("math-verify cannot be started", "pip install 'emlocal[eval]'")
+        return self._worker
+
+    def _line(self, worker: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """What it says next; nothing where it ends, or is ended after so many seconds."""
+        assert worker.stdout is not None
+        timer = threading.Timer(seconds, worker.kill)
+        timer.start()
+        try:
+            return worker.stdout.readline()
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _is_text(gold: str) -> bool:
+    """Words or a date, in which math-verify sees products of letters, "Mary" = "Army", and a difference.
+
+    Words of one or two letters may be products, xy = yx.
+    """
+    key = canonical(gold)
+    words = isinstance(key, tuple) and key[0] == "words" and len(key[1]) > _LONGEST_PRODUCT
+    return words or _DATE.fullmatch(gold.strip()) is not None
+
+
+def _is_bound(text: str) -> bool:
+    """It has a relation other than equality. math-verify leaves out one that has one side: \\leq 5 is 5."""
+    text = _ARROW.sub(" ", text)
+    return _ORDER.search(text) is not None or _OTHER_ORDER.search(text) is not None
+
+
+def _is_unread(gold: str) -> bool:
+    """A relation that math-verify would leave out: with one side only, or of a kind that it does not know."""
+    gold = _ARROW.sub(" ", gold)
+    return _ONE_SIDED.search(gold) is not None or _OTHER_ORDER.search(gold) is not None
+
+
+def _contradicts_itself(answer: str) -> bool:
+    """It equates two plain numbers that are not equal, nor one the other's rounding.
+
+    math-verify takes the last. Where a side is more than a number (2 + 2 = 5, 0.5 = 50%), the last counts.
+    """
+    matches = [_PLAIN_NUMBER.fullmatch(side) for side in _EQUALS.split(answer)]
+    numbers = [(Fraction(match[0].strip()), len(match[1] or "")) for match in matches if match]
+    return any(abs(a - b) * 10 ** min(m, n) >= 1 for (a, m), (b, n) in combinations(numbers, 2))
+
+
+def _same_number(gold: str, answer: str) -> bool:
+    """Both write the same rational number: most answers do, and need no algebra."""
+    key = canonical(gold)
+    return isinstance(key, tuple) and key[0] == "number" and key == canonical(answer)
+
 
 QUESTION = ("prompt", "question", "problem", "Problem", "Question")
 ANSWER = ("answer", "final_answer", "expected_answer", "target", "Answer")

@@ -9,11 +9,10 @@ from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.sandbox.run import Limits
 from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.programs import ProgramTask
-from emlocal.evaluation.tasks.reading import Rows, hub, read_rows
 from emlocal.evaluation.tasks.scicode import LIMITS as SCICODE_LIMITS
 from emlocal.evaluation.tasks.scicode import SciCodeTask, given_code
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
-from emlocal.evaluation.tasks.task import Task
+from emlocal.evaluation.tasks.task import Rows, Task, hub, read_rows
 
 TaskName = Literal[
     "gsm8k",

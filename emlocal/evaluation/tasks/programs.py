@@ -17,8 +17,7 @@ from typing import ClassVar
 
 from emlocal.errors import UsageError
 from emlocal.evaluation.sandbox.run import Limits, run
-from emlocal.evaluation.tasks.reading import Row, Rows
-from emlocal.evaluation.tasks.task import Problem, Task
+from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task
 
 ASK = (
     "Complete this Python function. Answer with the whole function, imports included, in one code block.\n\n"

@@ -103,18 +103,23 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
+def in_memory(adapter: Adapter | Path, base: GGUFHeader | None = None) -> Adapter:
+    """An adapter that may have been read already. Raises ModelError as `read_adapter` does."""
+    return read_adapter(adapter, base) if isinstance(adapter, Path) else adapter
+
+
 @contextmanager
-def as_gguf(path: Path, base: GGUFHeader) -> Iterator[Path]:
+def as_gguf(adapter: Adapter | Path, base: GGUFHeader) -> Iterator[Path]:
     """An adapter of any format as a GGUF file that llama.cpp may load: checked against the model `base`.
 
     A GGUF file is itself; others are converted into a private folder that goes when the block ends.
     Raises ModelError as `read_adapter` does.
     """
-    if format_of(path) == "gguf":
-        read_adapter_header(path, base)
-        yield path
+    if isinstance(adapter, Path) and format_of(adapter) == "gguf":
+        read_adapter_header(adapter, base)
+        yield adapter
         return
-    adapter = read_adapter(path, base)
+    adapter = in_memory(adapter, base)
     with TemporaryDirectory(prefix="emlocal-") as folder:  # only this user may enter it
         file = Path(folder) / "adapter.gguf"
         write_gguf(adapter, file, base)

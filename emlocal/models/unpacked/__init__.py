@@ -5,29 +5,24 @@
 The folder lies in emlocal's cache and may be deleted at any time. It needs neither torch nor transformers.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf.header import GGUFHeader, shown
+from emlocal.files import only_one, put_folder_in_place
+from emlocal.identity import UNPACKED_FORMAT, gguf_digest
+from emlocal.models.gguf.header import shown
 from emlocal.models.paths import cache_dir
-from emlocal.models.regular import open_regular
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
-from emlocal.models.storage import Progress, check_space, disk_errors, silent, sync_folder
+from emlocal.models.storage import Progress, check_space, disk_errors, silent
 from emlocal.text import parse_json
 
-FORMAT = 1
-"""Counts up whenever the same GGUF file gives another folder."""
 MANIFEST = "emlocal.json"
 WEIGHTS = "model.safetensors"
 _TOKENIZER_BYTES = 300  # of tokenizer.json for each token, generously
-_SAMPLE_BYTES = 4096
 
 
 def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
@@ -37,36 +32,19 @@ def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
     ones. Safe to call from several processes at once, and to kill at any time. Raises ModelError for an
     architecture, tokenizer or quantization that cannot be unpacked, and when the disk does not take it.
     """
-    key = identity(model.header)
+    key = gguf_digest(model.header)
     folder = cache_dir() / "unpacked" / key
     if _is_whole(folder):
         return folder
     with disk_errors(folder.parent, "EMLOCAL_CACHE_DIR"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder, progress):
+        with only_one(
+            folder.parent / f".{folder.name}.lock",
+            lambda: progress("waiting for another emlocal that is unpacking this model", 0, None),
+        ):
             if not _is_whole(folder):  # another process may have made it while this one waited
                 _make(model, folder, progress)
     return folder
-
-
-def identity(header: GGUFHeader) -> str:
-    """A name for the contents of a model, wherever its file lies: 32 hexadecimal digits.
-
-    A hash of the sizes, of all bytes before the weights (metadata, vocabulary, names and places of tensors)
-    and of 4 kB from the middle of every tensor. Fine-tuned and merged models differ from their base in all
-    or most rows of the tensors they touch, so this tells them apart, in milliseconds; a hash of every byte
-    would take seconds a gigabyte, at each start. What it does not see is a patch of single rows in place.
-    """
-    digest = hashlib.sha256(f"emlocal unpacked {FORMAT}".encode())
-    for path in header.files:
-        inside = sorted((t for t in header.tensors.values() if t.file == path), key=lambda t: t.offset)
-        with open_regular(path) as file:
-            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
-            digest.update(file.read(inside[0].offset if inside else -1))
-            for tensor in inside:
-                file.seek(tensor.offset + max(tensor.nbytes - _SAMPLE_BYTES, 0) // 2)
-                digest.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
-    return digest.hexdigest()[:32]
 
 
 def _is_whole(folder: Path) -> bool:
@@ -79,24 +57,6 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError):
         return False
     return WEIGHTS in sizes
-
-
-@contextmanager
-def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of this model. The system lets go of it when a process dies, so it cannot be stale."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    while True:
-        try:
-            lock.acquire(timeout=1)
-            break
-        except Timeout:
-            progress("waiting for another emlocal that is unpacking this model", 0, None)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
@@ -132,14 +92,9 @@ def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         weights.write_safetensors(partial / WEIGHTS, tensors, f"unpacking {shown(header.name)}", progress)
         sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, "source": [str(f) for f in header.files], "files": sizes}
+        manifest = {"format": UNPACKED_FORMAT, "source": [str(f) for f in header.files], "files": sizes}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        for path in partial.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        put_folder_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

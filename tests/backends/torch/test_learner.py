@@ -13,8 +13,8 @@ from emlocal.backends.torch.learner import TorchEntropyLearner, TorchLearner
 from emlocal.backends.torch.lora import attach, base_weights, linear_layers
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
+from emlocal.training.engines import new_adapter
 from emlocal.training.settings import FineTuneSettings
-from emlocal.training.start import new_adapter
 from tests.backends.torch.naive import (
     BATCH,
     LENGTHS,

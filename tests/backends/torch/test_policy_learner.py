@@ -17,8 +17,8 @@ from emlocal.em.entropy import entropy
 from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.em.relatives import position_divergence
 from emlocal.em.rewards import self_certainty
+from emlocal.training.engines import new_adapter
 from emlocal.training.rl_settings import RLSettings
-from emlocal.training.start import new_adapter
 from tests.backends.torch import naive
 from tests.backends.torch.naive import BATCH, LENGTHS, TOKENS, assert_gradients, gradients_of, load
 from tests.tiny_pair import ModelPair, random_adapter

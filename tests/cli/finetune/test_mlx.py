@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emlocal.cli.training_view import View
+from emlocal.cli.training_view import TerminalView
 from emlocal.models.adapters.reading import read_adapter
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
 from tests.cli.training import error_of
@@ -53,15 +53,15 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     assert whole.code == 0, whole.err
     weights = (out / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(out)
-    real = View.finished_step
+    real = TerminalView.finished_step
 
-    def finished_step(self: View, row: dict[str, Any]) -> None:
+    def finished_step(self: TerminalView, row: dict[str, Any]) -> None:
         real(self, row)
         if row["step"] == 1:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(View, "finished_step", finished_step)
+        patch.setattr(TerminalView, "finished_step", finished_step)
         assert finetune(*flags).code == 130
     assert (out / "adapter_model.safetensors").read_bytes() != weights
     resumed = finetune(*flags, "--resume")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.cli.training_view import View
+from emlocal.cli.training_view import TerminalView
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
 from tests.cli.training import error_of
 from tests.metrics import metrics, timeless
@@ -41,15 +41,15 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     weights, rows = (out / "adapter_model.safetensors").read_bytes(), metrics(out)
     shutil.rmtree(out)
 
-    real = View.finished_step
+    real = TerminalView.finished_step
 
-    def finished_step(self: View, row: dict[str, Any]) -> None:
+    def finished_step(self: TerminalView, row: dict[str, Any]) -> None:
         real(self, row)
         if row["step"] == stop_at:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(View, "finished_step", finished_step)
+        patch.setattr(TerminalView, "finished_step", finished_step)
         stopped = finetune(*flags)
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"
@@ -64,13 +64,13 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["--learning-rate", "0.5"], "learning_rate was 0.0001, is 0.5"),
-        (["--steps", "3", "--seed", "1"], "steps was 2, is 3; seed was 0, is 1"),
-        (["--limit", "5"], "prompts count was 6, is 5"),
-        (["--system", "be brief"], "prompts sha256 was"),
-        (["--rollouts", "torch"], 'engines rollouts was "llama.cpp", is "torch"'),
-        (["--context", "100"], "engines context was 256, is 100"),
-        (["--parallel", "1"], "engines parallel was 2, is 1"),
+        (["--learning-rate", "0.5"], "learning_rate: 0.0001 -> 0.5"),
+        (["--steps", "3", "--seed", "1"], "steps: 2 -> 3; seed: 0 -> 1"),
+        (["--limit", "5"], "prompts.count: 6 -> 5"),
+        (["--system", "be brief"], "prompts.sha256: "),
+        (["--rollouts", "torch"], 'engines.rollouts: "llama.cpp" -> "torch"'),
+        (["--context", "100"], "engines.context: 256 -> 100"),
+        (["--parallel", "1"], "engines.parallel: 2 -> 1"),
     ],
 )
 def test_resume_with_other_settings_names_what_differs(
@@ -85,7 +85,7 @@ def test_resume_with_other_settings_names_what_differs(
 def test_resume_with_as_many_other_prompts_is_refused(finetune: Finetune, out: Path, data: Path) -> None:
     assert finetune().code == 0
     data.write_text(data.read_text().replace("say 3", "say 7"))
-    assert "prompts sha256 was" in error_of(finetune("--resume"))
+    assert "prompts.sha256: " in error_of(finetune("--resume"))
 
 
 def test_resume_where_nothing_is_begins_and_says_so(finetune: Finetune, out: Path) -> None:

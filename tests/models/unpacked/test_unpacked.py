@@ -15,9 +15,10 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 
 from emlocal.errors import ModelError
+from emlocal.identity import gguf_digest
 from emlocal.models.paths import cache_dir
 from emlocal.models.resolve import GGUFModel, resolve
-from emlocal.models.unpacked import MANIFEST, WEIGHTS, identity, unpack
+from emlocal.models.unpacked import MANIFEST, WEIGHTS, unpack
 from tests.tiny_architectures import architecture_metadata, architecture_tensors, write_tiny_architecture
 from tests.tiny_gguf import (
     GGML_Q8_0,
@@ -72,7 +73,7 @@ def left_behind() -> list[str]:
 
 def test_what_is_in_the_folder(tiny: GGUFModel) -> None:
     folder = unpack(tiny)
-    assert folder == cache_dir() / "unpacked" / identity(tiny.header)
+    assert folder == cache_dir() / "unpacked" / gguf_digest(tiny.header)
     config, generation, own = (
         json.loads((folder / f"{name}.json").read_text("utf-8"))
         for name in ("config", "generation_config", "tokenizer_config")
@@ -132,20 +133,20 @@ def test_the_same_contents_have_the_same_name_wherever_they_lie(tmp_path: Path, 
     copy = tmp_path / "elsewhere" / "copy.gguf"
     copy.parent.mkdir()
     shutil.copy(tiny.path, copy)
-    assert identity(resolve(str(copy)).header) == identity(tiny.header)
+    assert gguf_digest(resolve(str(copy)).header) == gguf_digest(tiny.header)
 
 
 def test_other_weights_and_other_metadata_have_other_names(tmp_path: Path, tiny: GGUFModel) -> None:
-    names = {identity(tiny.header)}
+    names = {gguf_digest(tiny.header)}
     for tensor in tiny_tensors():
         tensors = tiny_tensors()
         changed = next(t for t in tensors if t.name == tensor.name)
         changed.data = (np.frombuffer(changed.data, "<f4") * 1.001).astype("<f4").tobytes()
         path = tmp_path / "other.gguf"
         path.write_bytes(build(tiny_metadata(), tensors))
-        names.add(identity(resolve(str(path)).header))
+        names.add(gguf_digest(resolve(str(path)).header))
     write_tiny_gguf(path, llama__rope__freq_base=f32(20000.0))
-    names.add(identity(resolve(str(path)).header))
+    names.add(gguf_digest(resolve(str(path)).header))
     assert len(names) == len(tiny_tensors()) + 2
 
 
@@ -165,7 +166,7 @@ def test_two_at_once(tiny: GGUFModel) -> None:
     said = [process.communicate(timeout=60) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     folders, writes = zip(*(out.split() for out, _ in said), strict=True)
-    assert set(folders) == {str(cache_dir() / "unpacked" / identity(tiny.header))}
+    assert set(folders) == {str(cache_dir() / "unpacked" / gguf_digest(tiny.header))}
     assert sorted(map(int, writes))[0] == 0  # one of them found it made
     assert not left_behind()
 
@@ -177,7 +178,7 @@ def test_stopped_by_the_user(tiny: GGUFModel) -> None:
     with pytest.raises(KeyboardInterrupt):
         unpack(tiny, stop)
     assert not left_behind()
-    assert not (cache_dir() / "unpacked" / identity(tiny.header)).exists()
+    assert not (cache_dir() / "unpacked" / gguf_digest(tiny.header)).exists()
 
 
 def test_no_space(tiny: GGUFModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,196 @@
+"""Decoding in rounds: each decodes the same positions with EM off, with EM on, and with a bare loop.
+
+A round has a prompt and draws of its own, which its sides share; they take turns at going first. End tokens
+are ignored, so that every side takes the same number of steps at the same positions of one sequence: equal
+work for the engine, whatever the tokens are. A step is what happens between two tokens that a caller of
+`Generator.run` receives: the forward pass, the sampler and the bookkeeping of text.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.backends import ENGINES
+from emlocal.backends.base import Backend, Feed
+from emlocal.backends.select import engine
+from emlocal.errors import UsageError
+from emlocal.generation import Generator, Piece, Request
+from emlocal.generation.prompt import chat_tokens
+from emlocal.measure.statistics import Ratio, speed_ratio
+from emlocal.sampling import SamplingParams, Uniforms
+
+PROMPTS = (
+    "Tell me a long story about a lighthouse.",
+    "Explain how a heat pump works, step by step.",
+    "Write a Python program that plays chess.",
+    "What should I see in Lisbon in three days?",
+    "Solve: a train leaves at 9:40 and drives 150 km at 80 km/h. When does it arrive?",
+    "Compare the French and the American revolution.",
+    "Write a letter to a landlord about a broken heater.",
+    "List ideas for a science fair, with what each needs.",
+)
+SIDES = ("bare", "off", "on")
+
+
+@dataclass
+class Decoding:
+    """Seconds that the steps of each round took, by side; `bare` is empty where there is no such loop."""
+
+    tokens: int
+    """Steps of a round."""
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    touched: int = 0
+    """Of the tokens drawn with EM on, those whose row EM changed."""
+
+    def speed(self, side: str) -> float | None:
+        """Tokens a second: the median of the rounds."""
+        measured = self.seconds[side]
+        return self.tokens / statistics.median(measured) if measured else None
+
+    def ratio(self, side: str, reference: str) -> Ratio | None:
+        """How fast `side` is relative to `reference`; 1 is equal."""
+        if not self.seconds[side] or not self.seconds[reference]:
+            return None
+        return speed_ratio(self.seconds[side], self.seconds[reference])
+
+
+@contextmanager
+def endless(backend: Backend) -> Iterator[None]:
+    """Within this block no token ends an answer."""
+    info = backend.info
+    backend.info = replace(info, end_tokens=frozenset())
+    try:
+        yield
+    finally:
+        backend.info = info
+
+
+def prompt_tokens(backend: Backend, text: str) -> list[int]:
+    """A prompt as chat would send it; as it is where the model has no template."""
+    if backend.info.chat_template is None:
+        return backend.encode(text, add_special=True, parse_special=True)
+    return chat_tokens(backend, [{"role": "user", "content": text}])
+
+
+def check_room(backend: Backend, tokens: int) -> None:
+    """Raise UsageError where the prompts and so many tokens do not fit the context."""
+    longest = max(len(prompt_tokens(backend, prompt)) for prompt in PROMPTS)
+    if longest + tokens + 1 > backend.context:
+        raise UsageError(
+            f"--tokens {tokens} after a prompt of {longest} do not fit the context of {backend.context:,}",
+            f"use --tokens {max(1, backend.context - longest - 1)} or a larger --context",
+        )
+
+
+def measure_decoding(
+    generator: Generator,
+    params: SamplingParams,
+    *,
+    tokens: int,
+    rounds: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Decoding:
+    """Decode `rounds` rounds of `tokens` steps on each side; a short one before them does not count."""
+    result = Decoding(tokens)
+    decode_round(Decoding(4), generator, params, number=rounds, seed=seed)
+    for number in range(rounds):
+        progress(number)
+        decode_round(result, generator, params, number=number, seed=seed)
+    return result
+
+
+def decode_round(
+    result: Decoding, generator: Generator, params: SamplingParams, *, number: int, seed: int
+) -> None:
+    """Add one round to `result`; its number chooses the prompt, the draws and who goes first."""
+    turn = number % len(SIDES)
+    order = SIDES[turn:] + SIDES[:turn]
+    order = order if number // len(SIDES) % 2 == 0 else order[::-1]
+    prompt = prompt_tokens(generator.backend, PROMPTS[number % len(PROMPTS)])
+    with endless(generator.backend):
+        _round(result, generator, prompt, params, Uniforms(seed, number), order)
+
+
+def _round(
+    result: Decoding,
+    generator: Generator,
+    prompt: list[int],
+    params: SamplingParams,
+    uniforms: Uniforms,
+    order: Sequence[str],
+) -> None:
+    uniforms[0]  # numpy's first draw from a generator takes milliseconds
+    generator.forget()
+    first = _steps(generator, prompt, Request(params, uniforms, 1))[1]  # reads the prompt
+    for side in order:
+        if side == "bare":
+            seconds = _bare(generator, prompt, first, result.tokens)
+            if seconds is not None:
+                result.seconds[side].append(seconds)
+            continue
+        chosen = params if side == "on" else params.without_em()
+        seconds, _, touched = _steps(generator, prompt, Request(chosen, uniforms, result.tokens + 1))
+        result.seconds[side].append(seconds)
+        result.touched += touched
+
+
+def _steps(generator: Generator, prompt: list[int], request: Request) -> tuple[float, int, int]:
+    """Seconds from the first token to the last, the first token, and how many rows EM touched."""
+    stamps, touched, first = [], 0, -1
+    for event in generator.run(prompt, [request]):
+        if isinstance(event, Piece):
+            stamps.append(time.perf_counter())
+            touched += event.draw.steps > 0
+            first = event.draw.token if first < 0 else first
+    return stamps[-1] - stamps[0], first, touched
+
+
+def _bare(generator: Generator, prompt: list[int], first: int, steps: int) -> float | None:
+    name = generator.backend.name
+    decode = engine(name).bare_loop if name in ENGINES else None
+    if decode is None:
+        return None
+    # as the other sides do: the prompt is held, and its last token has just been read
+    request = Request(SamplingParams(temperature=0), Uniforms(0), 1)
+    for _ in generator.run(prompt, [request]):
+        pass
+    return sum(decode(generator.backend, generator.sequence, first, steps))
+
+
+def recorded_rows(
+    generator: Generator, params: SamplingParams, *, rows: int, seed: int
+) -> list[NDArray[np.float32]]:
+    """Rows of raw logits as they occur in answers without EM: 16 from each prompt, until there are enough."""
+    found: list[NDArray[np.float32]] = []
+    number = 0
+    with endless(generator.backend):
+        while len(found) < rows:
+            prompt = prompt_tokens(generator.backend, PROMPTS[number % len(PROMPTS)])
+            most = min(16, rows - len(found), generator.backend.context - len(prompt))
+            request = Request(params.without_em(), Uniforms(seed, number), most)
+            for event in generator.run(prompt, [request]):
+                if isinstance(event, Piece):
+                    found.append(generator.backend.logits(generator.sequence))
+            number += 1
+    return found
+
+
+def prompt_speed(backend: Backend, tokens: int, repeats: int = 3) -> float:
+    """Tokens a second at which a prompt of so many tokens is read into an empty sequence; the median."""
+    text = " ".join(PROMPTS)
+    prompt = backend.encode(text, add_special=True, parse_special=False)
+    prompt = (prompt * (tokens // len(prompt) + 1))[:tokens]
+    seconds = []
+    for _ in range(repeats):
+        sequence = backend.open()
+        started = time.perf_counter()
+        backend.forward([Feed(sequence, prompt)])
+        seconds.append(time.perf_counter() - started)
+        backend.release(sequence)
+    return tokens / statistics.median(seconds)

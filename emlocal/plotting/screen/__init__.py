@@ -1,1 +1,0 @@
-"""Quick plots on a terminal, of block and braille characters: they need no colours."""

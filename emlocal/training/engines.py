@@ -1,0 +1,345 @@
+"""The engines of a training run: one that is trained, and one that answers, which may be the same."""
+
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from emlocal.backends import ENGINES
+from emlocal.backends.base import Backend, LoadOptions
+from emlocal.backends.engine import Opened, Trainer, Training
+from emlocal.backends.learner import Descent, Learner
+from emlocal.backends.select import engine, select_backend
+from emlocal.errors import ContextFullError, ModelError, UsageError
+from emlocal.formatting import counted
+from emlocal.generation.prompt import chat_tokens, with_system
+from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.identity import weights_digest
+from emlocal.machine import physical_cores
+from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.models.adapters.gguf_lora import write_gguf
+from emlocal.models.gguf.header import GGUFHeader
+from emlocal.models.resolve import GGUFModel, Model, resolve
+from emlocal.models.unpacked import unpack
+from emlocal.sampling.draw import request_key
+from emlocal.training.folder import Verb
+from emlocal.training.loop import Method
+from emlocal.training.options import Setup
+from emlocal.training.prompts import Prompt
+from emlocal.training.settings import TrainingSettings
+from emlocal.training.watching import View
+
+if TYPE_CHECKING:
+    from emlocal.backends.llama_cpp import LlamaCppBackend
+
+L = TypeVar("L", bound=Learner)
+MakeLearner = Callable[[Opened, Adapter, Descent, bool], L]
+"""Takes the model, the adapter to begin with, and whether to compute activations twice."""
+
+PARALLEL = 16
+"""Answers at once, where nobody says."""
+LONGEST_PROMPT = 1024
+"""Tokens that are kept free for a prompt beside its answer, where the model's context has them."""
+
+
+@dataclass(frozen=True)
+class Objective(Generic[L]):
+    """What a run trains, and by which method."""
+
+    verb: Verb
+    settings: TrainingSettings
+    check: Callable[[Sequence[Prompt]], None]
+    """Raises UsageError for prompts that the method cannot be used with."""
+    make_learner: MakeLearner[L]
+    make_method: Callable[[L, Sequence[Prompt]], Method]
+    """Takes the prompts that fit."""
+    told: Callable[[int], Sequence[str]]
+    """Of the settings, in lines for people; takes how many prompts there are."""
+    training: Training
+    """What an engine must be able to train by."""
+
+
+class SameModel:
+    """Answers with the very model that is being trained: its adapter is always the newest."""
+
+    def __init__(self, backend: Backend, parallel: int) -> None:
+        self.backend = backend
+        self.parallel = parallel
+
+    def refresh(self, adapter: Adapter) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.backend.close()
+
+
+class LlamaCppModel:
+    """Answers with the GGUF file in llama.cpp, which is given the adapter anew at each step.
+
+    Faster than torch on CPUs without native bfloat16 (docs/performance.md). Its weights are those that
+    are trained on; its activations are rounded more, so the answers come from nearly the same model.
+    """
+
+    def __init__(self, backend: "LlamaCppBackend", header: GGUFHeader, parallel: int) -> None:
+        self.backend = backend
+        self.parallel = parallel
+        self._header = header
+        self._folder = tempfile.TemporaryDirectory(prefix="emlocal-")
+
+    def refresh(self, adapter: Adapter) -> None:
+        """Answer with this adapter from now on."""
+        path = Path(self._folder.name) / "adapter.gguf"
+        write_gguf(adapter, path, self._header)
+        self.backend.set_adapters([(path, 1.0)])
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.backend.close()
+        self._folder.cleanup()
+
+
+@dataclass
+class Engines(Generic[L]):
+    """What a run computes with."""
+
+    model: Model
+    settings: TrainingSettings
+    trainer: str
+    """torch or mlx."""
+    threads: int
+    place: str
+    learner: L
+    answerer: LlamaCppModel | SameModel
+    view: View
+
+    @property
+    def model_name(self) -> str:
+        """As it was typed."""
+        return self.model.name
+
+    def describe(self) -> tuple[str, str, str]:
+        """The model, what is trained, and what answers, for people."""
+        name = Path(self.model.name).name if self.model.source == "path" else self.model.name
+        layers = counted(len(self.learner.adapter().pairs), "layer")
+        return (
+            f"{name}, trained on {self.trainer}, {self.place}",
+            f"LoRA of {self.learner.parameters:,} parameters in {layers}",
+            f"answers by {self.answerer.backend.name}, {self.answerer.parallel} at once,"
+            f" {counted(self.threads, 'thread')}",
+        )
+
+    def encoded(self, prompts: Sequence[Prompt], system: str | None) -> list[tuple[Prompt, list[int]]]:
+        """The prompts and their tokens. Those that leave no room for an answer are left out, with a warning.
+
+        Raises ContextFullError where that is all of them, UsageError where the template refuses one.
+        """
+        backend = self.answerer.backend
+        room = self.settings.max_tokens
+        fitting, most = [], backend.context - room
+        too_long: list[tuple[Prompt, int]] = []
+        for prompt, tokens in self._tokens(prompts, system):
+            if len(tokens) > most:
+                too_long.append((prompt, len(tokens)))
+            else:
+                fitting.append((prompt, tokens))
+        if too_long:
+            prompt, length = too_long[0]
+            said = (
+                f"{counted(len(too_long), 'prompt')} of {len(prompts):,} {_does(len(too_long))} not fit:"
+                f" {prompt.where} has {length:,} tokens; --context {backend.context:,} less {room:,} for the"
+                f" answer {_leaves(most)}"
+            )
+            if not fitting:
+                raise ContextFullError(said, "shorten them, or give a larger --context")
+            self.view.warn(f"{said}; left out")
+        return fitting
+
+    def _tokens(self, prompts: Sequence[Prompt], system: str | None) -> Iterator[tuple[Prompt, list[int]]]:
+        """Of each prompt. A million takes minutes, so it says how far it is."""
+        for i, prompt in enumerate(prompts):
+            if i and i % 1000 == 0:
+                self.view.loading(f"encoding prompts: {i:,} of {len(prompts):,}", 0, None)
+            try:
+                yield prompt, chat_tokens(self.answerer.backend, with_system(prompt.messages, system))
+            except UsageError as why:
+                raise UsageError(f"{prompt.where}: {why.message}", why.hint) from why
+
+    def use(self, adapter: Adapter) -> None:
+        """Answer with this adapter from now on."""
+        self.learner.put(adapter)
+        self.answerer.refresh(adapter)
+
+    def identity(self) -> dict[str, Any]:
+        """What of the engines decides the outcome, bit for bit."""
+        return {
+            "model": {"name": self.model.header.name, "sha256": weights_digest(self.model)},
+            "engines": {
+                "device": self.place,
+                "rollouts": self.answerer.backend.name,
+                "parallel": self.answerer.parallel,
+                "context": self.answerer.backend.context,
+                "threads": self.threads,
+            },
+        }
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that compute."""
+        both = self.trainer, self.answerer.backend.name
+        names = dict.fromkeys(package for name in both for package in engine(name).distributions)
+        return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@contextmanager
+def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View) -> Iterator[Engines[L]]:
+    """Resolve and load the model, once for training and once for answering where that is faster.
+
+    `trainer`: see `choose_trainer`. Raises ModelError for a model that cannot be trained.
+    """
+    settings = objective.settings
+    _check_rollouts(setup.answers.rollouts, trainer)
+    model = resolve(
+        setup.model, formats=("safetensors", "gguf"), offline=setup.machine.offline, progress=view.loading
+    )
+    context = _context(model, settings, setup.machine.context)
+    _check_model(model, setup.answers.rollouts)
+    folder = unpack(model, view.loading) if isinstance(model, GGUFModel) else model.path
+    view.loading(f"loading {trainer}", 0, None)
+    threads = setup.machine.threads or physical_cores()
+    machine = setup.machine
+    opened = trainer_of(trainer).open(
+        folder, name=model.name, device=machine.device, dtype=machine.dtype, threads=threads
+    )
+    learner = objective.make_learner(
+        opened,
+        replace(new_adapter(opened.linear_layers(), settings), base_model=model.name),
+        Descent(settings.weight_decay, settings.max_grad_norm),
+        setup.machine.gradient_checkpointing,
+    )
+    parallel = min(setup.answers.parallel or PARALLEL, settings.answers_per_step)
+    options = LoadOptions(
+        context=context,
+        sequences=parallel + SPARE_SEQUENCES,
+        shared=False,
+        threads=threads,
+    )
+    answerer = _answerer(model, opened, options, setup.answers.rollouts, parallel)
+    try:
+        yield Engines(model, settings, trainer, threads, opened.place.describe(), learner, answerer, view)
+    finally:
+        answerer.close()
+
+
+def choose_trainer(asked: str, training: Training) -> str:
+    """The engine that is trained: the one asked for, or the one that fits this machine.
+
+    Raises UsageError for one that cannot be trained so, BackendError for one that is not installed.
+    """
+    trainers = {name: known for name in ENGINES if (known := engine(name).trainer) is not None}
+    able = [name for name, known in trainers.items() if training in known.methods]
+    chosen = asked
+    if asked == "auto":
+        own, _ = select_backend()
+        chosen = own if own in able else able[-1]
+    if chosen not in able:
+        raise UsageError(f"this is not for the {chosen} engine yet", f"use --backend {able[-1]}")
+    select_backend(chosen)  # which says what to install where it is missing
+    return chosen
+
+
+def _check_rollouts(asked: str, trainer: str) -> None:
+    if asked not in ("auto", "llama.cpp", trainer):
+        raise UsageError(
+            f"--rollouts is {asked}, and {trainer} is trained: the answers are given by that or by llama.cpp",
+            f"use --rollouts {trainer}, or leave it out",
+        )
+
+
+def trainer_of(name: str) -> Trainer:
+    """How an engine that `choose_trainer` chose trains."""
+    trainer = engine(name).trainer
+    assert trainer is not None
+    return trainer
+
+
+def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int:
+    """Tokens of a prompt and its answer. Raises UsageError where the answer alone would fill it."""
+    wanted = settings.max_tokens + LONGEST_PROMPT
+    trained = model.header.context_length or asked or wanted
+    if asked is not None and asked > trained:
+        raise UsageError(f"--context is {asked:,}; the model was trained on {trained:,}")
+    context = asked or min(trained, wanted)
+    if settings.max_tokens >= context:
+        raise UsageError(
+            f"--max-tokens is {settings.max_tokens:,}; the context of prompt and answer is {context:,}",
+            "give a smaller --max-tokens",
+        )
+    return context
+
+
+def _check_model(model: Model, rollouts: str) -> None:
+    if model.header.chat_template is None:
+        raise ModelError(f"{model.name} has no chat template, which prompts are put with", "use a chat model")
+    if rollouts == "llama.cpp" and not isinstance(model, GGUFModel):
+        raise UsageError(
+            f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"
+        )
+
+
+def _does(n: int) -> str:
+    return "does" if n == 1 else "do"
+
+
+def _leaves(most: int) -> str:
+    return f"leave {most:,}" if most > 0 else "leave none"
+
+
+def _answerer(
+    model: Model, opened: Opened, options: LoadOptions, asked: str, parallel: int
+) -> LlamaCppModel | SameModel:
+    """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
+    wanted = asked == "llama.cpp" or (asked == "auto" and opened.place.on_cpu)
+    if wanted and isinstance(model, GGUFModel):
+        from emlocal.backends.llama_cpp import LlamaCppBackend
+
+        return LlamaCppModel(LlamaCppBackend(model, options), model.header, parallel)
+    return SameModel(opened.backend(options), parallel)
+
+
+def new_adapter(layers: Mapping[str, tuple[int, int]], settings: TrainingSettings) -> Adapter:
+    """An adapter that changes nothing yet: A is random, B is 0 (Hu et al. 2021, §4.1).
+
+    A's numbers are uniform within ±1/√in, as linear layers begin, and come from the seed and the layer's
+    name: they are the same on every engine.
+
+    Args:
+        layers: (out, in) of each linear layer of the model, by its name.
+    Raises:
+        UsageError: no layer has one of the wanted names.
+    """
+    chosen = {name: shape for name, shape in layers.items() if _last(name) in settings.target_modules}
+    missing = set(settings.target_modules) - {_last(name) for name in chosen}
+    if missing:
+        raise UsageError(
+            f"the model has no linear layer called {' or '.join(sorted(missing))}",
+            f"give some of these: --target-modules {','.join(sorted({_last(name) for name in layers}))}",
+        )
+    pairs = {}
+    for name, (rows, columns) in chosen.items():
+        key = np.array([settings.seed, request_key(name)], dtype=np.uint64)
+        uniform = np.random.Generator(np.random.Philox(key=key)).random((settings.rank, columns))
+        a = ((2 * uniform - 1) / math.sqrt(columns)).astype(np.float32)
+        b = np.zeros((rows, settings.rank), np.float32)
+        pairs[name] = LoraPair(a, b, settings.alpha / settings.rank)
+    return Adapter(pairs)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
