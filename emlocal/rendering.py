@@ -18,6 +18,7 @@ from emlocal.generation import Completion
 from emlocal.generation.sample import summarize
 from emlocal.methods import Outcome
 from emlocal.sampling import Draw
+from emlocal.text import CONTROLS
 
 _ENOUGH_TO_TIME = 16  # tokens
 # Upper bounds in nats and 256-colour codes: from sure to guessing.
@@ -162,7 +163,7 @@ class AnswerWriter:
         if not self._terminal:
             console.write(text)
             return
-        for part in re.split(r"(\s+)", text.translate(console.CONTROLS)):
+        for part in re.split(r"(\s+)", text.translate(CONTROLS)):
             if part.isspace():
                 self._end_word()
                 self._gap += part

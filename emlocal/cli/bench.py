@@ -92,7 +92,7 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
-    from emlocal.diagnosis import machine
+    from emlocal import machine
     from emlocal.generation import Scheduler
     from emlocal.measure import decoding, sampler
 

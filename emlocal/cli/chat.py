@@ -10,11 +10,12 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import OutputOptions, with_options
+from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.formatting import counted
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
-from emlocal.settings.em import EM, EMInf, em_numbers
+from emlocal.settings.em import EM, em_numbers
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, SET, options_of

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends import ENGINES
 from emlocal.backends.base import Backend, Feed
-from emlocal.backends.select import bare_loop
+from emlocal.backends.select import engine
 from emlocal.errors import UsageError
 from emlocal.generation import Job, Request, Scheduler, Token
 from emlocal.generation.prompt import for_template, prompt_tokens
@@ -156,13 +157,14 @@ def _job(prompt: list[int], request: Request) -> Job:
 
 
 def _bare(runner: Scheduler, prompt: list[int], first: int, steps: int) -> float | None:
-    decode = bare_loop(runner.backend)
+    name = runner.backend.name
+    decode = engine(name).bare_loop if name in ENGINES else None
     if decode is None:
         return None
     # as the other sides do: the prompt is held, and its last token has just been read
     events = runner.follow([_job(prompt, Request(SamplingParams(temperature=0), Uniforms(0), 2))])
     handle = next(events).handle
-    seconds = sum(decode(runner.sequence(handle), first, steps))
+    seconds = sum(decode(runner.backend, runner.sequence(handle), first, steps))
     for _ in events:
         pass
     return seconds

@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 
 from emlocal.backends.fake import END, VOCABULARY, hashed, saying
-from emlocal.em import em_inf
 from emlocal.errors import UsageError
 from emlocal.generation import Completion, Handle
 from emlocal.methods import HOW, METHODS, Chosen, Outcome, name_of
@@ -66,7 +65,7 @@ def test_em_inf_lowers_the_entropy_and_says_so() -> None:
     assert plain["entropy"]["mean_after"] == plain["entropy"]["mean_before"]
     first = hashed(list(b"[user]hi\n[assistant]")).astype(np.float64)
     one = row([ASK | {"max_tokens": 1}], settings(Chosen("em-inf"), OPEN))
-    assert one["entropy"]["mean_after"] == pytest.approx(em_inf(first, EMInf()).entropy_after, abs=1e-3)
+    assert one["entropy"]["mean_after"] == pytest.approx(EMInf().apply(first).entropy_after, abs=1e-3)
 
 
 def test_adaptive_temperature_halves_the_entropy() -> None:

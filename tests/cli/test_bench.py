@@ -151,7 +151,7 @@ def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
 def test_the_bare_loop_leaves_the_sequence_as_it_was(model: str) -> None:
     from emlocal.backends.base import Feed, LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
-    from emlocal.backends.llama_cpp.bare import bare_decode
+    from emlocal.backends.llama_cpp.backend import bare_decode
     from emlocal.models.resolve import resolve
 
     backend = LlamaCppBackend(resolve(model), LoadOptions(sequences=1))

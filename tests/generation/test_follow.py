@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Feed, Row
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed, saying
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import CancelledError, ContextFullError, LogitsError, UsageError
 from emlocal.generation import Completed, Completion, Event, Job, Request, Scheduler, Token
 from emlocal.sampling import Sampler, SamplingParams, Uniforms

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emlocal.backends.fake import END, FakeBackend, hashed
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import CancelledError, ContextFullError, LogitsError, UsageError
 from emlocal.generation import Finished, Handle, Job, Request, Scheduler
 from emlocal.generation.scheduler import PROMPT_TOKENS_PER_STEP, SPARE_SEQUENCES

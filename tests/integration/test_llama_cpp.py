@@ -8,7 +8,7 @@ import pytest
 
 from emlocal.backends.base import Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.generation import Completion, Job, Request, Scheduler
 from emlocal.models.resolve import GGUFModel, resolve

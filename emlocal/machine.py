@@ -8,10 +8,10 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from emlocal.backends.cpu import physical_cores
 from emlocal.models.memory import available
 
 # What decides how fast a CPU engine can be, as Linux's /proc/cpuinfo spells it, and as people do.
@@ -54,6 +54,70 @@ class CPU:
     features: tuple[str, ...]
 
 
+def physical_cores() -> int:
+    """Physical (on Apple Silicon: performance) cores, within the process's affinity and cgroup quota.
+
+    A CPU engine's threads: decoding is bound by memory bandwidth, and a second thread on a core only adds
+    contention.
+    """
+    if sys.platform == "darwin":
+        cores = _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or (os.cpu_count() or 1)
+    elif sys.platform == "linux":
+        cores = _linux_cores()
+    else:
+        cores = (os.cpu_count() or 2) // 2
+    return max(1, cores)
+
+
+def _linux_cores() -> int:
+    usable = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in usable:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(topology.read_text().strip() if topology.exists() else str(cpu))
+    return min(len(siblings), _cgroup_quota() or len(siblings))
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Whole CPUs that the control groups of this process grant (a container's --cpus), or None for all.
+
+    Version 1 mounts controllers in folders of their own, version 2 all in one; both may be there.
+    """
+    quotas = []
+    for line in own.read_text("ascii").splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for top in {root / controllers, root / "cpu"} if controllers else (root,):
+            group = top / path.lstrip("/")
+            # Inside a container the path may be the host's; then the quota is at the top.
+            for folder in (group, *(p for p in group.parents if p.is_relative_to(top))):
+                quotas.append(_version_1(folder) if controllers else _version_2(folder))
+    granted = [quota for quota in quotas if quota is not None]
+    return max(1, int(min(granted))) if granted else None
+
+
+def _version_1(folder: Path) -> float | None:
+    """CPUs that one group of cgroup v1 grants."""
+    quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
+    if not quota.is_file() or not period.is_file() or int(quota.read_text("ascii")) < 0:
+        return None
+    return int(quota.read_text("ascii")) / int(period.read_text("ascii"))
+
+
+def _version_2(folder: Path) -> float | None:
+    """CPUs that one group of cgroup v2 grants."""
+    limit = folder / "cpu.max"
+    if not limit.is_file():
+        return None
+    quota, period = limit.read_text("ascii").split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _sysctl(name: str) -> int:
+    return int(_output("/usr/sbin/sysctl", "-n", name) or 0)
+
+
 def cpu() -> CPU:
     """This machine's processor."""
     logical = os.cpu_count() or 1
@@ -94,7 +158,7 @@ def memory_total() -> int | None:
         found = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
         return int(found[1]) * 1024 if found else None
     if platform.system() == "Darwin":
-        return int(_output("/usr/sbin/sysctl", "-n", "hw.memsize") or 0) or None
+        return _sysctl("hw.memsize") or None
     return None
 
 
@@ -110,6 +174,16 @@ def resident_bytes() -> int | None:
     if platform.system() == "Darwin":
         return int(_output("/bin/ps", "-o", "rss=", "-p", str(os.getpid())) or 0) * 1024 or None
     return None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process had in main memory at once; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def describe() -> dict[str, object]:

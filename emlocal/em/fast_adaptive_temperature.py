@@ -1,4 +1,4 @@
-"""Adaptive temperature on a split row, with a bound on the distance from the full-vocabulary reference.
+"""The fast way of adaptive temperature: on a row split into head and tail, with a bound on the error.
 
 At β = 1/τ ≥ 1 a token's weight is w^β. The tail's mass is only known between two bounds,
 
@@ -15,15 +15,14 @@ import math
 
 import numpy as np
 
-from emlocal.em.adaptive_temperature import COLDEST
 from emlocal.em.split import TOLERANCE, Sharpened, Split
-from emlocal.settings import AdaptiveTemperature
+from emlocal.em.steps.adaptive_temperature import COLDEST, AdaptiveTemperature
 
 NEWTON_TOLERANCE = 1e-9
 MAX_ROUNDS = 100
 
 
-def cool(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
+def sharpen(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
     """Adaptive temperature on a split row; None where agreement with the reference cannot be promised."""
     before = split.entropy
     target = max(settings.ratio * before, settings.threshold)
@@ -65,3 +64,8 @@ def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, fl
     delta_H = width * (1 + beta * abs(mean_s) + abs(math.log(S)))
     spread = math.sqrt(max(variance, 1e-30))
     return H, max(variance, 0.0), tail, S, width + delta_H / (2 * spread)
+
+
+def hottest(settings: AdaptiveTemperature) -> float:
+    """The highest temperature that may follow: any."""
+    return math.inf

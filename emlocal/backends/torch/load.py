@@ -1,17 +1,20 @@
 """From a Hugging Face folder to a running engine."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
 
-from torch import nn
+import torch
 
 from emlocal.backends.base import LoadOptions, ModelInfo
-from emlocal.backends.torch.backend import TorchBackend, check_kv_type
+from emlocal.backends.engine import Opened
+from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner
+from emlocal.backends.slots import check_kv_type
+from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.device import Place, choose_place
-from emlocal.backends.torch.lora import attach
+from emlocal.backends.torch.lora import attach, linear_layers
 from emlocal.backends.torch.model import load_model, skeleton, trained_context
 from emlocal.backends.torch.packed import can_pack, pack
+from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import sampling_settings
@@ -20,30 +23,52 @@ from emlocal.models.json_file import read_json
 from emlocal.models.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Opened:
+class TorchModel(Opened):
     """A model in torch, to be trained or made an engine of."""
 
-    engine: ClassVar[Literal["torch"]] = "torch"
-    model: nn.Module
-    tokenizer: Tokenizer
-    info: ModelInfo
     place: Place
 
     def backend(self, options: LoadOptions, *, on_device_sampler: bool | None = None) -> TorchBackend:
-        """The engine on this model as it is at any time; see TorchBackend. The adapters of `options` have to
-        be attached already."""
         return TorchBackend(
             self.model, self.tokenizer, self.info, options, self.place, on_device_sampler=on_device_sampler
         )
 
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        return linear_layers(self.model)
 
-def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> Opened:
-    """The model in `folder`, loaded. `name`: what people call it.
+    def entropy_learner(
+        self, adapter: Adapter, descent: Descent, objective: EntropyObjective, *, checkpointing: bool
+    ) -> EntropyLearner:
+        from emlocal.backends.torch.learner import TorchEntropyLearner
+
+        return TorchEntropyLearner(self.model, adapter, descent, objective, checkpointing=checkpointing)
+
+    def policy_learner(
+        self,
+        adapter: Adapter,
+        descent: Descent,
+        objective: PolicyObjective,
+        *,
+        temperature: float,
+        checkpointing: bool,
+    ) -> PolicyLearner:
+        from emlocal.backends.torch.learner import TorchPolicyLearner
+
+        return TorchPolicyLearner(
+            self.model, adapter, descent, objective, temperature=temperature, checkpointing=checkpointing
+        )
+
+
+def open_model(
+    folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto", threads: int | None = None
+) -> TorchModel:
+    """The model in `folder`, loaded. `name`: what people call it; `threads`: of the CPU, from now on.
 
     Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
     """
     place = choose_place(device, dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
     config = read_json(folder / "config.json")
     tokenizer = Tokenizer(folder)
     info = ModelInfo(
@@ -57,7 +82,7 @@ def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str
         eos=tokenizer.eos,
         sampling=sampling_settings(folder),
     )
-    return Opened(load_model(folder, place.device, place.dtype), tokenizer, info, place)
+    return TorchModel(load_model(folder, place.device, place.dtype), tokenizer, info, place)
 
 
 def open_folder(
@@ -80,7 +105,7 @@ def open_folder(
     Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options; as much of it
     as can be known before the weights are loaded.
     """
-    check_kv_type(options.kv_type, choose_place(device, dtype).dtype)
+    check_kv_type("torch", options.kv_type, choose_place(device, dtype).format)
     adapters = [_scaled(in_memory(adapter, base), scale) for adapter, scale in options.adapters]
     if adapters:
         layers = skeleton(folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.backends import cpu
+from emlocal import machine as cpu
 
 
 def write_quota(folder: Path, version: int, quota: int | None, period: int = 100_000) -> None:

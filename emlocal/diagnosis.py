@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import emlocal
-from emlocal.backends.select import select_backend
-from emlocal.diagnosis import install, machine
+from emlocal import install, machine
+from emlocal.backends import ENGINES
+from emlocal.backends.engine import Engine
+from emlocal.backends.select import engine, select_backend
 from emlocal.formatting import counted, human_size
 from emlocal.models.storage import nearest
 
@@ -131,51 +132,33 @@ def sampler() -> Finding:
 
 
 def engines() -> Iterator[Finding]:
-    """The engine that this machine uses by itself is tried; the others are there or not, and not imported."""
+    """The engine that this machine uses by itself is tried, and those that are installed and quick to try.
+
+    The others are only listed.
+    """
     chosen, _ = select_backend()
-    yield llama_cpp(needed=chosen != "mlx")
-    yield mlx() if chosen == "mlx" else _other_engine("mlx", "mlx-lm")
-    yield _other_engine("torch", "torch")
+    for name in ENGINES:
+        known = engine(name)
+        tried = name == chosen or (known.probe.always and known.installed())
+        yield _tried(known) if tried else _listed(known)
 
 
-def mlx() -> Finding:
-    """The mlx engine."""
-    said = probe("mlx_lm", "__import__('mlx.core').core.default_device()")
-    if "why" not in said:
-        return Finding("mlx", "ok", f"mlx-lm {said['version']}; {said['info']}", facts=said)
-    line = f"{' '.join(install.installer())} --force-reinstall mlx mlx-lm"
-    return Finding("mlx", "fail", f"cannot be loaded: {said['why']}", (line,), said)
+def _tried(known: Engine) -> Finding:
+    said = probe(known.probe.module, known.probe.info)
+    status, text, fix = known.probe.verdict(said)
+    return Finding(known.name, status, text, fix, {**said, "bindings": known.package})
 
 
-def llama_cpp(*, needed: bool) -> Finding:
-    """The llama.cpp engine; where it is not needed, it may be missing."""
-    if not needed and importlib.util.find_spec("llama_cpp") is None:
-        return _other_engine("llama.cpp", "llama-cpp-python")
-    said = probe("llama_cpp", "module.llama_print_system_info().decode()")
-    if "why" in said:
-        return Finding("llama.cpp", "fail", f"cannot be loaded: {said['why']}", _mend(said["why"]), said)
-    version = said["version"]
-    text = f"llama-cpp-python {version}; {' '.join(used_features(said['info']))}"
-    facts = said | {"bindings": "llama-cpp-python"}
-    if _release(version) < (0, 3, 36) or _release(version) >= (0, 4):
-        said_so = f"llama-cpp-python {version}; emlocal is made for 0.3.36 to 0.3.x, whose structures it uses"
-        return Finding("llama.cpp", "fail", said_so, (install.install_lines()[0],), facts)
-    unused = unused_features(machine.cpu().features, said["info"])
-    if unused:
-        text += f"; built without {' and '.join(unused)}, which this processor has: slow"
-        return Finding("llama.cpp", "warn", text, (install.rebuild_line(native=True),), facts)
-    return Finding("llama.cpp", "ok", text, facts=facts)
-
-
-def used_features(system_info: str) -> list[str]:
-    """What llama.cpp says it was built with: the names that it sets to 1."""
-    return re.findall(r"(\w+) = 1", system_info)
-
-
-def unused_features(features: tuple[str, ...], system_info: str) -> list[str]:
-    """Processor features that make a large difference and that this build of llama.cpp does not use."""
-    used = used_features(system_info)
-    return [f for f in ("AVX", "AVX2", "NEON") if f in features and f not in used]
+def _listed(known: Engine) -> Finding:
+    """An engine that is used when it is selected."""
+    try:
+        version = importlib.metadata.version(known.package)
+    except importlib.metadata.PackageNotFoundError:
+        extra = known.name.replace(".", "-")
+        text = f"not installed: pip install 'emlocal[{extra}]'"
+        return Finding(known.name, "info", text, facts={"installed": None})
+    text = f"{known.package} {version}: --backend {known.name}"
+    return Finding(known.name, "info", text, facts={"installed": version})
 
 
 def probe(module: str, info: str) -> dict[str, str]:
@@ -199,35 +182,6 @@ def _death(code: int) -> str:
         name = signal.Signals(-code).name
         return f"{name}: built for another processor" if name == "SIGILL" else name
     return "illegal instruction: built for another processor" if code == 0xC000001D else f"exit code {code}"
-
-
-def _mend(why: str) -> tuple[str, ...]:
-    """What to do about llama.cpp's bindings that cannot be imported."""
-    if "No module named 'llama_cpp'" in why:
-        compiler = () if install.compilers() else tuple(install.compiler_lines())
-        built, wheel = install.install_lines()
-        return (*compiler, built, f"or, without a compiler: {wheel}")
-    openmp = install.openmp_line()
-    if "libgomp" in why and openmp:
-        return (openmp,)
-    compiler = () if install.compilers() else tuple(install.compiler_lines())
-    return (*compiler, install.rebuild_line())
-
-
-def _release(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) if part.isdigit() else 0 for part in parts)
-
-
-def _other_engine(name: str, package: str) -> Finding:
-    """An engine that is used when asked for."""
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        extra = name.replace(".", "-")
-        text = f"not installed: pip install 'emlocal[{extra}]'"
-        return Finding(name, "info", text, facts={"installed": None})
-    return Finding(name, "info", f"{package} {version}: --backend {name}", facts={"installed": version})
 
 
 def compiler() -> Finding:
@@ -295,7 +249,7 @@ def size_of(folder: Path) -> int:
 
 def model() -> Finding:
     """The model that is used when none is named."""
-    from emlocal.backends.context import context_length
+    from emlocal.backends.options import context_length
     from emlocal.models import resolve, starter
     from emlocal.models.memory import check_memory
 

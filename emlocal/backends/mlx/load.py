@@ -1,41 +1,44 @@
 """From a model folder to a model, and to a running engine."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
-
-from mlx.nn.layers.base import Module
 
 from emlocal.backends.base import LoadOptions, ModelInfo
-from emlocal.backends.mlx.backend import MLXBackend, check_kv_type
-from emlocal.backends.mlx.lora import attach
+from emlocal.backends.engine import Opened
+from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective
+from emlocal.backends.mlx.backend import MLXBackend
+from emlocal.backends.mlx.device import Place, choose_place
+from emlocal.backends.mlx.lora import attach, linear_layers
 from emlocal.backends.mlx.model import context_of, load_model, windows
-from emlocal.backends.mlx.place import Place, choose_place
+from emlocal.backends.slots import check_kv_type
+from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import FolderHeader, read_folder_header
 from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Opened:
+class MLXModel(Opened):
     """A model in MLX, to be trained or made an engine of."""
 
-    engine: ClassVar[Literal["mlx"]] = "mlx"
-    model: Module
-    tokenizer: Tokenizer
-    info: ModelInfo
     place: Place
 
     def backend(self, options: LoadOptions, *, on_device_sampler: bool | None = None) -> MLXBackend:
-        """The engine on this model as it is at any time; see MLXBackend. The adapters of `options` have to
-        be attached already."""
         return MLXBackend(
             self.model, self.tokenizer, self.info, options, self.place, on_device_sampler=on_device_sampler
         )
 
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        return linear_layers(self.model)
 
-def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> Opened:
+    def entropy_learner(
+        self, adapter: Adapter, descent: Descent, objective: EntropyObjective, *, checkpointing: bool
+    ) -> EntropyLearner:
+        from emlocal.backends.mlx.learner import MLXEntropyLearner
+
+        return MLXEntropyLearner(self.model, adapter, descent, objective, checkpointing=checkpointing)
+
+
+def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> MLXModel:
     """The model in `folder`, loaded. `name`: what people call it.
 
     Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
@@ -44,7 +47,7 @@ def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str
     return _open(header, choose_place(header.tensors, device, dtype), name)
 
 
-def _open(header: FolderHeader, place: Place, name: str) -> Opened:
+def _open(header: FolderHeader, place: Place, name: str) -> MLXModel:
     tokenizer = Tokenizer(header.path)
     model = load_model(header, place)
     info = ModelInfo(
@@ -58,7 +61,7 @@ def _open(header: FolderHeader, place: Place, name: str) -> Opened:
         eos=tokenizer.eos,
         sampling=header.sampling,
     )
-    return Opened(model, tokenizer, info, place)
+    return MLXModel(model, tokenizer, info, place)
 
 
 def open_folder(
@@ -82,7 +85,7 @@ def open_folder(
     """
     header = read_folder_header(folder)
     place = choose_place(header.tensors, device, dtype)
-    check_kv_type(options.kv_type, place.format)
+    check_kv_type("mlx", options.kv_type, place.format)
     adapters = [(in_memory(adapter, base), scale) for adapter, scale in options.adapters]
     opened = _open(header, place, name)
     for adapter, strength in adapters:

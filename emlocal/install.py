@@ -12,9 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-REQUIREMENT = "llama-cpp-python>=0.3.36,<0.4"
-WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/cpu"
-
 _COMPILERS = {
     "Debian, Ubuntu": "sudo apt-get install build-essential cmake",
     "Fedora, RHEL": "sudo dnf install gcc-c++ cmake",
@@ -102,19 +99,6 @@ def installer() -> list[str]:
     return [sys.executable, "-m", "pip", "install"]
 
 
-def install_lines() -> list[str]:
-    """The two ways to get llama.cpp's bindings: built here, or a wheel that is built already."""
-    base = [*installer(), REQUIREMENT]
-    return [_line(base), _line([*base, "--extra-index-url", WHEEL_INDEX])]
-
-
-def rebuild_line(*, native: bool = False) -> str:
-    """Build the bindings anew for this processor."""
-    uv = installer()[0] == "uv"
-    again = ["--reinstall", "--no-cache"] if uv else ["--force-reinstall", "--no-deps", "--no-cache-dir"]
-    line = _line([*installer(), *again, "--no-binary", "llama-cpp-python", REQUIREMENT])
-    return f"CMAKE_ARGS=-DGGML_NATIVE=on {line}" if native and os.name == "posix" else line
-
-
-def _line(command: list[str]) -> str:
+def line(command: list[str]) -> str:
+    """A command as it is typed here."""
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
