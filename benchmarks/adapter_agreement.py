@@ -69,8 +69,8 @@ def main() -> None:
     import numpy as np
 
     from emlocal.backends.options import LoadOptions
-    from emlocal.backends.select import load_backend
-    from emlocal.backends.torch.opening import open_folder
+    from emlocal.backends.select import engine
+    from emlocal.backends.torch.load import open_folder
     from emlocal.generation.prompt import chat_tokens
     from emlocal.models.adapters.merge import merge, open_model
     from emlocal.models.adapters.reading import read_adapter
@@ -89,10 +89,10 @@ def main() -> None:
         engines = {
             "torch": lambda: open_folder(folder, options, dtype="float32"),
             "torch, merged": lambda: open_folder(merged, LoadOptions(context=1024), dtype="float32"),
-            "llama.cpp, float32": lambda: load_backend("llama.cpp", resolve(str(exact)), options),
-            "llama.cpp, quantized": lambda: load_backend("llama.cpp", model, options),
-            "llama.cpp, quantized, no adapter": lambda: load_backend(
-                "llama.cpp", model, LoadOptions(context=1024)
+            "llama.cpp, float32": lambda: engine("llama.cpp").load(resolve(str(exact)), options),
+            "llama.cpp, quantized": lambda: engine("llama.cpp").load(model, options),
+            "llama.cpp, quantized, no adapter": lambda: engine("llama.cpp").load(
+                model, LoadOptions(context=1024)
             ),
         }
         for name, load in engines.items():

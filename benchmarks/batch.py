@@ -58,7 +58,7 @@ def prompts_of_a_length(backend: Any) -> list[list[int]]:
 def bare_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
     """Seconds of `steps` of llama_decode over all sequences, no sampling: fixed tokens."""
     from emlocal.backends.base import Feed
-    from emlocal.backends.llama_cpp.batch import Batch
+    from emlocal.backends.llama_cpp.native import Batch
 
     sequences = [backend.open() for _ in prompts]
     backend.forward([Feed(s, p, wanted=False) for s, p in zip(sequences, prompts, strict=True)])

@@ -47,7 +47,7 @@ def arguments(description: str, parts: Sequence[str] = (), **extra: int) -> argp
 
 def circumstances() -> dict[str, Any]:
     """Machine, commit and versions: what a figure means nothing without."""
-    from emlocal.diagnosis import machine
+    from emlocal import machine
 
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     packages = ("numpy", "llama-cpp-python", "mlx", "mlx-lm", "typer", "rich")

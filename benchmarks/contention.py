@@ -23,7 +23,7 @@ NEIGHBOURS = ("alone", "one busy core", "another decoder")
 def decode_for(seconds: float) -> float:
     """Milliseconds a token."""
     from emlocal.backends.base import Feed
-    from emlocal.backends.llama_cpp.bare import bare_decode
+    from emlocal.backends.llama_cpp.backend import bare_decode
 
     with generator("smollm2-135m") as running:
         backend = running.backend

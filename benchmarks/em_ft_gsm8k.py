@@ -43,10 +43,10 @@ def difference(before: list[bool], after: list[bool]) -> tuple[float, float, flo
 def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: float) -> list[dict[str, Any]]:
     """A row a question."""
     from emlocal.backends.options import LoadOptions
-    from emlocal.backends.select import load_backend
+    from emlocal.backends.select import engine
     from emlocal.generation.prompt import chat_tokens, with_system
     from emlocal.generation.scheduler import SPARE_SEQUENCES
-    from emlocal.methods.answers import equivalent, extract
+    from emlocal.methods.extraction import equivalent, extract
     from emlocal.models.resolve import resolve
     from emlocal.training.prompts import read_prompts
     from emlocal.training.rollouts import draw_rollouts, repetition
@@ -64,7 +64,7 @@ def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: fl
         shared=False,
         adapters=((adapter, 1.0),) if adapter else (),
     )
-    backend = load_backend("llama.cpp", resolve(str(chosen.model_file)), options)
+    backend = engine("llama.cpp").load(resolve(str(chosen.model_file)), options)
     settings = FineTuneSettings(
         rollout_temperature=max(temperature, 1e-6), seed=chosen.seed, max_tokens=MAX_TOKENS
     )

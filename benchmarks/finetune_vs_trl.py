@@ -34,18 +34,17 @@ def sequences(steps: int, vocabulary: int) -> list[list[int]]:
 
 
 def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
-    from emlocal.backends.cpu import peak_memory
     from emlocal.backends.learner import Descent, EntropyObjective
-    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-    from emlocal.backends.torch.learner import linear_layers, use_threads
-    from emlocal.backends.torch.opening import open_model
+    from emlocal.backends.torch.learner import TorchEntropyLearner
+    from emlocal.backends.torch.load import open_model
+    from emlocal.backends.torch.lora import linear_layers
+    from emlocal.machine import peak_memory
     from emlocal.training.batching import micro_batches, token_weights
     from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings
 
-    use_threads(threads)
-    opened = open_model(folder, dtype="bfloat16")
+    opened = open_model(folder, dtype="bfloat16", threads=threads)
     learner = TorchEntropyLearner(
         opened.model,
         new_adapter(linear_layers(opened.model), FineTuneSettings()),
@@ -74,7 +73,7 @@ def trl(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from emlocal.backends.cpu import peak_memory
+    from emlocal.machine import peak_memory
 
     torch.set_num_threads(threads)
     times: list[float] = []

@@ -38,7 +38,7 @@ _ENGINE = """
 import json, os, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from emlocal.backends.base import Feed
-from emlocal.backends.context import context_length
+from emlocal.backends.options import context_length
 from emlocal.backends.llama_cpp.backend import LlamaCppBackend
 from emlocal.backends.llama_cpp.library import load_library
 from emlocal.backends.llama_cpp.loading import Loading

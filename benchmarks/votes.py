@@ -26,7 +26,7 @@ from emlocal.evaluation.runner import answers_path
 from emlocal.evaluation.statistics import bootstrap_mean, sign_flip
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.task import Task
-from emlocal.methods.answers import canonical
+from emlocal.methods.extraction import canonical
 
 
 @dataclass(frozen=True)

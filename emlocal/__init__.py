@@ -7,9 +7,8 @@ From Python: `emlocal.load("smollm2:135m")` can generate, stream and batch (emlo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from emlocal.api import Answer, Model, load
+    from emlocal.api import Answer, Method, Model, load
     from emlocal.evaluation.runner import evaluate
-    from emlocal.methods.method import Method
     from emlocal.settings import AdaptiveTemperature, EMInf
     from emlocal.training.runner import finetune, rl
 
@@ -20,7 +19,7 @@ _WHERE = {
     "AdaptiveTemperature": "emlocal.settings",
     "Answer": "emlocal.api",
     "EMInf": "emlocal.settings",
-    "Method": "emlocal.methods.method",
+    "Method": "emlocal.api",
     "Model": "emlocal.api",
     "evaluate": "emlocal.evaluation.runner",
     "finetune": "emlocal.training.runner",

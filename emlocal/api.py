@@ -14,7 +14,8 @@ from emlocal's defaults. The config file is the command line's and is not read h
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -24,22 +25,24 @@ from emlocal.batch.lines import parse_object
 from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
-from emlocal.generation import Completion, Generator, Piece, Request, Timings
-from emlocal.generation.decode import Event
-from emlocal.generation.entropy import EntropySummary, summarize
-from emlocal.generation.prompt import chat_tokens, with_system
+from emlocal.generation import Completed, Completion, Scheduler, Timings, Token
+from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
+from emlocal.generation.sample import EntropySummary, summarize
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.generation.tokenizing import text_tokens
 from emlocal.loading import load as load_shared
-from emlocal.loading import load_for_batch
-from emlocal.methods.method import Method, MethodName
+from emlocal.loading import load_for_batch, warn_in_python
+from emlocal.methods import Chosen
+from emlocal.methods.asking import Answered, Question, ask_one
 from emlocal.models.templates import Message
-from emlocal.sampling import Draw, EMStep, SamplingParams, Uniforms
+from emlocal.sampling import Draw, EMStep, SamplingParams
 from emlocal.settings import Given, Plan, Resolved, resolve_settings
 from emlocal.settings.engine import BackendName, EngineOptions, KVName
 from emlocal.settings.resolve import GENERATION
 from emlocal.settings.table import NAMES
 
+Method = Chosen
+"""How prompts are answered: `Method("self-consistency", samples=8)`, `Method("em-inf:paper")`."""
+_KEPT = 1  # sequences more, for earlier conversations: they share room
 Prompt = str | Sequence[Message]
 """A question, or messages of a conversation ({"role", "content"}), the last of them the user's."""
 
@@ -89,6 +92,10 @@ class Answer:
     draws: list[Draw]
     """One a token: entropies, EM steps, probabilities. Nats."""
     timings: Timings
+    completions: Sequence[Completion] = ()
+    """All samples, where the method draws several."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What the method says of it: of self-consistency "answer" and "votes"."""
 
     @property
     def entropy(self) -> EntropySummary:
@@ -121,34 +128,58 @@ def load(
     model = None if name is None else str(name)
     wanted = EngineOptions(model, backend, (), context, threads, kv_type, offline)
     if parallel == 1:
-        return Model(load_shared(wanted, adapters, sequences=SPARE_SEQUENCES + 2).backend, 1)
-    loaded = load_for_batch(wanted, parallel, adapters, spare=1)  # the one is the generator's
-    return Model(loaded.backend, parallel)
+        return Model(load_shared(wanted, adapters, sequences=1 + SPARE_SEQUENCES + _KEPT).backend, 1)
+    return Model(load_for_batch(wanted, parallel, adapters).backend, parallel)
 
 
 class Model:
     """A loaded model. Not for use from two threads at once. A context manager: `close` frees its memory."""
 
     def __init__(self, backend: Backend, parallel: int) -> None:
-        """For `load`. `backend` holds `SPARE_SEQUENCES` + 1 sequences more than `parallel`."""
+        """For `load`. `backend` holds `SPARE_SEQUENCES` more sequences than `parallel`; what it can hold
+        beyond them keeps earlier conversations."""
         self.backend = backend
         self.parallel = parallel
-        self._generator = Generator(backend)
+        self.runner = Scheduler(backend, parallel)
         self._open = True
 
-    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Answer:
+    def generate(
+        self, prompt: Prompt, *, method: Method | str | None = None, **settings: Unpack[Settings]
+    ) -> Answer:
         """Answer a prompt.
 
+        Args:
+            prompt: a question, or the messages of a conversation.
+            method: as for `batch`.
         Raises UsageError for settings out of range, ContextFullError for a prompt that does not fit.
         """
-        events = self._run(prompt, settings)
-        done = next(event for event in events if isinstance(event, Completion))
-        return Answer(done.text, done.finish_reason, done.tokens, done.draws, self._generator.timings)
+        for event in self._ask(prompt, _chosen(method), settings):
+            if isinstance(event, Answered):
+                outcome = event.asking.result()
+        done = outcome.completion
+        return Answer(
+            done.text,
+            done.finish_reason,
+            done.tokens,
+            done.draws,
+            outcome.timings,
+            outcome.completions,
+            outcome.fields,
+        )
 
-    def stream(self, prompt: Prompt, **settings: Unpack[Settings]) -> Iterator[str]:
-        """The answer's text, piece by piece as it becomes certain. Raises as `generate` does."""
-        for event in self._run(prompt, settings):
-            text = event.text if isinstance(event, Piece) else event.tail
+    def stream(
+        self, prompt: Prompt, *, method: Method | str | None = None, **settings: Unpack[Settings]
+    ) -> Iterator[str]:
+        """The answer's text, piece by piece as it becomes certain, in one piece where the method comes to it
+        in the end. Takes and raises what `generate` does."""
+        chosen = _chosen(method)
+        for event in self._ask(prompt, chosen, settings):
+            if isinstance(event, Answered):
+                text = "" if chosen.streams else event.asking.result().completion.text
+            elif chosen.streams:
+                text = event.text if isinstance(event, Token) else event.completion.tail
+            else:
+                continue
             if text:
                 yield text
 
@@ -156,7 +187,7 @@ class Model:
         self,
         lines: Iterable[str | Mapping[str, Any]],
         *,
-        method: Method | MethodName | None = None,
+        method: Method | str | None = None,
         ordered: bool = True,
         keep: bool = False,
         **settings: Unpack[Settings],
@@ -165,7 +196,7 @@ class Model:
 
         Args:
             lines: prompts, or objects as in a line of `emlocal batch`'s input; read as they are needed.
-            method: a name, or with samples and more: `Method("self-consistency", samples=8)`.
+            method: a name such as "self-consistency:8", or with settings: `Method("min-p", samples=8)`.
             ordered: rows in the order of the lines; otherwise as they are finished.
             keep: carry a line's other fields through, under "kept".
         A line that cannot be answered becomes a row with "error". Raises UsageError for bad settings.
@@ -173,21 +204,19 @@ class Model:
         self._check_open()
         if isinstance(lines, str):
             raise UsageError("lines is one text; a batch takes a list of them")
-        method = Method(method) if isinstance(method, str) else method or Method()
-        resolved = self._resolved(settings)
-        params = method.params(resolved.params, resolved.chosen)
+        chosen, resolved = _chosen(method), self._resolved(settings)
         shared = BatchSettings(
-            replace(resolved.plan, params=params, samples=method.samples_per_prompt),
-            method,
+            chosen.plan(resolved.plan, resolved.chosen),
+            chosen,
             resolved.chosen,
             settings.get("system"),
             settings.get("raw", False),
             keep=keep,
             ordered=ordered,
         )
-        self._generator.forget()  # where all share one room, it is needed
+        self.runner.forget()  # a batch is the same whatever came before it
         items = (parse_object(number, line) for number, line in enumerate(lines, start=1))
-        return Batch(self.backend, items, shared, parallel=self.parallel).rows()
+        return Batch(self.backend, items, shared, runner=self.runner, warn=warn_in_python).rows()
 
     def close(self) -> None:
         """Free the model's memory; it cannot be used afterwards."""
@@ -207,20 +236,24 @@ class Model:
         if not self._open:
             raise UsageError("the model is closed", "load it again")
 
-    def _run(self, prompt: Prompt, settings: Settings) -> Iterator[Event]:
+    def _ask(
+        self, prompt: Prompt, method: Method, settings: Settings
+    ) -> Iterator[Token | Completed | Answered]:
         self._check_open()
-        plan = self._resolved(settings).plan
-        request = Request(plan.params, Uniforms(plan.seed), plan.max_tokens, plan.stop)
-        return self._generator.run(self._tokens(prompt, settings), [request])
+        resolved = self._resolved(settings)
+        plan = method.plan(resolved.plan, resolved.chosen)
+        encode = partial(prompt_tokens, self.backend)
+        question = Question(self._asked(prompt, settings), plan, encode, at_once=True)
+        return ask_one(self.runner, method.collecting, question)
 
-    def _tokens(self, prompt: Prompt, settings: Settings) -> list[int]:
+    def _asked(self, prompt: Prompt, settings: Settings) -> Asked:
         system = settings.get("system")
         if settings.get("raw", False):
             if not isinstance(prompt, str) or system is not None:
                 raise UsageError("a raw prompt is one text, without roles")
-            return text_tokens(self.backend, prompt, add_special=True, parse_special=True)
+            return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        return chat_tokens(self.backend, with_system(messages, system))
+        return for_template(self.backend.info, with_system(messages, system), warn_in_python)
 
     def _resolved(self, settings: Settings) -> Resolved:
         """The settings over the model's own. Raises UsageError for unknown names and values out of range."""
@@ -231,6 +264,10 @@ class Model:
         return resolve_settings(("keyword", given), base=base, words=NAMES).with_model(
             self.backend.info.sampling
         )
+
+
+def _chosen(method: Method | str | None) -> Method:
+    return method if isinstance(method, Method) else Method(method)
 
 
 def _em_keywords(settings: Settings) -> Given:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from emlocal.errors import EmlocalError
 from emlocal.formatting import counted, human_size
 from emlocal.models.storage import Progress, silent
+from emlocal.text import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,15 +72,6 @@ def write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()
-
-
-# A model may say anything, escape codes that repaint or retitle a terminal among it: not to a terminal.
-CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-
-
-def harmless(text: str) -> str:
-    """A file's or a model's text in a form that any terminal takes: no escape codes, no half characters."""
-    return text.translate(CONTROLS).encode(errors="replace").decode()
 
 
 def print_json(value: Any) -> None:

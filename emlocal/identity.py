@@ -87,14 +87,11 @@ def batch_identity(settings: "BatchSettings", loaded: "Loaded") -> dict[str, obj
     """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
     from emlocal.models.adapters.reading import adapter_files
 
-    plan, method, backend = settings.plan, settings.method, loaded.backend
+    plan, backend = settings.plan, loaded.backend
     return {
         "model": fingerprint(*loaded.model.files),
         "adapters": [[fingerprint(*adapter_files(path)), scale] for path, scale in loaded.adapters],
-        "method": method.name,
-        "rounds": method.revisions,
-        "extract": method.extraction,
-        "extract-pattern": method.pattern,
+        **settings.method.identity(),
         "system": settings.system,
         "raw": settings.raw,
         "keep": settings.keep,

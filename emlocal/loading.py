@@ -10,9 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emlocal.backends.context import context_length
-from emlocal.backends.options import BATCH_CONTEXT, LoadOptions
-from emlocal.backends.select import formats_of, load_backend, memory_terms, rooms, select_backend
+from emlocal.backends.engine import Engine
+from emlocal.backends.options import BATCH_CONTEXT, LoadOptions, context_length
+from emlocal.backends.select import engine, select_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
@@ -120,21 +120,22 @@ def _load(
 ) -> Loaded:
     _check(wanted)
     name, reason = select_backend(wanted.backend or "auto", wanted.model)
+    chosen = engine(name)
     adapters = [*map(adapter_and_scale, wanted.adapter), *adapters]
-    model = resolve(wanted.model, formats=formats_of(name), offline=wanted.offline, progress=progress)
+    model = resolve(wanted.model, formats=chosen.formats, offline=wanted.offline, progress=progress)
     start_process(model.header.chat_template)
     with ExitStack() as opened:
-        read = tuple((_read(path, model, name, opened, warn), scale) for path, scale in adapters)
+        read = tuple((_read(path, model, chosen, opened, warn), scale) for path, scale in adapters)
         trained = model.header.context_length
         asked = wanted.context or (None if shared else min(trained, BATCH_CONTEXT))
         context = context_length(asked, trained)
-        terms = memory_terms(name, model.header, wanted.kv_type)
+        terms = chosen.memory_terms(model.header, wanted.kv_type)
         count = (sequences or _as_many_as_fit(model.header, context, terms, spare)) + spare
-        check_memory(model.header, context, terms, n_seqs=rooms(name, count, shared))
-        options = LoadOptions(context, count, shared, wanted.threads, wanted.kv_type, read)
+        check_memory(model.header, context, terms, n_seqs=chosen.contexts_to_reserve(count, shared))
+        options = LoadOptions(context, count, shared, wanted.threads, wanted.kv_type, read, warn)
         # llama.cpp calls back while it loads: nothing may be raised there
         with interruptible() as cancelled:
-            backend = load_backend(name, model, options, progress, meanwhile=partial(_prepare, model.header))
+            backend = chosen.load(model, options, progress, partial(_prepare, model.header))
     if cancelled.requested:
         backend.close()
         raise KeyboardInterrupt
@@ -143,8 +144,8 @@ def _load(
 
 def _prepare(header: ModelHeader) -> None:
     """Import and compile what the first answer will need."""
-    import emlocal.answers
-    import emlocal.generation.prompt  # noqa: F401
+    import emlocal.generation.prompt
+    import emlocal.rendering  # noqa: F401
     from emlocal.models.templates import prepare
 
     prepare(header.chat_template)
@@ -165,14 +166,14 @@ def _check(wanted: EngineOptions) -> None:
         raise UsageError(f"--threads is {wanted.threads}; it must be between 1 and {4 * cores} here")
 
 
-def _read(path: Path, model: Model, engine: str, opened: ExitStack, warn: Warn) -> "Adapter | Path":
+def _read(path: Path, model: Model, chosen: Engine, opened: ExitStack, warn: Warn) -> "Adapter | Path":
     """An adapter in the form that the engine takes, checked before the model is loaded: its numbers, or a
     GGUF file for an engine that knows no other format, which lasts as long as `opened`."""
     from emlocal.models.adapters.origin import other_base
     from emlocal.models.adapters.reading import as_gguf, read_adapter
 
     found: Adapter | Path
-    if formats_of(engine) == ("gguf",):
+    if chosen.formats == ("gguf",):
         assert not isinstance(model, FolderModel)
         found = opened.enter_context(as_gguf(path, model.header))
     else:

@@ -5,6 +5,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# A model may say anything, escape codes that repaint or retitle a terminal among it: not to a terminal.
+CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+def harmless(text: str) -> str:
+    """A file's or a model's text in a form that any terminal takes: no escape codes, no half characters."""
+    return text.translate(CONTROLS).encode(errors="replace").decode()
+
 
 def well_formed(text: str) -> str:
     """The text with halves of characters joined where they are pairs, and U+FFFD for those that are alone.

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from emlocal.backends.engine import wait_briefly
 from emlocal.backends.llama_cpp.library import load_library
 from emlocal.models import starter
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack
+from tests.examples import register
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_pair import ModelPair, write_pair
 
+wait_briefly()  # before a test loads torch: its threads would spin, and take the cores from one another
+register()
 DATA = Path(__file__).parent / "data"
 SMOLLM2 = Path.home() / ".cache" / "emlocal-bench" / "smollm2-135m-instruct-q4_1.gguf"
 RECORDED = ("smollm2", "qwen2.5-coder")

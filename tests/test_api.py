@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,47 @@ def test_batch_with_a_method(model: emlocal.Model) -> None:
     assert row["votes"] >= 1
 
 
+def test_methods_answer_one_prompt(model: emlocal.Model) -> None:
+    settings = {"raw": True, "max_tokens": 6, "temperature": 2.0}
+    vote = model.generate(
+        "a", method=emlocal.Method("self-consistency", samples=4, extraction="none"), **settings
+    )
+    assert vote.fields["votes"] >= 1
+    assert vote.text.strip() == vote.fields["answer"]
+    assert len({completion.text for completion in vote.completions}) > 1
+    pieces = list(model.stream("a", method="self-consistency:4", **settings))
+    assert pieces == [model.generate("a", method="self-consistency:4", **settings).text]
+    revised = model.generate("a", method="sequential-refinement:1", **settings)
+    assert revised.timings.generated_tokens == 12
+    assert (
+        model.generate("a", raw=True, max_tokens=6, method="greedy").tokens
+        == model.generate("a", raw=True, max_tokens=6, temperature=0).tokens
+    )
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_conversations_by_turns_read_only_what_is_new(smollm2: GGUFModel, parallel: int) -> None:
+    with emlocal.load(smollm2.path, parallel=parallel, context=512, threads=1) as one:
+        chats: list[list[dict[str, str]]] = [[], []]
+        held = [0, 0]
+        for turn in range(3):
+            for i, said in enumerate(chats):
+                said.append({"role": "user", "content": f"Question {turn} to you, {'Ada' if i else 'Max'}?"})
+                answer = one.generate(said, temperature=0, max_tokens=6)
+                assert turn == 0 or answer.timings.cached_tokens == held[i]
+                held[i] = answer.timings.prompt_tokens + answer.timings.generated_tokens - 1
+                said.append({"role": "assistant", "content": answer.text})
+
+
+def test_streams_side_by_side(model: emlocal.Model) -> None:
+    settings = {"raw": True, "max_tokens": 12, "temperature": 1.5}
+    alone = [model.generate(text, **settings).text for text in ("the cat", "a dog")]
+    one, two = (model.stream(text, **settings) for text in ("the cat", "a dog"))
+    together = [*zip_longest(one, two, fillvalue="")]
+    assert ["".join(pieces) for pieces in zip(*together, strict=True)] == alone
+
+
 def test_one_at_a_time_in_shared_room(tiny_model: GGUFModel) -> None:
     with emlocal.load(tiny_model.path, context=64, threads=1) as one:
         one.generate("x" * 20, raw=True, max_tokens=30)  # holds some of the room
@@ -99,8 +141,9 @@ def test_settings_that_cannot_be_meant(model: emlocal.Model) -> None:
         emlocal.load(Path("nowhere.gguf"))
     with pytest.raises(UsageError, match="one text"):
         model.batch("abc")
-    with pytest.raises(UsageError, match="--method"):
-        model.batch(["abc"], method="nope")
+    for call in (model.batch, model.generate):
+        with pytest.raises(UsageError, match="there is no method 'nope'"):
+            call("abc" if call == model.generate else ["abc"], method="nope")
     with pytest.raises(UsageError, match="parallel"):
         emlocal.load(parallel=0)
 

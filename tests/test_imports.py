@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,30 +20,34 @@ ENGINES = {
     "peft": "backends/torch",
 }
 HEAVY = {*ENGINES, "huggingface_hub"}
-BELOW = {
-    "cli": {
-        "batch",
-        "chat",
-        "training",
-        "evaluation",
-        "plotting",
-        "generation",
-        "sampling",
-        "em",
-        "backends",
-        "models",
-    },
-    "plotting": {"evaluation", "generation", "sampling"},
-    "chat": {"generation", "sampling", "em", "backends", "models"},
-    "evaluation": {"batch", "generation", "sampling", "em", "backends", "models"},
-    "training": {"generation", "sampling", "em", "backends", "models"},
-    "generation": {"sampling", "em", "backends", "models"},
-    "backends": {"sampling", "em", "models"},
-    "sampling": {"em"},
-    "models": set(),
-    "em": set(),
-}
-"""What each room may import of the others."""
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
+    ("cli",),
+    ("__init__",),
+    ("api", "chat", "diagnosis", "measure", "plotting"),
+    ("evaluation", "training"),
+    ("batch",),
+    ("loading",),
+    ("answers",),
+    ("methods",),
+    ("generation",),
+    ("backends",),
+    ("sampling",),
+    ("identity",),
+    ("settings",),
+    ("em",),
+    ("console", "install", "machine"),
+    ("models",),
+    ("cancel", "files", "formatting", "jsonl", "text"),
+    ("backends/__init__", "settings/table"),
+    ("errors",),
+)
+"""The rooms: packages and modules of emlocal. Each may import those of the layers below its own. Two parts
+are lower than the rest of their rooms: the table of engines' names, and what a setting is."""
+UPWARD = {("models", "identity")}
+"""But for this: identity.py has all names and digests that files hold, those of models too."""
+PRINT = {"answers", "chat", "cli", "console", "plotting"}
+"""The rooms that may print, or make what is printed. Others return, raise, or call what they were given."""
 
 
 def modules_after(code: str) -> set[str]:
@@ -60,7 +64,8 @@ def modules_after(code: str) -> set[str]:
     [
         ("import emlocal", HEAVY | {"numpy", "jinja2", "rich", "typer"}),
         ("import emlocal.settings, emlocal.errors", HEAVY | {"numpy"}),
-        ("import emlocal.em, emlocal.em.fast", HEAVY | {"rich", "typer", "jinja2", "emlocal.sampling"}),
+        ("import emlocal.em.steps", HEAVY | {"numpy"}),
+        ("import emlocal.em.fast_em_inf", HEAVY | {"rich", "typer", "jinja2", "emlocal.sampling"}),
         ("import emlocal.sampling", HEAVY | {"rich", "typer", "jinja2", "emlocal.generation"}),
         ("import emlocal.generation", HEAVY | {"rich", "typer", "jinja2", "emlocal.cli"}),
         ("import emlocal.backends.base, emlocal.backends.select, emlocal.backends.fake", HEAVY),
@@ -94,7 +99,7 @@ def test_what_an_import_does_not_load(code: str, absent: set[str]) -> None:
 
 def test_em_imports_numpy_alone() -> None:
     known = {"numpy", "emlocal", *sys.stdlib_module_names}
-    for path in sorted((PACKAGE / "em").glob("*.py")):
+    for path in sorted((PACKAGE / "em").rglob("*.py")):
         for module, _ in imports(path):
             top, *rest = module.split(".")
             assert top in known, (path, module)
@@ -144,13 +149,57 @@ def test_only_an_engines_own_folder_imports_it(path: Path) -> None:
         assert home is None or inside.startswith(f"{home}/"), f"{inside}:{line} imports {module}"
 
 
+HEIGHT = {room: -i for i, layer in enumerate(LAYERS) for room in layer}
+ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES} - {"__init__"}
+
+
+def room_of(parts: Sequence[str]) -> str:
+    """The room of emlocal.<parts>; names in capitals, as emlocal.backends.ENGINES, are of the table there."""
+    if parts[0] == "backends" and len(parts) > 1 and (parts[1].isupper() or parts[1] == "__init__"):
+        return "backends/__init__"
+    part = "/".join(parts[:2])
+    return part if part in HEIGHT else parts[0]
+
+
+def test_every_room_has_a_place() -> None:
+    assert ROOMS | {"__init__"} == {room for room in HEIGHT if "/" not in room}
+    for part in (room for room in HEIGHT if "/" in room):
+        assert (PACKAGE / f"{part}.py").is_file()
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """(room, line) of what a file imports of emlocal, where that is more than for its types."""
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        todo += ast.iter_child_nodes(node)
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "emlocal" and rest and rest[0] in ROOMS:
+                yield room_of(rest), node.lineno
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     inside = path.relative_to(PACKAGE)
-    room = inside.parts[0]
-    if room not in BELOW:
+    own = room_of(inside.with_suffix("").parts)
+    for room, line in imported(path):
+        below = HEIGHT[room] < HEIGHT[own] or room.split("/")[0] == own.split("/")[0] or (own, room) in UPWARD
+        assert below, f"{inside}:{line}: {own} imports {room}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_else_prints(path: Path) -> None:
+    inside = path.relative_to(PACKAGE)
+    if inside.parts[0].removesuffix(".py") in PRINT:
         return
-    for module, line in imports(path):
-        parts = module.split(".")
-        if parts[0] == "emlocal" and len(parts) > 1 and parts[1] in BELOW and parts[1] != room:
-            assert parts[1] in BELOW[room], f"{inside}:{line}: {room} imports {module}"
+    found = {module.split(".")[0] for module, _ in imports(path)} & {"rich", "typer"}
+    assert not found, f"{inside} imports {found}"
+    assert "console" not in {room for room, _ in imported(path)}, f"{inside} imports the console"

@@ -10,6 +10,7 @@ import pytest
 
 import emlocal
 from emlocal import loading
+from emlocal.backends.engine import Engine
 from emlocal.errors import ModelError, UsageError
 from emlocal.models.adapters import reading
 from emlocal.models.adapters.gguf_lora import write_gguf
@@ -81,7 +82,7 @@ def test_an_adapter_that_does_not_fit_is_named_before_the_model_is_loaded(
     tiny_model: GGUFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_peft(random_adapter(layers=2), tmp_path / "wrong")
-    monkeypatch.setattr(loading, "load_backend", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="does not have"):
         emlocal.load(tiny_model.path, context=64, adapters=[(tmp_path / "wrong", 1.0)])
 

@@ -3,14 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.processes import Processes
 from emlocal.models.adapters.adapter import Adapter
 
+T = TypeVar("T")
 State = Mapping[str, NDArray[np.generic]]
 Floats = NDArray[np.float32]
 
@@ -33,6 +33,28 @@ class Descent:
 
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+
+
+class Processes:
+    """The processes of a training run: this one alone, or those that `accelerate launch` started.
+
+    Each has a device and the whole model. They answer and train on different rollouts, and tell each other
+    the results; everything else (rewards, guards, updates) each computes for itself, from the same numbers.
+    So they need not agree on anything but that.
+    """
+
+    rank = 0
+    """Which one this is. The first writes files and speaks."""
+    count = 1
+    device = "auto"
+    """What it is to compute on, where nobody says."""
+
+    def gather(self, own: T) -> list[T]:
+        """What each process has, in their order; all get the same."""
+        return [own]
+
+    def add_up(self, gradient: Any) -> None:
+        """Bring a gradient, one array of the engine's, in place to the sum over the processes."""
 
 
 class OutOfMemoryError(Exception):
@@ -174,7 +196,7 @@ class PolicyLearner(Learner):
     @abstractmethod
     def divergences(self, group: Sequence[Answer]) -> Floats:
         """How much a prompt's answers disagree at each position, [longest answer], see
-        `emlocal.em.policy_gradient.position_divergence`.
+        `emlocal.em.relatives.position_divergence`.
 
         Raises OutOfMemoryError.
         """
@@ -185,3 +207,19 @@ class PolicyLearner(Learner):
 
         Raises OutOfMemoryError, and ValueError where something is missing that the loss needs.
         """
+
+
+def padded(batch: Sequence[Answer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids int64 [B, L], and bool [B, L]: whether that position predicts a token of the answer.
+
+    Position t predicts token t + 1. So an answer's first token is predicted at the prompt's last, and its
+    last token (the end token, where there is one) is not fed at all. Padding is on the right.
+    """
+    longest = max(len(each.prompt) + len(each.answer) - 1 for each in batch)
+    tokens = np.zeros((len(batch), longest), dtype=np.int64)
+    predicts = np.zeros((len(batch), longest), dtype=np.bool_)
+    for i, each in enumerate(batch):
+        fed = (*each.prompt, *each.answer[:-1])
+        tokens[i, : len(fed)] = fed
+        predicts[i, len(each.prompt) - 1 : len(fed)] = True
+    return tokens, predicts

@@ -1,13 +1,25 @@
 """How a model is to be loaded. No numpy: a model is on its way into memory before that is imported."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from emlocal.errors import UsageError
 
 if TYPE_CHECKING:
     from emlocal.models.adapters.adapter import Adapter
 
 KVType = Literal["f32", "f16", "q8_0", "q4_0"]
+DEFAULT_CONTEXT = 8192
+BATCH_CONTEXT = 2048
+"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
+
+
+def python_warning(message: str) -> None:
+    """Say it as Python says warnings."""
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,20 @@ class LoadOptions:
     """None: f16 in llama.cpp, the model's own in torch and mlx."""
     adapters: tuple[tuple["Adapter | Path", float], ...] = ()
     """(LoRA adapter: as it was read, or a GGUF file, a PEFT or an MLX folder; scale)."""
+    warn: Callable[[str], None] = python_warning
+    """Told what the user should know while the model runs. An engine does not print."""
 
 
-DEFAULT_CONTEXT = 8192
-BATCH_CONTEXT = 2048
-"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
+def context_length(asked: int | None, trained: int) -> int:
+    """The tokens asked for; else the model's own length, at most `DEFAULT_CONTEXT`.
+
+    Raises UsageError for more than the model was trained for.
+    """
+    if asked is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if asked > trained:
+        raise UsageError(
+            f"--context {asked:,} is longer than the {trained:,} tokens the model was trained for",
+            f"use at most --context {trained}",
+        )
+    return asked

@@ -1,14 +1,31 @@
-"""What torch and mlx have in common: a tokenizer of their own, and a slot of a cache for each sequence."""
+"""What torch and mlx have in common: a tokenizer of their own, and a slot of a cache for each sequence.
 
-from abc import abstractmethod
-from collections.abc import Sequence, Set
-from typing import Protocol
+The rule for what is here and what is there twice: whatever runs on the host and would say the same in both is
+here, in chunking.py, device_sampler.py or learner.py: the contract's bookkeeping, options, settings, errors.
+Whatever touches an engine's arrays is in that engine's folder, in files of the same names (backend, cache,
+decoder, device, draw, em, learner, load, lora, model, objective, sampler), even where the two read alike: the
+libraries differ in what is quick, in what is exact and in when they compute, and one text for both would be a
+third library of arrays.
+"""
 
-from emlocal.backends.base import Backend, Feed, ModelInfo
-from emlocal.backends.context import context_length
-from emlocal.backends.options import LoadOptions
-from emlocal.errors import BackendError, ContextFullError
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence, Set
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
+from emlocal.backends.device_sampler import DeviceSampler, kernel_of
+from emlocal.backends.engine import Place
+from emlocal.backends.options import KVType, LoadOptions, context_length
+from emlocal.errors import BackendError, ContextFullError, UsageError
 from emlocal.formatting import counted
+from emlocal.sampling import Draw, Sampler
+
+BLOCK = 256
+"""Tokens; a cache's capacity is a multiple of it."""
+_KV_TYPES: dict[KVType, str] = {"f32": "float32", "f16": "float16"}
 
 
 class Tokenizer(Protocol):
@@ -28,36 +45,128 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes: ...
 
 
-class Slots(Protocol):
-    """What is asked of a cache here."""
+class SlotCache(ABC):
+    """Keys and values of all layers: cells for each token of each slot."""
 
+    slots = 0
+    capacity = 0
+
+    def reserve(self, slots: int, tokens: int, limit: int) -> None:
+        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens.
+
+        Array by array, so that there are never two of the whole cache. Where memory runs out it raises the
+        library's RuntimeError, and all is as before.
+        """
+        if tokens > self.capacity:
+            tokens = max(tokens, min(self.capacity * 3 // 2, limit))
+            tokens = (tokens + BLOCK - 1) // BLOCK * BLOCK
+        slots, tokens = max(slots, self.slots), max(tokens, self.capacity)
+        if (slots, tokens) == (self.slots, self.capacity):
+            return
+        try:
+            self._grow(slots, tokens)
+        except RuntimeError:
+            self._shrink()
+            raise
+        self.slots, self.capacity = slots, tokens
+
+    @abstractmethod
+    def _grow(self, slots: int, tokens: int) -> None:
+        """Bring every array to this size."""
+
+    @abstractmethod
+    def _shrink(self) -> None:
+        """Bring every array back to `slots` and `capacity`, after `_grow` failed half-way."""
+
+    @abstractmethod
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cells of one slot into another, empty one."""
 
+    @abstractmethod
     def clear(self, slot: int, start: int, stop: int) -> None:
-        """Zero these cells."""
+        """Zero these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Free everything."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+
+class Decoder(Protocol):
+    """What is asked of an engine's decoder here."""
+
+    @property
+    def cache(self) -> SlotCache: ...
+    def check(self) -> None:
+        """Raise ModelError for a model that it cannot run."""
 
 
 class SlotBackend(Backend):
-    """An engine whose sequences are the slots of a cache; each has room for the whole context."""
+    """An engine whose sequences are the slots of a cache; each has room for the whole context.
 
-    def __init__(self, tokenizer: Tokenizer, info: ModelInfo, options: LoadOptions) -> None:
+    Its logits, `_logits`, are an array of the engine's, float32 [rows, V]; None before the first call.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        options: LoadOptions,
+        place: Place,
+        sampler: DeviceSampler | None,
+    ) -> None:
+        """`sampler`: None to draw on the host; both draw the same tokens.
+
+        Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
+        """
         self.info = info
         self.context = context_length(options.context, info.trained_context)
         self.max_sequences = options.sequences
+        self._place = place
+        self._model, self._decoder = model, decoder
         self._tokenizer = tokenizer
         self._adapters = len(options.adapters)
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, int] = {}  # of the last call's logits, by sequence
-
-    @property
-    @abstractmethod
-    def _cache(self) -> Slots:
-        """Where keys and values are."""
+        self._logits: Any = None
+        self._sampler = sampler
+        self._host_sampler = Sampler(info.vocabulary)
+        decoder.check()
+        if not options.shared:  # all at once: better to fail now than in the middle of a batch
+            self._reserve(options.sequences, self.context)
 
     @abstractmethod
     def _reserve(self, slots: int, tokens: int) -> None:
         """Make room for so many slots of so many tokens. Raises BackendError where memory runs out."""
+
+    @abstractmethod
+    def _compute(self, feeds: Sequence[Feed], lengths: Sequence[int], cancelled: Callable[[], bool]) -> None:
+        """Run the passes and keep the rows that are wanted. `lengths`: tokens held before."""
+
+    @abstractmethod
+    def _fail(self, error: BaseException, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
+        """Bring the sequences back to these lengths after `_compute` raised an error.
+
+        Raises BackendError for an error of the library's that has a plainer name; the caller raises others.
+        """
+
+    @abstractmethod
+    def _on_host(self, at: int) -> NDArray[np.float32]:
+        """A row of the logits, float32 [V]; a view where it can be one."""
+
+    @abstractmethod
+    def _weights_bytes(self) -> int:
+        """Bytes of the model."""
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Let the library free what nothing refers to any more."""
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
@@ -72,14 +181,12 @@ class SlotBackend(Backend):
         return self._tokenizer.token_bytes(token)
 
     def open(self) -> int:
-        free = next((s for s in range(self.max_sequences) if s not in self._lengths), None)
-        if free is None:
-            raise BackendError(f"all {self.max_sequences} sequences are in use")
+        free = free_sequence(self._lengths, self.max_sequences)
         self._lengths[free] = 0
         return free
 
     def release(self, sequence: int) -> None:
-        self._cache.clear(sequence, 0, self._lengths.pop(sequence))
+        self._decoder.cache.clear(sequence, 0, self._lengths.pop(sequence))
         self._rows.pop(sequence, None)
 
     def length(self, sequence: int) -> int:
@@ -94,16 +201,31 @@ class SlotBackend(Backend):
             except BackendError:
                 del self._lengths[copy]
                 raise
-            self._cache.copy(sequence, copy, length)
+            self._decoder.cache.copy(sequence, copy, length)
         self._lengths[copy] = length
         return copy
 
     def trim(self, sequence: int, length: int) -> int:
         held = self._lengths[sequence]
         if length < held:
-            self._cache.clear(sequence, length, held)
+            self._decoder.cache.clear(sequence, length, held)
             self._lengths[sequence] = length
         return self._lengths[sequence]
+
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
+        self._rows, self._logits = {}, None
+        lengths = self._lengths_of(feeds)
+        longest = max(held + len(feed.tokens) for feed, held in zip(feeds, lengths, strict=True))
+        self._reserve(max(feed.sequence for feed in feeds) + 1, longest)
+        try:
+            self._compute(feeds, lengths, cancelled)
+        except BaseException as error:
+            self._rows, self._logits = {}, None
+            self._fail(error, feeds, lengths)
+            raise
+        for feed in feeds:
+            self._lengths[feed.sequence] += len(feed.tokens)
 
     def _lengths_of(self, feeds: Sequence[Feed]) -> list[int]:
         """What the sequences hold. Raises ContextFullError where the feeds do not fit."""
@@ -120,4 +242,51 @@ class SlotBackend(Backend):
     def _undo(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
         """Take away what was computed of a call that failed."""
         for feed, held in zip(feeds, lengths, strict=True):
-            self._cache.clear(feed.sequence, held, held + len(feed.tokens))
+            self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
+
+    def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        """Rows whose EM step has no kernel on the device are drawn on the host, by the step's reference."""
+        there = [i for i, row in enumerate(rows) if self._sampler and kernel_of(row.params.em)]
+        draws: dict[int, Draw] = {}
+        if there and self._sampler:
+            at = [self._rows[rows[i].sequence] for i in there]
+            drawn = self._sampler.sample(self._logits, at, [rows[i] for i in there])
+            draws = dict(zip(there, drawn, strict=True))
+        return [
+            draws[i]
+            if i in draws
+            else self._host_sampler.sample(self._on_host(self._rows[r.sequence]), r.params, r.u, r.seen)
+            for i, r in enumerate(rows)
+        ]
+
+    def logits(self, sequence: int) -> NDArray[np.float32]:
+        return self._on_host(self._rows[sequence]).copy()
+
+    def describe(self) -> str:
+        parts = [f"context {counted(self.context, 'token')}", self._place.describe(), *self._threads()]
+        return ", ".join([*parts, counted(self._adapters, "adapter")] if self._adapters else parts)
+
+    def _threads(self) -> Sequence[str]:
+        """How many the CPU computes with, where the engine has a say in that."""
+        return ()
+
+    def memory_bytes(self) -> int:
+        logits: int = 0 if self._logits is None else self._logits.nbytes
+        return self._weights_bytes() + self._decoder.cache.nbytes + logits
+
+    def close(self) -> None:
+        self._decoder.cache.drop()
+        self._rows, self._logits, self._lengths = {}, None, {}
+        del self._model, self._decoder
+        self._give_back()
+
+
+def check_kv_type(engine: str, asked: KVType | None, computed: str) -> None:
+    """Raise UsageError unless the keys and values that are asked for have the format that the model computes
+    them in ("float32")."""
+    if asked is not None and _KV_TYPES.get(asked) != computed:
+        raise UsageError(
+            f"--kv-type is {asked}; the {engine} engine keeps keys and values as the model"
+            f" computes them, in {computed}",
+            "leave --kv-type out",
+        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from emlocal.backends.base import Backend, Feed
 from emlocal.batch.lines import BadLine, Item
 from emlocal.batch.run import Batch, BatchSettings
+from emlocal.generation import Scheduler
 from emlocal.generation.parallel import Speed
 
 _PROBE_TOKENS = 128  # read once, to time the reading of prompts
@@ -60,7 +61,7 @@ def survey(
 ) -> Survey:
     """Check every line as a run would; revisions of refinement are not counted."""
     found = Survey()
-    batch = Batch(backend, lines, settings, parallel=speed.sequences)
+    batch = Batch(backend, lines, settings, runner=Scheduler(backend, speed.sequences))
     for task, prompt in batch.questions():
         found.lines += 1
         progress(found.lines)

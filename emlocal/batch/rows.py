@@ -1,21 +1,20 @@
 """Output rows: emlocal's own, and lines of OpenAI's batch output."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from emlocal.generation import Completion
-from emlocal.generation.entropy import summarize
-from emlocal.generation.scheduler import Finished
-from emlocal.methods.method import Vote
+from emlocal.generation.sample import summarize
+from emlocal.methods import Outcome
 
 Row = dict[str, Any]
 _ENDINGS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredLine:
     """A line with its answer."""
 
     key: str
@@ -23,36 +22,24 @@ class Answered:
     model: str
     method: str
     seed: int
-    rounds: Sequence[Finished[Any]]
-    """The answer, and each revision of it."""
-    vote: Vote | None
+    outcome: Outcome
     extra: Mapping[str, Any]
     """Fields of the line that are carried through."""
     entropies: bool = False
     """Whether emlocal's row has the entropy of each token."""
 
-    @property
-    def completions(self) -> Sequence[Completion]:
-        """The samples of the last round."""
-        return self.rounds[-1].completions
 
-    @property
-    def chosen(self) -> Completion:
-        """The sample that is the answer."""
-        index = self.vote.index if self.vote and self.vote.index is not None else 0
-        return self.completions[index]
-
-
-def own_row(answered: Answered) -> Row:
+def own_row(answered: AnsweredLine) -> Row:
     """emlocal's row."""
-    chosen, rounds = answered.chosen, answered.rounds
+    outcome = answered.outcome
+    chosen, rounds = outcome.completion, outcome.rounds
     every = [c for done in rounds for c in done.completions]
     row: Row = {
         "custom_id": answered.custom_id,
         "text": chosen.text,
         "finish_reason": chosen.finish_reason,
-        "prompt_tokens": sum(len(done.job.prompt) for done in rounds),
-        "cached_tokens": sum(done.cached_tokens for done in rounds),
+        "prompt_tokens": outcome.timings.prompt_tokens,
+        "cached_tokens": outcome.timings.cached_tokens,
         "completion_tokens": sum(len(c.tokens) for c in every),
         "forward_passes": sum(done.forward_passes for done in rounds),
         "seconds": round(sum(done.seconds for done in rounds), 4),
@@ -60,11 +47,10 @@ def own_row(answered: Answered) -> Row:
         "method": answered.method,
         "model": answered.model,
         "seed": answered.seed,
+        **outcome.fields,
     }
-    if answered.vote is not None:
-        row |= {"answer": answered.vote.answer, "votes": answered.vote.votes}
-    if len(answered.completions) > 1:
-        row["samples"] = [_sample(c) for c in answered.completions]
+    if len(outcome.completions) > 1:
+        row["samples"] = [_sample(c) for c in outcome.completions]
     if len(rounds) > 1:
         row["rounds"] = [done.completions[0].text for done in rounds]
     if answered.entropies:
@@ -86,9 +72,10 @@ def _sample(completion: Completion) -> Row:
     }
 
 
-def openai_row(answered: Answered) -> Row:
+def openai_row(answered: AnsweredLine) -> Row:
     """A line as OpenAI's batch output has it; what it has no place for is under "emlocal"."""
     own = own_row(answered)
+    beside = ["entropy", "method", "seed", "forward_passes", "seconds", *answered.outcome.fields, "kept"]
     choices = [
         {
             "index": i,
@@ -96,7 +83,7 @@ def openai_row(answered: Answered) -> Row:
             "finish_reason": _ENDINGS[c.finish_reason],
             "logprobs": None,
         }
-        for i, c in enumerate(answered.completions)
+        for i, c in enumerate(answered.outcome.completions)
     ]
     body = {
         "id": f"emlocal-{answered.key}",
@@ -109,11 +96,7 @@ def openai_row(answered: Answered) -> Row:
             "completion_tokens": own["completion_tokens"],
             "total_tokens": own["prompt_tokens"] + own["completion_tokens"],
         },
-        "emlocal": {
-            name: own[name]
-            for name in ("entropy", "method", "seed", "forward_passes", "seconds", "answer", "votes", "kept")
-            if name in own
-        },
+        "emlocal": {name: own[name] for name in beside if name in own},
     }
     response = {"status_code": 200, "request_id": f"emlocal-{answered.key}", "body": body}
     return {"id": answered.key, "custom_id": answered.custom_id, "response": response, "error": None}

@@ -1,4 +1,4 @@
-"""From lines to rows: what each line asks becomes a job, what comes of it becomes a row.
+"""From lines to rows: what each line asks is answered by a method, what comes of it becomes a row.
 
 Everything streams: a line is read when a place for it is free, and forgotten when its row is out.
 """
@@ -6,26 +6,25 @@ Everything streams: a line is read when a place for it is free, and forgotten wh
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from emlocal.backends.base import Backend
 from emlocal.batch.keys import Keys, Places
 from emlocal.batch.lines import BadLine, Item, digest
-from emlocal.batch.rows import Answered, Row, error_row, openai_row, own_row
+from emlocal.batch.rows import AnsweredLine, Row, error_row, openai_row, own_row
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
-from emlocal.generation import Request
-from emlocal.generation.prompt import chat_tokens, with_system
-from emlocal.generation.scheduler import Finished, Job, Scheduler
-from emlocal.generation.tokenizing import never, text_tokens
-from emlocal.methods.method import REVISE, Method, name_of
+from emlocal.generation import Runner
+from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
+from emlocal.generation.tokenizing import never
+from emlocal.methods import Chosen, name_of
+from emlocal.methods.asking import Answered, Asking, Question, ask
 from emlocal.models.templates import Message
-from emlocal.sampling import Uniforms
 from emlocal.sampling.draw import request_key
 from emlocal.settings import Plan
 from emlocal.settings.resolve import names_in, overridden
 
 AHEAD = 1024
 """With `ordered`, how many rows may wait for an earlier one; then no more lines are taken."""
-_DRAWS_OF_A_ROUND = 1 << 20  # sample indices apart: a revision's draws are its own
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class BatchSettings:
     """What holds for every line, where it does not say otherwise."""
 
     plan: Plan
-    method: Method = field(default_factory=Method)
+    method: Chosen = field(default_factory=Chosen)
     chosen: frozenset[str] = frozenset()
     """Sampling fields that were set on purpose, which the method leaves alone."""
     system: str | None = None
@@ -74,10 +73,7 @@ class Task:
     too_long: bool = False
     """The error is that the prompt cannot fit the context."""
     plan: Plan | None = None
-    messages: Sequence[Message] | None = None
-    prompt: str = ""
     extra: dict[str, object] = field(default_factory=dict)
-    rounds: list[Finished["Task"]] = field(default_factory=list)
 
 
 class Batch:
@@ -89,13 +85,14 @@ class Batch:
         lines: Iterable[Item | BadLine],
         settings: BatchSettings,
         *,
-        parallel: int,
+        runner: Runner,
         done: Keys | None = None,
         places: Places | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`done`: keys of rows that exist; their lines are passed over. `places` takes the keys of all lines,
-        in their order."""
-        self.scheduler: Scheduler[Task] = Scheduler(backend, parallel)
+        """`done`: keys of rows that exist: their lines are passed over. `places` takes the keys of all lines,
+        in their order, `warn` a text for people."""
+        self.runner = runner
         self.tally = Tally()
         self._backend = backend
         self._settings = settings
@@ -103,8 +100,10 @@ class Batch:
         self._done = done
         self._places = places
         self._seen = Keys()
-        self._follow_ups: deque[Job[Task]] = deque()
         self._cancelled: Callable[[], bool] = never
+        self._warn, self._warned = warn, False
+        self._tasks: dict[Asking, Task] = {}
+        self._ready: deque[Row] = deque()
         self._taken = self._given = 0
         self._held: dict[int, Row] = {}  # with `ordered`: rows that wait for earlier ones
 
@@ -112,31 +111,33 @@ class Batch:
         """The rows as they are finished, or in the order of the lines. Raises CancelledError."""
         self._cancelled = cancelled
         with self._seen:
-            for finished in self.scheduler.run(self._next_job, cancelled):
-                row = self._row(finished)
-                if row is None:
-                    continue
-                if not self._settings.ordered:
-                    yield row
-                    continue
-                self._held[finished.job.tag.order] = row
-                while self._given in self._held:
-                    self._given += 1
-                    yield self._held.pop(self._given - 1)
+            for event in ask(self.runner, self._next, cancelled):
+                if isinstance(event, Answered):
+                    self._answered(event.asking)
+                while self._ready:
+                    yield self._ready.popleft()
+            yield from self._ready
 
-    def questions(self) -> Iterator[tuple["Task", Sequence[int]]]:
+    def questions(self) -> Iterator[tuple[Task, Sequence[int]]]:
         """Each line as it would be asked, with its prompt's tokens; nothing is run."""
         with self._seen:
             for line in self._lines:
                 task = self._task(line)
-                yield task, self._job(task, line).prompt
+                asking = self._ask(task, line)
+                jobs = asking.start(lambda job: None) if asking else ()
+                if asking and asking.error:
+                    task.error, task.too_long = (
+                        asking.error.message,
+                        isinstance(asking.error, ContextFullError),
+                    )
+                yield task, jobs[0].prompt if jobs else ()
 
-    def _next_job(self) -> Job[Task] | None:
-        if self._follow_ups:
-            return self._follow_ups.popleft()
-        if self._settings.ordered and self._taken - self._given > AHEAD:
-            return None  # the one that all wait for is being worked on
-        for line in self._lines:
+    def _next(self) -> Asking | None:
+        """The next line's question; lines before it that cannot be asked are rows at once."""
+        while not (self._settings.ordered and self._taken - self._given > AHEAD):
+            line = next(self._lines, None)
+            if line is None:
+                return None
             task = self._task(line)
             if self._places is not None:
                 self._places.add(task.key)
@@ -144,8 +145,12 @@ class Batch:
                 self.tally.skipped += 1
                 continue
             self._taken += 1
-            return self._job(task, line)
-        return None
+            asking = self._ask(task, line)
+            if asking is not None:
+                self._tasks[asking] = task
+                return asking
+            self._failed(task, task.error)
+        return None  # the one that all wait for is being worked on
 
     def _task(self, line: Item | BadLine) -> Task:
         """The line under its name; a name given twice makes it an error."""
@@ -167,10 +172,10 @@ class Batch:
             task.error = f"the custom_id {named!r} is that of an earlier line"
         return task
 
-    def _job(self, task: Task, line: Item | BadLine) -> Job[Task]:
-        """The line's first job; one that the scheduler refuses where there is an error."""
+    def _ask(self, task: Task, line: Item | BadLine) -> Asking | None:
+        """What the line asks; None where it has an error."""
         if task.error or isinstance(line, BadLine):
-            return Job(task, (), ())
+            return None
         settings = self._settings
         try:
             plan = overridden(settings.plan, line.overrides)
@@ -180,80 +185,62 @@ class Batch:
             for token, _ in plan.params.logit_bias:
                 if token >= vocabulary:
                     raise UsageError(f"logit_bias names token {token}; the model has {vocabulary:,}")
-            task.plan, task.extra = plan, dict(line.extra) if settings.keep else {}
-            if line.messages is not None:
-                task.messages = with_system(line.messages, self._settings.system)
-            elif line.raw or settings.raw or self._backend.info.chat_template is None:
-                task.prompt = line.prompt or ""
-            else:
-                task.messages = with_system(
-                    [{"role": "user", "content": line.prompt or ""}], self._settings.system
-                )
-            return self._ask(task)
+            asked = self._asked(line)
         except EmlocalError as error:
-            task.error, task.too_long = error.message, isinstance(error, ContextFullError)
-            return Job(task, (), ())
+            task.error = error.message
+            return None
+        task.plan, task.extra = plan, dict(line.extra) if settings.keep else {}
+        encode = partial(prompt_tokens, self._backend, cancelled=self._cancelled)
+        question = Question(asked, plan, encode, request_key(task.custom_id or ""))
+        return Asking(settings.method.collecting, question)
 
-    def _ask(self, task: Task) -> Job[Task]:
-        """A job for the task's question as it stands. Raises UsageError, ModelError of the template."""
-        plan = task.plan
-        assert plan is not None
-        if task.messages is not None:
-            tokens = chat_tokens(self._backend, task.messages, self._cancelled)
-        else:
-            tokens = text_tokens(
-                self._backend, task.prompt, add_special=True, parse_special=True, cancelled=self._cancelled
-            )
-        first = len(task.rounds) * _DRAWS_OF_A_ROUND
-        key = request_key(task.custom_id or "")
-        return Job(
-            task,
-            tokens,
-            [
-                Request(plan.params, Uniforms(plan.seed, key, first + i), plan.max_tokens, plan.stop)
-                for i in range(plan.samples)
-            ],
-        )
+    def _asked(self, line: Item) -> Asked:
+        messages: Sequence[Message] | None = line.messages
+        if messages is None:
+            if line.raw or self._settings.raw:
+                return line.prompt or ""
+            messages = [{"role": "user", "content": line.prompt or ""}]
+        return for_template(self._backend.info, with_system(messages, self._settings.system), self._warn_once)
 
-    def _row(self, finished: Finished[Task]) -> Row | None:
-        """The row of a finished job; None where the line goes on."""
-        task, settings = finished.job.tag, self._settings
-        error = finished.error
-        if task.error or (error is not None and not (task.rounds and isinstance(error, ContextFullError))):
-            self.tally.errors += 1
-            said = task.error or (error.message if error else "")
-            return error_row(task.key, task.custom_id, task.line, said, openai=settings.openai)
-        if error is None:  # else the revision did not fit: the answer stands as it was
-            task.rounds.append(finished)
-            if len(task.rounds) <= settings.method.revisions and self._revise(task):
-                return None
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(text)
+
+    def _answered(self, asking: Asking) -> None:
+        """A line is answered, or failed on the way."""
+        task, settings = self._tasks.pop(asking), self._settings
+        if asking.outcome is None:
+            assert asking.error is not None
+            self._failed(task, asking.error.message)
+            return
+        outcome = asking.outcome
         assert task.plan is not None
-        completions = task.rounds[-1].completions
-        answered = Answered(
+        answered = AnsweredLine(
             task.key,
             task.custom_id or "",
             self._backend.info.name,
             settings.method.name or name_of(task.plan.params),
             task.plan.seed,
-            task.rounds,
-            settings.method.pick([c.text for c in completions]),
+            outcome,
             task.extra,
             settings.entropies,
         )
         self.tally.answered += 1
-        self.tally.cut_off += answered.chosen.finish_reason in ("length", "context")
-        self.tally.votes_lost += answered.vote is not None and answered.vote.index is None
-        return openai_row(answered) if settings.openai else own_row(answered)
+        self.tally.cut_off += outcome.completion.finish_reason in ("length", "context")
+        self.tally.votes_lost += outcome.undecided
+        self._give(task, openai_row(answered) if settings.openai else own_row(answered))
 
-    def _revise(self, task: Task) -> bool:
-        """Ask for a better answer; False where the template does not take the longer conversation."""
-        answer = task.rounds[-1].completions[0].text
-        if task.messages is not None:
-            task.messages = self._settings.method.follow_up(task.messages, answer)
-        else:
-            task.prompt = f"{task.prompt}{answer}\n\n{REVISE}\n\n"
-        try:
-            self._follow_ups.append(self._ask(task))
-        except EmlocalError:
-            return False
-        return True
+    def _failed(self, task: Task, why: str) -> None:
+        self.tally.errors += 1
+        self._give(task, error_row(task.key, task.custom_id, task.line, why, openai=self._settings.openai))
+
+    def _give(self, task: Task, row: Row) -> None:
+        """Hand a row out, with `ordered` once all before it are."""
+        if not self._settings.ordered:
+            self._ready.append(row)
+            return
+        self._held[task.order] = row
+        while self._given in self._held:
+            self._given += 1
+            self._ready.append(self._held.pop(self._given - 1))

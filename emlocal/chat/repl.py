@@ -5,14 +5,13 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from emlocal import answers, console
+from emlocal import console, rendering
 from emlocal.chat.comparison import show_comparison
 from emlocal.chat.conversation import Conversation, chat_file
-from emlocal.chat.session import ChatSession, Turn
+from emlocal.chat.session import AnswerEvent, ChatSession, Turn
 from emlocal.errors import EmlocalError, UsageError, explained
 from emlocal.formatting import change, counted
-from emlocal.generation import CancelledError, Completion, interruptible
-from emlocal.generation.decode import Event
+from emlocal.generation import CancelledError, Completed, Completion, Token, interruptible
 from emlocal.sampling import Draw
 
 HELP = """\
@@ -25,6 +24,7 @@ HELP = """\
 /stats             figures of the last answer and of the chat
 /entropy [on|off]  the last answer's entropy; on colours every answer
 /em [on|off|NAME]  entropy minimization, or a preset: default, paper, em-pt
+/method [NAME|off] how to answer: self-consistency:4, em-inf:paper; as sampling and EM are set
 /compare           the last question again, EM off and on, from the same draws
 /regen             another answer to the last question
 /undo              take back the last question and answer
@@ -50,6 +50,12 @@ class Settings(Protocol):
     def em_text(self) -> str:
         """The EM step in words."""
 
+    def method(self, choice: str) -> None:
+        """A method as `emlocal batch --method` takes it, or off. Raises UsageError."""
+
+    def method_text(self) -> str:
+        """The method as it was chosen, or off."""
+
     def rows(self) -> list[tuple[str, str, str]]:
         """(name, value, where it comes from)."""
 
@@ -73,7 +79,7 @@ class Repl:
         self.settings = settings
         self.reader = reader
         self.quiet = quiet
-        self.writer = answers.AnswerWriter(show_entropy)
+        self.writer = rendering.AnswerWriter(show_entropy)
         self.failures = 0
         self._draft = ""  # what /edit offers, or what could not be handled
         self._in_file = _copy_of(session.conversation)  # what need not be kept
@@ -88,6 +94,7 @@ class Repl:
             "stats": self._stats,
             "entropy": self._entropy,
             "em": self._em,
+            "method": self._method,
             "compare": self._compare,
             "regen": self._regen,
             "undo": self._undo,
@@ -167,16 +174,13 @@ class Repl:
             raise UsageError(f"there is no command /{name}", hint)
         return command
 
-    def _answer(self, ask: Callable[[Turn, Callable[[], bool]], Iterator[Event]]) -> None:
-        """Stream an answer and say how it went."""
+    def _answer(self, ask: Callable[[Turn, Callable[[], bool]], Iterator[AnswerEvent]]) -> None:
+        """Stream an answer and say how it went; where a method comes to it in the end, show it then."""
         turn = self.settings.turn()
+        show = self._show_events if turn.method.streams else self._show_result
         with interruptible() as cancelled, console.no_echo():
             try:
-                for event in ask(turn, cancelled):
-                    if isinstance(event, Completion):
-                        self.writer.piece(event.tail, 0.0)
-                    else:
-                        self.writer.piece(event.text, event.draw.entropy_before)
+                show(ask(turn, cancelled))
             except CancelledError:
                 console.note("stopped before the answer began; the question was not kept")
                 return
@@ -184,13 +188,27 @@ class Repl:
         if not self.quiet:
             self._stats_line()
 
-    def _stats_line(self) -> None:
-        turn = self.session.last_turn
+    def _show_events(self, events: Iterator[AnswerEvent]) -> None:
+        for event in events:
+            if isinstance(event, Token):
+                self.writer.piece(event.text, event.draw.entropy_before)
+            elif isinstance(event, Completed):
+                self.writer.piece(event.completion.tail, 0.0)
+
+    def _show_result(self, events: Iterator[AnswerEvent]) -> None:
+        with console.working("answering") as tick:
+            for event in events:
+                if isinstance(event, Token):
+                    tick()
         assert self.session.last is not None
+        self.writer.piece(self.session.last.completion.text.strip("\n"), 0.0)
+
+    def _stats_line(self) -> None:
+        turn, last = self.session.last_turn, self.session.last
+        assert last is not None
         assert turn is not None
-        last, context = [self.session.last], self.session.backend.context
-        em = turn.params.em is not None
-        console.note(answers.stats_line(last, self.session.last_timings, turn.seed, context, em=em))
+        em = turn.plan.params.em is not None
+        console.note(rendering.stats_line(last, turn.plan.seed, self.session.backend.context, em=em))
 
     def _help(self, _: str) -> None:
         console.err().print(HELP, markup=False)
@@ -227,7 +245,7 @@ class Repl:
             cells = (Text(cell) for cell in (name, value, source))  # not markup, whatever --stop is
             table.add_row(*cells, style="dim" if source == "default" else "")
         console.err().print(table)
-        used = self.session.context_used()
+        used = self.session.context_used
         console.note(
             f"context: {used:,} of {self.session.backend.context:,} tokens; {self.session.backend.info.name}"
         )
@@ -237,28 +255,28 @@ class Repl:
             raise UsageError("nothing has been answered yet")
         self._stats_line()
         totals = self.session.totals
-        speed = answers.rate(totals.generated_tokens, totals.generation_seconds)
+        speed = rendering.rate(totals.generated_tokens, totals.generation_seconds)
         console.note(
             f"chat: {counted(totals.answers, 'answer')}, {counted(totals.generated_tokens, 'token')}"
             f" at {speed} tok/s; prompts {counted(totals.prompt_tokens, 'token')},"
             f" {totals.cached_tokens:,} of them cached;"
-            f" context {self.session.context_used():,} of {self.session.backend.context:,}"
+            f" context {self.session.context_used:,} of {self.session.backend.context:,}"
         )
 
     def _entropy(self, argument: str) -> None:
         if argument in ("on", "off"):
-            self.writer = answers.AnswerWriter(argument == "on")
+            self.writer = rendering.AnswerWriter(argument == "on")
             return
         if argument:
             raise UsageError(f"/entropy {argument}: it takes on, off or nothing")
         if self.session.last is None:
             raise UsageError("nothing has been answered yet")
-        self._show_entropy(self.session.last)
+        self._show_entropy(self.session.last.completion)
 
     def _show_entropy(self, answer: Completion) -> None:
         """The answer in colours where they can be shown, and its least certain tokens."""
         piece = self.session.backend.token_bytes
-        writer = answers.AnswerWriter(show_entropy=True)
+        writer = rendering.AnswerWriter(show_entropy=True)
         if writer.colours:
             for draw in answer.draws:
                 writer.piece(piece(draw.token).decode(errors="replace"), draw.entropy_before)
@@ -286,15 +304,20 @@ class Repl:
             self.settings.em(choice)
         console.note(f"EM: {self.settings.em_text()}")
 
+    def _method(self, choice: str) -> None:
+        if choice:
+            self.settings.method(choice)
+        console.note(f"method: {self.settings.method_text()}")
+
     def _compare(self, _: str) -> None:
         turn = self.settings.turn()
         done: list[Completion] = []
         with interruptible() as cancelled, console.working("comparing") as tick:
             try:
                 for event in self.session.compare(turn, cancelled):
-                    if isinstance(event, Completion):
-                        done.append(event)
-                    else:
+                    if isinstance(event, Completed):
+                        done.append(event.completion)
+                    elif isinstance(event, Token):
                         tick()
             except CancelledError:
                 console.note("stopped")
@@ -303,8 +326,8 @@ class Repl:
         show_comparison(done[0], done[1], self.session.backend)
         if not self.quiet:
             took = self.session.timings
-            speed = answers.rate(took.generated_tokens, took.generation_seconds)
-            console.note(f"both together {speed} tok/s · seed {turn.seed}")
+            speed = rendering.rate(took.generated_tokens, took.generation_seconds)
+            console.note(f"both together {speed} tok/s · seed {turn.plan.seed}")
 
     def _regen(self, _: str) -> None:
         self._answer(self.session.ask_again)

@@ -1,18 +1,20 @@
 """A conversation on a backend: questions in, events out. Knows nothing of terminals."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from emlocal.backends.base import Backend
 from emlocal.chat.conversation import Conversation
 from emlocal.errors import ContextFullError, UsageError
-from emlocal.generation import Completion, Generator, Request, Timings
-from emlocal.generation.decode import Event
-from emlocal.generation.prompt import chat_tokens
-from emlocal.sampling import Uniforms
+from emlocal.generation import Completed, Event, Runner, Timings, Token
+from emlocal.generation.prompt import Asked, prompt_tokens
+from emlocal.methods import Chosen, Outcome
+from emlocal.methods.asking import Answered, Question, ask_one
 from emlocal.sampling.draw import request_key
-from emlocal.settings import EMInf, SamplingParams
+from emlocal.settings import EMInf, Plan
 
+AnswerEvent = Token | Completed | Answered
 _ROOM = "/undo or /clear makes room; emlocal chat --context N gives more"
 
 
@@ -20,10 +22,8 @@ _ROOM = "/undo or /clear makes room; emlocal chat --context N gives more"
 class Turn:
     """The settings of one answer."""
 
-    params: SamplingParams
-    seed: int
-    max_tokens: int
-    stop: tuple[str, ...] = ()
+    plan: Plan
+    method: Chosen = field(default_factory=Chosen)
 
 
 @dataclass
@@ -52,29 +52,23 @@ class ChatSession:
     same chat, and /regen gives another answer.
     """
 
-    def __init__(self, backend: Backend, conversation: Conversation | None = None) -> None:
+    def __init__(self, backend: Backend, runner: Runner, conversation: Conversation | None = None) -> None:
+        """Several sessions may have one runner; each finds what it has read."""
         self.backend = backend
+        self.runner = runner
         self.conversation = conversation or Conversation()
-        self.last: Completion | None = None
-        """The last answer, with its draws …"""
-        self.last_timings = Timings()
-        """… what it took …"""
+        self.last: Outcome | None = None
+        """What the last answer came from, with its draws …"""
         self.last_turn: Turn | None = None
         """… and its settings, which may have changed since."""
+        self.timings = Timings()
+        """Of what ran last, answer or comparison."""
+        self.context_used = 0
+        """Tokens of the conversation, up to the last answer."""
         self.totals = Totals()
-        self._generator = Generator(backend)
         self._attempt = 0
 
-    @property
-    def timings(self) -> Timings:
-        """Of what ran last, answer or comparison."""
-        return self._generator.timings
-
-    def context_used(self) -> int:
-        """Tokens that the model holds of the conversation."""
-        return self._generator.held
-
-    def ask(self, question: str, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    def ask(self, question: str, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[AnswerEvent]:
         """Answer a question; it joins the conversation with what was said, even if that was cut off.
 
         Raises:
@@ -82,25 +76,26 @@ class ChatSession:
             CancelledError: stopped before the answer began; nothing has changed.
             UsageError: the model's template refuses the conversation.
         """
-        prompt = self._prompt(question, cancelled)
-        request = self._request(turn)
-        for event in self._generator.run(prompt, [request], cancelled):
-            if isinstance(event, Completion):
-                self.last, self.last_timings, self.last_turn = event, self.timings, turn
-                self.conversation.exchanges.append((question, event.text))
+        asked = self._question(question, turn, cancelled)
+        for event in ask_one(self.runner, turn.method.collecting, asked, cancelled):
+            if isinstance(event, Answered):
+                self.last, self.last_turn = outcome, _ = event.asking.result(), turn
+                self.timings = outcome.timings
+                self.context_used = outcome.rounds[-1].timings.prompt_tokens + len(outcome.completion.tokens)
+                self.conversation.exchanges.append((question, outcome.completion.text))
                 self.totals.add(self.timings)
                 self._attempt = 0
             yield event
 
-    def ask_again(self, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[Event]:
-        """Answer the last question anew, from other draws; the new answer takes the old one's place."""
+    def ask_again(self, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[AnswerEvent]:
+        """Answer the last question again, from other draws; the new answer takes the old one's place."""
         question, answer = self.take_back()
         self._attempt += 1
         attempt = self._attempt
         replaced = False
         try:
             for event in self.ask(question, turn, cancelled):
-                replaced = replaced or isinstance(event, Completion)
+                replaced = replaced or isinstance(event, Answered)
                 yield event
         finally:
             if not replaced:
@@ -113,14 +108,17 @@ class ChatSession:
         The conversation stays as it is. Where EM is off, the comparison is with its default settings.
         """
         question, answer = self.take_back()
-        off = replace(turn.params, em=None)
-        on = replace(turn.params, em=turn.params.em or EMInf())
+        params = turn.plan.params
+        sides = [replace(params, em=None), replace(params, em=params.em or EMInf())]
         try:
-            prompt = self._prompt(question, cancelled)
-            requests = [self._request(replace(turn, params=params)) for params in (off, on)]
+            one = replace(turn, plan=replace(turn.plan, samples=1))
+            job = self._question(question, one, cancelled).job()
         finally:
             self.conversation.exchanges.append((question, answer))
-        yield from self._generator.run(prompt, requests, cancelled)
+        requests = [replace(job.requests[0], params=side) for side in sides]
+        for event in self.runner.follow([replace(job, requests=requests)], cancelled):
+            self.timings = event.handle.timings
+            yield event
 
     def take_back(self) -> tuple[str, str]:
         """Remove the last question and answer and return them. Raises UsageError if there is none."""
@@ -131,16 +129,23 @@ class ChatSession:
     def forget(self) -> None:
         """Start over; the system message stays."""
         self.conversation.exchanges.clear()
-        self.last = None
+        self.last, self.context_used = None, 0
         self._attempt = 0
 
-    def _request(self, turn: Turn) -> Request:
-        key = request_key(f"turn {len(self.conversation.exchanges)}")
-        return Request(turn.params, Uniforms(turn.seed, key, self._attempt), turn.max_tokens, turn.stop)
+    def _question(self, question: str, turn: Turn, cancelled: Callable[[], bool]) -> Question:
+        return Question(
+            self.conversation.messages(question),
+            turn.plan,
+            partial(self._prompt, cancelled=cancelled),
+            request_key(f"turn {len(self.conversation.exchanges)}"),
+            self._attempt,
+            at_once=True,
+            session=self,
+        )
 
-    def _prompt(self, question: str, cancelled: Callable[[], bool]) -> list[int]:
+    def _prompt(self, asked: Asked, cancelled: Callable[[], bool]) -> list[int]:
         try:
-            tokens = chat_tokens(self.backend, self.conversation.messages(question), cancelled)
+            tokens = prompt_tokens(self.backend, asked, cancelled)
         except ContextFullError as error:
             raise ContextFullError(error.message, _ROOM) from None
         if len(tokens) >= self.backend.context:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from emlocal import console
-from emlocal.cli.options import BatchOptions, MethodOptions, check_roles, with_options
+from emlocal.cli.options import BatchOptions, check_roles, with_options
 from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
 from emlocal.formatting import counted, human_size
 from emlocal.identity import batch_identity
+from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Resolved, resolve_settings
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from emlocal.batch.journal import Journal
     from emlocal.batch.run import Batch, BatchSettings
     from emlocal.loading import Loaded
-    from emlocal.methods.method import Method
 
 
 @with_options
@@ -39,7 +39,7 @@ def batch(
         str, typer.Option("-o", "--output", help="JSONL file; stdout without it.", metavar="OUTPUT")
     ] = "-",
     run: BatchOptions = BatchOptions(),
-    how: MethodOptions = MethodOptions(),
+    how: Annotated[Given, HOW] = NOTHING,
     given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Answer a file of prompts; killed runs go on where they stopped.
@@ -54,7 +54,8 @@ def batch(
     _check(input_, output, run)
     layers = ("flag", given), ("config", read_config())
     resolved = resolve_settings(*layers)
-    method = _method(how)
+    method = chosen_by(how)
+    method.plan(resolved.plan, resolved.chosen)  # what contradicts itself fails before a model is loaded
     with ExitStack() as opened:
         source = opened.enter_context(_source(input_))
         options = options_of(EngineOptions, *layers)
@@ -108,21 +109,13 @@ def _source(input_: str) -> BinaryIO:
         raise UsageError(f"cannot read {input_}: {why.strerror}") from why
 
 
-def _method(how: MethodOptions) -> "Method":
-    from emlocal.methods.method import Method
-
-    return Method(how.method, how.samples, how.rounds, how.extract, how.pattern)
-
-
-def _settings(model: "Loaded", resolved: Resolved, method: "Method", run: BatchOptions) -> "BatchSettings":
+def _settings(model: "Loaded", resolved: Resolved, method: Chosen, run: BatchOptions) -> "BatchSettings":
     """What holds for every line. The seed is 0 where none is given: a batch is the same every time."""
     from emlocal.batch.run import BatchSettings
 
     resolved = resolved.with_model(model.backend.info.sampling)
-    params = method.params(resolved.params, resolved.chosen)
-    plan = replace(resolved.plan, params=params, samples=method.samples_per_prompt)
     return BatchSettings(
-        plan,
+        method.plan(resolved.plan, resolved.chosen),
         method,
         resolved.chosen,
         run.system,
@@ -200,7 +193,7 @@ def _run(
     from emlocal.batch.lines import read_lines
     from emlocal.batch.rows import is_error
     from emlocal.batch.run import Batch
-    from emlocal.generation import interruptible
+    from emlocal.generation import Scheduler, interruptible
 
     with ExitStack() as opened:
         total = _count_lines(source)
@@ -216,9 +209,10 @@ def _run(
             model.backend,
             read_lines(source),
             settings,
-            parallel=parallel,
+            runner=Scheduler(model.backend, parallel),
             done=journal.done if journal else None,
             places=places,
+            warn=console.warn,
         )
         began = time.perf_counter()
         cancelled = opened.enter_context(interruptible())
@@ -260,7 +254,7 @@ def _say_what_is_there(journal: "Journal", run: BatchOptions) -> None:
 
 def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, errors: int, stopped: bool) -> None:
     """`errors`: in the output, those of earlier runs among them."""
-    tally, counters = batch.tally, batch.scheduler.counters
+    tally, counters = batch.tally, batch.runner.counters
     parts = [f"{counted(tally.answered, 'answer')} in {_duration(seconds)}"]
     if tally.skipped:
         parts.append(f"{tally.skipped:,} already there")
@@ -283,7 +277,7 @@ def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, errors: int
 
 
 def _progress_text(batch: "Batch", began: float) -> str:
-    generated = batch.scheduler.counters.generated_tokens
+    generated = batch.runner.counters.generated_tokens
     errors = f", {counted(batch.tally.errors, 'error')}" if batch.tally.errors else ""
     return f"{generated / max(time.perf_counter() - began, 1e-9):.0f} tok/s{errors}"
 

@@ -17,6 +17,7 @@ from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
+    from emlocal.generation import Scheduler
     from emlocal.measure.statistics import Ratio
     from emlocal.settings import SamplingParams
 
@@ -91,21 +92,21 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
-    from emlocal.diagnosis import machine
-    from emlocal.generation import Generator
+    from emlocal import machine
+    from emlocal.generation import Scheduler
     from emlocal.measure import decoding, sampler
 
     tokens, rounds, seed = size
     decoding.check_room(backend, tokens)
-    generator = Generator(backend)
+    runner = Scheduler(backend, 1)
     say("first token")
-    first = _first_token(generator, params, seed) | {"load_seconds": round(load_seconds, 4)}
+    first = _first_token(runner, params, seed) | {"load_seconds": round(load_seconds, 4)}
     say("reading prompts")
     prompt_length = min(_PROMPT_TOKENS, backend.context // 2)
-    generator.forget()
+    runner.forget()
     prompt_speed = decoding.prompt_speed(backend, prompt_length)
     decoded = decoding.measure_decoding(
-        generator,
+        runner,
         params,
         tokens=tokens,
         rounds=rounds,
@@ -113,7 +114,7 @@ def _measure(
         progress=lambda done: say(f"decoding, round {done + 1} of {rounds}"),
     )
     say("sampling")
-    rows = decoding.recorded_rows(generator, params, rows=_SAMPLED_ROWS, seed=seed)
+    rows = decoding.recorded_rows(runner, params, rows=_SAMPLED_ROWS, seed=seed)
     times = sampler.measure_sampler(rows, params, seed=seed)
     return {
         "emlocal": __version__,
@@ -158,19 +159,20 @@ def _decode_json(decoded: Any) -> dict[str, Any]:
     }
 
 
-def _first_token(generator: Any, params: "SamplingParams", seed: int) -> dict[str, float]:
+def _first_token(runner: "Scheduler", params: "SamplingParams", seed: int) -> dict[str, float]:
     """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
-    from emlocal.generation import Piece, Request
-    from emlocal.measure.decoding import PROMPTS, prompt_tokens
+    from emlocal.generation import Job, Request
+    from emlocal.measure.decoding import PROMPTS, question_tokens
     from emlocal.sampling import Uniforms
 
     started = time.perf_counter()
-    prompt = prompt_tokens(generator.backend, PROMPTS[0])
-    events = generator.run(prompt, [Request(params, Uniforms(seed), 1)])
-    next(event for event in events if isinstance(event, Piece))
+    prompt = question_tokens(runner.backend, PROMPTS[0])
+    events = runner.follow([Job(prompt, [Request(params, Uniforms(seed), 1)], at_once=True)])
+    handle = next(events).handle
     total = time.perf_counter() - started
-    events.close()
-    prefill = generator.timings.prompt_seconds
+    for _ in events:
+        pass
+    prefill = handle.timings.prompt_seconds
     return {
         "prompt_tokens": len(prompt),
         "prefill_seconds": round(prefill, 4),

@@ -10,10 +10,12 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import OutputOptions, with_options
+from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.formatting import counted
+from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
-from emlocal.settings.em import EM, EMInf, em_numbers
+from emlocal.settings.em import EM, em_numbers
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, SET, options_of
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from emlocal.chat.session import Turn
+
+_SEQUENCES = 4
+_PARALLEL = 2  # answers side by side: /compare, and methods that draw several
 
 
 @with_options
@@ -34,6 +39,7 @@ def chat(
         bool, typer.Option("--resume", help="Go on with the last chat that ended unforeseen.")
     ] = False,
     output: OutputOptions = OutputOptions(),
+    how: Annotated[Given, HOW.only("method")] = NOTHING,
     given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
@@ -42,6 +48,7 @@ def chat(
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
     from emlocal.cli.views import open_backend
+    from emlocal.generation import Scheduler
     from emlocal.models.paths import data_dir
     from emlocal.settings.files import read_config
 
@@ -50,22 +57,22 @@ def chat(
     if resume and load:
         raise UsageError("--resume and --load contradict each other", "leave one of them out")
     config = read_config()
-    settings = ChatSettings(given, config)
+    settings = ChatSettings(given, config, chosen_by(how))
     saved = newest_kept() if resume else chat_file(load) if load else None
     conversation = Conversation.load(saved) if saved else Conversation()
     if system is not None:
         conversation.system = system
     options = options_of(EngineOptions, ("flag", given), ("config", config))
-    with open_backend(options, sequences=4, quiet=output.quiet) as backend:
+    with open_backend(options, sequences=_SEQUENCES, quiet=output.quiet) as backend:
         settings.model = backend.info.sampling
-        session = ChatSession(backend, conversation)
+        session = ChatSession(backend, Scheduler(backend, _PARALLEL), conversation)
 
         def status() -> str:
-            used = f"{session.context_used():,}/{backend.context:,} tokens"
+            used = f"{session.context_used:,}/{backend.context:,} tokens"
             return f"{backend.info.name} · EM {settings.em_text()} · {used}"
 
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em"]
+        commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em", "method"]
         commands += ["compare", "regen", "undo", "edit", "save", "load"]
         reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
         repl = Repl(session, settings, reader, show_entropy=output.show_entropy, quiet=output.quiet)
@@ -95,20 +102,32 @@ def _ended_like_sigterm() -> Iterator[None]:
 class ChatSettings:
     """The flags, as /set and /em change them."""
 
-    def __init__(self, given: Given, config: Given) -> None:
+    def __init__(self, given: Given, config: Given, method: Chosen) -> None:
         """Raises UsageError where the flags contradict each other."""
         self.model: Mapping[str, float] = {}
         """The loaded model's own settings."""
         self._config = config
         self._base = Plan(seed=random_seed())
-        self._given = given
+        self._given, self._method = given, method
         self._resolved = resolve_settings(("flag", given), ("config", config), base=self._base)
+        self._planned(self._resolved, method)
 
     def turn(self) -> "Turn":
         from emlocal.chat.session import Turn
 
-        plan = self._now().plan
-        return Turn(plan.params, plan.seed, plan.max_tokens, plan.stop)
+        return Turn(self._planned(self._now(), self._method), self._method)
+
+    def method(self, choice: str) -> None:
+        method = Chosen(None if choice == "off" else choice)
+        self._planned(self._resolved, method)
+        self._method = method
+
+    def method_text(self) -> str:
+        return self._method.written or "off"
+
+    @staticmethod
+    def _planned(resolved: Resolved, method: Chosen) -> Plan:
+        return method.plan(resolved.plan, resolved.chosen)
 
     def set(self, name: str, value: str) -> None:
         self._take({**self._given, **GENERATION.read_text(name, value, SET)})
@@ -126,7 +145,7 @@ class ChatSettings:
             raise UsageError(f"/em {choice}: it takes on, off, or a preset ({', '.join(EM_PRESETS)})")
 
     def em_text(self) -> str:
-        return describe_em(self._resolved.params.em)
+        return describe_em(self._planned(self._resolved, self._method).params.em)
 
     def rows(self) -> list[tuple[str, str, str]]:
         now = self._now()
@@ -146,6 +165,7 @@ class ChatSettings:
     def _take(self, given: Given) -> None:
         """Use these from now on. Raises UsageError, and keeps the old ones, for a contradiction."""
         resolved = resolve_settings(("flag", given), ("config", self._config), base=self._base, words=SET)
+        self._planned(resolved, self._method)
         self._given, self._resolved = given, resolved
 
     def _now(self) -> Resolved:

@@ -9,7 +9,7 @@ from emlocal import __version__, console
 from emlocal.errors import EmlocalError
 
 if TYPE_CHECKING:
-    from emlocal.diagnosis.checks import Finding
+    from emlocal.diagnosis import Finding
 
 _STYLES = {"ok": "green", "info": "dim", "warn": "yellow", "fail": "bold red"}
 
@@ -40,7 +40,7 @@ def doctor(
 
 def _examine() -> Iterator["Finding"]:
     """All findings, in the order in which they are shown."""
-    from emlocal.diagnosis import checks
+    from emlocal import diagnosis as checks
 
     yield from _safely("system", checks.system)
     yield from _safely("processor", checks.processor)
@@ -58,7 +58,7 @@ def _examine() -> Iterator["Finding"]:
 
 def _safely(name: str, check: Callable[[], "Finding"]) -> Iterator["Finding"]:
     """The finding of a check; one that fails, which is a finding too, where the check cannot run."""
-    from emlocal.diagnosis.checks import Finding
+    from emlocal.diagnosis import Finding
 
     try:
         yield check()
@@ -69,7 +69,7 @@ def _safely(name: str, check: Callable[[], "Finding"]) -> Iterator["Finding"]:
 
 
 def _places() -> Iterator["Finding"]:
-    from emlocal.diagnosis.checks import hub_cache, place
+    from emlocal.diagnosis import hub_cache, place
     from emlocal.models import paths
 
     yield place("cache", paths.cache_dir(), "EMLOCAL_CACHE_DIR", "the starter model cannot be fetched")
@@ -79,7 +79,7 @@ def _places() -> Iterator["Finding"]:
 
 def _config() -> "Finding":
     """The config file: found, and every value in it usable."""
-    from emlocal.diagnosis.checks import Finding
+    from emlocal.diagnosis import Finding
     from emlocal.settings import resolve_settings
     from emlocal.settings.files import config_path, read_config
 

@@ -2,7 +2,7 @@
 
 import select
 import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 from emlocal import console
 from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, with_options
 from emlocal.errors import UsageError
+from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Plan, resolve_settings
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
@@ -19,8 +20,9 @@ from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
-    from emlocal.generation import Request
+    from emlocal.generation.prompt import Asked
 
+_MOST_SAMPLES = 256
 _STDIN_PATIENCE = 2.0  # seconds before saying that stdin is being waited for
 
 
@@ -31,9 +33,7 @@ def generate(
         Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.", metavar="FILE")
     ] = None,
     prompting: PromptOptions = PromptOptions(),
-    samples: Annotated[
-        int, typer.Option("-n", "--samples", help="Answers to draw, each from draws of its own.", metavar="N")
-    ] = 1,
+    how: Annotated[Given, HOW] = NOTHING,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     output: OutputOptions = OutputOptions(),
     given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
@@ -45,92 +45,78 @@ def generate(
     from emlocal.cli.views import open_backend
     from emlocal.settings.files import read_config
 
-    if not 1 <= samples <= 256:
-        raise UsageError(f"--samples is {samples}; it must be between 1 and 256")
+    method = chosen_by(how)
+    if method.samples > _MOST_SAMPLES:
+        raise UsageError(f"--samples is {method.samples}; it must be between 1 and {_MOST_SAMPLES}")
     if as_json and output.show_entropy:
         raise UsageError("--json and --show-entropy contradict each other", "leave one of them out")
     check_roles(prompting.raw, prompting.system)
     layers = ("flag", given), ("config", read_config())
     resolved = resolve_settings(*layers, base=Plan(seed=random_seed()))
+    method.plan(resolved.plan, resolved.chosen)  # what contradicts itself fails before a model is loaded
     text = read_prompt(prompt, file)
     quiet = output.quiet or as_json
     options = options_of(EngineOptions, *layers)
-    with open_backend(options, sequences=samples + 1, quiet=quiet) as backend:
-        from emlocal.generation import Request  # with numpy, which is imported while the model is loaded
-        from emlocal.sampling import Uniforms
-
-        plan = resolved.with_model(backend.info.sampling).plan
-        requests = [
-            Request(plan.params, Uniforms(plan.seed, 0, i), plan.max_tokens, plan.stop)
-            for i in range(samples)
-        ]
-        job = Job(encode(backend, text, prompting), requests, plan.seed, output, as_json)
-        code = run(backend, job)
+    with open_backend(options, sequences=method.samples + 1, quiet=quiet) as backend:
+        resolved = resolved.with_model(backend.info.sampling)
+        plan = method.plan(resolved.plan, resolved.chosen)
+        code = run(backend, _asked(backend, text, prompting), method, plan, output, as_json)
     if code:
         raise typer.Exit(code)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be generated, and how it is shown."""
-
-    prompt: list[int]
-    requests: list["Request"]
-    seed: int
-    output: OutputOptions
-    as_json: bool
-
-
-def run(backend: "Backend", job: Job) -> int:
+def run(
+    backend: "Backend", asked: "Asked", method: Chosen, plan: Plan, output: OutputOptions, as_json: bool
+) -> int:
     """Generate and show; the exit code."""
-    from emlocal import answers
-    from emlocal.generation import CancelledError, Completion, Generator, interruptible
+    from emlocal import rendering
+    from emlocal.generation import CancelledError, Scheduler, Token, interruptible
+    from emlocal.generation.prompt import prompt_tokens
+    from emlocal.methods.asking import Answered, Question, ask_one
 
-    generator = Generator(backend)
-    streams = len(job.requests) == 1 and not job.as_json
-    writer = answers.AnswerWriter(job.output.show_entropy and streams)
-    done: list[Completion] = []
-    with interruptible() as cancelled, answers.trace_to(job.output.trace, backend) as trace:
+    question = Question(asked, plan, partial(prompt_tokens, backend), at_once=True)
+    streams = method.streams and not as_json
+    writer = rendering.AnswerWriter(output.show_entropy and streams)
+    with (
+        interruptible() as cancelled,
+        rendering.trace_to(output.trace, backend) as trace,
+        Scheduler(backend, plan.samples) as runner,
+    ):
         try:
-            for event in generator.run(job.prompt, job.requests, cancelled):
-                if isinstance(event, Completion):
-                    done.append(event)
-                    text, entropy = event.tail, 0.0
-                else:
-                    text, entropy = event.text, event.draw.entropy_before
+            for event in ask_one(runner, method.collecting, question, cancelled):
+                if isinstance(event, Answered):
+                    outcome = event.asking.result()
+                elif isinstance(event, Token):
                     if trace:
                         trace.add(event.sample, event.draw)
-                if streams:
-                    writer.piece(text, entropy)
+                    if streams:
+                        writer.piece(event.text, event.draw.entropy_before)
+                elif streams:
+                    writer.piece(event.completion.tail, 0.0)
         except CancelledError:
             console.note("stopped while the prompt was read")
             return 130
-    done.sort(key=lambda completion: completion.sample)
-    if job.as_json:
-        console.print_json(answers.as_json(backend, done, generator.timings, job.seed))
-    elif streams:
-        writer.end()
+    completions = [outcome.completion] if method.collecting.collects else outcome.completions
+    if as_json:
+        console.print_json(rendering.as_json(backend, outcome, plan.seed, method.collecting.collects))
     else:
-        writer.piece("\n---\n".join(c.text.strip("\n") for c in done), 0.0)
+        if not streams:
+            writer.piece("\n---\n".join(c.text.strip("\n") for c in completions), 0.0)
         writer.end()
-    if not (job.output.quiet or job.as_json):
-        em = job.requests[0].params.em is not None
-        console.note(answers.stats_line(done, generator.timings, job.seed, backend.context, em=em))
-    return 130 if any(c.finish_reason == "cancelled" for c in done) else 0
+    if not (output.quiet or as_json):
+        em = plan.params.em is not None
+        console.note(rendering.stats_line(outcome, plan.seed, backend.context, em=em))
+    return 130 if any(c.finish_reason == "cancelled" for c in outcome.completions) else 0
 
 
-def encode(backend: "Backend", text: str, prompting: PromptOptions) -> list[int]:
-    """The prompt's tokens: through the chat template, or as it is with --raw."""
-    from emlocal.generation.prompt import chat_tokens
-    from emlocal.generation.tokenizing import text_tokens
+def _asked(backend: "Backend", text: str, prompting: PromptOptions) -> "Asked":
+    """What is asked: through the chat template, or as it is with --raw."""
+    from emlocal.generation.prompt import for_template
 
     if prompting.raw:
-        return text_tokens(backend, text, add_special=True, parse_special=True)
-    if backend.info.chat_template is None:
-        console.warn(f"{backend.info.name} has no chat template; the prompt goes in as it is (--raw)")
-        return text_tokens(backend, text, add_special=True, parse_special=True)
+        return text
     system = [] if prompting.system is None else [{"role": "system", "content": prompting.system}]
-    return chat_tokens(backend, [*system, {"role": "user", "content": text}])
+    return for_template(backend.info, [*system, {"role": "user", "content": text}], console.warn)
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:

@@ -21,8 +21,6 @@ import typer
 from typer.core import TyperCommand
 
 from emlocal.errors import UsageError
-from emlocal.methods.answers import Extraction
-from emlocal.methods.method import MethodName
 from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
 
 R = TypeVar("R")
@@ -74,27 +72,6 @@ class OutputOptions:
     )
     trace: Path | None = _output(None, "--trace", help="Write one JSON line per token.", metavar="FILE")
     quiet: bool = _output(False, "-q --quiet", help="No notes and no statistics on stderr.")
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """How each prompt is answered."""
-
-    method: MethodName | None = setting(
-        None, "--method", help="How to answer; without it, as the sampling and EM flags say."
-    )
-    samples: int | None = setting(
-        None,
-        "-n --samples --n --num-return-sequences",
-        1,
-        1024,
-        "Answers to each prompt. (default: 1; 8 to vote)",
-    )
-    rounds: int | None = setting(None, "--rounds", 1, 100, "Revisions of sequential-refinement. (default: 2)")
-    extract: Extraction | None = setting(None, "--extract", help="What self-consistency votes on.")
-    pattern: str | None = setting(
-        None, "--extract-pattern", help="For --extract regex; its first group.", metavar="REGEX"
-    )
 
 
 @dataclass(frozen=True)

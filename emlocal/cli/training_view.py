@@ -12,6 +12,7 @@ from emlocal import console
 from emlocal.formatting import counted, human_size, plain
 from emlocal.models.storage import Progress
 from emlocal.settings import settings_of
+from emlocal.text import CONTROLS
 from emlocal.training.dry_run import Trial, try_out
 from emlocal.training.engines import Objective
 from emlocal.training.options import Setup
@@ -227,7 +228,7 @@ def _said(value: Any) -> str:
 
 
 def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.translate(console.CONTROLS).splitlines())
+    return "".join(f"    {line}\n" for line in text.translate(CONTROLS).splitlines())
 
 
 def _duration(seconds: float) -> str:

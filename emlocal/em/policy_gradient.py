@@ -20,7 +20,8 @@ the token reward leaves out, and EM-FT follows.
 k3 is never negative, and its mean over tokens drawn from π is KL(π ‖ reference). As a loss, however, it is
 followed through ℓ_t alone, and that slope's mean is the gradient of the reverse, KL(reference ‖ π).
 
-Clip-Cov and TW-GRPO (emlocal.em.relatives) need no loss of their own: both scale the advantages of tokens.
+Clip-Cov and TW-GRPO (`emlocal.em.relatives`) need no loss of their own: both scale the advantages of tokens,
+by 0 and by w_t > 0.
 """
 
 from dataclasses import dataclass

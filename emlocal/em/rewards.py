@@ -1,4 +1,6 @@
-"""What an answer is worth in EM-RL: one number for each, from the model itself or from its other answers.
+"""What an answer is worth in EM-RL, and its advantage over the others to the same prompt.
+
+A reward is one number for each answer, from the model itself or from its other answers.
 
 Answers are y_1 … y_N to one prompt, with distributions p_t = π(· | y_<t) at their tokens. Numbers of tokens
 come flat, [M], one answer after the other; `lengths` [N] says how many tokens each has (M = Σ lengths, at
@@ -15,6 +17,9 @@ repetition with low entropy pays: hence `normalize`. Every reward is a constant 
 follows it. For `sequence` that costs nothing, as E[∇ log π] = 0. For `token` it drops E[Σ ∇H(p_t)], which is
 just what EM-FT follows. For `majority` it takes the other answers as given: half the gradient of the
 expected share.
+
+Advantages (RLOO, GRPO) take rewards as [P, N]: N answers to each of P prompts. A group whose rewards are all
+the same teaches nothing, and its advantages are exactly 0.
 """
 
 from collections import Counter
@@ -28,6 +33,8 @@ from emlocal.em.entropy import Float64, checked, log_softmax
 from emlocal.errors import LogitsError
 
 Normalize = Literal["sum", "mean"]
+GRPO_EPSILON = 1e-6
+"""What is added to a group's standard deviation: the default of verl, the paper's framework."""
 
 
 def token_reward(entropies: ArrayLike, lengths: ArrayLike, normalize: Normalize = "sum") -> Float64:
@@ -79,7 +86,7 @@ def majority_reward(answers: Sequence[Hashable | None]) -> Float64:
     no advantage is left: it takes N ≥ 3.
 
     Args:
-        answers: of one group: keys that equivalent answers share (`methods.answers.canonical`); None
+        answers: of one group: keys that equivalent answers share (`methods.extraction.canonical`); None
             where no answer could be extracted, which agrees with nothing but itself.
     """
     votes = Counter(answer for answer in answers if answer is not None)
@@ -129,3 +136,48 @@ def _per_answer(values: ArrayLike, lengths: ArrayLike, normalize: Normalize) -> 
     ends = np.cumsum(counts)
     sums = np.array([flat[end - n : end].sum() for n, end in zip(counts, ends, strict=True)])
     return sums / counts if normalize == "mean" else sums
+
+
+def rloo(rewards: ArrayLike) -> Float64:
+    """A_i = r_i − mean of the others' r = N/(N−1) · (r_i − mean r), [P, N] (the paper's).
+
+    REINFORCE leave-one-out: Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740. As the
+    baseline of y_i does not depend on y_i, the policy gradient stays unbiased, provided that r_i does not
+    depend on the other answers (which `majority` does).
+
+    Raises ValueError for groups of fewer than two.
+    """
+    centred, _ = _centred(rewards)
+    n = centred.shape[-1]
+    advantages: Float64 = centred * (n / (n - 1))
+    return advantages
+
+
+def grpo(rewards: ArrayLike, epsilon: float = GRPO_EPSILON) -> Float64:
+    """A_i = (r_i − mean r) / (std r + ε), [P, N] (Shao et al. 2024, arXiv 2402.03300, §4.1.2).
+
+    std is that of a sample, by N−1, as torch's and so as in verl and TRL (whose ε is 1e-4). The scale of
+    the rewards cancels. That makes the policy gradient biased: it follows another objective than the
+    expected reward. With N = 2 only the sign of r_1 − r_2 is left, so it climbs the probability of winning.
+
+    Raises ValueError for groups of fewer than two.
+    """
+    centred, same = _centred(rewards)
+    deviation = np.where(same, 1.0, centred.std(axis=-1, ddof=1, keepdims=True))
+    return centred / (deviation + epsilon)
+
+
+def zero_variance(rewards: ArrayLike) -> NDArray[np.bool_]:
+    """[P]: groups whose rewards are all the same, for the metrics."""
+    r = np.asarray(rewards, dtype=np.float64)
+    same: NDArray[np.bool_] = r.max(axis=-1) == r.min(axis=-1)
+    return same
+
+
+def _centred(rewards: ArrayLike) -> tuple[Float64, NDArray[np.bool_]]:
+    """r − mean r, exactly 0 in groups without variance (whose mean may be rounded); and which they are."""
+    r = np.asarray(rewards, dtype=np.float64)
+    if r.ndim != 2 or r.shape[1] < 2:
+        raise ValueError(f"rewards of shape {r.shape}: it takes [prompts, answers], two answers at least")
+    same = zero_variance(r)[:, None]
+    return np.where(same, 0.0, r - r.mean(axis=-1, keepdims=True)), same

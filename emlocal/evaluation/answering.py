@@ -19,6 +19,7 @@ from emlocal.batch.rows import is_error
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
 from emlocal.evaluation.tasks.task import Problem, Task
+from emlocal.generation import Scheduler
 from emlocal.generation.prompt import chat_tokens
 from emlocal.models.templates import Message
 
@@ -92,16 +93,16 @@ class Answering:
 
     def _answer(self, block: Sequence[tuple[Problem, int]], cancelled: Callable[[], bool]) -> Iterator[Row]:
         items = [self._item(problem, k, line) for line, (problem, k) in enumerate(block, 1)]
-        batch = Batch(self._backend, iter(items), self._settings, parallel=self._parallel)
         last = time.perf_counter()
-        for row in batch.rows(cancelled):
-            now = time.perf_counter()
-            timed = {**row, "elapsed": round(now - last, 4)}
-            last = now
-            if timed["custom_id"] not in self._rows:
-                self._journal.append(timed)
-                self._rows[timed["custom_id"]] = timed
-                yield timed
+        with Scheduler(self._backend, self._parallel) as runner:
+            for row in Batch(self._backend, iter(items), self._settings, runner=runner).rows(cancelled):
+                now = time.perf_counter()
+                timed = {**row, "elapsed": round(now - last, 4)}
+                last = now
+                if timed["custom_id"] not in self._rows:
+                    self._journal.append(timed)
+                    self._rows[timed["custom_id"]] = timed
+                    yield timed
 
     @property
     def total(self) -> int:

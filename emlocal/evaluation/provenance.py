@@ -8,21 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import emlocal
-from emlocal.diagnosis.machine import cpu
+from emlocal.backends import ENGINES
+from emlocal.backends.select import engine
+from emlocal.machine import cpu
 from emlocal.text import parse_json
 
 _ANSWERED = "made_with.jsonl"
-_ENGINES = {
-    "llama.cpp": ("llama-cpp-python",),
-    "mlx": ("mlx", "mlx-lm"),
-    "torch": ("torch", "transformers"),
-}
 
 
-def provenance(engine: str) -> dict[str, object]:
-    """Versions, commit and machine; for results.json."""
+def provenance(name: str) -> dict[str, object]:
+    """Versions, commit and machine, with the engine of this name; for results.json."""
     machine = cpu()
-    packages = ("numpy", *_ENGINES.get(engine, ()), "math-verify")
+    packages = ("numpy", *(engine(name).distributions if name in ENGINES else ()), "math-verify")
     return {
         "emlocal": emlocal.__version__,
         "commit": commit(),

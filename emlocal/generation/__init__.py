@@ -1,18 +1,25 @@
-"""Prompts in, completions out: the decode loop above a backend, stop strings, streaming text."""
+"""Prompts in, completions out: the runner and its scheduler above a backend, stop strings, streaming text."""
 
 from emlocal.cancel import Cancellation, interruptible
 from emlocal.errors import CancelledError
-from emlocal.generation.decode import Generator, Timings
-from emlocal.generation.sample import Completion, FinishReason, Piece, Request
+from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Timings, Token
+from emlocal.generation.sample import Completion, FinishReason, Request
+from emlocal.generation.scheduler import Scheduler
 
 __all__ = [
     "Cancellation",
     "CancelledError",
+    "Completed",
     "Completion",
+    "Event",
     "FinishReason",
-    "Generator",
-    "Piece",
+    "Finished",
+    "Handle",
+    "Job",
     "Request",
+    "Runner",
+    "Scheduler",
     "Timings",
+    "Token",
     "interruptible",
 ]

@@ -4,11 +4,51 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from emlocal.backends.base import Backend
+from emlocal.backends.base import Backend, ModelInfo
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.generation.tokenizing import SHORT, check_fits, never, text_tokens
 from emlocal.models.templates import Message, render
 from emlocal.text import longest_of
+
+Asked = str | Sequence[Message]
+"""A text that is sent as it is, or messages for the chat template."""
+
+
+def prompt_tokens(backend: Backend, asked: Asked, cancelled: Callable[[], bool] = never) -> list[int]:
+    """The prompt for a text that is sent as it is, or for messages (see `chat_tokens`).
+
+    Raises ContextFullError for a text that cannot fit, CancelledError.
+    """
+    if isinstance(asked, str):
+        return text_tokens(backend, asked, add_special=True, parse_special=True, cancelled=cancelled)
+    return chat_tokens(backend, asked, cancelled)
+
+
+def for_template(info: ModelInfo, messages: Sequence[Message], warn: Callable[[str], None]) -> Asked:
+    """The messages, as they are asked of this model. Where it has no chat template, a single question is sent
+    as it is, and `warn` is told so.
+
+    Raises UsageError where there is no template and roles are needed.
+    """
+    if info.chat_template is None and [m["role"] for m in messages] == ["user"]:
+        warn(sent_as_it_is(info.name))
+        return messages[0]["content"]
+    check_template(info.name, info.chat_template)
+    return messages
+
+
+def sent_as_it_is(model: str) -> str:
+    """What people are told where prompts go to a model without chat template."""
+    return f"{model} has no chat template; prompts are sent as they are (--raw)"
+
+
+def check_template(model: str, template: str | None) -> None:
+    """Raise UsageError for a model without chat template: for what needs roles."""
+    if template is None:
+        raise UsageError(
+            f"{model} has no chat template: it takes no system message, no conversation and no training",
+            "use a chat model, or send one text as it is: emlocal generate --raw",
+        )
 
 
 def chat_tokens(
@@ -23,11 +63,8 @@ def chat_tokens(
         CancelledError: `cancelled()` became true.
     """
     info = backend.info
-    if info.chat_template is None:
-        raise UsageError(
-            f"{info.name} has no chat template: it is not a chat model",
-            "send the prompt as it is: emlocal generate --raw",
-        )
+    check_template(info.name, info.chat_template)
+    assert info.chat_template is not None
     length = sum(len(m["content"]) for m in messages)
     if length > SHORT:
         _check_rendered(backend, messages)

@@ -1,12 +1,11 @@
-"""One sample on its way: what is asked of it, what has been drawn, and what came of it."""
+"""One sample on its way: what is asked of it, its text as it becomes certain, and what came of it."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from emlocal.backends.base import Backend, Row
-from emlocal.errors import ContextFullError, UsageError
-from emlocal.generation.text import TextStream
 from emlocal.sampling import Draw, SamplingParams, Uniforms
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -23,14 +22,6 @@ class Request:
     stop: tuple[str, ...] = ()
 
 
-class Piece(NamedTuple):
-    """One token of one sample, and the text that it made certain (maybe none, maybe more than its own)."""
-
-    sample: int
-    draw: Draw
-    text: str
-
-
 @dataclass
 class Completion:
     """One finished sample."""
@@ -45,19 +36,94 @@ class Completion:
     stop: str | None = None
     """The stop string that ended it, if one did."""
     tail: str = ""
-    """The end of `text` that was held back until now and came with no Piece."""
+    """The end of `text` that was held back until now and came with no Token."""
 
 
-def check_prompt(prompt: Sequence[int], context: int) -> None:
-    """Raise UsageError for an empty prompt, ContextFullError for one that leaves no room for a token."""
-    if not prompt:
-        raise UsageError("the prompt is empty", "give some text as an argument, with -f FILE or on stdin")
-    if len(prompt) >= context:
-        raise ContextFullError(
-            f"the prompt has {len(prompt):,} tokens;"
-            f" the context holds {context:,}, one of them for the answer",
-            "shorten the prompt or give a larger --context",
-        )
+@dataclass(frozen=True)
+class EntropySummary:
+    """What EM did to an answer, over its tokens."""
+
+    tokens: int
+    before: float
+    """Mean entropy before EM, nats."""
+    after: float
+    touched: float
+    """Share of tokens at which EM took a step."""
+    changed: float
+    """Share of tokens that the same draw would have made another token without EM."""
+    steps: float
+    """Mean EM steps a token."""
+
+    def as_json(self) -> dict[str, float]:
+        """For output files; nats and shares to six places."""
+        return {
+            "mean_before": round(self.before, 6),
+            "mean_after": round(self.after, 6),
+            "touched": round(self.touched, 6),
+            "changed": round(self.changed, 6),
+            "mean_steps": round(self.steps, 6),
+        }
+
+
+def summarize(draws: Sequence[Draw]) -> EntropySummary:
+    """The summary of one or more answers' draws."""
+    n = max(1, len(draws))
+    return EntropySummary(
+        len(draws),
+        sum(d.entropy_before for d in draws) / n,
+        sum(d.entropy_after for d in draws) / n,
+        sum(d.steps > 0 for d in draws) / n,
+        sum(d.token != d.token_without_em for d in draws) / n,
+        sum(d.steps for d in draws) / n,
+    )
+
+
+class TextStream:
+    """Assembles one answer.
+
+    `push` returns the text that is now certain: characters whose bytes are all there, less a tail that may
+    yet turn out to be the beginning of a stop string.
+    """
+
+    def __init__(self, stop: tuple[str, ...] = ()) -> None:
+        self.stopped_by: str | None = None
+        """The stop string that ended the answer; what follows it is dropped, and so is it."""
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, piece: bytes) -> str:
+        """Add a token's bytes."""
+        return self._release(self._decoder.decode(piece))
+
+    def finish(self) -> str:
+        """The rest, at the end of the answer; an incomplete character becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        if self.stopped_by is None:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped_by is not None:
+            return ""
+        if not self._stop:
+            return new
+        text = self._held + new
+        # the one complete first, however the text came in pieces; of two that end together, the longer
+        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            _, start, self.stopped_by = min(found)
+            self._held = ""
+            return text[:start]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 class Sample:
@@ -66,7 +132,6 @@ class Sample:
     def __init__(self, index: int, request: Request, prompt: Sequence[int]) -> None:
         self.request = request
         self.completion = Completion(index)
-        self.sequence = -1
         self.done = False
         self._text = TextStream(request.stop)
         # kept only where penalties look at it
@@ -77,13 +142,14 @@ class Sample:
         u = self.request.uniforms[len(self.completion.draws)]
         return Row(sequence, self.request.params, u, self._seen)
 
-    def accept(self, draw: Draw, backend: Backend) -> Piece:
-        """Take a drawn token in; `done` says whether it was the last."""
+    def accept(self, draw: Draw, backend: Backend) -> str:
+        """Take a drawn token in; `done` says whether it was the last. Returns the text that is certain now:
+        maybe none, maybe more than the token's own."""
         completion = self.completion
         completion.draws.append(draw)
         if draw.token in backend.info.end_tokens:
             self.end("stop")
-            return Piece(completion.sample, draw, "")
+            return ""
         completion.tokens.append(draw.token)
         if self.request.params.penalizes:
             self._seen.append(draw.token)
@@ -94,7 +160,7 @@ class Sample:
             self.end("stop")
         elif len(completion.tokens) >= self.request.max_tokens:
             self.end("length")
-        return Piece(completion.sample, draw, text)
+        return text
 
     def end(self, reason: FinishReason) -> None:
         """Close the sample; text that was held back comes with its Completion."""

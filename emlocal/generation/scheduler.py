@@ -1,9 +1,12 @@
-"""Continuous batching: many prompts at once, each place going to the next as soon as it is free.
+"""The runner over an engine of tokens: continuous batching, each place going to the next sample at once.
 
 A step is one forward pass. It carries the next token of every sample that is being decoded, and beside them
 the next part of prompts that are being read. A prompt's samples share its reading: the last token of the
-prompt is fed to each sample as its first step, on a fork of the rest. What consecutive prompts begin with
-alike (a system message, worked examples) is kept in a sequence of its own, the *root*, and read once.
+prompt is fed to each sample as its first step, on a copy of the rest.
+
+Nothing is read twice: a prompt starts from the longest beginning that a running sequence has, or one that
+was kept (`sequences`). In a `run`, where prompts come one after the other, what two of them begin with is
+read before both, into a sequence of its own, the *root*.
 
 Draws are addressed by request, sample and token, so what is said does not depend on who else is in the batch,
 as far as the engine's arithmetic does not (docs/batch.md).
@@ -12,305 +15,311 @@ as far as the engine's arithmetic does not (docs/batch.md).
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from emlocal.backends.base import Backend, Feed, Row
-from emlocal.errors import CancelledError, ContextFullError, EmlocalError, LogitsError, UsageError
-from emlocal.generation.sample import Completion, Request, Sample, check_prompt
+from emlocal.errors import (
+    BackendError,
+    CancelledError,
+    ContextFullError,
+    EmlocalError,
+    LogitsError,
+    UsageError,
+)
+from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token
+from emlocal.generation.sample import FinishReason
+from emlocal.generation.sequences import WORTH_SHARING, Group, Kept, Sequences, Stream, common, tokens_of
+from emlocal.generation.tokenizing import never
 from emlocal.sampling import Draw
-
-Tag = TypeVar("Tag")
 
 PROMPT_TOKENS_PER_STEP = 256
 """Of prompts being read, beside the samples being decoded."""
-WORTH_SHARING = 16
-"""Tokens that prompts must have in common for the root to hold them."""
 SPARE_SEQUENCES = 2
 """Held beside the samples: the root, and a prompt whose samples have not all begun."""
 
 
-@dataclass(frozen=True)
-class Job(Generic[Tag]):
-    """A prompt, and the samples to be drawn from it."""
+class Scheduler(Runner):
+    """See the module. `parallel` samples are decoded at once at most.
 
-    tag: Tag
-    """The caller's own."""
-    prompt: Sequence[int]
-    requests: Sequence[Request]
-
-
-@dataclass
-class Finished(Generic[Tag]):
-    """A job with all its samples, or with what went wrong."""
-
-    job: Job[Tag]
-    completions: list[Completion]
-    error: EmlocalError | None = None
-    cached_tokens: int = 0
-    """Of the prompt's tokens, those that others had read already."""
-    forward_passes: int = 0
-    """In how many it took part, summed over its samples."""
-    seconds: float = 0.0
-    """From its admission to its end; others ran beside it."""
-
-
-@dataclass
-class Counters:
-    """Of all jobs so far. Tokens and seconds."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    """Computed, not those that were shared."""
-    generated_tokens: int = 0
-    forward_seconds: float = 0.0
-    reading_seconds: float = 0.0
-    """Of these, in steps that read prompts."""
-    sampling_seconds: float = 0.0
-
-
-@dataclass
-class _Group(Generic[Tag]):
-    """A job being worked on."""
-
-    job: Job[Tag]
-    waiting: deque[Sample]
-    """Samples that have not begun."""
-    started: float
-    sequence: int | None = None
-    """Holds the prompt but for its last token, less `unread`. The last sample takes it over."""
-    unread: Sequence[int] = ()
-    cached: int = 0
-    passes: int = 0
-    completions: list[Completion] = field(default_factory=list)
-    error: EmlocalError | None = None
-
-
-@dataclass
-class _Stream(Generic[Tag]):
-    """A sample being decoded."""
-
-    group: _Group[Tag]
-    sample: Sample
-    sequence: int
-    next_token: int
-
-
-class Scheduler(Generic[Tag]):
-    """Runs jobs on a backend whose sequences each have room of their own (`LoadOptions.shared` off).
-
-    One at a time also runs where they share it; an answer then ends when that is full. `parallel` samples
-    are decoded at once at most; the backend must hold `SPARE_SEQUENCES` more. Not for use from two threads at
-    once.
+    The engine must hold one sequence more, for a prompt whose samples have not all begun; with
+    `SPARE_SEQUENCES` there is one for the root as well. What it can hold beyond them keeps earlier prompts.
     """
 
     def __init__(self, backend: Backend, parallel: int) -> None:
-        if not 1 <= parallel <= backend.max_sequences - SPARE_SEQUENCES:
+        if not 1 <= parallel <= backend.max_sequences - 1:
             raise UsageError(
-                f"{parallel} samples at once need {parallel + SPARE_SEQUENCES} sequences;"
+                f"{parallel} samples at once need {parallel + 1} sequences;"
                 f" the backend holds {backend.max_sequences}"
             )
+        super().__init__(backend.context)
         self.backend = backend
         self.parallel = parallel
-        self.counters = Counters()
-        self._new: list[_Group[Tag]] = []  # admitted in this step, without a sequence as yet
-        self._reading: list[_Group[Tag]] = []  # some samples have not begun
-        self._streams: list[_Stream[Tag]] = []
-        self._freed: list[int] = []  # sequences released since the last step
-        self._root: int | None = None
-        self._prefix: Sequence[int] = ()  # what the root holds
-        self._previous: Sequence[int] = ()  # the prompt admitted last, less its last token
+        self._queue: deque[Group] = deque()
+        self._reading: list[Group] = []  # some samples have not begun
+        self._streams: list[Stream] = []
+        roomy = backend.max_sequences > parallel + SPARE_SEQUENCES
+        self._sequences = Sequences(backend, parallel, roomy, self._reading, self._streams)
+        self._full = False  # no job is admitted before another has ended
+        self._events: list[Event] = []  # of this step
+        self._previous = tokens_of(())  # the prompt admitted last, less its last token
 
-    def run(
-        self, source: Callable[[], Job[Tag] | None], cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[Finished[Tag]]:
-        """Work off the jobs that `source` gives, yielding each as it is finished.
+    # ------------------------------------------------------------------------------------ the contract
 
-        `source` is asked whenever there is a free place; None means that it has none at the moment, and
-        the run ends when it has none and nothing is being worked on. A job that cannot be done is yielded
-        with its error; the others go on.
+    def submit(self, job: Job) -> Handle:
+        self.check(job)
+        group = Group(job)
+        self._queue.append(group)
+        return group
 
-        Raises CancelledError. Nothing is held afterwards.
-        """
-        # the first to be opened: engines like the numbers of those that are decoded to follow in order
-        self._root = self.backend.open()
+    def cancel(self, handle: Handle) -> list[Event]:
+        if handle.finished:
+            return []
+        assert isinstance(handle, Group)
+        return self._end_group(handle, "cancelled")
+
+    def step(self, cancelled: Callable[[], bool] = never) -> list[Event]:
+        self._admit(cancelled)
+        lone = self._lone()
+        if lone is not None:
+            self._read_at_once(lone, cancelled)
+        else:
+            self._begin()
+            self._sequences.close_ranks()
+            self._pass(cancelled)
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def free(self) -> int:
+        waiting = sum(len(group.waiting) for group in (*self._reading, *self._queue))
+        return max(0, self.parallel - len(self._streams) - waiting)
+
+    @property
+    def idle(self) -> bool:
+        return not (self._streams or self._reading or self._queue)
+
+    def run(self, source: Callable[[], Job | None], cancelled: Callable[[], bool] = never) -> Iterator[Event]:
+        if self._sequences.root is None and self.backend.max_sequences >= self.parallel + SPARE_SEQUENCES:
+            # before all others: engines like the numbers of those that are decoded to follow in order
+            self._sequences.start_root(tokens_of(()), None)
         try:
-            while True:
-                yield from self._admit(source, cancelled)
-                self._attach()
-                self._begin()
-                self._close_ranks()
-                if not self._streams and not self._reading:
-                    return
-                if cancelled():
-                    raise CancelledError
-                yield from self._step(cancelled)
+            yield from super().run(source, cancelled)
         finally:
-            self._release_all()
+            self._sequences.give_up_root()
 
-    def _admit(
-        self, source: Callable[[], Job[Tag] | None], cancelled: Callable[[], bool]
-    ) -> Iterator[Finished[Tag]]:
+    def forget(self) -> None:
+        self._sequences.clear()
+        self._previous = tokens_of(())
+
+    def close(self) -> None:
+        for group in [*self._queue, *self._reading, *(stream.group for stream in self._streams)]:
+            self.cancel(group)
+        self._sequences.give_up_root()
+        self.forget()
+
+    def sequence(self, handle: Handle) -> int:
+        """The engine's sequence of a job with one sample, while that is decoded."""
+        return next(stream.sequence for stream in self._streams if stream.group is handle)
+
+    # ------------------------------------------------------------------------- from the queue to a place
+
+    def _admit(self, cancelled: Callable[[], bool]) -> None:
         """Take jobs while places are free; those that waiting samples will fill count as taken."""
-        while len(self._streams) + sum(len(g.waiting) for g in (*self._reading, *self._new)) < self.parallel:
-            job = source()
-            if job is None:
+        self._full = self._full and bool(self._streams or self._reading)
+        new: list[Group] = []
+        taken = len(self._streams) + sum(len(group.waiting) for group in self._reading)
+        while self._queue and taken < self.parallel and not self._full:
+            group = self._queue[0]
+            if self._sequences.root is not None:
+                self._read_common(group, cancelled)
+            elif self._is_being_read(group, new):
+                break
+            self._queue.popleft()
+            group.admitted = time.perf_counter()
+            new.append(group)
+            taken += len(group.waiting)
+        for group in new:
+            self._attach(group)
+            self._reading.append(group)
+
+    def _is_being_read(self, group: Group, new: Sequence[Group]) -> bool:
+        """Whether another job is about to read what this one begins with: then it waits for that."""
+        there, most = self._sequences.longest(group)[0], len(group.tokens) - 1
+        coming = (common(other.tokens, group.tokens, most) for other in (*self._reading, *new))
+        return max(coming, default=0) >= there + WORTH_SHARING
+
+    def _read_common(self, group: Group, cancelled: Callable[[], bool]) -> None:
+        """Bring into the root what this prompt and the one before it begin with, if that is much.
+
+        It is read by itself, unless a running job has it: what is in the root, to the last bit, then does not
+        depend on the prompt that came first, and a run that was killed goes on as it was.
+        """
+        tokens = group.tokens[:-1]
+        shared, held = common(self._previous, tokens), self._sequences.in_root(tokens, len(tokens))
+        if shared >= held + WORTH_SHARING:
+            most, donor = self._sequences.longest_running(group)
+            if most < held + WORTH_SHARING:
+                most, donor = held, None
+            root = self._sequences.start_root(tokens[: min(most, shared)], donor)
+            unread = group.job.prompt[len(root.tokens) : shared]
+            try:
+                if unread:
+                    self._forward([Feed(root.sequence, unread, wanted=False)], cancelled)
+            except ContextFullError:
+                self._sequences.give_up_root()
                 return
-            error = self._refusal(job)
-            if error is not None:
-                yield Finished(job, [], error)
-                continue
-            samples = deque(Sample(i, request, job.prompt) for i, request in enumerate(job.requests))
-            self._hold_common_prefix(job.prompt[:-1], cancelled)
-            self._new.append(_Group(job, samples, time.perf_counter()))
-
-    def _refusal(self, job: Job[Tag]) -> EmlocalError | None:
-        try:
-            check_prompt(job.prompt, self.backend.context)
-        except (UsageError, ContextFullError) as error:
-            return error
-        return None if job.requests else UsageError("no samples are asked for")
-
-    def _hold_common_prefix(self, tokens: Sequence[int], cancelled: Callable[[], bool]) -> None:
-        """Bring into the root what this prompt and the one before it begin with, if that is much."""
-        common, held = _common(self._previous, tokens), _common(self._prefix, tokens)
+            except CancelledError:
+                root.tokens = tokens[: self.backend.length(root.sequence)]
+                raise
+            root.tokens = tokens[:shared]
         self._previous = tokens
-        if common < held + WORTH_SHARING:
-            return
-        donor = self._who_has_read(tokens[:common])
-        if donor is not None:
-            if self._root is not None:
-                self.backend.release(self._root)
-            self._root, held = self.backend.fork(donor), common
-        elif self._root is None:
-            self._root, held = self.backend.open(), 0  # it had been given up
-        kept = self.backend.trim(self._root, held)
-        if kept < common:
-            self._forward([Feed(self._root, tokens[kept:common], wanted=False)], cancelled)
-        self._prefix = tokens[:common]
 
-    def _who_has_read(self, tokens: Sequence[int]) -> int | None:
-        """A sequence that begins with these tokens."""
-        held = [(group.sequence, group) for group in self._reading if group.sequence is not None]
-        held += [(stream.sequence, stream.group) for stream in self._streams]
-        for sequence, group in held:
-            if self.backend.length(sequence) >= len(tokens) and _common(group.job.prompt, tokens) == len(
-                tokens
-            ):
-                return sequence
-        return None
-
-    def _attach(self) -> None:
-        """Give new jobs their sequence: a fork of the root as far as they agree, or an empty one."""
-        for group in self._new:
-            tokens = group.job.prompt[:-1]
-            shared = _common(self._prefix, tokens)
-            if self._root is None or shared < WORTH_SHARING:
-                group.sequence = self.backend.open()
-            else:
-                group.sequence = self.backend.fork(self._root)
-                group.cached = self.backend.trim(group.sequence, shared)
-            group.unread = tokens[group.cached :]
-        self._reading += self._new
-        self._new = []
+    def _attach(self, group: Group) -> None:
+        """Give a job its sequence: one that is kept, a copy as far as it agrees, or an empty one."""
+        most = len(group.tokens) - 1
+        shared, source = self._sequences.longest(group)
+        own, kept = self._sequences.of_session(group)
+        if kept is None or own + WORTH_SHARING <= shared:
+            own, kept = shared, self._sequences.at(source)
+            if kept is not None and common(kept.tokens, group.tokens) < len(kept.tokens):
+                kept = None  # what else it holds may be continued, too
+        in_root = self._sequences.in_root(group.tokens, most)
+        in_root = in_root if in_root >= WORTH_SHARING else 0
+        if kept is not None and own >= in_root:
+            group.sequence = self._sequences.take(kept)
+        elif shared >= in_root + WORTH_SHARING:
+            own, group.sequence = shared, self._sequences.copy(source)
+        elif in_root and self._sequences.root is not None:
+            own, group.sequence = in_root, self._sequences.copy(self._sequences.root.sequence)
+        else:
+            own, group.sequence = 0, self._sequences.open()
+        group.read = group.timings.cached_tokens = self.backend.trim(group.sequence, own)
 
     def _begin(self) -> None:
-        """Start samples of prompts that are read: on forks, the last one in the prompt's own sequence."""
+        """Start samples of prompts that are read: on copies, the last one in the prompt's own sequence."""
         for group in self._reading:
             while not group.unread and group.waiting and len(self._streams) < self.parallel:
                 assert group.sequence is not None
                 last = len(group.waiting) == 1
-                sequence = group.sequence if last else self.backend.fork(group.sequence)
-                stream = _Stream(group, group.waiting.popleft(), sequence, group.job.prompt[-1])
+                sequence = group.sequence if last else self._sequences.copy(group.sequence)
+                stream = Stream(group, group.waiting.popleft(), sequence, group.job.prompt[-1])
                 self._streams.append(stream)
-        self._reading = [group for group in self._reading if group.waiting]
+                group.sequence = None if last else group.sequence
+        self._reading[:] = [group for group in self._reading if group.waiting]
 
-    def _close_ranks(self) -> None:
-        """Move streams into places that nobody has taken: engines like numbers that follow in order.
+    # ------------------------------------------------------------------------------------------ passes
 
-        Without it the last samples of a run, with gaps between them, would take a pass each.
-        """
-        held = {stream.sequence for stream in self._streams}
-        held |= {group.sequence for group in self._reading if group.sequence is not None}
-        for gap in self._freed:
-            last = max(self._streams, key=lambda stream: stream.sequence, default=None)
-            if gap in held or last is None or last.sequence < gap:
+    def _lone(self) -> Group | None:
+        """The job that is read at once: the only one, with a place for each of its samples."""
+        if len(self._reading) != 1 or self._streams:
+            return None
+        group = self._reading[0]
+        whole = group.job.at_once and len(group.waiting) == len(group.job.requests) <= self.parallel
+        return group if whole else None
+
+    def _read_at_once(self, group: Group, cancelled: Callable[[], bool]) -> None:
+        """Read a prompt with its last token, and begin all samples with that row."""
+        assert group.sequence is not None
+        while True:
+            try:
+                self._forward([Feed(group.sequence, group.job.prompt[group.read :])], cancelled)
+                break
+            except ContextFullError as error:
+                if not self._sequences.make_room():
+                    self._events += self._end_group(group, "context", error)
+                    return
+        self._reading.remove(group)
+        samples = [*group.waiting]
+        group.waiting.clear()
+        draws = self._draw([sample.row(group.sequence) for sample in samples])
+        own = len(samples) == 1  # else the prompt stays, for others to come
+        for sample in samples:
+            sequence = group.sequence if own else self._sequences.copy(group.sequence)
+            self._streams.append(Stream(group, sample, sequence, -1))
+        if not own:
+            self._sequences.keep(Kept(group.sequence, tokens_of(group.tokens), group.job.session))
+        group.sequence = None
+        group.forward_passes -= len(samples) - 1
+        self._take(draws)
+
+    def _pass(self, cancelled: Callable[[], bool]) -> None:
+        """A step of all samples, and the next part of the prompts that are read."""
+        while self._streams or self._reading:
+            parts = self._parts_of_prompts()
+            feeds = [Feed(stream.sequence, (stream.next_token,)) for stream in self._streams]
+            feeds += [Feed(sequence, tokens, wanted=False) for _, sequence, tokens in parts]
+            try:
+                self._forward(feeds, cancelled if parts else never)
+            except ContextFullError as error:
+                if not self._sequences.make_room():
+                    self._give_way(error)
                 continue
-            copy = self.backend.fork(last.sequence)
-            if copy < last.sequence:
-                last.sequence, copy = copy, last.sequence
-            self.backend.release(copy)
-        self._freed.clear()
-
-    def _step(self, cancelled: Callable[[], bool]) -> Iterator[Finished[Tag]]:
-        """One forward pass, and what it brings to an end."""
-        feeds = [Feed(stream.sequence, (stream.next_token,)) for stream in self._streams]
-        feeds += self._parts_of_prompts()
-        try:
-            self._forward(feeds, cancelled)
-        except ContextFullError as error:
-            yield from self._give_up(error)
+            for group, _, tokens in parts:
+                group.read += len(tokens)
+                group.forward_passes += 1
+            self._take(self._draw([stream.sample.row(stream.sequence) for stream in self._streams]))
             return
-        started = time.perf_counter()
-        draws = self._draw()
-        self.counters.sampling_seconds += time.perf_counter() - started
-        self.counters.generated_tokens += len(draws)
-        going: list[_Stream[Tag]] = []
-        ended: list[_Stream[Tag]] = []
-        for stream, draw in zip(self._streams, draws, strict=True):
-            (ended if self._is_over(stream, draw) else going).append(stream)
-        self._streams = going
-        # all of them, before anything is yielded: who listens may stop listening
-        yield from [finished for stream in ended for finished in self._finish(stream)]
 
-    def _give_up(self, error: ContextFullError) -> Iterator[Finished[Tag]]:
-        """There is no room for another step: possible only where sequences share it."""
-        ended, self._streams = self._streams, []
-        unread, self._reading = self._reading, []
-        for stream in ended:
-            stream.sample.end("context")
-        for group in unread:
-            if group.sequence is not None:
-                self.backend.release(group.sequence)
-        yield from [finished for stream in ended for finished in self._finish(stream)]
-        for group in unread:
-            yield Finished(group.job, [], error, group.cached, group.passes)
-
-    def _parts_of_prompts(self) -> list[Feed]:
-        room, feeds = PROMPT_TOKENS_PER_STEP, []
+    def _parts_of_prompts(self) -> list[tuple[Group, int, Sequence[int]]]:
+        room, parts = PROMPT_TOKENS_PER_STEP, []
         for group in self._reading:
-            part = group.unread[:room]
+            part = group.job.prompt[group.read : group.read + min(room, group.unread)]
             if part and group.sequence is not None:
-                feeds.append(Feed(group.sequence, part, wanted=False))
-                group.unread = group.unread[len(part) :]
-                group.passes += 1
+                parts.append((group, group.sequence, part))
                 room -= len(part)
-        return feeds
+        return parts
 
     def _forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool]) -> None:
         started = time.perf_counter()
         try:
             self.backend.forward(feeds, cancelled)
-        except ContextFullError:
-            if self._root is None:
-                raise
-            self.backend.release(self._root)  # what nobody may need goes first
-            self._root, self._prefix = None, ()
-            self.backend.forward(feeds, cancelled)
+        except (ContextFullError, CancelledError):
+            self._look_again()
+            raise
         seconds = time.perf_counter() - started
-        read = sum(len(feed.tokens) for feed in feeds if not feed.wanted)
+        read = sum(len(feed.tokens) for feed in feeds if not feed.wanted or len(feed.tokens) > 1)
         self.counters.steps += 1
         self.counters.forward_seconds += seconds
         self.counters.reading_seconds += seconds if read else 0
         self.counters.prompt_tokens += read
 
-    def _draw(self) -> list[Draw | EmlocalError]:
-        """A token for each stream. A row that is no distribution fails alone."""
-        rows = [stream.sample.row(stream.sequence) for stream in self._streams]
+    def _look_again(self) -> None:
+        """After a pass that failed: an engine that cannot go back a part of the way has emptied sequences."""
+        for group in self._reading:
+            if group.sequence is not None:
+                group.read = min(group.read, self.backend.length(group.sequence))
+        for stream in [*self._streams]:
+            if not stream.group.finished and self.backend.length(stream.sequence) != stream.held:
+                lost = BackendError("the engine lost what it had read, in a pass that was broken off")
+                self._events += self._end_group(stream.group, "stop", lost)
+
+    def _give_way(self, error: ContextFullError) -> None:
+        """There is no room for the pass: possible only where sequences share it. The job that came last
+        waits; where all are being decoded, the longest one ends."""
+        self._full = True
+        if self._reading and (self._streams or len(self._reading) > 1):
+            group = self._reading.pop()
+            assert group.sequence is not None
+            self.backend.release(group.sequence)
+            group.sequence, group.read = None, 0
+            self._queue.appendleft(group)
+        elif self._reading:
+            self._events += self._end_group(self._reading[0], "context", error)
+        else:
+            longest = max(self._streams, key=lambda stream: stream.group.timings.generated_tokens).group
+            for stream in [stream for stream in self._streams if stream.group is longest]:
+                stream.sample.end("context")
+                self._end_stream(stream)
+
+    def _draw(self, rows: Sequence[Row]) -> list[Draw | EmlocalError]:
+        """A token for each row. One that is no distribution fails alone."""
+        started = time.perf_counter()
         try:
-            return list(self.backend.sample(rows))
+            draws: list[Draw | EmlocalError] = [*self.backend.sample(rows)]
         except (LogitsError, UsageError):
-            return [self._draw_one(row) for row in rows]
+            draws = [self._draw_one(row) for row in rows]
+        self.counters.sampling_seconds += time.perf_counter() - started
+        self.counters.generated_tokens += len(draws)
+        return draws
 
     def _draw_one(self, row: Row) -> Draw | EmlocalError:
         try:
@@ -318,45 +327,75 @@ class Scheduler(Generic[Tag]):
         except (LogitsError, UsageError) as error:  # the latter: a bias on a token that is not there
             return error
 
-    def _is_over(self, stream: _Stream[Tag], draw: Draw | EmlocalError) -> bool:
-        """Take a draw in; whether it was the stream's last."""
-        stream.group.passes += 1
-        if isinstance(draw, EmlocalError):
-            stream.group.error = draw
-            stream.sample.end("stop")
-            return True
-        stream.sample.accept(draw, self.backend)
-        stream.next_token = draw.token
-        if not stream.sample.done and self.backend.length(stream.sequence) >= self.backend.context:
-            stream.sample.end("context")
-        return stream.sample.done
+    # --------------------------------------------------------------------------- what comes of a pass
 
-    def _finish(self, stream: _Stream[Tag]) -> Iterator[Finished[Tag]]:
-        """Free an ended stream's place; its job is yielded with the last of its samples."""
-        group = stream.group
-        self.backend.release(stream.sequence)
-        self._freed.append(stream.sequence)
-        group.completions.append(stream.sample.completion)
-        if len(group.completions) < len(group.job.requests):
-            return
+    def _take(self, draws: Sequence[Draw | EmlocalError]) -> None:
+        """A draw for each stream."""
+        now = time.perf_counter()
+        for stream, draw in zip([*self._streams], draws, strict=True):
+            group, sample = stream.group, stream.sample
+            if group.finished:  # another of its samples failed
+                continue
+            group.forward_passes += 1
+            if isinstance(draw, EmlocalError):
+                self._events += self._end_group(group, "stop", draw)
+                continue
+            timings = group.timings
+            if not timings.generated_tokens:
+                group.first_draw, timings.prompt_seconds = now, now - group.admitted
+            timings.generated_tokens += 1
+            timings.generation_seconds = time.perf_counter() - group.first_draw
+            text = sample.accept(draw, self.backend)
+            self._events.append(Token(group, sample.completion.sample, draw, text))
+            stream.next_token = draw.token
+            if not sample.done and stream.held >= self.context:
+                sample.end("context")
+            if sample.done:
+                self._end_stream(stream)
+
+    def _end_stream(self, stream: Stream) -> None:
+        """Free the place of a sample that ended; its job ends with the last one."""
+        group, completion = stream.group, stream.sample.completion
+        self._leave(stream)
+        group.completions.append(completion)
+        self._events.append(Completed(group, completion))
+        if len(group.completions) == len(group.job.requests):
+            self._events.append(self._finish(group))
+
+    def _leave(self, stream: Stream) -> None:
+        """Keep what a stream holds."""
+        self._streams.remove(stream)
+        tokens = stream.group.tokens + tokens_of(stream.sample.completion.tokens)
+        self._sequences.keep(Kept(stream.sequence, tokens, stream.group.job.session))
+        self._sequences.left(stream.sequence)
+        self._full = False
+
+    def _end_group(
+        self, group: Group, reason: FinishReason, error: EmlocalError | None = None
+    ) -> list[Event]:
+        """End a job, wherever it is. Its samples' completions are not given where there is an error."""
+        samples = [*group.waiting]
+        group.waiting.clear()
+        for stream in [stream for stream in self._streams if stream.group is group]:
+            self._leave(stream)
+            samples.append(stream.sample)
+        if group in self._queue:
+            self._queue.remove(group)
+        if group in self._reading:
+            self._reading.remove(group)
+        if group.sequence is not None:
+            self._sequences.keep(Kept(group.sequence, group.tokens[: group.read], group.job.session))
+            group.sequence, self._full = None, False
+        for sample in samples:
+            sample.end(reason)
+        completions = [sample.completion for sample in samples]
+        group.completions = [] if error else [*group.completions, *completions]
+        group.error = error
+        events: list[Event] = [] if error else [Completed(group, completion) for completion in completions]
+        return [*events, self._finish(group)]
+
+    def _finish(self, group: Group) -> Finished:
         group.completions.sort(key=lambda completion: completion.sample)
-        seconds = time.perf_counter() - group.started
-        completions = [] if group.error else group.completions
-        yield Finished(group.job, completions, group.error, group.cached, group.passes, seconds)
-
-    def _release_all(self) -> None:
-        held = [stream.sequence for stream in self._streams]
-        held += [group.sequence for group in self._reading if group.sequence is not None]
-        held += [] if self._root is None else [self._root]
-        for sequence in held:
-            self.backend.release(sequence)
-        self._streams, self._reading, self._new, self._freed = [], [], [], []
-        self._root, self._prefix, self._previous = None, (), ()
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:  # often, and faster than to look at each
-        return n
-    return next((i for i in range(n) if a[i] != b[i]), n)
+        group.seconds = time.perf_counter() - group.admitted if group.admitted else 0.0
+        group.finished = True
+        return Finished(group)

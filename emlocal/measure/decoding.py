@@ -3,9 +3,10 @@
 A round has a prompt and draws of its own, which its sides share; they take turns at going first. End tokens
 are ignored, so that every side takes the same number of steps at the same positions of one sequence: equal
 work for the engine, whatever the tokens are. A step is what happens between two tokens that a caller of
-`Generator.run` receives: the forward pass, the sampler and the bookkeeping of text.
+`Runner.follow` receives: the forward pass, the sampler and the bookkeeping of text.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends import ENGINES
 from emlocal.backends.base import Backend, Feed
-from emlocal.backends.select import bare_loop
+from emlocal.backends.select import engine
 from emlocal.errors import UsageError
-from emlocal.generation import Generator, Piece, Request
-from emlocal.generation.prompt import chat_tokens
+from emlocal.generation import Job, Request, Scheduler, Token
+from emlocal.generation.prompt import for_template, prompt_tokens
 from emlocal.measure.statistics import Ratio, speed_ratio
 from emlocal.sampling import SamplingParams, Uniforms
 
@@ -69,16 +71,15 @@ def endless(backend: Backend) -> Iterator[None]:
         backend.info = info
 
 
-def prompt_tokens(backend: Backend, text: str) -> list[int]:
+def question_tokens(backend: Backend, text: str) -> list[int]:
     """A prompt as chat would send it; as it is where the model has no template."""
-    if backend.info.chat_template is None:
-        return backend.encode(text, add_special=True, parse_special=True)
-    return chat_tokens(backend, [{"role": "user", "content": text}])
+    asked = for_template(backend.info, [{"role": "user", "content": text}], lambda _: None)
+    return prompt_tokens(backend, asked)
 
 
 def check_room(backend: Backend, tokens: int) -> None:
     """Raise UsageError where the prompts and so many tokens do not fit the context."""
-    longest = max(len(prompt_tokens(backend, prompt)) for prompt in PROMPTS)
+    longest = max(len(question_tokens(backend, prompt)) for prompt in PROMPTS)
     if longest + tokens + 1 > backend.context:
         raise UsageError(
             f"--tokens {tokens} after a prompt of {longest} do not fit the context of {backend.context:,}",
@@ -87,7 +88,7 @@ def check_room(backend: Backend, tokens: int) -> None:
 
 
 def measure_decoding(
-    generator: Generator,
+    runner: Scheduler,
     params: SamplingParams,
     *,
     tokens: int,
@@ -97,84 +98,91 @@ def measure_decoding(
 ) -> Decoding:
     """Decode `rounds` rounds of `tokens` steps on each side; a short one before them does not count."""
     result = Decoding(tokens)
-    decode_round(Decoding(4), generator, params, number=rounds, seed=seed)
+    decode_round(Decoding(4), runner, params, number=rounds, seed=seed)
     for number in range(rounds):
         progress(number)
-        decode_round(result, generator, params, number=number, seed=seed)
+        decode_round(result, runner, params, number=number, seed=seed)
     return result
 
 
 def decode_round(
-    result: Decoding, generator: Generator, params: SamplingParams, *, number: int, seed: int
+    result: Decoding, runner: Scheduler, params: SamplingParams, *, number: int, seed: int
 ) -> None:
     """Add one round to `result`; its number chooses the prompt, the draws and who goes first."""
     turn = number % len(SIDES)
     order = SIDES[turn:] + SIDES[:turn]
     order = order if number // len(SIDES) % 2 == 0 else order[::-1]
-    prompt = prompt_tokens(generator.backend, PROMPTS[number % len(PROMPTS)])
-    with endless(generator.backend):
-        _round(result, generator, prompt, params, Uniforms(seed, number), order)
+    prompt = question_tokens(runner.backend, PROMPTS[number % len(PROMPTS)])
+    with endless(runner.backend):
+        _round(result, runner, prompt, params, Uniforms(seed, number), order)
 
 
 def _round(
     result: Decoding,
-    generator: Generator,
+    runner: Scheduler,
     prompt: list[int],
     params: SamplingParams,
     uniforms: Uniforms,
     order: Sequence[str],
 ) -> None:
     uniforms[0]  # numpy's first draw from a generator takes milliseconds
-    generator.forget()
-    first = _steps(generator, prompt, Request(params, uniforms, 1))[1]  # reads the prompt
+    runner.forget()
+    first = _steps(runner, prompt, Request(params, uniforms, 1))[1]  # reads the prompt
     for side in order:
         if side == "bare":
-            seconds = _bare(generator, prompt, first, result.tokens)
+            seconds = _bare(runner, prompt, first, result.tokens)
             if seconds is not None:
                 result.seconds[side].append(seconds)
             continue
         chosen = params if side == "on" else params.without_em()
-        seconds, _, touched = _steps(generator, prompt, Request(chosen, uniforms, result.tokens + 1))
+        seconds, _, touched = _steps(runner, prompt, Request(chosen, uniforms, result.tokens + 1))
         result.seconds[side].append(seconds)
         result.touched += touched
 
 
-def _steps(generator: Generator, prompt: list[int], request: Request) -> tuple[float, int, int]:
+def _steps(runner: Scheduler, prompt: list[int], request: Request) -> tuple[float, int, int]:
     """Seconds from the first token to the last, the first token, and how many rows EM touched."""
     stamps, touched, first = [], 0, -1
-    for event in generator.run(prompt, [request]):
-        if isinstance(event, Piece):
+    for event in runner.follow([_job(prompt, request)]):
+        if isinstance(event, Token):
             stamps.append(time.perf_counter())
             touched += event.draw.steps > 0
             first = event.draw.token if first < 0 else first
     return stamps[-1] - stamps[0], first, touched
 
 
-def _bare(generator: Generator, prompt: list[int], first: int, steps: int) -> float | None:
-    decode = bare_loop(generator.backend)
+def _job(prompt: list[int], request: Request) -> Job:
+    """Each takes the last one's sequence over, so that all decode at the same place."""
+    return Job(prompt, [request], at_once=True, session="benchmark")
+
+
+def _bare(runner: Scheduler, prompt: list[int], first: int, steps: int) -> float | None:
+    name = runner.backend.name
+    decode = engine(name).bare_loop if name in ENGINES else None
     if decode is None:
         return None
     # as the other sides do: the prompt is held, and its last token has just been read
-    request = Request(SamplingParams(temperature=0), Uniforms(0), 1)
-    for _ in generator.run(prompt, [request]):
+    events = runner.follow([_job(prompt, Request(SamplingParams(temperature=0), Uniforms(0), 2))])
+    handle = next(events).handle
+    seconds = sum(decode(runner.backend, runner.sequence(handle), first, steps))
+    for _ in events:
         pass
-    return sum(decode(generator.sequence, first, steps))
+    return seconds
 
 
 def recorded_rows(
-    generator: Generator, params: SamplingParams, *, rows: int, seed: int
+    runner: Scheduler, params: SamplingParams, *, rows: int, seed: int
 ) -> list[NDArray[np.float32]]:
     """Rows of raw logits as they occur in answers without EM: 16 from each prompt, until there are enough."""
     found: list[NDArray[np.float32]] = []
     number = 0
-    with endless(generator.backend):
+    with endless(runner.backend):
         while len(found) < rows:
-            prompt = prompt_tokens(generator.backend, PROMPTS[number % len(PROMPTS)])
-            most = min(16, rows - len(found), generator.backend.context - len(prompt))
-            request = Request(params.without_em(), Uniforms(seed, number), most)
-            for event in generator.run(prompt, [request]):
-                if isinstance(event, Piece):
-                    found.append(generator.backend.logits(generator.sequence))
+            prompt = question_tokens(runner.backend, PROMPTS[number % len(PROMPTS)])
+            most = min(16, rows - len(found), runner.context - len(prompt))
+            request = Request(params.without_em(), Uniforms(seed, number), most + 1)
+            for event in itertools.islice(runner.follow([_job(prompt, request)]), most):
+                found.append(runner.backend.logits(runner.sequence(event.handle)))
             number += 1
     return found
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from emlocal.console import harmless
 from emlocal.errors import EmlocalError, UsageError
+from emlocal.text import harmless
 
 Kind = Literal["run", "evaluation", "trace"]
 

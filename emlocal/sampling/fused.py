@@ -7,8 +7,9 @@ the same work: same tokens, more time.
 import math
 
 from emlocal.em.split import Float32
+from emlocal.em.steps import EMInf
 from emlocal.sampling.draw import Draw
-from emlocal.settings import EMInf, SamplingParams
+from emlocal.settings import SamplingParams
 
 try:
     from emlocal.sampling import _fused
@@ -34,11 +35,11 @@ class Fused:
 
     def draw(self, row: Float32, params: SamplingParams, u: float) -> Draw | None:
         """A token from `row`, float32 [V], after penalties; None where the row or the settings are not usual:
-        Adam, a KL term, adaptive temperature, flat or extreme rows, ranks that reach into the tail."""
+        Adam, a KL term, other EM steps, flat or extreme rows, ranks that reach into the tail."""
         em = params.em
         if em is None:
             step = _NO_STEP
-        elif isinstance(em, EMInf) and em.optimizer == "sgd" and em.kl_weight == 0:
+        elif type(em) is EMInf and em.optimizer == "sgd" and em.kl_weight == 0:
             step = (em.threshold, em.steps, em.learning_rate)
         else:
             return None

@@ -1,7 +1,7 @@
 """Penalties on tokens already seen, and logit bias: what happens to the raw logits before EM."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,11 @@ def adjust(row: Float32, params: SamplingParams, seen: Sequence[int]) -> Float32
         row: raw logits, float32 [V].
         seen: prompt and generated token ids, oldest first; the last `repeat_last_n` count.
     """
-    if not (params.penalizes and seen) and not params.logit_bias:
+    counts = counted_tokens(params, seen)
+    if not counts and not params.logit_bias:
         return row
     row = row.copy()
-    if params.penalizes and seen:
-        window = seen if params.repeat_last_n < 0 else seen[-params.repeat_last_n :]
-        counts = Counter(window)
+    if counts:
         ids = np.fromiter(counts.keys(), dtype=np.intp)
         times = np.fromiter(counts.values(), dtype=np.float32)
         logits = row[ids]
@@ -35,3 +34,10 @@ def adjust(row: Float32, params: SamplingParams, seen: Sequence[int]) -> Float32
             raise UsageError(f"--logit-bias names token {token}; the model's tokens are 0 to {len(row) - 1}")
         row[token] += np.float32(bias)
     return row
+
+
+def counted_tokens(params: SamplingParams, seen: Sequence[int]) -> Mapping[int, int]:
+    """How often each token occurs among those that the penalties look back at; empty where none apply."""
+    if not (params.penalizes and seen):
+        return {}
+    return Counter(seen if params.repeat_last_n < 0 else seen[-params.repeat_last_n :])

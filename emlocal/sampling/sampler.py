@@ -2,22 +2,23 @@
 
 The usual row goes through `emlocal.sampling.fused`, compiled. This module takes all others, and every row
 on machines where nothing could be compiled. It splits the row into head and tail (emlocal.em.split); EM
-steps act on the head, and what follows acts on the head too wherever the head provably holds every token
-that can be drawn; otherwise on the full row. Rows are taken one at a time, each while it is in the
-processor's cache: that is faster than sweeps over [B, V], and a row cannot depend on its neighbours.
+steps that have a fast way act on the head, and what follows acts on the head too wherever the head provably
+holds every token that can be drawn; otherwise on the full row. Rows are taken one at a time, each while it is
+in the processor's cache: that is faster than sweeps over [B, V], and a row cannot depend on its neighbours.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.em import AdaptiveTemperature, EMInf, adaptive_temperature, em_inf
-from emlocal.em.entropy import Float64, log_softmax
-from emlocal.em.fast import sharpen
+from emlocal.em import EMStep, Outcome, fast_adaptive_temperature, fast_em_inf
+from emlocal.em.entropy import Float64, checked, entropy, log_softmax
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
+from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.sampling.draw import Draw
 from emlocal.sampling.fused import Fused
 from emlocal.sampling.penalties import adjust
@@ -26,6 +27,22 @@ from emlocal.settings import SamplingParams
 
 NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""
+
+
+class FastWay(NamedTuple):
+    """How an EM step is taken on a split row."""
+
+    sharpen: Callable[[Split, Any], Sharpened | None]
+    """The row after the step; None where agreement with the reference cannot be promised at this cutoff."""
+    hottest: Callable[[Any], float]
+    """The highest temperature that may follow; above it, what the fast way leaves out of the tail shows."""
+
+
+FAST_WAYS: dict[type[EMStep], FastWay] = {
+    EMInf: FastWay(fast_em_inf.sharpen, fast_em_inf.hottest),
+    AdaptiveTemperature: FastWay(fast_adaptive_temperature.sharpen, fast_adaptive_temperature.hottest),
+}
+"""By the step's type; a step that is not here is taken by its reference."""
 
 
 class Sampler:
@@ -53,29 +70,20 @@ class Sampler:
         if self._fused is not None and (drawn := self._fused.draw(row, params, u)) is not None:
             self.paths[CUTOFFS[0]] += 1
             return drawn
-        for cutoff in CUTOFFS:
+        step = params.em
+        way = FAST_WAYS.get(type(step)) if step is not None else None
+        for cutoff in CUTOFFS if way or step is None else ():
             split = self._splitter.split(row, cutoff)
             if len(split.index) < params.top_k and cutoff != CUTOFFS[-1]:
                 continue  # a confident row, and top-k reaches below this head
-            sharpened = sharpen(split, params.em)
+            sharpened = way.sharpen(split, step) if way else split.untouched()
             if sharpened is not None:
-                if sharpened.steps and _too_hot(params):
+                if way and sharpened.steps and way.hottest(step) < params.temperature + params.dynatemp_range:
                     break
                 self.paths[cutoff] += 1
                 return _draw(split, sharpened, params, u)
         self.paths[0] += 1
         return _draw_reference(row, params, u)
-
-
-def _too_hot(params: SamplingParams) -> bool:
-    """Whether the temperature magnifies what the fast path leaves out of the tail.
-
-    It gives rare tokens a common factor, which their small mass forgives until heat makes it large: Adam's
-    steps are as large for them as for any, those of gradient descent tiny.
-    """
-    if not isinstance(params.em, EMInf):
-        return False
-    return params.temperature + params.dynatemp_range > (1 if params.em.optimizer == "adam" else 2)
 
 
 def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) -> Draw:
@@ -196,17 +204,18 @@ def _probability(split: Split, weights: Sharpened, token: int) -> float:
 
 def _draw_reference(row: Float32, params: SamplingParams, u: float) -> Draw:
     """A draw with nothing approximate: the reference EM step, then the reference pipeline."""
-    if isinstance(params.em, AdaptiveTemperature):
-        result = adaptive_temperature(row, params.em)
+    original = checked(row)
+    if params.em is None:
+        H = float(entropy(original))
+        result = Outcome(original - original.max(), H, H, 0)
     else:
-        result = em_inf(row, params.em or EMInf(steps=0))
+        result = params.em.reference(original)
     token = inverse_cdf(probabilities(result.logits, params), u)
-    original = np.asarray(row, dtype=np.float64)
     return Draw(
         token,
-        float(result.entropy_before),
-        float(result.entropy_after),
-        int(result.steps),
+        result.entropy_before,
+        result.entropy_after,
+        result.steps,
         float(np.exp(log_softmax(original)[token])),
         float(np.exp(log_softmax(result.logits)[token])),
         inverse_cdf(probabilities(original, params), u),

@@ -1,13 +1,24 @@
 """Everything that people set, each thing declared once, and the one ranking of where values come from.
 
-`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `em` those
-of the EM steps, `sampling` those of an answer, `engine` those of the engine, `files` reads config.toml.
+`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `sampling`
+those of an answer, `engine` those of the engine; `em` puts together those of the EM steps, which are declared
+in the steps' own files (`emlocal.em.steps`); `files` reads config.toml.
+
+The names below are loaded when they are first asked for: an EM step's file needs `table`, and `em` needs the
+steps' files.
 """
 
-from emlocal.settings.em import EM_PRESETS, EM_STEPS, AdaptiveTemperature, EMInf, EMStep, describe_em
-from emlocal.settings.resolve import Resolved, overridden, resolve_settings
-from emlocal.settings.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, Plan, SamplingParams
-from emlocal.settings.table import Given, Setting, Table, check_settings, records_of, setting, settings_of
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emlocal.em import EMStep, describe_em
+    from emlocal.em.steps.adaptive_temperature import AdaptiveTemperature
+    from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
+    from emlocal.settings.em import EM_STEPS
+    from emlocal.settings.resolve import Resolved, overridden, resolve_settings
+    from emlocal.settings.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, Plan, SamplingParams
+    from emlocal.settings.table import Given, Setting, Table, check_settings, records_of, setting, settings_of
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -31,3 +42,20 @@ __all__ = [
     "setting",
     "settings_of",
 ]
+_WHERE = {
+    "emlocal.em": ("EMStep", "describe_em"),
+    "emlocal.em.steps.adaptive_temperature": ("AdaptiveTemperature",),
+    "emlocal.em.steps.em_inf": ("EM_PRESETS", "EMInf"),
+    "emlocal.settings.em": ("EM_STEPS",),
+    "emlocal.settings.resolve": ("Resolved", "overridden", "resolve_settings"),
+    "emlocal.settings.sampling": ("DEFAULT_MAX_TOKENS", "MAX_SEED", "Plan", "SamplingParams"),
+}
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'emlocal.settings' has no attribute {name!r}")
+    value = vars(import_module(_HOME.get(name, "emlocal.settings.table")))[name]
+    globals()[name] = value
+    return value

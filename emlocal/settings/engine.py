@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from emlocal.backends import ENGINES
 from emlocal.settings.table import Table, setting
 
-BackendName = Literal["auto", "llama.cpp", "mlx", "torch"]
+if TYPE_CHECKING:
+    BackendName = str
+else:
+    BackendName = Literal["auto", *ENGINES]
 KVName = Literal["f32", "f16", "q8_0", "q4_0"]
 PANEL = "Model and engine"
 CONTEXT_NAMES = "--ctx-size --max-model-len --context-length --n-ctx --num-ctx --max-kv-size"

@@ -18,8 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from emlocal.em import EMStep
+from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
 from emlocal.errors import UsageError
-from emlocal.settings.em import EM, EM_PRESETS, EM_STEPS, PRESET, EMInf, EMStep, em_numbers, named, switch_of
+from emlocal.settings.em import EM, EM_STEPS, PRESET, em_numbers, named, switch_of
 from emlocal.settings.sampling import Plan, SamplingParams
 from emlocal.settings.table import FLAGS, NAMES, NOTHING, Given, Table, Words, ranked, records_of
 

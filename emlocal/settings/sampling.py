@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from emlocal.em import EMStep
 from emlocal.errors import UsageError
-from emlocal.settings.em import EMStep
 from emlocal.settings.table import check_settings, setting, shown
 
 MAX_SEED = 2**64 - 1

@@ -286,6 +286,10 @@ class Table:
     def __or__(self, other: "Table") -> "Table":
         return Table({**self.settings, **other.settings})
 
+    def only(self, *names: str) -> "Table":
+        """These alone."""
+        return Table({name: self.settings[name] for name in names})
+
     def without(self, *names: str) -> "Table":
         """The others."""
         return Table({name: known for name, known in self.settings.items() if name not in names})

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from emlocal.backends.learner import OutOfMemoryError
-from emlocal.backends.processes import Processes
+from emlocal.backends.learner import OutOfMemoryError, Processes
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.training.rollouts import Rollout
 from emlocal.training.settings import Normalize

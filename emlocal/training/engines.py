@@ -8,19 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from emlocal.backends import ENGINES
 from emlocal.backends.base import Backend, LoadOptions
-from emlocal.backends.cpu import physical_cores
+from emlocal.backends.engine import Opened, Trainer, Training
 from emlocal.backends.learner import Descent, Learner
-from emlocal.backends.select import select_backend
-from emlocal.errors import ContextFullError, ModelError, UsageError
+from emlocal.backends.select import engine, select_backend
+from emlocal.errors import ContextFullError, UsageError
 from emlocal.formatting import counted
-from emlocal.generation.prompt import chat_tokens, with_system
+from emlocal.generation.prompt import chat_tokens, check_template, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.identity import weights_digest
+from emlocal.machine import physical_cores
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.gguf.header import GGUFHeader
@@ -29,21 +31,17 @@ from emlocal.models.unpacked import unpack
 from emlocal.sampling.draw import request_key
 from emlocal.training.folder import Verb
 from emlocal.training.loop import Method
-from emlocal.training.options import MachineOptions, Setup
+from emlocal.training.options import Setup
 from emlocal.training.prompts import Prompt
 from emlocal.training.settings import TrainingSettings
 from emlocal.training.watching import View
 
 if TYPE_CHECKING:
     from emlocal.backends.llama_cpp import LlamaCppBackend
-    from emlocal.backends.mlx.opening import Opened as OpenedInMLX
-    from emlocal.backends.torch.opening import Opened as OpenedInTorch
 
 L = TypeVar("L", bound=Learner)
-Opened = Union["OpenedInTorch", "OpenedInMLX"]
 MakeLearner = Callable[[Opened, Adapter, Descent, bool], L]
 """Takes the model, the adapter to begin with, and whether to compute activations twice."""
-_PACKAGES = {"torch": ("torch", "transformers"), "mlx": ("mlx", "mlx-lm")}
 
 PARALLEL = 16
 """Answers at once, where nobody says."""
@@ -64,8 +62,8 @@ class Objective(Generic[L]):
     """Takes the prompts that fit."""
     told: Callable[[int], Sequence[str]]
     """Of the settings, in lines for people; takes how many prompts there are."""
-    engines: tuple[str, ...] = ("torch",)
-    """That can be trained."""
+    training: Training
+    """What an engine must be able to train by."""
 
 
 class SameModel:
@@ -194,9 +192,8 @@ class Engines(Generic[L]):
 
     def versions(self) -> dict[str, str]:
         """Of the packages that compute."""
-        names = [*_PACKAGES[self.trainer]]
-        if self.answerer.backend.name == "llama.cpp":
-            names.append("llama-cpp-python")
+        both = self.trainer, self.answerer.backend.name
+        names = dict.fromkeys(package for name in both for package in engine(name).distributions)
         return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
@@ -216,10 +213,13 @@ def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View
     folder = unpack(model, view.loading) if isinstance(model, GGUFModel) else model.path
     view.loading(f"loading {trainer}", 0, None)
     threads = setup.machine.threads or physical_cores()
-    opened, layers = _open(trainer, folder, model.name, setup.machine, threads)
+    machine = setup.machine
+    opened = trainer_of(trainer).open(
+        folder, name=model.name, device=machine.device, dtype=machine.dtype, threads=threads
+    )
     learner = objective.make_learner(
         opened,
-        replace(new_adapter(layers, settings), base_model=model.name),
+        replace(new_adapter(opened.linear_layers(), settings), base_model=model.name),
         Descent(settings.weight_decay, settings.max_grad_norm),
         setup.machine.gradient_checkpointing,
     )
@@ -237,17 +237,19 @@ def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View
         answerer.close()
 
 
-def choose_trainer(asked: str, known: Sequence[str]) -> str:
-    """The engine that is trained, torch or mlx: what was asked for, or what fits this machine.
+def choose_trainer(asked: str, training: Training) -> str:
+    """The engine that is trained: the one asked for, or the one that fits this machine.
 
-    `known`: those that the method can be trained on. Raises UsageError for another one, BackendError for one
-    that is not installed.
+    Raises UsageError for one that cannot be trained so, BackendError for one that is not installed.
     """
+    trainers = {name: known for name in ENGINES if (known := engine(name).trainer) is not None}
+    able = [name for name, known in trainers.items() if training in known.methods]
     chosen = asked
     if asked == "auto":
-        chosen = "mlx" if "mlx" in known and select_backend()[0] == "mlx" else "torch"
-    if chosen not in known:
-        raise UsageError(f"this is not for the {chosen} engine yet", f"use --backend {known[0]}")
+        own, _ = select_backend()
+        chosen = own if own in able else able[-1]
+    if chosen not in able:
+        raise UsageError(f"this is not for the {chosen} engine yet", f"use --backend {able[-1]}")
     select_backend(chosen)  # which says what to install where it is missing
     return chosen
 
@@ -260,23 +262,11 @@ def _check_rollouts(asked: str, trainer: str) -> None:
         )
 
 
-def _open(
-    trainer: str, folder: Path, name: str, machine: MachineOptions, threads: int
-) -> tuple[Opened, dict[str, tuple[int, int]]]:
-    """The model, and (out, in) of its linear layers by name."""
-    options = {"name": name, "device": machine.device, "dtype": machine.dtype}
-    if trainer == "mlx":
-        from emlocal.backends.mlx.lora import linear_layers as layers_in_mlx
-        from emlocal.backends.mlx.opening import open_model as open_in_mlx
-
-        in_mlx = open_in_mlx(folder, **options)
-        return in_mlx, layers_in_mlx(in_mlx.model)
-    from emlocal.backends.torch.learner import linear_layers, use_threads
-    from emlocal.backends.torch.opening import open_model
-
-    opened = open_model(folder, **options)
-    use_threads(threads)
-    return opened, linear_layers(opened.model)
+def trainer_of(name: str) -> Trainer:
+    """How an engine that `choose_trainer` chose trains."""
+    trainer = engine(name).trainer
+    assert trainer is not None
+    return trainer
 
 
 def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int:
@@ -295,8 +285,7 @@ def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int
 
 
 def _check_model(model: Model, rollouts: str) -> None:
-    if model.header.chat_template is None:
-        raise ModelError(f"{model.name} has no chat template, which prompts are put with", "use a chat model")
+    check_template(model.name, model.header.chat_template)
     if rollouts == "llama.cpp" and not isinstance(model, GGUFModel):
         raise UsageError(
             f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"

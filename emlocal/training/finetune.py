@@ -16,7 +16,7 @@ from emlocal.training.rollouts import Rollout
 from emlocal.training.settings import FineTuneSettings
 
 if TYPE_CHECKING:
-    from emlocal.training.engines import Opened
+    from emlocal.backends.engine import Opened
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,7 @@ def em_ft(settings: FineTuneSettings, recipe: str = "default") -> Objective[Entr
 
     def learner(opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool) -> EntropyLearner:
         objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
-        if opened.engine == "mlx":
-            from emlocal.backends.mlx.learner import MLXEntropyLearner
-
-            return MLXEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
-        from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-
-        return TorchEntropyLearner(opened.model, adapter, descent, objective, checkpointing=checkpointing)
+        return opened.entropy_learner(adapter, descent, objective, checkpointing=checkpointing)
 
     def told(prompts: int) -> Sequence[str]:
         s = settings
@@ -80,5 +74,5 @@ def em_ft(settings: FineTuneSettings, recipe: str = "default") -> Objective[Entr
         )
 
     return Objective(
-        "finetune", settings, check, learner, lambda made, _: FineTune(settings, made), told, ("torch", "mlx")
+        "finetune", settings, check, learner, lambda made, _: FineTune(settings, made), told, "em-ft"
     )

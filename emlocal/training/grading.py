@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import UsageError
 from emlocal.files import atomic_writer
-from emlocal.methods.answers import canonical, extract, find_answer
+from emlocal.methods.extraction import canonical, extract, find_answer
 from emlocal.text import parse_json
 from emlocal.training.prompts import Prompt
 from emlocal.training.rollouts import draw_rollouts

@@ -14,8 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from emlocal.backends.base import Backend
-from emlocal.backends.learner import Learner
-from emlocal.backends.processes import Processes
+from emlocal.backends.learner import Learner, Processes
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.formatting import counted
 from emlocal.models.adapters.adapter import Adapter, LoraPair

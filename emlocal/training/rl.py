@@ -23,18 +23,20 @@ from emlocal.backends.learner import (
     Scores,
     TokenLosses,
 )
-from emlocal.em.advantages import grpo, rloo, zero_variance
 from emlocal.em.entropy import Float64
 from emlocal.em.policy_gradient import PolicyObjective, averaging_weights
 from emlocal.em.relatives import clip_cov, covariances, kl_cov, tw_grpo_weights
 from emlocal.em.rewards import (
+    grpo,
     majority_reward,
+    rloo,
     self_certainty_reward,
     sequence_reward,
     token_reward,
     verifier_reward,
     vote_reward,
     weighted_sum,
+    zero_variance,
 )
 from emlocal.errors import EmlocalError
 from emlocal.formatting import counted, plain
@@ -49,8 +51,7 @@ from emlocal.training.rl_settings import Reward, RLSettings
 from emlocal.training.rollouts import Rollout
 
 if TYPE_CHECKING:
-    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
-    from emlocal.training.engines import Opened
+    from emlocal.backends.engine import Opened
 
 _ADVANTAGES = {"rloo": rloo, "grpo": grpo}
 
@@ -254,21 +255,15 @@ class _Tokens:
         return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
 
 
-def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[TorchPolicyLearner]":
+def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[PolicyLearner]":
     """What `emlocal rl` trains; `recipe`: the name of what the settings began with."""
 
     def check(prompts: Sequence[Prompt]) -> None:
         if settings.needs_labels:
             check_answers(prompts, "the reward verifier")
 
-    def learner(
-        opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool
-    ) -> "TorchPolicyLearner":
-        from emlocal.backends.torch.policy_learner import TorchPolicyLearner
-
-        assert opened.engine == "torch"
-        return TorchPolicyLearner(
-            opened.model,
+    def learner(opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool) -> PolicyLearner:
+        return opened.policy_learner(
             adapter,
             descent,
             objective_of(settings),
@@ -276,7 +271,7 @@ def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[TorchPo
             checkpointing=checkpointing,
         )
 
-    def method(made: "TorchPolicyLearner", prompts: Sequence[Prompt]) -> PolicyGradient:
+    def method(made: PolicyLearner, prompts: Sequence[Prompt]) -> PolicyGradient:
         labels = [p.answer or "" for p in prompts] if settings.needs_labels else []
         return PolicyGradient(settings, made, labels)
 
@@ -291,4 +286,4 @@ def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[TorchPo
             f"learning rate {plain(s.learning_rate)}, rank {s.rank}, seed {s.seed}",
         )
 
-    return Objective("rl", settings, check, learner, method, told)
+    return Objective("rl", settings, check, learner, method, told, "em-rl")

@@ -1,12 +1,10 @@
 """Answers of the model as it is at this step: what a step trains on, and how it is judged."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from emlocal.backends.base import Backend
-from emlocal.generation.sample import Completion, Request
-from emlocal.generation.scheduler import Job, Scheduler
+from emlocal.generation import Completion, Finished, Job, Request, Scheduler
 from emlocal.sampling import SamplingParams, Uniforms
 from emlocal.sampling.draw import request_key
 from emlocal.training.settings import TrainingSettings
@@ -70,9 +68,8 @@ def draw_rollouts(
     Raises CancelledError, and what the engine raises.
     """
     params = SamplingParams(temperature=settings.rollout_temperature, min_p=0.0)
-    waiting = deque(
+    jobs = [
         Job(
-            i,
             prompt,
             [
                 Request(
@@ -81,16 +78,17 @@ def draw_rollouts(
                 for k in range(samples)
             ],
         )
-        for i, (place, prompt) in enumerate(zip(places or range(len(prompts)), prompts, strict=True))
-    )
-    done: dict[int, list[Rollout]] = {}
-    scheduler = Scheduler[int](backend, parallel)
-    for finished in scheduler.run(lambda: waiting.popleft() if waiting else None, cancelled):
-        if finished.error is not None:
-            raise finished.error
-        done[finished.job.tag] = [_rollout(finished.job.prompt, each) for each in finished.completions]
-        progress(samples * len(done))
-    return [rollout for i in range(len(prompts)) for rollout in done[i]]
+        for place, prompt in zip(places or range(len(prompts)), prompts, strict=True)
+    ]
+    done: dict[Job, list[Rollout]] = {}
+    waiting = iter(jobs)
+    with Scheduler(backend, parallel) as runner:
+        for event in runner.run(lambda: next(waiting, None), cancelled):
+            if isinstance(event, Finished):
+                job = event.handle.job
+                done[job] = [_rollout(job.prompt, each) for each in event.handle.result()]
+                progress(samples * len(done))
+    return [rollout for job in jobs for rollout in done[job]]
 
 
 def _rollout(prompt: Sequence[int], completion: Completion) -> Rollout:

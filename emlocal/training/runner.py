@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Generic
 
 from emlocal import __version__
-from emlocal.backends.processes import Processes
-from emlocal.errors import BackendError, CancelledError, UsageError
+from emlocal.backends.learner import Processes
+from emlocal.errors import CancelledError, UsageError
 from emlocal.generation import interruptible
 from emlocal.settings.table import NAMES, NOTHING, Given, Table, options_of
-from emlocal.training.engines import Engines, L, Objective, choose_trainer, open_engines
+from emlocal.training.engines import Engines, L, Objective, choose_trainer, open_engines, trainer_of
 from emlocal.training.finetune import em_ft
 from emlocal.training.folder import OthersFolder, RunFolder
 from emlocal.training.folder import check as check_folder
@@ -201,7 +201,7 @@ def prepared(
     objective: Objective[L], setup: Setup, view: View, *, dry: bool = False
 ) -> Iterator[Prepared[L]]:
     """Check all that can be checked, then load. `dry`: nothing will be written."""
-    trainer = choose_trainer(setup.machine.backend, objective.engines)
+    trainer = choose_trainer(setup.machine.backend, objective.training)
     processes = _processes(setup.machine.device, trainer)
     if processes.rank > 0:  # one of them speaks for all
         view = View(warn=lambda text: None)
@@ -230,15 +230,10 @@ def _processes(device: str, trainer: str) -> Processes:
         raise UsageError(f"WORLD_SIZE is {count!r}, and no number of processes", "unset WORLD_SIZE")
     if int(count) < 2:
         return Processes()
-    if trainer != "torch":
+    processes = trainer_of(trainer).processes
+    if processes is None:
         raise UsageError(f"several processes cannot train on {trainer}", "use --backend torch")
-    try:
-        from emlocal.backends.torch.processes import AcceleratedProcesses
-    except ImportError as why:
-        raise BackendError(
-            "training with several processes needs the package accelerate", "pip install accelerate"
-        ) from why
-    return AcceleratedProcesses(cpu=device == "cpu")
+    return processes(device == "cpu")
 
 
 def _identity(engines: Engines[L], method: Method, tokens: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 from emlocal.backends.llama_cpp import trial
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.select import load_backend
+from emlocal.backends.select import engine
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.gguf.keys import CHECKED
 from emlocal.models.resolve import GGUFModel, resolve
@@ -52,7 +52,7 @@ def opened(path: Path) -> GGUFModel:
 
 
 def load(model: GGUFModel) -> None:
-    load_backend("llama.cpp", model, OPTIONS).close()
+    engine("llama.cpp").load(model, OPTIONS).close()
 
 
 def test_a_crash_is_one_line(tmp_path: Path, cache: Path, tries: list[str]) -> None:

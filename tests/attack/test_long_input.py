@@ -21,7 +21,6 @@ from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.llama_cpp.long_text import TokenTexts, join_pieces
 from emlocal.batch.lines import read_lines
-from emlocal.batch.run import Batch
 from emlocal.cancel import unfinished, waited_for
 from emlocal.errors import CancelledError, ContextFullError
 from emlocal.generation.prompt import chat_tokens
@@ -30,7 +29,7 @@ from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
 from emlocal.text import longest_of
-from tests.batch.batches import settings
+from tests.batch.batches import batch_on, settings
 from tests.tiny_gguf import (
     EMBEDDING,
     TOKEN_TYPES,
@@ -252,7 +251,7 @@ def test_a_line_of_megabytes_becomes_an_error_row_and_the_next_is_answered(
         json.dumps({"prompt": "<|im_end|>" * 1_000_000, "raw": True}),
     ]
     lines = [*long, json.dumps({"prompt": "e", "max_tokens": 2})]
-    batch = Batch(tiny, read_lines(io.BytesIO("\n".join(lines).encode())), settings(), parallel=1)
+    batch = batch_on(tiny, read_lines(io.BytesIO("\n".join(lines).encode())), settings(), 1)
     first, second, third = batch.rows()
     assert f"has {mib << 20:,}"[:7] in first["error"]  # the template adds some
     assert "the context holds 100" in first["error"]

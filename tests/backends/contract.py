@@ -6,7 +6,7 @@ from emlocal.backends.base import Backend, Feed, Row
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.torch.backend import TorchBackend
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.sampling import SamplingParams, Uniforms
 
 CONTEXT, SEQUENCES = 256, 5

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from emlocal.backends.base import Feed, Row
-from emlocal.backends.cpu import peak_memory
 from emlocal.errors import BackendError
+from emlocal.machine import peak_memory
 from tests.backends.contract import EM, SEQUENCES, assert_same_logits, distance, read, said, same, tokens
 
 

@@ -13,7 +13,7 @@ import pytest
 from emlocal.backends.llama_cpp.library import load_library
 from emlocal.backends.llama_cpp.loading import Loading
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.select import load_backend
+from emlocal.backends.select import engine
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.adapters.peft import write_peft
@@ -101,7 +101,7 @@ def test_a_file_that_llama_cpp_refuses(tiny_model: GGUFModel, tmp_path: Path, fr
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"llama.cpp cannot load .*other.gguf: \w+") as caught:
-        load_backend("llama.cpp", replace(tiny_model, files=(other,)), OPTIONS)
+        engine("llama.cpp").load(replace(tiny_model, files=(other,)), OPTIONS)
     assert "no reason given" not in caught.value.message
     assert freed == []
 
@@ -111,7 +111,7 @@ def test_a_context_that_cannot_be_made(
 ) -> None:
     monkeypatch.setattr(load_library(), "llama_init_from_model", lambda model, params: None)
     with pytest.raises(BackendError, match="cannot make a context of 64 tokens"):
-        load_backend("llama.cpp", tiny_model, OPTIONS)
+        engine("llama.cpp").load(tiny_model, OPTIONS)
     assert freed == ["llama_model_free"]
 
 
@@ -120,7 +120,7 @@ def test_what_fails_meanwhile_leaves_no_model_behind(tiny_model: GGUFModel, free
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_backend("llama.cpp", tiny_model, OPTIONS, meanwhile=meanwhile)
+        engine("llama.cpp").load(tiny_model, OPTIONS, meanwhile=meanwhile)
     assert freed == ["llama_free", "llama_model_free"]
 
 
@@ -129,7 +129,7 @@ def test_an_adapter_that_does_not_fit_leaves_no_model_behind(
 ) -> None:
     write_peft(random_adapter(layers=2), tmp_path / "wrong")
     with pytest.raises(ModelError, match="does not have"):
-        load_backend("llama.cpp", tiny_model, replace(OPTIONS, adapters=((tmp_path / "wrong", 1.0),)))
+        engine("llama.cpp").load(tiny_model, replace(OPTIONS, adapters=((tmp_path / "wrong", 1.0),)))
     assert freed == ["llama_free", "llama_model_free"]
 
 
@@ -154,8 +154,8 @@ def test_a_ctrl_c_that_nobody_catches(tiny_model: GGUFModel, freed: list[str]) -
 
 def test_a_first_ctrl_c_waits_until_the_model_is_there(tiny_model: GGUFModel, freed: list[str]) -> None:
     with interruptible() as cancelled:
-        backend = load_backend(
-            "llama.cpp", tiny_model, OPTIONS, meanwhile=lambda: signal.raise_signal(signal.SIGINT)
+        backend = engine("llama.cpp").load(
+            tiny_model, OPTIONS, meanwhile=lambda: signal.raise_signal(signal.SIGINT)
         )
     assert cancelled.requested
     assert freed == []

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.mlx.backend import MLXBackend
-from emlocal.backends.mlx.cache import SlotCache
+from emlocal.backends.mlx.cache import MLXCache
 from emlocal.backends.mlx.decoder import Decoder
+from emlocal.backends.mlx.device import choose_place
+from emlocal.backends.mlx.load import open_folder
 from emlocal.backends.mlx.model import check_config, context_of, old_names, windows
-from emlocal.backends.mlx.opening import open_folder
-from emlocal.backends.mlx.place import choose_place
-from emlocal.backends.torch.opening import open_folder as open_in_torch
+from emlocal.backends.torch.load import open_folder as open_in_torch
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
@@ -275,7 +275,7 @@ def test_a_model_that_computes_otherwise_is_refused(unpacked_tiny) -> None:
     model, _ = load_with_mlx_lm(unpacked_tiny)
     decoder = Decoder(model)
     decoder.check()
-    decoder.cache = SlotCache([1])  # sees itself only
+    decoder.cache = MLXCache([1])  # sees itself only
     with pytest.raises(ModelError, match="step by step its logits are off"):
         decoder.check()
     assert windows(model) == [None]

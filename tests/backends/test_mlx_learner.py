@@ -14,12 +14,12 @@ from mlx_lm.utils import load_model
 from transformers import AutoModelForCausalLM
 
 from emlocal.backends.learner import Descent, EntropyObjective
+from emlocal.backends.mlx.device import out_of_memory
 from emlocal.backends.mlx.learner import MLXEntropyLearner
 from emlocal.backends.mlx.lora import base_weights, linear_layers
 from emlocal.backends.mlx.objective import Head, em_ft_terms
-from emlocal.backends.mlx.place import out_of_memory
-from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-from emlocal.backends.torch.learner import linear_layers as layers_of_torch
+from emlocal.backends.torch.learner import TorchEntropyLearner
+from emlocal.backends.torch.lora import linear_layers as layers_of_torch
 from emlocal.backends.torch.lora import lora_layers
 from emlocal.em.em_ft import em_ft
 from emlocal.errors import ModelError

@@ -11,15 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import emlocal
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
+from emlocal.backends.chunking import Chunk, passes
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.passes import Chunk, passes
-from emlocal.backends.select import memory_terms, rooms
+from emlocal.backends.select import engine as record
 from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.cache import SlotCache, Window
+from emlocal.backends.torch.cache import TorchCache, Window
 from emlocal.backends.torch.decoder import Decoder, attention_windows
 from emlocal.backends.torch.device import Place, choose_place, out_of_memory
+from emlocal.backends.torch.load import open_folder
 from emlocal.backends.torch.model import check_architecture, load_model, trained_context
-from emlocal.backends.torch.opening import open_folder
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.folder import sampling_settings
 from emlocal.models.memory import estimate, kv_bytes
@@ -157,7 +157,7 @@ def test_growing_keeps_what_is_held(unpacked_tiny) -> None:
 
 def test_without_memory_to_grow_all_stays_as_it_was() -> None:
     """Room for the keys is found (0.3 GB), room for the values (160 TB, more than addresses) is not."""
-    cache = SlotCache()
+    cache = TorchCache()
     cache.reserve(1, 5, 256)
     cells = torch.arange(5)[None]
     window = Window(torch.tensor([[0]]), True, cells, (0, 5), 0, 5)
@@ -187,9 +187,9 @@ def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: GGUFModel, un
         engine.open()
     engine.forward([Feed(0, list(range(240)))])
     engine.forward([Feed(i, [5]) for i in range(4)])
-    cells = kv_bytes(tiny_model.header, 256 * rooms("torch", 4, shared=True), 4.0)
+    cells = kv_bytes(tiny_model.header, 256 * record("torch").contexts_to_reserve(4, shared=True), 4.0)
     assert cells < engine._decoder.cache.nbytes < 1.01 * cells
-    terms = memory_terms("torch", tiny_model.header, None)
+    terms = record("torch").memory_terms(tiny_model.header, None)
     assert engine.memory_bytes() < estimate(tiny_model.header, 256, terms, n_seqs=4)
     engine.close()
 

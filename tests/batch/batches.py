@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from emlocal.backends.base import Backend
 from emlocal.backends.fake import FakeBackend, hashed
 from emlocal.batch.lines import read_lines
 from emlocal.batch.run import Batch, BatchSettings
+from emlocal.generation import Scheduler
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.methods.method import Method
+from emlocal.methods import Chosen
 from emlocal.settings import Plan, SamplingParams
 
 Row = dict[str, Any]
@@ -20,18 +22,17 @@ def engine(parallel: int, script: Callable = hashed, **options: Any) -> FakeBack
 
 
 def settings(
-    method: Method | None = None, params: SamplingParams | None = None, **more: Any
+    method: Chosen | None = None, params: SamplingParams | None = None, **more: Any
 ) -> BatchSettings:
     """As the command line makes them."""
-    method = method or Method()
+    method = method or Chosen()
     plan = Plan(
-        method.params(params or SamplingParams(temperature=1.0)),
+        params or SamplingParams(temperature=1.0),
         more.pop("max_tokens", 24),
         more.pop("stop", ()),
         more.pop("seed", 0),
-        method.samples_per_prompt,
     )
-    return BatchSettings(plan, method, **more)
+    return BatchSettings(method.plan(plan), method, **more)
 
 
 def batch(
@@ -45,15 +46,23 @@ def batch(
 ) -> Batch:
     """A run over lines, each a value to be written as JSON, or bytes as they are."""
     raw = b"".join((v if isinstance(v, bytes) else json.dumps(v).encode()) + b"\n" for v in lines)
-    backend = engine(parallel, script, **options)
-    return Batch(backend, read_lines(io.BytesIO(raw)), how or settings(), parallel=parallel, done=done)
+    return batch_on(
+        engine(parallel, script, **options), read_lines(io.BytesIO(raw)), how or settings(), parallel, done
+    )
+
+
+def batch_on(backend: Backend, lines: Any, how: BatchSettings, parallel: int, done: Any = None) -> Batch:
+    """A run over lines that are read already."""
+    return Batch(backend, lines, how, runner=Scheduler(backend, parallel), done=done)
 
 
 def rows(*args: Any, **kwargs: Any) -> list[Row]:
     """All rows of a run, which leaves no sequence in use, and none with a NaN."""
     running = batch(*args, **kwargs)
     found = list(running.rows())
-    assert running.scheduler.backend.open() == 0
+    assert running.runner.idle
+    running.runner.close()
+    assert running._backend.open() == 0
     json.dumps(found, allow_nan=False)
     return found
 

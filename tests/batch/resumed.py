@@ -17,9 +17,8 @@ from emlocal.batch import journal as journal_module
 from emlocal.batch.journal import Journal
 from emlocal.batch.lines import read_lines
 from emlocal.batch.rows import is_error, key_of
-from emlocal.batch.run import Batch
-from emlocal.methods.method import Method
-from tests.batch.batches import engine, settings
+from emlocal.methods import Chosen
+from tests.batch.batches import batch_on, engine, settings
 
 PLACES = ("step", "write", "torn", "written", "fsync", "synced", "open")
 PARALLEL = 4
@@ -58,13 +57,13 @@ def run(source: Path, output: Path, killer: Killer) -> None:
 
     os.write, os.fsync = watched_write, watched_fsync  # type: ignore[assignment]
     journal_module._SECONDS_BETWEEN_SYNCS = 0.0  # each row is synced, so that there is a between
-    how = settings(Method("self-consistency", samples=2), keep=True, fingerprint="x")
+    how = settings(Chosen("self-consistency", samples=2), keep=True, fingerprint="x")
     with (
         source.open("rb") as lines,
         Journal.open(output, {"seed": 0}, key_of=key_of, is_error=is_error) as journal,
     ):
         killer.visit("open")
-        batch = Batch(engine(PARALLEL), read_lines(lines), how, parallel=PARALLEL, done=journal.done)
+        batch = batch_on(engine(PARALLEL), read_lines(lines), how, PARALLEL, journal.done)
 
         def stepped() -> bool:
             killer.visit("step")

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emlocal.batch.lines import BadLine, Item, canonical, digest, parse_line, parse_object, read_lines
 from emlocal.jsonl import TOO_LONG
+from tests.examples import examples
 
 
 def item(value: Any) -> Item:
@@ -240,7 +241,7 @@ def _is_clean(found: Item | BadLine) -> bool:
     return True
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.binary(max_size=60))
 def test_no_bytes_break_it(raw: bytes) -> None:
     assert _is_clean(parse_line(1, raw))
@@ -248,7 +249,7 @@ def test_no_bytes_break_it(raw: bytes) -> None:
         assert _is_clean(found)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(LINES)
 def test_no_value_breaks_it(value: Any) -> None:
     found = parse_line(1, json.dumps(value).encode())  # NaN is written as such, and refused

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from emlocal.backends.fake import END, VOCABULARY
 from emlocal.batch.lines import Item
-from emlocal.batch.run import Batch
-from tests.batch.batches import engine, settings
+from tests.batch.batches import batch_on, engine, settings
 from tests.batch.writer import peak_bytes
 
 ROW = np.zeros(VOCABULARY, dtype=np.float32)
@@ -23,7 +22,7 @@ def script(tokens: Sequence[int]) -> np.ndarray:
 
 lines = (Item(i, None, None, f"prompt {i}", raw=True) for i in range(int(sys.argv[1])))
 how = settings(ordered=True, keep=True)
-print(sum(1 for row in Batch(engine(8, script), lines, how, parallel=8).rows()), peak_bytes())
+print(sum(1 for row in batch_on(engine(8, script), lines, how, 8).rows()), peak_bytes())
 """
 
 

@@ -1,8 +1,10 @@
 """From lines to rows, on the engine without a model."""
 
+import io
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,14 @@ import pytest
 from emlocal.backends.fake import CHAT_TEMPLATE, END, VOCABULARY, FakeBackend, hashed, saying
 from emlocal.batch import run as run_module
 from emlocal.batch.keys import Keys
-from emlocal.batch.lines import Item
+from emlocal.batch.lines import Item, read_lines
 from emlocal.batch.rows import is_error, key_of
 from emlocal.batch.run import Batch
 from emlocal.errors import CancelledError
-from emlocal.methods.method import Method
+from emlocal.generation import Scheduler
+from emlocal.methods import Chosen
 from emlocal.settings import EMInf, SamplingParams
-from tests.batch.batches import batch, engine, row, rows, settings, timeless
+from tests.batch.batches import batch, batch_on, engine, row, rows, settings, timeless
 
 LINES: list[Any] = [
     {"custom_id": f"q{i}", "prompt": "say something " + "long " * (i * 7 % 23), "max_tokens": 1 + i * 5 % 40}
@@ -73,6 +76,24 @@ def test_raw_prompts_go_without_template() -> None:
         assert row(lines, how)["prompt_tokens"] == 2
 
 
+def test_without_a_chat_template_single_questions_are_sent_as_they_are() -> None:
+    warnings: list[str] = []
+    fake = engine(2, saying("Hello!"))
+    fake.info = replace(fake.info, chat_template=None)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [
+        {"custom_id": "a", "prompt": "hi"},
+        {"custom_id": "b", "messages": messages[:1]},
+        {"custom_id": "c", "messages": [*messages, messages[0]]},
+    ]
+    items = read_lines(io.BytesIO(b"".join(json.dumps(line).encode() + b"\n" for line in lines)))
+    running = Batch(fake, items, settings(), runner=Scheduler(fake, 2), warn=warnings.append)
+    found = {each["custom_id"]: each for each in running.rows()}
+    assert [found[name]["prompt_tokens"] for name in "ab"] == [2, 1]
+    assert "no chat template" in found["c"]["error"]
+    assert warnings == ["fake has no chat template; prompts are sent as they are (--raw)"]
+
+
 def test_a_system_message_is_for_lines_without_one() -> None:
     own = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "x"}]
     lines = [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "messages": own}]
@@ -91,7 +112,7 @@ def test_other_fields_are_kept_if_asked() -> None:
 @pytest.mark.parametrize("samples", [1, 3])
 def test_openai_rows_have_openai_s_shape(samples: int) -> None:
     lines = [{"custom_id": "a", "prompt": "hi", "gold": 1}, {"custom_id": "b", "prompt": 5}]
-    how = settings(Method(samples=samples), openai=True, keep=True, max_tokens=5)
+    how = settings(Chosen(samples=samples), openai=True, keep=True, max_tokens=5)
     good, bad = sorted(rows(lines, how), key=lambda r: r["custom_id"])
     assert set(good) == set(bad) == {"id", "custom_id", "response", "error"}
     assert good["error"] is None
@@ -123,8 +144,8 @@ def test_openai_rows_have_openai_s_shape(samples: int) -> None:
     "how",
     [
         settings(params=SamplingParams(em=EMInf(), temperature=1.0)),
-        settings(Method("self-consistency", samples=3)),
-        settings(Method("sequential-refinement")),
+        settings(Chosen("self-consistency", samples=3)),
+        settings(Chosen("sequential-refinement")),
     ],
     ids=lambda how: how.method.name or "em-inf",
 )
@@ -168,7 +189,7 @@ def test_lines_are_read_when_there_is_a_place() -> None:
             taken += 1
             yield Item(taken, None, None, f"prompt {taken}")
 
-    running = Batch(engine(4), endless(), settings(), parallel=4).rows()
+    running = batch_on(engine(4), endless(), settings(), 4).rows()
     for _ in range(30):
         next(running)
     assert taken <= 30 + 4
@@ -179,7 +200,7 @@ def test_stopping() -> None:
     running = batch(LINES)
     with pytest.raises(CancelledError):
         list(running.rows(lambda: running.tally.answered >= 5))
-    assert running.scheduler.backend.open() == 0
+    assert running.runner.backend.open() == 0
     assert 5 <= running.tally.answered < 30
 
 
@@ -262,11 +283,11 @@ def test_what_cannot_be_answered_is_an_error_row_and_others_go_on() -> None:
 def test_what_the_template_refuses_is_an_error_row() -> None:
     running = batch([{"custom_id": "a", "prompt": "refuse"}, {"custom_id": "b", "prompt": "ok"}], settings())
     refusing = "{% if 'refuse' in messages[0].content %}{{ raise_exception('no!') }}{% endif %}"
-    template(running.scheduler.backend, refusing + CHAT_TEMPLATE)  # type: ignore[arg-type]
+    template(running.runner.backend, refusing + CHAT_TEMPLATE)  # type: ignore[arg-type]
     found = {r["custom_id"]: r.get("error") for r in running.rows()}
     assert found == {"a": "the model's chat template refuses this conversation: no!", "b": None}
     broken = batch([{"custom_id": "a", "prompt": "x"}], settings())
-    template(broken.scheduler.backend, "{% for %}")  # type: ignore[arg-type]
+    template(broken.runner.backend, "{% for %}")  # type: ignore[arg-type]
     assert "chat template fails" in next(broken.rows())["error"]
 
 
@@ -287,7 +308,7 @@ def test_the_tally() -> None:
     assert vars(running.tally) == {
         "answered": 2, "errors": 1, "skipped": 0, "cut_off": 1, "votes_lost": 0,
     }  # fmt: skip
-    assert running.scheduler.counters.generated_tokens == 7 + 2
+    assert running.runner.counters.generated_tokens == 7 + 2
 
 
 def test_questions_run_nothing() -> None:
@@ -295,6 +316,6 @@ def test_questions_run_nothing() -> None:
     asked = [(task.line, task.error, len(tokens)) for task, tokens in running.questions()]
     assert [line for line, error, _ in asked if error] == [4, 5]
     assert asked[0][2] == len("[user]say something \n[assistant]")
-    assert isinstance(running.scheduler.backend, FakeBackend)
-    assert running.scheduler.backend.fed == 0
+    assert isinstance(running.runner.backend, FakeBackend)
+    assert running.runner.backend.fed == 0
     assert json.dumps(asked)

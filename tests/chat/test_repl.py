@@ -13,6 +13,8 @@ from emlocal.chat.input import PipeReader
 from emlocal.chat.repl import HELP, Repl
 from emlocal.chat.session import ChatSession
 from emlocal.cli.chat import ChatSettings
+from emlocal.generation import Scheduler
+from emlocal.methods import Chosen
 
 
 class Chat:
@@ -33,8 +35,9 @@ def chat(
         console.out.cache_clear()
         raw = text.encode() if isinstance(text, str) else text
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-        settings = ChatSettings({"seed": 3, "max_tokens": 20, "em_inf": True}, {})
-        session = ChatSession(FakeBackend(script, context=context))
+        settings = ChatSettings({"seed": 3, "max_tokens": 20, "em_inf": True}, {}, Chosen())
+        backend = FakeBackend(script, context=context)
+        session = ChatSession(backend, Scheduler(backend, 2))
         repl = Repl(session, settings, PipeReader(), show_entropy=False, quiet=False)
         repl.run()
         captured = capsys.readouterr()
@@ -107,8 +110,8 @@ def test_set_changes_what_follows(chat) -> None:  # type: ignore[no-untyped-def]
     )
     assert done.out == "abcd\n"
     assert "cut off at --max-tokens 4" in done.err
-    turn = done.repl.settings.turn()
-    assert (turn.params.temperature, turn.params.top_k, turn.stop) == (0, 5, ("xyz",))
+    plan = done.repl.settings.turn().plan
+    assert (plan.params.temperature, plan.params.top_k, plan.stop) == (0, 5, ("xyz",))
 
 
 @pytest.mark.parametrize(
@@ -220,3 +223,22 @@ def test_a_block_that_is_not_utf8_is_one_error(chat) -> None:  # type: ignore[no
     assert done.repl.failures == 1
     assert "line 3 of stdin" in done.err
     assert done.repl.session.conversation.exchanges == [("hi", "ho")]
+
+
+def test_methods_are_chosen_and_left(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat(
+        "/em off\n/method self-consistency:3\nhow many?\n/method\n/method off\nagain\n",
+        saying("it is 7", "yes"),
+    )
+    assert done.out == "it is 7\nyes\n"
+    assert "answer 7 · votes 3" in done.err
+    assert "method: self-consistency:3" in done.err
+    assert "method: off" in done.err
+    assert done.repl.failures == 0
+
+
+def test_a_method_that_contradicts_the_settings_is_refused(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat("/method greedy\n/method sample:9999\n/method\n")  # EM is on
+    assert "--method greedy and the EM flags contradict each other" in done.err
+    assert done.repl.failures == 2
+    assert "method: off" in done.err

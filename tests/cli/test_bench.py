@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from emlocal.backends.fake import END, FakeBackend
 from emlocal.cli.app import build
 from emlocal.errors import UsageError
-from emlocal.generation import Generator
+from emlocal.generation import Scheduler
 from emlocal.measure import decoding, sampler, statistics
 from emlocal.settings import EMInf, SamplingParams
 from tests.tiny_gguf import write_tiny_gguf
@@ -138,12 +138,12 @@ def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
         return row
 
     backend = FakeBackend(always_ends)
-    generator = Generator(backend)
-    found = decoding.measure_decoding(generator, SamplingParams(em=EMInf()), tokens=5, rounds=4, seed=0)
+    runner = Scheduler(backend, 1)
+    found = decoding.measure_decoding(runner, SamplingParams(em=EMInf()), tokens=5, rounds=4, seed=0)
     assert [len(found.seconds[side]) for side in ("bare", "off", "on")] == [0, 4, 4]
     assert backend.info.end_tokens == {END}  # as before
 
-    prompts = [len(decoding.prompt_tokens(backend, text)) for text in decoding.PROMPTS]
+    prompts = [len(decoding.question_tokens(backend, text)) for text in decoding.PROMPTS]
     expected = prompts[4] + 2 * (1 + 4) + sum(n + 2 * (1 + 5) for n in prompts[:4])
     assert backend.fed == expected
 
@@ -151,7 +151,7 @@ def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
 def test_the_bare_loop_leaves_the_sequence_as_it_was(model: str) -> None:
     from emlocal.backends.base import Feed, LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
-    from emlocal.backends.llama_cpp.bare import bare_decode
+    from emlocal.backends.llama_cpp.backend import bare_decode
     from emlocal.models.resolve import resolve
 
     backend = LlamaCppBackend(resolve(model), LoadOptions(sequences=1))
@@ -171,7 +171,7 @@ def test_the_bare_loop_leaves_the_sequence_as_it_was(model: str) -> None:
 
 def test_recorded_rows_are_those_that_were_drawn_from() -> None:
     backend = FakeBackend()
-    rows = decoding.recorded_rows(Generator(backend), SamplingParams(), rows=20, seed=0)
+    rows = decoding.recorded_rows(Scheduler(backend, 1), SamplingParams(), rows=20, seed=0)
     assert len(rows) == 20
     assert len({row.tobytes() for row in rows}) == 20
 

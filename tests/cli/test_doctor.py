@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from emlocal.backends import select
+from emlocal import diagnosis as checks
+from emlocal import install, machine
+from emlocal.backends import mlx
+from emlocal.backends.llama_cpp import doctor as llama_cpp
 from emlocal.cli.app import build
-from emlocal.diagnosis import checks, install, machine
 from emlocal.models import starter
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -88,8 +90,7 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
 @pytest.fixture
 def apple(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine is: mlx is its engine."""
-    monkeypatch.setattr(select, "on_apple_silicon", lambda: True)
-    monkeypatch.setattr(select, "has_mlx", lambda: True)
+    monkeypatch.setattr(mlx, "on_apple_silicon", lambda: True)
 
 
 def test_mlx_is_tried_where_it_is_the_engine(apple: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +131,8 @@ def test_llama_cpp_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "No module named 'llama_cpp'" in engine["text"]
     fixes = "\n".join(engine["fix"])
     assert all(line in fixes for line in install.compiler_lines())
-    assert install.REQUIREMENT in fixes
-    assert f"--extra-index-url {install.WHEEL_INDEX}" in fixes
+    assert llama_cpp.REQUIREMENT in fixes
+    assert f"--extra-index-url {llama_cpp.WHEEL_INDEX}" in fixes
     assert "chat does not work here yet: see llama.cpp" in run().stdout
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.backends import select
+from emlocal.backends.engine import Engine
 from emlocal.models.adapters.peft import write_peft
 from tests.cli.conftest import Outcome
 from tests.tiny_pair import random_adapter
@@ -24,7 +24,7 @@ def folder(unpacked_tiny: Path) -> str:
 
 @pytest.fixture
 def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "has_torch", lambda: False)
+    monkeypatch.setattr(Engine, "installed", lambda self: self.name != "torch")
 
 
 def test_a_folder_and_a_gguf_file_of_the_same_weights_say_the_same(

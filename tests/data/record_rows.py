@@ -18,7 +18,7 @@ import numpy as np
 
 from emlocal.backends.base import Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.em import entropy
+from emlocal.em.entropy import entropy
 from emlocal.models.resolve import resolve
 from emlocal.models.templates import render
 from emlocal.sampling import SamplingParams, Uniforms

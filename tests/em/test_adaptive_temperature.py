@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emlocal.em import AdaptiveTemperature, adaptive_temperature, entropy
-from emlocal.em.adaptive_temperature import COLDEST, TOLERANCE
+from emlocal.em.entropy import entropy
+from emlocal.em.steps import AdaptiveTemperature
+from emlocal.em.steps.adaptive_temperature import COLDEST, TOLERANCE
 from emlocal.errors import LogitsError, UsageError
 
 INF = math.inf
@@ -24,7 +25,7 @@ def temperature(z: np.ndarray, tempered: np.ndarray) -> float:
 @given(rows, st.floats(0.05, 0.95), st.sampled_from([0.0, 0.1, 0.5]))
 def test_the_largest_temperature_that_reaches_the_target(z, ratio, threshold) -> None:
     settings = AdaptiveTemperature(ratio, threshold)
-    result = adaptive_temperature(z, settings)
+    result = settings.apply(z)
     H0 = float(entropy(z))
     target = max(ratio * H0, threshold)
     if target >= H0:
@@ -46,7 +47,7 @@ def test_the_largest_temperature_that_reaches_the_target(z, ratio, threshold) ->
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
 def test_ties_stay_ties_at_the_coldest_temperature(ties: int, ratio: float) -> None:
     z = np.array([3.0] * ties + [0.0, -INF, 2.9])
-    result = adaptive_temperature(z, AdaptiveTemperature(ratio, 0.0))
+    result = AdaptiveTemperature(ratio, 0.0).apply(z)
     p = np.exp(result.logits)
     np.testing.assert_array_equal(p, [1.0] * ties + [0.0, 0.0, 0.0])
     assert result.entropy_after == pytest.approx(math.log(ties))
@@ -61,15 +62,15 @@ def test_low_entropies_are_left_alone() -> None:
         AdaptiveTemperature(1.0, 0.0),
         AdaptiveTemperature(0.1, 9.0),
     ):
-        result = adaptive_temperature(z, settings)
+        result = settings.apply(z)
         assert result.steps == 0
         np.testing.assert_array_equal(result.logits, z - 5.0)
-    assert adaptive_temperature([5.0, -INF], AdaptiveTemperature(0, 0)).steps == 0
-    assert adaptive_temperature([5.0], AdaptiveTemperature(0, 0)).steps == 0
+    assert AdaptiveTemperature(0, 0).apply([5.0, -INF]).steps == 0
+    assert AdaptiveTemperature(0, 0).apply([5.0]).steps == 0
 
 
 def test_ratio_0_and_threshold_0_ask_for_the_top_token() -> None:
-    result = adaptive_temperature([1.0, 0.9, -3.0], AdaptiveTemperature(0, 0))
+    result = AdaptiveTemperature(0, 0).apply([1.0, 0.9, -3.0])
     assert np.exp(result.logits).tolist() == [1.0, 0.0, 0.0]
     assert result.entropy_after == 0
 
@@ -78,15 +79,13 @@ def test_among_distributions_of_that_entropy_the_tempered_one_is_nearest() -> No
     """The claim of the module: KL(q ‖ p) is least at the tempered q. Tried against random q's."""
     z = np.array([1.0, 0.4, 0.0, -1.0])
     p = np.exp(z) / np.exp(z).sum()
-    result = adaptive_temperature(z, AdaptiveTemperature(0.6, 0.0))
+    result = AdaptiveTemperature(0.6, 0.0).apply(z)
     q = np.exp(result.logits) / np.exp(result.logits).sum()
     least = float((q * np.log(q / p)).sum())
     rng = np.random.default_rng(0)
     others = 0
     for _ in range(500):
-        other = adaptive_temperature(
-            z + rng.normal(0, 0.5, 4), AdaptiveTemperature(0.0, result.entropy_after)
-        )
+        other = AdaptiveTemperature(0.0, float(result.entropy_after)).apply(z + rng.normal(0, 0.5, 4))
         if other.steps and other.entropy_after <= result.entropy_after + 1e-6:
             r = np.exp(other.logits) / np.exp(other.logits).sum()
             assert (r * np.log(r / p)).sum() >= least - 1e-5
@@ -96,8 +95,8 @@ def test_among_distributions_of_that_entropy_the_tempered_one_is_nearest() -> No
 
 def test_rows_are_independent_to_the_last_bit(smollm2_rows) -> None:
     settings = AdaptiveTemperature(0.5, 0.1)
-    alone = [adaptive_temperature(row, settings) for row in smollm2_rows[3:]]
-    together = adaptive_temperature(smollm2_rows[[5, 3, 4]], settings)
+    alone = [settings.apply(row) for row in smollm2_rows[3:]]
+    together = settings.apply(smollm2_rows[[5, 3, 4]])
     for i, j in enumerate([2, 0, 1]):
         np.testing.assert_array_equal(together.logits[i], alone[j].logits)
         assert together.entropy_after[i] == alone[j].entropy_after
@@ -106,7 +105,7 @@ def test_rows_are_independent_to_the_last_bit(smollm2_rows) -> None:
 def test_bad_rows() -> None:
     for row in ([math.nan, 0.0], [INF, 0.0], [-INF]):
         with pytest.raises(LogitsError):
-            adaptive_temperature(row, AdaptiveTemperature())
+            AdaptiveTemperature().apply(row)
 
 
 @pytest.mark.parametrize(

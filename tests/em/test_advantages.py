@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from emlocal.em.advantages import grpo, rloo, zero_variance
+from emlocal.em.rewards import grpo, rloo, zero_variance
 
 
 def test_rloo_by_hand() -> None:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emlocal.em import EMInf, em_inf, entropy
+from emlocal.em.entropy import entropy
+from emlocal.em.steps import EMInf
 from emlocal.errors import LogitsError, UsageError
 from tests.em.fast_path import softmax
 
@@ -45,7 +46,7 @@ def naive(z: list[float], threshold: float, steps: int, rate: float, kl_weight: 
 )
 def test_agrees_with_a_naive_loop(z, threshold, steps, rate, kl_weight) -> None:
     expected, taken = naive(z.tolist(), threshold, steps, rate, kl_weight)
-    result = em_inf(z, EMInf(threshold, steps, rate, "sgd", kl_weight))
+    result = EMInf(threshold, steps, rate, "sgd", kl_weight).apply(z)
     if taken == result.steps:  # else the entropy touched δ within rounding
         np.testing.assert_allclose(softmax(result.logits), softmax(np.array(expected)), atol=1e-7)
     else:
@@ -56,7 +57,7 @@ def test_agrees_with_a_naive_loop(z, threshold, steps, rate, kl_weight) -> None:
 
 @given(rows, st.integers(1, 15), st.floats(0.01, 20))
 def test_gradient_descent_keeps_the_argmax(z, steps, rate) -> None:
-    result = em_inf(z, EMInf(0.0, steps, rate))
+    result = EMInf(0.0, steps, rate).apply(z)
     assert z[result.logits.argmax()] >= z.max() - 1e-12  # rounding may part what is as good as tied
     assert softmax(result.logits).max() >= softmax(z).max() - 1e-12
 
@@ -65,7 +66,7 @@ def test_gradient_descent_keeps_the_argmax(z, steps, rate) -> None:
 def test_small_steps_never_raise_the_entropy(z, rate) -> None:
     last = math.inf
     for steps in range(6):
-        after = float(em_inf(z, EMInf(0.0, steps, rate)).entropy_after)
+        after = float(EMInf(0.0, steps, rate).apply(z).entropy_after)
         assert after <= last + 1e-12
         last = after
 
@@ -76,45 +77,45 @@ class TestStopping:
 
     def test_no_step_once_the_entropy_is_at_the_threshold(self, optimizer) -> None:
         H = float(entropy(self.row))
-        at = em_inf(self.row, EMInf(H, 10, 0.1, optimizer))
+        at = EMInf(H, 10, 0.1, optimizer).apply(self.row)
         assert at.steps == 0
         np.testing.assert_array_equal(softmax(at.logits), softmax(self.row))
-        assert em_inf(self.row, EMInf(math.nextafter(H, 0), 10, 0.1, optimizer)).steps == 1
+        assert EMInf(math.nextafter(H, 0), 10, 0.1, optimizer).apply(self.row).steps == 1
 
     def test_it_stops_at_the_first_step_below(self, optimizer) -> None:
         settings = EMInf(0.8, 1000, 0.05, optimizer)
-        result = em_inf(self.row, settings)
+        result = settings.apply(self.row)
         assert 1 < result.steps < 1000
         assert result.entropy_after <= 0.8
-        before = em_inf(self.row, EMInf(0.8, int(result.steps) - 1, 0.05, optimizer))
+        before = EMInf(0.8, int(result.steps) - 1, 0.05, optimizer).apply(self.row)
         assert before.entropy_after > 0.8
 
     def test_threshold_0_spends_every_step(self, optimizer) -> None:
-        assert em_inf(self.row, EMInf(0.0, 7, 0.1, optimizer)).steps == 7
+        assert EMInf(0.0, 7, 0.1, optimizer).apply(self.row).steps == 7
 
     def test_threshold_above_log_v_never_starts(self, optimizer) -> None:
         for threshold in (math.log(4), 5.0):
-            assert em_inf(np.zeros(4), EMInf(threshold, 7, 0.1, optimizer)).steps == 0
+            assert EMInf(threshold, 7, 0.1, optimizer).apply(np.zeros(4)).steps == 0
 
     def test_0_steps_change_nothing(self, optimizer) -> None:
-        result = em_inf(self.row, EMInf(0.0, 0, 0.1, optimizer))
+        result = EMInf(0.0, 0, 0.1, optimizer).apply(self.row)
         assert result.steps == 0
         np.testing.assert_array_equal(result.logits, self.row - 2.0)
 
     def test_one_hot_and_single_rows_are_left_alone(self, optimizer) -> None:
         for row in ([0.0, -INF, -INF], [7.0], [1e30, 0.0]):
-            result = em_inf(row, EMInf(0.0, 5, 1.0, optimizer))
+            result = EMInf(0.0, 5, 1.0, optimizer).apply(row)
             assert (result.steps, result.entropy_before, result.entropy_after) == (0, 0, 0)
 
     def test_flat_rows_have_no_gradient(self, optimizer) -> None:
         for V in (2, 4, 64):  # log V is exact enough that rounding breaks no tie
-            result = em_inf(np.zeros(V), EMInf(0.0, 5, 1.0, optimizer))
+            result = EMInf(0.0, 5, 1.0, optimizer).apply(np.zeros(V))
             assert result.steps == 5
             np.testing.assert_array_equal(result.logits, np.full(V, result.logits[0]))
 
     def test_masked_tokens_stay_masked_and_do_not_count(self, optimizer) -> None:
-        masked = em_inf([2.0, -INF, 1.0, 0.0, -INF], EMInf(0.1, 5, 0.3, optimizer, 0.05))
-        short = em_inf([2.0, 1.0, 0.0], EMInf(0.1, 5, 0.3, optimizer, 0.05))
+        masked = EMInf(0.1, 5, 0.3, optimizer, 0.05).apply([2.0, -INF, 1.0, 0.0, -INF])
+        short = EMInf(0.1, 5, 0.3, optimizer, 0.05).apply([2.0, 1.0, 0.0])
         np.testing.assert_array_equal(masked.logits[[1, 4]], [-INF, -INF])
         np.testing.assert_allclose(masked.logits[[0, 2, 3]], short.logits, rtol=1e-13)
         assert masked.steps == short.steps
@@ -122,15 +123,15 @@ class TestStopping:
     @pytest.mark.parametrize("bad", [math.nan, INF])
     def test_bad_rows(self, optimizer, bad) -> None:
         with pytest.raises(LogitsError):
-            em_inf([[0.0, 1.0], [0.0, bad]], EMInf(optimizer=optimizer))
+            EMInf(optimizer=optimizer).apply([[0.0, 1.0], [0.0, bad]])
         with pytest.raises(LogitsError, match="masked"):
-            em_inf([-INF, -INF], EMInf(optimizer=optimizer))
+            EMInf(optimizer=optimizer).apply([-INF, -INF])
 
     def test_rows_are_independent_to_the_last_bit(self, optimizer, smollm2_rows) -> None:
         settings = EMInf(0.3, 3, 0.5, optimizer, 0.05)
-        alone = [em_inf(row, settings) for row in smollm2_rows]
+        alone = [settings.apply(row) for row in smollm2_rows]
         for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [2, 2, 0]):
-            together = em_inf(smollm2_rows[order], settings)
+            together = settings.apply(smollm2_rows[order])
             for i, j in enumerate(order):
                 np.testing.assert_array_equal(together.logits[i], alone[j].logits)
                 assert together.entropy_after[i] == alone[j].entropy_after
@@ -138,12 +139,12 @@ class TestStopping:
 
     def test_shapes(self, optimizer) -> None:
         z = np.random.default_rng(0).normal(size=(2, 3, 5))
-        result = em_inf(z, EMInf(optimizer=optimizer))
+        result = EMInf(optimizer=optimizer).apply(z)
         assert result.logits.shape == (2, 3, 5)
         assert result.entropy_before.shape == result.entropy_after.shape == result.steps.shape == (2, 3)
 
     def test_a_common_shift_changes_nothing(self, optimizer) -> None:
-        here, there = (em_inf(self.row + shift, EMInf(0.1, 5, 0.5, optimizer)) for shift in (0, 1024))
+        here, there = (EMInf(0.1, 5, 0.5, optimizer).apply(self.row + shift) for shift in (0, 1024))
         np.testing.assert_array_equal(here.logits, there.logits)
 
 
@@ -152,7 +153,7 @@ def test_the_kl_term_holds_the_distribution_near_the_original() -> None:
     p0 = softmax(z)
 
     def divergence(kl_weight: float) -> float:
-        p = softmax(em_inf(z, EMInf(0.0, 200, 0.2, "sgd", kl_weight)).logits)
+        p = softmax(EMInf(0.0, 200, 0.2, "sgd", kl_weight).apply(z).logits)
         return float((p0 * np.log(p0 / p)).sum())
 
     divergences = [divergence(k) for k in (0.1, 1.0, 10.0)]
@@ -161,7 +162,7 @@ def test_the_kl_term_holds_the_distribution_near_the_original() -> None:
 
 def test_where_entropy_and_kl_balance_the_gradient_is_zero() -> None:
     z = np.array([1.0, 0.6, 0.0, -2.0])
-    result = em_inf(z, EMInf(0.0, 1000, 0.5, "sgd", 3.0))
+    result = EMInf(0.0, 1000, 0.5, "sgd", 3.0).apply(z)
     p, p0 = softmax(result.logits), softmax(z)
     pull = 3.0 * (p - p0)
     push = -p * (np.log(p) + float(result.entropy_after))

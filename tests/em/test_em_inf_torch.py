@@ -5,12 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from emlocal.em import EMInf, em_inf
-from emlocal.em.adam_descent import adam_descent
-from emlocal.em.fast import sharpen
-from emlocal.em.gradient_descent import gradient_descent
+from emlocal.em.fast_em_inf import adam_descent, gradient_descent
 from emlocal.em.split import CUTOFFS, Splitter
-from tests.em.fast_path import probabilities, softmax
+from emlocal.em.steps import EMInf
+from tests.em.fast_path import probabilities, sharpen, softmax
 
 
 def authors(row: np.ndarray, dtype: torch.dtype, settings: EMInf) -> tuple[np.ndarray, int]:
@@ -44,7 +42,7 @@ def test_the_reference_and_the_fast_path_follow_torch(recorded, dtype, settings)
     moved = 0
     for row in recorded:
         expected, steps = authors(row, dtype, settings)
-        reference = em_inf(row, settings)
+        reference = settings.apply(row)
         assert reference.steps == steps
         np.testing.assert_allclose(softmax(reference.logits), expected, atol=1e-4)
         splitter = Splitter(len(row))

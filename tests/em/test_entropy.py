@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emlocal.em import entropy, entropy_gradient, log_softmax
+from emlocal.em.entropy import entropy, entropy_gradient, log_softmax
 from emlocal.errors import LogitsError
 
 INF = math.inf

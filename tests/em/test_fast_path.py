@@ -8,16 +8,16 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from emlocal.em import AdaptiveTemperature, EMInf, em_inf, entropy
-from emlocal.em.fast import sharpen
-from emlocal.em.gradient_descent import _curvature
+from emlocal.em.entropy import entropy
+from emlocal.em.fast_em_inf import _curvature
 from emlocal.em.split import CUTOFFS, ROUNDING, Splitter
+from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError
 from emlocal.settings import EM_PRESETS
-from tests.em.fast_path import CONTRACT, compare, first_cutoff, hard_rows, probabilities, softmax
+from tests.em.fast_path import CONTRACT, compare, first_cutoff, hard_rows, probabilities, sharpen, softmax
+from tests.examples import examples
 
 INF = math.inf
 
@@ -99,7 +99,7 @@ def near_flat(V: int) -> np.ndarray:
 @example(np.float32([3e38, -3e38, 0]), EMInf(), 1e-6)
 @example(np.random.default_rng(0).normal(0, 3, 300).astype(np.float32), EMInf(0.0, 5, 1e6, "adam"), 1e-6)
 @example(np.random.default_rng(0).normal(0, 3, 300).astype(np.float32), EMInf(0.0, 5, 1e6), 1e-6)
-@hypothesis_settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(400, suppress_health_check=[HealthCheck.too_slow])
 @given(hard_rows(), em_steps(), st.sampled_from(CUTOFFS))
 def test_hard_rows(row, step, cutoff) -> None:
     found = compare(row, step, cutoff)
@@ -166,12 +166,12 @@ class TestDefinedAnswers:
     def test_h_just_at_the_threshold_is_left_to_the_reference(self, smollm2_rows) -> None:
         """Stopping there is a matter of the last bits, which only the reference has."""
         row = smollm2_rows[4]
-        for H in (float(entropy(row)), float(em_inf(row, EMInf(0.0, 3, 1.0)).entropy_after)):
+        for H in (float(entropy(row)), float(EMInf(0.0, 3, 1.0).apply(row).entropy_after)):
             assert sharpen(Splitter(len(row)).split(row), EMInf(H, 10, 1.0)) is None
 
 
 class TestSplit:
-    @hypothesis_settings(max_examples=150, deadline=None)
+    @examples(150)
     @given(hard_rows(), st.sampled_from(CUTOFFS))
     def test_head_and_tail_are_the_row(self, row, cutoff) -> None:
         split = Splitter(len(row)).split(row, cutoff)

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from emlocal.em.advantages import Float64, grpo, rloo
 from emlocal.em.em_ft import em_ft
 from emlocal.em.entropy import log_softmax
 from emlocal.em.policy_gradient import PolicyObjective, averaging_weights, k3, log_prob_gradient, policy_loss
 from emlocal.em.rewards import (
+    Float64,
+    grpo,
     majority_reward,
+    rloo,
     self_certainty_reward,
     sequence_reward,
     token_reward,

@@ -5,10 +5,9 @@ from itertools import product
 
 import numpy as np
 
-from emlocal.em.advantages import Float64
 from emlocal.em.entropy import entropy, log_softmax
 from emlocal.em.policy_gradient import PolicyObjective, averaging_weights, log_prob_gradient, policy_loss
-from emlocal.em.rewards import self_certainty
+from emlocal.em.rewards import Float64, self_certainty
 
 V, LENGTH = 5, 3
 ANSWERS = np.array(list(product(range(V), repeat=LENGTH)))

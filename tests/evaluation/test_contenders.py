@@ -49,9 +49,10 @@ def test_one_part_draws_and_one_collects() -> None:
     (voting,) = read_contenders("em-inf:paper+self-consistency:4")
     found = voting.plan(BASE, frozenset())
     assert (found.samples, found.params.em) == (4, EM_PRESETS["paper"][0])
-    assert voting.collecting.name == "self-consistency"
+    assert voting.method.name == "self-consistency"
     (refined,) = read_contenders("sequential-refinement:3")
-    assert (refined.collecting.revisions, refined.plan(BASE, frozenset()).samples) == (3, 1)
+    assert refined.method.identity()["rounds"] == 3
+    assert refined.plan(BASE, frozenset()).samples == 1
     (plain,) = read_contenders("self-consistency")
     assert plain.plan(BASE, frozenset()).samples == 8
 

@@ -65,7 +65,8 @@ def entries(
         base = Plan(params or SamplingParams(temperature=1.0), 40, (), seed, 1)
         plan = contender.plan(base, frozenset())
         identity: dict[str, object] = {"method": contender.name, "seed": seed}
-        settings = BatchSettings(plan, contender.collecting, entropies=True, fingerprint=canonical(identity))
+        method = contender.method.collected()
+        settings = BatchSettings(plan, method, entropies=True, fingerprint=canonical(identity))
         repeated = 1 if plan.params.temperature == 0 else repetitions
         made.append(run.Entry(contender.name, describe(contender, plan, base), settings, identity, repeated))
     return made

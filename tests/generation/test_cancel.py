@@ -62,13 +62,13 @@ from emlocal.sampling import *
 def slow(tokens):
     time.sleep(0.01)
     return hashed(tokens)
-generator = Generator(FakeBackend(slow, context=10**6))
+runner = Scheduler(FakeBackend(slow, context=10**6), 1)
 with interruptible() as cancelled:
     params = SamplingParams(temperature=1.0, logit_bias=((256, float("-inf")),))
-    for event in generator.run([1], [Request(params, Uniforms(0), 10**5)], cancelled):
-        if isinstance(event, Completion):
-            print(event.finish_reason, len(event.tokens) > 2)
-        elif len(generator._held) == 3:
+    for event in runner.follow([Job([1], [Request(params, Uniforms(0), 10**5)])], cancelled):
+        if isinstance(event, Completed):
+            print(event.completion.finish_reason, len(event.completion.tokens) > 2)
+        elif isinstance(event, Token) and event.handle.timings.generated_tokens == 3:
             print("running", flush=True)
 print("alive")
 """

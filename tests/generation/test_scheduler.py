@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from emlocal.backends.fake import END, FakeBackend, hashed
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import CancelledError, ContextFullError, LogitsError, UsageError
-from emlocal.generation import Completion, Generator, Request
-from emlocal.generation.scheduler import PROMPT_TOKENS_PER_STEP, SPARE_SEQUENCES, Finished, Job, Scheduler
+from emlocal.generation import Finished, Handle, Job, Request, Scheduler
+from emlocal.generation.scheduler import PROMPT_TOKENS_PER_STEP, SPARE_SEQUENCES
 from emlocal.sampling import SamplingParams, Uniforms
 
 EM = SamplingParams(em=EMInf(), temperature=1.0, min_p=0.02)
@@ -23,42 +23,43 @@ def backend(parallel: int, script: Callable = hashed, **options) -> FakeBackend:
     )
 
 
-def job(tag: int, text: str, samples: int = 1, max_tokens: int | None = None, params=EM) -> Job[int]:
+def job(tag: int, text: str, samples: int = 1, max_tokens: int | None = None, params=EM) -> Job:
     most = max_tokens or 5 + tag * 7 % 40
     requests = [Request(params, Uniforms(3, tag, s), most, ("zq",)) for s in range(samples)]
-    return Job(tag, list(text.encode()), requests)
+    return Job(list(text.encode()), requests)
 
 
-def source(jobs: Sequence[Job[int]]) -> Callable[[], Job[int] | None]:
+def source(jobs: Sequence[Job]) -> Callable[[], Job | None]:
     waiting = deque(jobs)
     return lambda: waiting.popleft() if waiting else None
 
 
-def run(engine: FakeBackend, jobs: Sequence[Job[int]], parallel: int) -> dict[int, Finished[int]]:
-    found = {}
-    for finished in Scheduler[int](engine, parallel).run(source(jobs)):
-        assert finished.job.tag not in found
-        found[finished.job.tag] = finished
+def finished(runner: Scheduler, jobs: Sequence[Job]) -> list[Handle]:
+    """In the order in which they end."""
+    return [e.handle for e in runner.run(source(jobs)) if isinstance(e, Finished)]
+
+
+def run(engine: FakeBackend, jobs: Sequence[Job], parallel: int) -> list[Handle]:
+    """In the order of the jobs."""
+    with Scheduler(engine, parallel) as runner:
+        found = {handle.job: handle for handle in finished(runner, jobs)}
+        assert runner.idle
     assert engine.open() == 0  # every sequence is free again
-    return found
+    return [found[job] for job in jobs]
 
 
-def said(finished: dict[int, Finished[int]]) -> dict[int, list[tuple]]:
-    return {
-        tag: [(c.sample, c.text, c.tokens, c.finish_reason, c.draws) for c in done.completions]
-        for tag, done in finished.items()
-    }
+def said(handles: Sequence[Handle]) -> list[list[tuple]]:
+    return [
+        [(c.sample, c.text, c.tokens, c.finish_reason, c.draws) for c in handle.result()]
+        for handle in handles
+    ]
 
 
 JOBS = [job(i, f"prompt {i} " + "x" * (i * 37 % 500), 1 + i % 4) for i in range(40)]
 
 
 def test_answers_do_not_depend_on_the_batch() -> None:
-    alone = {}
-    for one in JOBS:
-        events = Generator(FakeBackend(context=4096, sequences=8)).run(one.prompt, one.requests)
-        done = sorted((e for e in events if isinstance(e, Completion)), key=lambda c: c.sample)
-        alone[one.tag] = [(c.sample, c.text, c.tokens, c.finish_reason, c.draws) for c in done]
+    alone = [said(run(backend(4), [one], 4))[0] for one in JOBS]
     for parallel in (1, 3, 16):
         assert said(run(backend(parallel), JOBS, parallel)) == alone
 
@@ -83,48 +84,57 @@ def test_a_common_beginning_is_read_once() -> None:
     jobs = [job(i, few_shot + f"question {i}") for i in range(20)]
     done = run(engine, jobs, 4)
     own = sum(len(j.prompt) - 1 - len(few_shot) for j in jobs)
-    generated = sum(len(c.draws) for d in done.values() for c in d.completions)
+    generated = sum(len(c.draws) for d in done for c in d.completions)
     assert len(few_shot) + own + generated - 200 <= engine.fed <= len(few_shot) + own + generated
-    assert all(d.cached_tokens >= len(few_shot) for d in done.values())
+    assert all(d.timings.cached_tokens >= len(few_shot) for d in done)
 
 
 def test_a_beginning_found_late_is_taken_from_who_has_it() -> None:
     """One place: the second prompt arrives when the first is done; the third finds the root."""
     engine, shared = backend(1), "s" * 300
     done = run(engine, [job(i, shared + str(i)) for i in range(5)], 1)
-    assert [done[i].cached_tokens for i in range(5)] == [0, 300, 300, 300, 300]
-    generated = sum(len(c.draws) for d in done.values() for c in d.completions)
+    assert [handle.timings.cached_tokens for handle in done] == [0, 300, 300, 300, 300]
+    generated = sum(len(c.draws) for d in done for c in d.completions)
     assert engine.fed == 2 * 300 + generated
 
 
 def test_a_free_place_is_filled_in_the_next_step() -> None:
-    scheduler = Scheduler[int](backend(4), 4)
+    runner = Scheduler(backend(4), 4)
     jobs = [job(i, f"{i}", 1, most) for i, most in enumerate([3, 50, 50, 50, 50])]
-    finished = [f.job.tag for f in scheduler.run(source(jobs))]
-    assert finished[0] == 0
-    longest = max(len(c.draws) for f in run(backend(4), jobs, 4).values() for c in f.completions)
-    assert scheduler.counters.steps <= 3 + longest + 1
+    assert finished(runner, jobs)[0].job is jobs[0]
+    longest = max(len(c.draws) for f in run(backend(4), jobs, 4) for c in f.completions)
+    assert runner.counters.steps <= 3 + longest + 1
 
 
 def test_jobs_may_follow_from_others() -> None:
     waiting = deque([job(0, "first")])
-    finished = []
-    for done in Scheduler[int](backend(2), 2).run(lambda: waiting.popleft() if waiting else None):
-        finished.append(done.job.tag)
-        if done.job.tag < 5:
-            waiting.append(job(done.job.tag + 1, done.completions[0].text + "more"))
-    assert finished == list(range(6))
+    prompts = []
+    for event in Scheduler(backend(2), 2).run(lambda: waiting.popleft() if waiting else None):
+        if isinstance(event, Finished):
+            prompts.append(bytes(event.handle.job.prompt).decode())
+            if len(prompts) < 6:
+                waiting.append(job(len(prompts), f"{len(prompts)}"))
+    assert prompts == ["first", "1", "2", "3", "4", "5"]
 
 
-def test_what_cannot_be_done_fails_alone() -> None:
-    jobs = [job(0, "fine"), job(1, "x" * 300), job(2, ""), job(3, "fine too")]
-    done = run(backend(2, context=256), jobs, 2)
-    assert isinstance(done[1].error, ContextFullError)
-    assert "300 tokens" in str(done[1].error)
-    assert isinstance(done[2].error, UsageError)
-    assert done[0].error is done[3].error is None
-    assert done[0].completions
-    assert done[3].completions
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (job(1, "x" * 300), ContextFullError, "300 tokens"),
+        (job(1, "x" * 256), ContextFullError, "holds 256"),
+        (job(2, ""), UsageError, "empty"),
+        (job(3, "fine", 0), UsageError, "no samples"),
+    ],
+)
+def test_what_cannot_be_done_never_enters(bad: Job, error: type[Exception], message: str) -> None:
+    runner = Scheduler(backend(2, context=256), 2)
+    handle = runner.submit(job(0, "fine"))
+    for way in (runner.submit, lambda bad: next(runner.follow([bad])), lambda bad: finished(runner, [bad])):
+        with pytest.raises(error, match=message):
+            way(bad)
+    while not runner.idle:
+        runner.step()
+    assert handle.result()[0].text
 
 
 def test_a_row_that_is_no_distribution_fails_alone() -> None:
@@ -138,6 +148,8 @@ def test_a_row_that_is_no_distribution_fails_alone() -> None:
     done = run(backend(3, script), [job(0, "good"), job(1, "bad", 2), job(2, "good")], 3)
     assert isinstance(done[1].error, LogitsError)
     assert not done[1].completions
+    with pytest.raises(LogitsError):
+        done[1].result()
     assert done[0].error is done[2].error is None
 
 
@@ -161,29 +173,34 @@ def test_stopping_leaves_nothing_behind() -> None:
         steps += 1
         return steps > 20
 
+    runner = Scheduler(engine, 4)
     with pytest.raises(CancelledError):
-        list(Scheduler[int](engine, 4).run(source(JOBS), cancelled))
+        list(runner.run(source(JOBS), cancelled))
+    assert runner.idle
+    runner.close()
     assert engine.open() == 0
 
 
 def test_jobs_are_taken_as_they_are_needed() -> None:
-    taken = 0
+    taken = ended = 0
 
-    def endless() -> Job[int]:
+    def endless() -> Job:
         nonlocal taken
         taken += 1
         return job(taken, f"prompt {taken}")
 
-    running = Scheduler[int](backend(4), 4).run(endless)
-    for _ in range(50):
-        next(running)
-    assert taken <= 50 + 4
+    running = Scheduler(backend(4), 4).run(endless)
+    for event in running:
+        ended += isinstance(event, Finished)
+        assert taken <= ended + 4
+        if ended == 50:
+            break
     running.close()
 
 
 def test_too_many_places_for_the_backend() -> None:
     with pytest.raises(UsageError, match="sequences"):
-        Scheduler[int](backend(4), 5)
+        Scheduler(backend(4), 6)
 
 
 def test_what_is_decoded_together_has_numbers_that_follow_in_order() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from emlocal.backends.base import Feed, LoadOptions, Row
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import CancelledError, ContextFullError, ModelError, UsageError
-from emlocal.generation import Completion, Generator, Request
+from emlocal.generation import Completion, Job, Request, Scheduler
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.templates import render
 from emlocal.sampling import SamplingParams, Uniforms
@@ -50,14 +50,12 @@ def sequence(backend: LlamaCppBackend) -> Iterator[int]:
     backend.release(sequence)
 
 
-def complete(backend: LlamaCppBackend, prompt: list[int], n: int) -> Completion:
-    generator = Generator(backend)
-    try:
-        *_, last = generator.run(prompt, [Request(GREEDY, Uniforms(0), n)])
-    finally:
-        backend.release(generator._root)
-    assert isinstance(last, Completion)
-    return last
+def complete(
+    backend: LlamaCppBackend, prompt: list[int], n: int, params: SamplingParams = GREEDY, seed: int = 0
+) -> Completion:
+    with Scheduler(backend, 1) as runner:
+        *_, last = runner.follow([Job(prompt, [Request(params, Uniforms(seed), n)], at_once=True)])
+    return last.handle.result()[0]
 
 
 @pytest.mark.real
@@ -167,12 +165,7 @@ def test_forks_share_the_memory_of_their_prefix(backend, sequence, long) -> None
 def test_em_on_a_real_model_changes_draws_and_never_the_top(smollm) -> None:
     prompt = smollm.encode("Once upon a time there was", add_special=True, parse_special=True)
     params = SamplingParams(em=EMInf(), temperature=1.0, min_p=0.0)
-    generator = Generator(smollm)
-    try:
-        *_, completion = generator.run(prompt, [Request(params, Uniforms(5), 40)])
-    finally:
-        smollm.release(generator._root)
-    assert isinstance(completion, Completion)
+    completion = complete(smollm, prompt, 40, params, 5)
     stepped = [d for d in completion.draws if d.steps]
     assert len(stepped) > 10
     assert all(d.entropy_after < d.entropy_before for d in stepped)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emlocal.backends.base import LoadOptions
@@ -17,6 +17,7 @@ from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import Tokenizer
 from emlocal.models.unpacked import unpack
 from emlocal.models.unpacked.tokenizer import PATTERNS
+from tests.examples import examples
 from tests.tiny_architectures import architecture_metadata
 from tests.tiny_gguf import (
     EMBEDDING,
@@ -149,7 +150,7 @@ def test_smollm2_encodes_every_block_of_unicode_alike(smollm2_pair: Pair) -> Non
 
 
 @pytest.mark.real
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.text(st.characters(), max_size=60))
 def test_smollm2_encodes_any_text_alike(smollm2_pair: Pair, text_: str) -> None:
     smollm2_pair.check(text_)
@@ -232,7 +233,7 @@ def test_sentencepiece_encodes_alike(sentencepiece_pair: Pair) -> None:
         sentencepiece_pair.check(text_)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.text(st.sampled_from(" ▁etaoinshrxy-=<s>/é漢\n0A")) | st.text(max_size=40))
 def test_sentencepiece_encodes_any_text_alike(sentencepiece_pair: Pair, text_: str) -> None:
     sentencepiece_pair.check(text_)

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
-from emlocal.answers import trace_to
 from emlocal.backends.fake import END, FakeBackend
 from emlocal.evaluation.report.document import write_json
-from emlocal.generation import Completion, Generator, Request
+from emlocal.generation import Job, Request, Scheduler, Token
+from emlocal.rendering import trace_to
 from emlocal.sampling import SamplingParams, Uniforms
 from emlocal.settings import EMInf
 from tests.evaluation.test_report import made
@@ -21,8 +21,8 @@ def trace(path: Path, tokens: int = 12, samples: int = 1, *, em: bool = True) ->
     backend = FakeBackend(sequences=samples + 1)
     with trace_to(path, backend) as writer:
         assert writer is not None
-        for event in Generator(backend).run([1, 2], requests):
-            if not isinstance(event, Completion):
+        for event in Scheduler(backend, samples).follow([Job([1, 2], requests, at_once=True)]):
+            if isinstance(event, Token):
                 writer.add(event.sample, event.draw)
     return path
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import emlocal
-from emlocal.em import AdaptiveTemperature, EMInf
+from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.sampling import Sampler, SamplingParams, Uniforms, _fused
 from emlocal.sampling.fused import BUILT, Fused
 
@@ -124,7 +124,7 @@ def test_without_it_numpy_does_the_work_and_doctor_says_so(tmp_path: Path) -> No
     code = (
         "import numpy as np, emlocal\n"
         "from emlocal.sampling import Sampler, SamplingParams\n"
-        "from emlocal.diagnosis.checks import sampler\n"
+        "from emlocal.diagnosis import sampler\n"
         "draw = Sampler(3).sample(np.float32([0, 9, 0]), SamplingParams(), 0.5)\n"
         "print(emlocal.__file__, sampler().status, draw.token)"
     )

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.sampling import SamplingParams
 from emlocal.settings import EM_PRESETS, settings_of

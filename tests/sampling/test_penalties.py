@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from emlocal.em import EMInf
+from emlocal.em.steps import EMInf
 from emlocal.errors import LogitsError, UsageError
 from emlocal.sampling import Sampler, SamplingParams
 from emlocal.sampling.penalties import adjust

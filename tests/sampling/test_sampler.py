@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from emlocal.em import AdaptiveTemperature, EMInf
+from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError
 from emlocal.sampling import Sampler, SamplingParams, _fused
 from emlocal.sampling.reference import probabilities
 from emlocal.settings import EM_PRESETS
-from tests.em.fast_path import hard_rows, reference, softmax
+from tests.em.fast_path import hard_rows, softmax
+from tests.examples import examples
 
 LAST = 1 - 2.0**-53
 BORDER = 1e-5
@@ -148,7 +148,7 @@ def test_draws_are_those_of_the_full_vocabulary(make, smollm2_rows, em, params) 
     sampler = make(smollm2_rows.shape[1])
     with_em = SamplingParams(**{**vars(params), "em": EMS[em]})
     for row in smollm2_rows[[0, 2, 4]]:
-        exact = reference(row, with_em.em or EMInf(steps=0))
+        exact = (with_em.em or EMInf(steps=0)).apply(row)
         p, p_without = probabilities(exact.logits, params), probabilities(row.astype(float), params)
         q, q_without = softmax(exact.logits), softmax(row.astype(float))
         for u in US:
@@ -201,7 +201,7 @@ def any_params(draw: st.DrawFn) -> SamplingParams:
     )
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@examples(300)
 @given(hard_rows(), any_params(), st.one_of(st.sampled_from(US), st.floats(0, LAST)))
 def test_hard_rows_draw_as_the_full_vocabulary(row, params, u) -> None:
     for sampler in (Sampler(len(row)), Sampler(len(row), fused=False)):
@@ -211,7 +211,7 @@ def test_hard_rows_draw_as_the_full_vocabulary(row, params, u) -> None:
 def check_draw(draw, row, params, u) -> None:
     assert 0 <= draw.token < len(row)
     assert row[draw.token] > -math.inf
-    exact = reference(row, params.em or EMInf(steps=0))
+    exact = (params.em or EMInf(steps=0)).apply(row)
     q = softmax(exact.logits)
     assert draw.p_after == pytest.approx(q[draw.token], abs=2e-5)
     cut_off = params.top_k or params.top_p < 1 or params.min_p > 0 or params.temperature < 0.9

@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emlocal.errors import UsageError
 from emlocal.settings import AdaptiveTemperature, EMInf, Plan, SamplingParams, overridden, settings_of
 from emlocal.settings.resolve import LINE, names_in
+from tests.examples import examples
 
 PLAN = Plan(SamplingParams(temperature=0.8), 100, ("END",), 3, 1)
 EM_PLAN = replace(PLAN, params=replace(PLAN.params, em=EMInf(threshold=0.7)))
@@ -172,7 +173,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(st.dictionaries(st.sampled_from(SPELLINGS), VALUES, max_size=4))
 def test_any_values_make_a_plan_or_an_error_that_people_can_read(values: dict[str, Any]) -> None:
     for plan in (PLAN, EM_PLAN, ADAPTIVE_PLAN):

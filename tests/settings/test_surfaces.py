@@ -8,21 +8,23 @@ from typing import Annotated, Any, get_type_hints
 
 import pytest
 import typer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emlocal.api import Model, Settings
 from emlocal.backends.fake import FakeBackend, hashed
 from emlocal.batch.lines import BadLine, Item, parse_line
 from emlocal.cli.options import ALIASES, Verb, respelt, with_options
+from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.evaluation.contenders import read_contenders
 from emlocal.settings import EM_STEPS, Given, Setting, Table, resolve_settings, setting
-from emlocal.settings.em import EM, EMInf, em_table
+from emlocal.settings.em import EM, em_table
 from emlocal.settings.files import read_settings
 from emlocal.settings.resolve import GENERATION, LINE, SAMPLING
 from emlocal.settings.table import FLAGS, KEYS, NAMES, NOTHING, SET
 from tests.cli.conftest import Outcome, emlocal, tiny
+from tests.examples import examples
 
 __all__ = ["emlocal", "tiny"]
 KNOWN = list(GENERATION.settings.values())
@@ -72,7 +74,7 @@ def in_a_line(known: Setting, value: Any, name: str | None = None) -> Given:
 def in_a_spec(known: Setting, value: Any, name: str | None = None) -> Given:
     text = value if isinstance(value, str) else json.dumps(value)
     (contender,) = read_contenders(f"sample:{(name or known.name).removeprefix('--')}={text}")
-    return LINE.read(contender.settings, NAMES)
+    return LINE.read(contender.method.settings, NAMES)
 
 
 def by_keyword(known: Setting, value: Any, name: str | None = None) -> Given:
@@ -112,7 +114,7 @@ def values_of(known: Setting) -> st.SearchStrategy[Any]:
     }[known.kind]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(st.data())
 @pytest.mark.parametrize("known", KNOWN, ids=lambda k: k.name)
 def test_a_setting_has_the_same_value_wherever_it_is_typed(

@@ -92,7 +92,7 @@ def prepared(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from emlocal.backends.torch.learner import linear_layers
+    from emlocal.backends.torch.lora import linear_layers
 
     torch.set_num_threads(1)
     verb = "rl" if isinstance(settings, RLSettings) else "finetune"
@@ -112,8 +112,7 @@ def prepared(
 def _method(
     settings: TrainingSettings, model: "nn.Module", adapter: Adapter
 ) -> "tuple[TorchLearner, Method]":
-    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-    from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+    from emlocal.backends.torch.learner import TorchEntropyLearner, TorchPolicyLearner
 
     if isinstance(settings, RLSettings):
         by_policy = TorchPolicyLearner(

@@ -157,7 +157,7 @@ def test_a_collapse_stops_and_keeps_the_last_good_adapter(
 def test_without_memory_it_goes_on_in_smaller_batches(
     pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
+    from emlocal.backends.torch.learner import TorchEntropyLearner
 
     real = TorchEntropyLearner.accumulate
 
@@ -179,7 +179,7 @@ def test_an_answer_that_never_fits_is_said(
     def full(self, batch, weights):  # type: ignore[no-untyped-def]
         raise OutOfMemoryError
 
-    monkeypatch.setattr("emlocal.backends.torch.entropy_learner.TorchEntropyLearner.accumulate", full)
+    monkeypatch.setattr("emlocal.backends.torch.learner.TorchEntropyLearner.accumulate", full)
     with pytest.raises(EmlocalError, match="does not fit into memory by itself"):
         run(pair, out, Watched())
 

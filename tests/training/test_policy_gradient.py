@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from emlocal.backends.learner import Answer, Descent, OutOfMemoryError, PolicyTerms, TokenLosses
-from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+from emlocal.backends.torch.learner import TorchPolicyLearner
 from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.errors import EmlocalError
 from emlocal.sampling.draw import request_key

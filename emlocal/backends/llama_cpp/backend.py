@@ -9,6 +9,7 @@ silent bugs: docs/decisions.md).
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
-from emlocal.backends.llama_cpp.batch import Batch, address_of_logits, view
 from emlocal.backends.llama_cpp.library import last_error
 from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
-from emlocal.backends.llama_cpp.vocabulary import control_texts, model_info
+from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
 from emlocal.formatting import counted
@@ -285,3 +285,32 @@ class LlamaCppBackend(Backend):
         self._rows, self._views = {}, {}
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
+
+
+def bare_decode(backend: LlamaCppBackend, sequence: int, token: int, steps: int) -> list[float]:
+    """The least that decoding can cost on this engine: `llama_decode`, an argmax, and nothing else.
+
+    What `emlocal bench` holds the decode loop against. It is a program that someone could have written on
+    llama-cpp-python's C functions in ten lines, on the same model and context.
+
+    Returns seconds of each of `steps` greedy steps after `token`; the sequence is as before afterwards.
+    """
+    lib, context, vocabulary = backend._lib, backend._context, backend.info.vocabulary
+    batch = lib.llama_batch_init(1, 0, 1)
+    start = backend.length(sequence)
+    seconds = []
+    try:
+        for position in range(start, start + steps):
+            began = time.perf_counter()
+            batch.token[0], batch.pos[0], batch.logits[0] = token, position, 1
+            batch.n_seq_id[0], batch.seq_id[0][0] = 1, sequence
+            batch.n_tokens = 1
+            if lib.llama_decode(context, batch) != 0:
+                raise BackendError(f"llama_decode failed at position {position:,} of {backend.context:,}")
+            logits = np.ctypeslib.as_array(lib.llama_get_logits(context), (vocabulary,))
+            token = int(logits.argmax())
+            seconds.append(time.perf_counter() - began)
+    finally:
+        lib.llama_memory_seq_rm(backend._memory, sequence, start, -1)
+        lib.llama_batch_free(batch)
+    return seconds

@@ -1,7 +1,6 @@
 """The shared library: finding it, starting it, and what it logs."""
 
 import ctypes
-import os
 import sys
 import threading
 from collections import deque
@@ -10,13 +9,15 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from emlocal.backends.engine import wait_briefly
 from emlocal.errors import BackendError
 
 _LOG: deque[str] = deque(maxlen=40)
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
+REQUIREMENT = "llama-cpp-python>=0.3.36,<0.4"
 INSTALL = (
-    "pip install 'llama-cpp-python>=0.3.36,<0.4' (it compiles, and needs a C++ compiler: `emlocal doctor`"
+    f"pip install '{REQUIREMENT}' (it compiles, and needs a C++ compiler: `emlocal doctor`"
     " names the package for this system)"
 )
 
@@ -24,7 +25,7 @@ INSTALL = (
 @cache
 def load_library() -> ModuleType:
     """The ctypes module, started. Raises BackendError where it is missing."""
-    _wait_briefly()
+    wait_briefly()
     try:
         lib: Any = _declarations()
     except (ImportError, OSError, RuntimeError, AttributeError) as why:  # the last: a symbol is missing
@@ -70,18 +71,6 @@ def _without_package(folders: list[str]) -> ModuleType:
     finally:
         for name in [n for n in sys.modules.keys() - before if n.split(".")[0] == "llama_cpp"]:
             del sys.modules[name]
-
-
-def _wait_briefly() -> None:
-    """Let GNU OpenMP's threads sleep after a short wait for one another, unless the user has chosen.
-
-    By default they spin for milliseconds at each of some hundred barriers a token. As soon as another
-    process wants a core, a token can then take seconds instead of 6 ms (2 cores, SmolLM2-135M); with this,
-    24 to 89 ms, and next to no cost where the cores are free (docs/performance.md).
-    The library reads it when it is loaded.
-    """
-    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 @cache  # llama.cpp keeps the pointer; so must we

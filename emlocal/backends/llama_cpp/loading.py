@@ -10,12 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from emlocal.backends.context import context_length
-from emlocal.backends.cpu import physical_cores
 from emlocal.backends.llama_cpp.library import keep_errors, keep_nothing, last_error, load_library
 from emlocal.backends.llama_cpp.trial import try_first
-from emlocal.backends.options import KVType, LoadOptions
+from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ModelError
+from emlocal.machine import physical_cores
 from emlocal.models.resolve import GGUFModel
 
 BATCH = 512  # tokens per llama_decode

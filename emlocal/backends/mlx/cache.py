@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from emlocal.backends.slots import SlotCache
 from emlocal.errors import CancelledError
 
-BLOCK = 256
-"""Tokens; capacity is a multiple of it."""
 LAYERS_BETWEEN = 4
 """Layers of a long pass that are computed before somebody is asked whether to go on."""
 
@@ -40,14 +39,12 @@ class Window:
     """Asked every few layers; None: not at all."""
 
 
-class SlotCache:
+class MLXCache(SlotCache):
     """All layers' keys and values. `layers` is what a model takes as its cache."""
 
     def __init__(self, reach: Sequence[int | None]) -> None:
         """`reach`: how many cells back each layer sees; None: all."""
         self.layers = [Layer(self, i, size) for i, size in enumerate(reach)]
-        self.slots = 0
-        self.capacity = 0
         self.window: Window | None = None
 
     def begin(self, window: Window) -> None:
@@ -59,35 +56,20 @@ class SlotCache:
         """What is held, of the layers that have stored something."""
         return [array for layer in self.layers for array in layer.held()]
 
-    def reserve(self, slots: int, tokens: int, limit: int) -> None:
-        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens.
+    def _grow(self, slots: int, tokens: int) -> None:
+        for layer in self.layers:
+            layer.grow(slots, tokens)
 
-        Array by array, so that there are never two of the whole cache. Where memory runs out it raises MLX's
-        RuntimeError, and all is as before.
-        """
-        if tokens > self.capacity:
-            tokens = max(tokens, min(self.capacity * 3 // 2, limit))
-            tokens = (tokens + BLOCK - 1) // BLOCK * BLOCK
-        slots, tokens = max(slots, self.slots), max(tokens, self.capacity)
-        if (slots, tokens) == (self.slots, self.capacity):
-            return
-        try:
-            for layer in self.layers:
-                layer.grow(slots, tokens)
-        except RuntimeError:
-            for layer in self.layers:
-                layer.shrink(self.slots, self.capacity)
-            raise
-        self.slots, self.capacity = slots, tokens
+    def _shrink(self) -> None:
+        for layer in self.layers:
+            layer.shrink(self.slots, self.capacity)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` cells of one slot into another, empty one."""
         for layer in self.layers:
             layer.copy(source, target, length)
         mx.eval(self.arrays)
 
     def clear(self, slot: int, start: int, stop: int) -> None:
-        """Zero these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
         stop = min(stop, self.capacity)
         if slot < self.slots and start < stop:
             for layer in self.layers:
@@ -95,21 +77,19 @@ class SlotCache:
             mx.eval(self.arrays)
 
     def drop(self) -> None:
-        """Free everything."""
         for layer in self.layers:
             layer.drop()
         self.slots, self.capacity, self.window = 0, 0, None
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
         return sum(array.nbytes for array in self.arrays)
 
 
 class Layer:
     """One layer's part, with the methods that mlx-lm's models call."""
 
-    def __init__(self, owner: SlotCache, index: int, reach: int | None) -> None:
+    def __init__(self, owner: MLXCache, index: int, reach: int | None) -> None:
         self._owner = owner
         self._index = index
         self._reach = reach

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from emlocal.backends.mlx.cache import SlotCache, Window
+from emlocal.backends.chunking import Chunk
+from emlocal.backends.mlx.cache import MLXCache, Window
 from emlocal.backends.mlx.model import windows
-from emlocal.backends.passes import Chunk
 from emlocal.errors import ModelError
 
 _UNLIKE = 0.3
@@ -31,7 +31,7 @@ class Decoder:
     def __init__(self, model: Module) -> None:
         self._model: Any = model  # mlx-lm's models have no static types
         self.reach = windows(model)
-        self.cache = SlotCache(self.reach)
+        self.cache = MLXCache(self.reach)
 
     def read(self, chunks: Sequence[Chunk], cancelled: Callable[[], bool]) -> None:
         """Compute the chunks, of different slots in ascending order, and store their keys and values.

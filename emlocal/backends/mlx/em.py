@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from emlocal.em.adaptive_temperature import COLDEST
-from emlocal.em.em_inf import BETA1, BETA2, EPSILON
+from emlocal.em.steps.adaptive_temperature import COLDEST
+from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON
 
 GROUP = 512
 """V is a multiple of it; so many numbers are summed up first."""

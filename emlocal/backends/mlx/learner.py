@@ -13,7 +13,6 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from emlocal.backends.cpu import peak_memory
 from emlocal.backends.learner import (
     Answer,
     Descent,
@@ -21,14 +20,15 @@ from emlocal.backends.learner import (
     EntropyObjective,
     EntropyTerms,
     OutOfMemoryError,
+    Processes,
     State,
+    padded,
 )
+from emlocal.backends.mlx.device import out_of_memory
 from emlocal.backends.mlx.lora import attach, base_weights, lora_layers
 from emlocal.backends.mlx.objective import Head, em_ft_terms
-from emlocal.backends.mlx.place import out_of_memory
-from emlocal.backends.padding import padded
-from emlocal.backends.processes import Processes
 from emlocal.errors import ModelError
+from emlocal.machine import peak_memory
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.memory import available
 

@@ -8,7 +8,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
-from emlocal.backends.mlx.place import Place
+from emlocal.backends.mlx.device import Place
 from emlocal.errors import ModelError
 from emlocal.models.folder import FolderHeader
 

@@ -1,37 +1,35 @@
 """From rows of logits on a device to tokens: one compiled function, and one small transfer to the host.
 
 What emlocal.sampling.reference does row by row, on blocks of rows, in float32 and 64-bit integers. Tokens are
-the reference's unless u lies within EDGE of a border of its CDF. A block always has the same shape, filled up
-with copies if need be: kernels choose their order of summation by the shape, and so a row's outcome does not
-depend, in any bit, on the rows beside it.
+the reference's unless u lies within EDGE of a border of its CDF. The host's half is
+emlocal.backends.device_sampler.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.backends import device_sampler
 from emlocal.backends.base import Row
+from emlocal.backends.device_sampler import INFINITE, MASKED, NAN, DeviceSampler, Run, kernel_of, most_steps
 from emlocal.backends.mlx import em
 from emlocal.backends.mlx.draw import MOST_TOKENS, Fractions, Truncation, choose
-from emlocal.em import AdaptiveTemperature
-from emlocal.errors import LogitsError, ModelError, UsageError
-from emlocal.sampling import Draw, SamplingParams
+from emlocal.errors import ModelError
+from emlocal.sampling import SamplingParams
 
 EDGE = 2e-6
 """Tested: how near a border of the exact CDF u may lie for another token to be drawn."""
 CPU_ROWS, GPU_ROWS = 2, 4
 """Rows of a block."""
-_FAULTS = {-1: "the logits contain NaN", -2: "the logits contain +inf", -3: "every token of a row is masked"}
-_FIELDS = 11
 Block = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
-class MLXSampler:
-    """Draws tokens from rows of one vocabulary."""
+class MLXSampler(DeviceSampler):
+    """See DeviceSampler."""
 
     def __init__(self, vocabulary: int, *, on_gpu: bool) -> None:
         """Raises ModelError for more than 524,288 tokens, whose sums would not fit 64 bits."""
@@ -41,35 +39,25 @@ class MLXSampler:
             )
         self.vocabulary = vocabulary
         self.block = GPU_ROWS if on_gpu else CPU_ROWS
-        self._compiled: dict[tuple[str, bool, int], Block] = {}
+        self._compiled: dict[Hashable, Block] = {}
 
-    def sample(self, logits: mx.array, at: Sequence[int], rows: Sequence[Row]) -> list[Draw]:
-        """A token for each row.
+    def _structure(self, params: SamplingParams) -> Hashable:
+        """What a function is compiled for: the EM step's kernel, whether rows need a sort, the rounds."""
+        ordered = params.top_p < 1 or 0 < params.top_k < self.vocabulary
+        return kernel_of(params.em), ordered, most_steps(params.em)
 
-        Args:
-            logits: float32 [N, V], not changed.
-            at: the index of each row's logits in these.
-        Raises:
-            LogitsError: a row is no distribution.
-            UsageError: a logit bias names a token that the model does not have.
-        """
-        settings, fractions = _settings(rows), _fractions(rows)
-        groups: dict[tuple[str, bool, int], list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(_structure(row.params, self.vocabulary), []).append(i)
-        order: list[int] = []
-        outcomes: list[mx.array] = []
-        for structure, members in groups.items():
-            for first in range(0, len(members), self.block):
-                block = members[first : first + self.block]
-                full = (block * self.block)[: self.block]
-                raw = adjusted(logits[mx.array([at[i] for i in full])], [rows[i] for i in block])
-                columns = mx.array(settings[:, full, None]), mx.array(fractions[:, full, None])
-                outcomes.append(self._function(structure)(raw, *columns))
-                order += [*block, *[-1] * (self.block - len(block))]
-        table = np.array(mx.concatenate(outcomes))
-        draws = {i: values for i, values in zip(order, table, strict=True) if i >= 0}
-        return [_draw(draws[i]) for i in range(len(rows))]
+    def _begin(self, logits: mx.array, at: Sequence[int], rows: Sequence[Row]) -> Run:
+        settings, fractions = device_sampler.columns(rows).astype(np.float32), _fractions(rows)
+
+        def run(structure: tuple[str, bool, int], block: Sequence[int], full: Sequence[int]) -> mx.array:
+            raw = adjusted(logits[mx.array([at[i] for i in full])], [rows[i] for i in block])
+            columns = mx.array(settings[:, full, None]), mx.array(fractions[:, full, None])
+            return self._function(structure)(raw, *columns)
+
+        return run
+
+    def _fetch(self, outcomes: Sequence[Any]) -> NDArray[np.float32]:
+        return np.array(mx.concatenate(list(outcomes)))
 
     def _function(self, structure: tuple[str, bool, int]) -> Block:
         """`sample_block` for rows whose settings have this structure, compiled on its first use."""
@@ -95,8 +83,8 @@ def sample_block(
     `columns` are the settings, float32 [11, R, 1]; `fractions` uint64 [2, R, 1].
     """
     top = raw.max(axis=-1, keepdims=True)
-    fault = mx.where(top == -mx.inf, -3, mx.where(top == mx.inf, -2, 0))
-    fault = mx.where(mx.isnan(raw).any(axis=-1, keepdims=True), -1, fault)
+    fault = mx.where(top == -mx.inf, MASKED, mx.where(top == mx.inf, INFINITE, 0))
+    fault = mx.where(mx.isnan(raw).any(axis=-1, keepdims=True), NAN, fault)
     z0 = mx.where(fault < 0, 0.0, raw)
     z0 = mx.maximum(z0 - z0.max(axis=-1, keepdims=True), em.FLOOR)
     z0 = mx.pad(z0, [(0, 0), (0, -vocabulary % em.GROUP)], constant_values=em.FLOOR)
@@ -130,31 +118,6 @@ def _sharpen(z: mx.array, kind: str, descent: em.Descent, ratio: mx.array, round
     return em.Sharpened(z, H, H, mx.zeros_like(H))
 
 
-def _structure(params: SamplingParams, vocabulary: int) -> tuple[str, bool, int]:
-    """What a compiled function is made for: the EM step's kind, whether the row needs a sort, its rounds."""
-    ordered = params.top_p < 1 or 0 < params.top_k < vocabulary
-    step = params.em
-    if step is None:
-        return "none", ordered, 0
-    if isinstance(step, AdaptiveTemperature):
-        return "adaptive", ordered, 0
-    kind = "adam" if step.optimizer == "adam" else "sgd+kl" if step.kl_weight else "sgd"
-    return kind, ordered, step.steps
-
-
-def _settings(rows: Sequence[Row]) -> NDArray[np.float32]:
-    """float32 [11, B]: Truncation's fields, Descent's, and the ratio of adaptive temperature."""
-    out = np.zeros((_FIELDS, len(rows)), dtype=np.float32)
-    for i, row in enumerate(rows):
-        p, step = row.params, row.params.em
-        out[:6, i] = (p.temperature, p.dynatemp_range, p.dynatemp_exponent, p.top_k, p.top_p, p.min_p)
-        if isinstance(step, AdaptiveTemperature):
-            out[[6, 10], i] = step.threshold, step.ratio
-        elif step is not None:
-            out[6:10, i] = step.threshold, step.steps, step.learning_rate, step.kl_weight
-    return out
-
-
 def _fractions(rows: Sequence[Row]) -> NDArray[np.uint64]:
     """uint64 [2, B]: u and top-p, in units of 2⁻⁶⁴; exact."""
     wanted = [
@@ -166,50 +129,23 @@ def _fractions(rows: Sequence[Row]) -> NDArray[np.uint64]:
 
 def adjusted(block: mx.array, rows: Sequence[Row]) -> mx.array:
     """Penalties, then biases, on the first rows of a block of its own, float32 [R, V]."""
-    entries = [(i, token, times, row.params) for i, row in enumerate(rows) for token, times in _seen(row)]
+    entries = device_sampler.penalized(rows)
     if entries:
         at, tokens = mx.array([i for i, *_ in entries]), mx.array([token for _, token, *_ in entries])
-        times = mx.array([float(n) for *_, n, _ in entries])
+        times = mx.array([n for *_, n, _ in entries])
         repeat = mx.array([p.repeat_penalty for *_, p in entries])
         minus = mx.array([p.presence_penalty for *_, p in entries])
         frequency = mx.array([p.frequency_penalty for *_, p in entries])
         old = block[at, tokens]
         block[at, tokens] = mx.where(old > 0, old / repeat, old * repeat) - minus - frequency * times
-    biases = [(i, token, bias) for i, row in enumerate(rows) for token, bias in _biases(row, block.shape[1])]
+    biases = device_sampler.biased(rows, block.shape[1])
     if biases:
         at, tokens = mx.array([i for i, *_ in biases]), mx.array([token for _, token, _ in biases])
         block[at, tokens] = block[at, tokens] + mx.array([bias for *_, bias in biases])
     return block
 
 
-def _seen(row: Row) -> Iterable[tuple[int, int]]:
-    """(token, times) that the row's penalties act on."""
-    if not (row.params.penalizes and row.seen):
-        return ()
-    last = row.params.repeat_last_n
-    return Counter(row.seen if last < 0 else row.seen[-last:]).items()
-
-
-def _biases(row: Row, vocabulary: int) -> Iterable[tuple[int, float]]:
-    """(token, bias), each token once. Raises UsageError for a token that is not there."""
-    total: dict[int, float] = {}
-    for token, bias in row.params.logit_bias:
-        if token >= vocabulary:
-            raise UsageError(
-                f"--logit-bias names token {token}; the model's tokens are 0 to {vocabulary - 1}"
-            )
-        total[token] = total.get(token, 0.0) + bias
-    return total.items()
-
-
 def _probability(z: mx.array, token: mx.array) -> mx.array:
     """softmax(z) at the token, [R, 1]."""
     shifted = z - z.max(axis=-1, keepdims=True)
     return mx.exp(mx.take_along_axis(shifted, token, axis=-1)) / em.total(mx.exp(shifted))
-
-
-def _draw(values: NDArray[np.float32]) -> Draw:
-    token, before, after, steps, p_before, p_after, without = values.tolist()
-    if token < 0:
-        raise LogitsError(_FAULTS[int(token)])
-    return Draw(int(token), before, after, int(steps), p_before, p_after, int(without))

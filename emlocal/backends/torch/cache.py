@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from emlocal.backends.slots import SlotCache
 from emlocal.errors import CancelledError
-
-BLOCK = 256
-"""Tokens; capacity is a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,11 @@ class Window:
     """Cells to be read."""
 
 
-class SlotCache(Cache):
+class TorchCache(SlotCache, Cache):
     """Stands where transformers expects its cache: the model's attention calls `update`."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.slots = 0
-        self.capacity = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._window: Window | None = None
@@ -90,50 +86,33 @@ class SlotCache(Cache):
         """Layers that have stored something."""
         return len(self._keys)
 
-    def reserve(self, slots: int, tokens: int, limit: int) -> None:
-        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens.
+    def _grow(self, slots: int, tokens: int) -> None:
+        for tensors in (self._keys, self._values):
+            for i, old in enumerate(tensors):
+                grown = _zeros(old, slots, tokens)
+                grown[: self.slots, :, : self.capacity] = old[:, :, : self.capacity]
+                tensors[i] = grown
 
-        Tensor by tensor, so that there are never two of the whole cache. Where memory runs out it raises
-        torch's RuntimeError, and all is as before.
-        """
-        if tokens > self.capacity:
-            tokens = max(tokens, min(self.capacity * 3 // 2, limit))
-            tokens = (tokens + BLOCK - 1) // BLOCK * BLOCK
-        slots, tokens = max(slots, self.slots), max(tokens, self.capacity)
-        if (slots, tokens) == (self.slots, self.capacity):
-            return
-        try:
-            for tensors in (self._keys, self._values):
-                for i, old in enumerate(tensors):
-                    grown = _zeros(old, slots, tokens)
-                    grown[: self.slots, :, : self.capacity] = old[:, :, : self.capacity]
-                    tensors[i] = grown
-        except RuntimeError:
-            for tensors in (self._keys, self._values):
-                tensors[:] = [tensor[: self.slots, :, : self.capacity + 1] for tensor in tensors]
-            raise
-        self.slots, self.capacity = slots, tokens
+    def _shrink(self) -> None:
+        for tensors in (self._keys, self._values):
+            tensors[:] = [tensor[: self.slots, :, : self.capacity + 1] for tensor in tensors]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` cells of one slot into another, empty one."""
         for tensor in (*self._keys, *self._values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
     @torch.inference_mode()
     def clear(self, slot: int, start: int, stop: int) -> None:
-        """Zero these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
         if slot < self.slots:
             for tensor in (*self._keys, *self._values):
                 tensor[slot, :, start : min(stop, self.capacity)] = 0
 
     def drop(self) -> None:
-        """Free everything."""
         self._keys, self._values, self.slots, self.capacity = [], [], 0, 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emlocal.backends.passes import Chunk
-from emlocal.backends.torch.cache import SlotCache, Window, is_range
+from emlocal.backends.chunking import Chunk
+from emlocal.backends.torch.cache import TorchCache, Window, is_range
 from emlocal.errors import ModelError
 
 _UNLIKE = 0.3
@@ -24,7 +24,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.cache = SlotCache()
+        self.cache = TorchCache()
         self.device = device
         untyped: Any = model  # transformers' models have no useful static types
         self._model = untyped

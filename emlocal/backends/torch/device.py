@@ -27,9 +27,14 @@ class Place:
     def on_cpu(self) -> bool:
         return self.device.type == "cpu"
 
+    @property
+    def format(self) -> str:
+        """The format's name: "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def describe(self) -> str:
         """ "cpu, float32 (no CUDA device)"."""
-        return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+        return f"{self.device}, {self.format} ({self.reason})"
 
 
 def choose_place(device: str = "auto", dtype: str = "auto") -> Place:

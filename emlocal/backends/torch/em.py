@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emlocal.em.adaptive_temperature import COLDEST, TOLERANCE
-from emlocal.em.em_inf import BETA1, BETA2, EPSILON
+from emlocal.em.steps.adaptive_temperature import COLDEST, TOLERANCE
+from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON
 
 FLOOR = -1e30
 """A masked token's logit: its probability is 0, and no product with it is NaN, as with -inf."""

@@ -1,4 +1,4 @@
-"""Training on torch: LoRA layers on a frozen model, AdamW, and the fused losses of EM-FT and EM-RL."""
+"""Training on torch: LoRA layers on a frozen model, AdamW, and a learner each for EM-FT and EM-RL."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,30 +9,33 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from emlocal.backends.cpu import peak_memory
-from emlocal.backends.learner import Answer, Descent, Learner, OutOfMemoryError, State
-from emlocal.backends.padding import padded
-from emlocal.backends.processes import Processes
+from emlocal.backends.learner import (
+    Answer,
+    Descent,
+    EntropyLearner,
+    EntropyObjective,
+    EntropyTerms,
+    Floats,
+    Learner,
+    OutOfMemoryError,
+    PolicyLearner,
+    PolicyTerms,
+    Processes,
+    Scores,
+    State,
+    TokenLosses,
+    padded,
+)
 from emlocal.backends.torch.device import out_of_memory
 from emlocal.backends.torch.lora import attach, base_weights, lora_layers
+from emlocal.backends.torch.objective import em_ft_loss
+from emlocal.backends.torch.policy import policy_gradient_loss, position_divergences, token_scores
+from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.errors import ModelError
+from emlocal.machine import peak_memory
 from emlocal.models.adapters.adapter import Adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015; Loshchilov & Hutter 2019
-
-
-def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of each linear layer but the head by its name, in the model's order."""
-    return {
-        name: (layer.out_features, layer.in_features)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name != "lm_head"
-    }
-
-
-def use_threads(threads: int) -> None:
-    """Compute on so many CPU threads from now on."""
-    torch.set_num_threads(threads)
 
 
 class TorchLearner(Learner):
@@ -192,6 +195,106 @@ class TorchLearner(Learner):
         for name, layer in self._layers.items():
             yield f"{name}.lora_A", layer.a
             yield f"{name}.lora_B", layer.b
+
+
+class TorchEntropyLearner(TorchLearner, EntropyLearner):
+    """Trains a LoRA adapter on the entropy of answers' tokens."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        descent: Descent,
+        objective: EntropyObjective,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        """See `TorchLearner`."""
+        super().__init__(model, adapter, descent, checkpointing=checkpointing)
+        self._objective = objective
+
+    def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> EntropyTerms:
+        with self._pass(batch) as (tokens, predicts):
+            of_each = torch.tensor(weights, dtype=torch.float32)
+            lengths = torch.tensor([len(each.answer) for each in batch])
+            terms = em_ft_loss(
+                self._states(tokens, predicts),
+                self._head,
+                of_each.repeat_interleave(lengths).to(self._device),
+                base_hidden=self._base_states(tokens, predicts) if self._objective.measures_kl else None,
+                beta=self._objective.kl_beta,
+                temperature=self._objective.temperature,
+            )
+            torch.autograd.backward(terms.loss)
+            sums = torch.stack([terms.loss.detach(), terms.entropy.sum(), terms.kl.sum()]).tolist()
+        return EntropyTerms(int(lengths.sum()), *sums)
+
+
+class TorchPolicyLearner(TorchLearner, PolicyLearner):
+    """Trains a LoRA adapter by policy gradients of drawn answers.
+
+    The reference is the same model with its adapter switched off: there is no second copy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        descent: Descent,
+        objective: PolicyObjective,
+        *,
+        temperature: float = 1.0,
+        checkpointing: bool = False,
+    ) -> None:
+        """`temperature`: at which answers are drawn, and so that of the policy. See `TorchLearner`."""
+        super().__init__(model, adapter, descent, checkpointing=checkpointing)
+        self._objective = objective
+        self._temperature = temperature
+
+    def score(self, batch: Sequence[Answer], *, base: bool = False) -> Scores:
+        with torch.no_grad(), self._pass(batch) as (tokens, predicts):
+            states = self._base_states if base else self._states
+            found = token_scores(
+                states(tokens, predicts), self._head, self._drawn(batch), temperature=self._temperature
+            )
+            return Scores(*torch.stack(found).cpu().numpy())
+
+    def divergences(self, group: Sequence[Answer]) -> Floats:
+        with torch.no_grad(), self._pass(group) as (tokens, predicts):
+            lengths = [len(each.answer) for each in group]
+            states = torch.split(self._states(tokens, predicts), lengths)
+            found = position_divergences(states, self._head, temperature=self._temperature)
+            divergences: Floats = found.cpu().numpy()
+            return divergences
+
+    def accumulate(self, batch: Sequence[Answer], losses: TokenLosses) -> PolicyTerms:
+        with self._pass(batch) as (tokens, predicts):
+            terms = policy_gradient_loss(
+                self._states(tokens, predicts),
+                self._head,
+                self._drawn(batch),
+                self._tensor(losses.advantages),
+                self._tensor(losses.weights),
+                self._objective,
+                old=self._optional(losses.old),
+                reference=self._optional(losses.reference),
+                pull=self._optional(losses.pull),
+                temperature=self._temperature,
+            )
+            torch.autograd.backward(terms.loss)
+            sums = [terms.loss.detach(), terms.scores.entropy.sum(), terms.kl.sum(), terms.clipped.sum()]
+            loss, entropy, kl, clipped = torch.stack([each.float() for each in sums]).tolist()
+        return PolicyTerms(len(losses.weights), loss, entropy, kl, int(clipped))
+
+    def _drawn(self, batch: Sequence[Answer]) -> Tensor:
+        """The answers' tokens, [M] int64."""
+        return torch.tensor([token for each in batch for token in each.answer], device=self._device)
+
+    def _tensor(self, array: Floats) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def _optional(self, array: Floats | None) -> Tensor | None:
+        return None if array is None else self._tensor(array)
 
 
 def _head(model: nn.Module, body: nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emlocal.backends.torch.head import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
+from emlocal.backends.torch.objective import CHUNK_BYTES, chunk_logits, row_dot, rows_at_once
 from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.em.relatives import LARGEST_GAP
 
@@ -202,7 +202,7 @@ def position_divergences(
 ) -> Tensor:
     """How much a group's G answers disagree at each position, [T] float32, T that of the longest.
 
-    `emlocal.em.policy_gradient.position_divergence` of each position, a few at a time: the authors hold
+    `emlocal.em.relatives.position_divergence` of each position, a few at a time: the authors hold
     [G, T, V] numbers.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from emlocal.backends.processes import Processes
+from emlocal.backends.learner import Processes
 
 T = TypeVar("T")
 

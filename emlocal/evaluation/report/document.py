@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from emlocal.console import harmless
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.judging import Judged
 from emlocal.evaluation.results import Comparison, Estimate, MethodResult
 from emlocal.evaluation.tasks.task import Task
 from emlocal.files import atomic_writer
+from emlocal.text import harmless
 
 FORMAT = "emlocal-eval-1"
 

@@ -24,7 +24,7 @@ from typing import Self
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task, text_of
-from emlocal.methods.answers import canonical, extract, find_answer
+from emlocal.methods.extraction import canonical, extract, find_answer
 
 SECONDS = 20.0
 """For one comparison; what is not decided by then is not equal. Nearly all take milliseconds."""

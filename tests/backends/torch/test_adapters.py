@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.torch import opening
+from emlocal.backends.torch import load
+from emlocal.backends.torch.load import open_folder
 from emlocal.backends.torch.lora import attach, lora_layers
 from emlocal.backends.torch.model import load_model, skeleton
-from emlocal.backends.torch.opening import open_folder
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
@@ -150,7 +150,7 @@ def test_a_wrong_adapter_is_named_before_the_weights_are_read(
     }[what]
     write_peft(Adapter({**adapter.pairs, **changed}), path)
     loads: list[Path] = []
-    monkeypatch.setattr(opening, "load_model", lambda folder, *_: loads.append(folder))
+    monkeypatch.setattr(load, "load_model", lambda folder, *_: loads.append(folder))
     with pytest.raises(ModelError, match=message) as caught:
         in_torch(folder, [(path, 1.0)])
     assert "\n" not in caught.value.message

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from emlocal.backends.learner import Descent, EntropyObjective
-from emlocal.backends.torch.entropy_learner import TorchEntropyLearner
-from emlocal.backends.torch.learner import TorchLearner, linear_layers
-from emlocal.backends.torch.lora import attach, base_weights
+from emlocal.backends.torch.learner import TorchEntropyLearner, TorchLearner
+from emlocal.backends.torch.lora import attach, base_weights, linear_layers
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.training.engines import new_adapter

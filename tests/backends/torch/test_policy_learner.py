@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from emlocal.backends.learner import Descent, TokenLosses
-from emlocal.backends.torch.learner import linear_layers
-from emlocal.backends.torch.lora import attach, base_weights
-from emlocal.backends.torch.policy_learner import TorchPolicyLearner
+from emlocal.backends.torch.learner import TorchPolicyLearner
+from emlocal.backends.torch.lora import attach, base_weights, linear_layers
 from emlocal.em.entropy import entropy
 from emlocal.em.policy_gradient import PolicyObjective
 from emlocal.em.relatives import position_divergence

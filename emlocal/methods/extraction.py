@@ -1,0 +1,319 @@
+"""The answer in a completion, and whether two answers mean the same.
+
+`canonical` maps an answer to a key, and answers are equivalent when their keys are equal; so equivalence is
+transitive, and votes can be counted. What it decides where conventions differ:
+
+- A percent sign, a currency and a unit are labels: 50% = 50 (not 1/2), $18 = 18, 5 cm = 5 m = 5. The gold
+  answers of GSM8K and MATH leave them out or in at will. (Clock times keep am and pm; millions count.)
+- A list without brackets and a {set} have no order; (tuples) and [intervals) have one, and their brackets.
+- Commas part the elements within brackets, (100,200); without brackets 100,200 is one number.
+- Sums are equal in any order of their terms. No other algebra is done: \\sqrt{8} is not 2\\sqrt{2}.
+
+Nothing is evaluated, and no integer longer than `LONGEST_NUMERAL` digits is built: longer numbers, and any
+answer longer than `LONGEST_ANSWER`, are compared as texts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from emlocal.errors import UsageError
+from emlocal.methods.notation import plain
+
+if TYPE_CHECKING:
+    from emlocal.methods.self_consistency import Extraction
+
+LONGEST_ANSWER = 1000
+LONGEST_NUMERAL = 200
+DEEPEST = 8  # brackets within brackets that are compared element by element
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+# Bounded and atomic: each run of digits is read a fixed number of times, however hostile the text.
+_DIGITS = r"(?>[0-9]{1,3}(?:(?:,|\{,\}|,\\!)[0-9]{3}){1,12}(?![0-9])|[0-9]+)"
+_DECIMAL = rf"(?>{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
+_LATEX_FRACTION = r"\\[dt]?frac\{[0-9]{1,99}\}\{[0-9]{1,99}\}"
+_NUMERAL = (
+    r"(?>(?:(?<![\w)}\]])[-−+])?(?:\\?\$)?(?<![A-Za-z0-9_])"
+    rf"(?>{_LATEX_FRACTION}|{_DECIMAL}(?:[eE][-+]?[0-9]+)?(?:/{_DECIMAL})?)(?:\\?%)?)"
+)
+_NUMBER = re.compile(_NUMERAL)
+_GSM8K = re.compile(rf"####[ \t]*({_NUMERAL})(?![ \t]*[.):][ \t]*\w)")  # not a heading's own number
+
+
+def check_pattern(how: "Extraction", pattern: str | None) -> None:
+    """Raise `UsageError` unless there is a pattern exactly where one is used, and it compiles."""
+    if how != "regex":
+        if pattern is not None:
+            message = f"--extract-pattern has no use with --extract {how}"
+            raise UsageError(message, "say --extract regex, or leave the pattern out")
+        return
+    if pattern is None:
+        raise UsageError("--extract regex needs a pattern", "give one: --extract-pattern 'answer: (.+)'")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"--extract-pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def extract(text: str, how: "Extraction", pattern: str | None = None) -> str | None:
+    """The answer in a completion, stripped; None where there is none, or an empty one.
+
+    `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
+    not stand in for it. `last-number`: the number of the last "#### 18", else the last number, with $ or %.
+    `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
+    """
+    if how == "boxed":
+        found = _boxed(text)
+    elif how == "last-number":
+        found = _last_number(text)
+    elif how == "regex":
+        check_pattern(how, pattern)
+        found = _matched(text, pattern or "")
+    else:
+        found = text
+    return (found or "").strip() or None
+
+
+def find_answer(text: str) -> tuple[str, Literal["boxed", "last-number"]] | None:
+    """The answer of a text that was asked for a box, and how it was found: what the last \\boxed holds; where
+    there is no box the last number. A box that was cut off holds no answer, and no number in it is one.
+    """
+    boxed = extract(text, "boxed")
+    if boxed is not None:
+        return boxed, "boxed"
+    start = _last_box(text)
+    if start is not None and text[start : start + 1] == "{" and _boxed(text) is None:
+        return None
+    number = extract(text, "last-number")
+    return None if number is None else (number, "last-number")
+
+
+def _last_box(text: str) -> int | None:
+    """Where the last box's content begins, its brace included."""
+    start = None
+    for box in _BOX.finditer(text):
+        start = box.end()
+    return start
+
+
+def _boxed(text: str) -> str | None:
+    start = _last_box(text)
+    if start is None:
+        return None
+    if text[start : start + 1] != "{":
+        return re.split(r"[\s$]", text[start:], maxsplit=1)[0].rstrip(".,;")
+    depth = 0
+    for brace in _BRACES.finditer(text, start):  # an escaped brace opens nothing
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1 : brace.start()]
+    return None
+
+
+def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    last = None
+    for match in matches:
+        last = match
+    return last
+
+
+def _last_number(text: str) -> str | None:
+    if marked := _last(_GSM8K.finditer(text)):
+        return marked[1]
+    last = _last(_NUMBER.finditer(text))
+    return last[0] if last else None
+
+
+def _matched(text: str, pattern: str) -> str | None:
+    last = _last(re.finditer(pattern, text))
+    if last is None:
+        return None
+    return next((group for group in last.groups() if group is not None), last[0])
+
+
+# ------------------------------------------------------------------------------------------------- meaning
+
+
+def equivalent(a: str, b: str) -> bool:
+    """Whether two answers mean the same, as far as `canonical` can tell."""
+    return canonical(a) == canonical(b)
+
+
+def majority(answers: Sequence[str | None]) -> int | None:
+    """Index of the first member of the largest class of equivalent answers; the earliest class on a tie.
+
+    None does not vote; without any vote the index is None.
+    """
+    first: dict[Hashable, int] = {}
+    votes: Counter[Hashable] = Counter()
+    for index, answer in enumerate(answers):
+        if answer is not None:
+            key = canonical(answer)
+            first.setdefault(key, index)
+            votes[key] += 1
+    return first[max(votes, key=votes.__getitem__)] if votes else None  # max: the earliest of equals
+
+
+def canonical(answer: str) -> Hashable:
+    """A key that equivalent answers share."""
+    text = " ".join(answer.split())
+    if len(text) > LONGEST_ANSWER:
+        return "text", text
+    return _whole(plain(text), 0)
+
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+_DEC = r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_POWER = re.compile(rf"([-+]?) ?(?:{_DEC} ?\* ?)?10\^([-+]?[0-9]+)")
+_RATIONAL = re.compile(rf"([-+]?) ?(?:([0-9]+) )?{_DEC}(?:[eE]([-+]?[0-9]+))?(?: ?/ ?([-+]?){_DEC})?")
+_COMMA = re.compile(r",")
+_LIST_COMMA = re.compile(  # or a number with commas in it, to be stepped over
+    r"(?<![0-9.])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|,"
+)
+_CUP = re.compile(r"\\cup(?![A-Za-z])")
+_SIGN = re.compile(r"(?<=[^\^*/_+-])[-+]")
+_NAME = re.compile(r"((?:[A-Za-z]|\\[a-z]+)(?:_\w)?(?:\([A-Za-z]\))?) ?(?:=|\\in(?![A-Za-z]))(?=[^=]*$)")
+_PLUS_MINUS = re.compile(r"(?=[^,⟦]*$).*\\pm(?![A-Za-z])")
+_RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in|pm|mp|equiv)(?![A-Za-z])")
+_WORDS = re.compile(r"[A-Za-z]|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
+
+
+def _whole(text: str, depth: int) -> Hashable:
+    """The key of an answer that may be a list, and may say what it is the value of (`x = 5`)."""
+    elements = _both_signs(_unnamed(list(_parts(text, _LIST_COMMA))))
+    if len(elements) == 1:
+        return _element(elements[0], depth)
+    return "list", _unordered(_element(element, depth + 1) for element in elements)
+
+
+def _element(text: str, depth: int) -> Hashable:
+    text = text.strip()
+    if depth > DEEPEST:
+        return "text", text
+    united = list(_parts(text, _CUP))
+    if len(united) > 1:
+        return "union", frozenset(_element(part, depth + 1) for part in united)
+    if text.endswith((")", "]", "⟧")) and (opening := re.match(r"\\matrix\(|[(\[⟦]", text)):
+        inside = text[opening.end() : -1]
+        if _is_balanced(inside):
+            return _bracketed(opening[0], inside, text[-1], depth + 1)
+    number = _number(text)
+    if number is not None:
+        return "number", number
+    if _WORDS.fullmatch(text):
+        return "words", text.casefold()
+    return _expression(text)
+
+
+def _bracketed(opening: str, inside: str, closing: str, depth: int) -> Hashable:
+    if opening == "\\matrix(":
+        rows = inside.strip(" ;").split(";")
+        return "matrix", tuple(tuple(_element(cell, depth) for cell in row.split("&")) for row in rows)
+    parts = list(_parts(inside, _COMMA))
+    if opening == "⟦" and closing == "⟧":
+        return "set", frozenset(_element(part, depth) for part in _both_signs(parts))
+    if len(parts) == 1 and (opening, closing) == ("(", ")"):
+        return _element(inside, depth)
+    return opening, tuple(_element(part, depth) for part in parts), closing
+
+
+def _expression(text: str) -> Hashable:
+    """Its terms without their order; an equation or inequality as it stands."""
+    text = re.sub(r" ?\* ?", "*", text)
+    text = re.sub(r"(?<![0-9])[ *]+|[ *]+(?![0-9])", "", text)  # those between digits stay
+    if _RELATION.search(text):
+        return "text", text
+    cuts = [0, *(sign.start() for sign in _outside(text, _SIGN)), len(text)]
+    terms = [text[a:b].removeprefix("+") for a, b in pairwise(cuts)]
+    numbers = [_number(term) for term in terms]
+    return "sum", _unordered(t if n is None else n for t, n in zip(terms, numbers, strict=True))
+
+
+def _number(text: str) -> Fraction | None:
+    """The rational that the text writes, None where it writes none or one too long to build."""
+    if len(text) > LONGEST_NUMERAL:
+        return None
+    if power := _POWER.fullmatch(text):
+        sign, decimal, exponent = power.groups()
+        return _scaled(sign + (decimal or "1"), exponent)
+    if not (rational := _RATIONAL.fullmatch(text)):
+        return None
+    sign, whole, decimal, exponent, under_sign, under = rational.groups()
+    value = _scaled(decimal, exponent or "0")
+    if value is None:
+        return None
+    if under is not None:
+        divisor = _scaled(under_sign + under, "0")
+        if not divisor:
+            return None
+        value /= divisor
+    if whole is not None:  # a mixed number; `2 3` and `2 7/3` are none
+        if under is None or not 0 <= value < 1:
+            return None
+        value += int(whole)
+    return -value if sign == "-" else value
+
+
+def _scaled(decimal: str, exponent: str) -> Fraction | None:
+    power = int(exponent)
+    if abs(power) > LONGEST_NUMERAL:
+        return None
+    return Fraction(decimal.replace(",", "").rstrip(".")) * Fraction(10) ** power
+
+
+def _unordered(keys: Iterable[Hashable]) -> Hashable:
+    return frozenset(Counter(keys).items())
+
+
+def _unnamed(parts: list[str]) -> list[str]:
+    """Without the one name that the values are given to: `x = 1, x = 2` is `1, 2`; `x = 1, y = 2` stays."""
+    parts = [part.strip() for part in parts]
+    named = [_NAME.match(part) for part in parts]
+    if named[0] is None or len({name[1] for name in named if name}) > 1:
+        return parts
+    return [part[name.end() :] if name else part for part, name in zip(parts, named, strict=True)]
+
+
+def _both_signs(parts: list[str]) -> list[str]:
+    """`1 \\pm x` as `1 + x` and `1 - x`; a set or tuple of such is left to its own elements."""
+    signs = [("+", "-") if _PLUS_MINUS.match(part) else (r"\pm",) for part in parts]
+    return [part.replace(r"\pm", sign) for part, both in zip(parts, signs, strict=True) for sign in both]
+
+
+def _parts(text: str, separator: re.Pattern[str]) -> Iterator[str]:
+    """The text between separators that no bracket holds; a match of `separator` with digits is none."""
+    start = 0
+    for found in _outside(text, separator):
+        if not found[0][0].isdigit():
+            yield text[start : found.start()]
+            start = found.end()
+    yield text[start:]
+
+
+def _outside(text: str, token: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """The token's matches outside all brackets; `(0, 1]` closes as well as `(0, 1)`."""
+    depth = 0
+    for found in re.finditer(rf"[(\[⟦]|[)\]⟧]|{token.pattern}", text):
+        if found[0] in ("(", "[", "⟦"):
+            depth += 1
+        elif found[0] in (")", "]", "⟧"):
+            depth -= 1
+        elif depth == 0:
+            yield found
+
+
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for char in text:
+        depth += (char in "([⟦") - (char in ")]⟧")
+        if depth < 0:
+            return False
+    return depth == 0

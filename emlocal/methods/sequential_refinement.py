@@ -1,0 +1,57 @@
+"""Sequential refinement: the model is asked to revise its answer, a few times over."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
+from emlocal.formatting import counted
+from emlocal.methods.method import Answering, Method, Outcome
+from emlocal.settings import check_settings, setting
+
+if TYPE_CHECKING:
+    from emlocal.methods.asking import Question
+
+REVISE = (
+    "Check your answer above step by step. If you find a mistake, correct it. Then give the complete, final"
+    " answer in the same form."
+)
+"""What it says. The authors' code says nothing: it repeats the prompt."""
+
+
+@dataclass(frozen=True)
+class SequentialRefinement(Method):
+    """`sequential-refinement:N` revises N times."""
+
+    name: ClassVar[str] = "sequential-refinement"
+    collects: ClassVar[bool] = True
+    value: ClassVar[str] = "rounds"
+
+    rounds: int = setting(2, "--rounds", 1, 100, "Revisions of sequential-refinement.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def samples(self, asked: int | None) -> int:
+        if (asked or 1) > 1:
+            raise UsageError("--samples and --method sequential-refinement contradict each other")
+        return 1
+
+    def answer(self, question: "Question") -> Answering:
+        rounds = [*(yield [question.job()])]
+        for number in range(1, self.rounds + 1):
+            question = question.then(rounds[-1].completions[0].text, REVISE)
+            try:
+                job = question.job(round=number)
+            except EmlocalError:  # the template does not take the longer conversation
+                break
+            try:
+                [revision] = yield [job]
+            except (ContextFullError, CancelledError):  # it does not fit, or is not wanted: the answer stands
+                break
+            if revision.completions[0].finish_reason == "cancelled":
+                break
+            rounds.append(revision)
+        return Outcome(rounds)
+
+    def describe(self, samples: int) -> list[str]:
+        return [counted(self.rounds, "revision")]

@@ -1,0 +1,214 @@
+"""How an answer looks: coloured by entropy, traced to a file, summed up in a line or in JSON."""
+
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from emlocal import console
+from emlocal.backends.base import Backend
+from emlocal.files import atomic_writer
+from emlocal.formatting import change, counted
+from emlocal.generation import Completion
+from emlocal.generation.sample import summarize
+from emlocal.methods import Outcome
+from emlocal.sampling import Draw
+from emlocal.text import CONTROLS
+
+_ENOUGH_TO_TIME = 16  # tokens
+# Upper bounds in nats and 256-colour codes: from sure to guessing.
+_BANDS = ((0.1, 250), (0.5, 114), (1.0, 185), (2.0, 215), (float("inf"), 203))
+
+
+def coloured(text: str, entropy: float) -> str:
+    """`text` with the escape codes of its entropy's colour."""
+    code = next(code for bound, code in _BANDS if entropy <= bound)
+    return f"\x1b[38;5;{code}m{text}\x1b[0m"
+
+
+def legend() -> str:
+    """The colours of `coloured`, for stderr."""
+    bounds = ["≤ 0.1", "≤ 0.5", "≤ 1", "≤ 2", "> 2 nats"]
+    shown = (f"\x1b[38;5;{code}m{bound}\x1b[0m" for (_, code), bound in zip(_BANDS, bounds, strict=True))
+    return "entropy before EM:  " + "  ".join(shown)
+
+
+def stats_line(outcome: Outcome, seed: int, context: int, *, em: bool) -> str:
+    """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say."""
+    timings, completions = outcome.timings, [c for handle in outcome.rounds for c in handle.completions]
+    entropy = summarize([d for c in completions for d in c.draws])
+    cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
+    read = timings.prompt_tokens - timings.cached_tokens
+    # a handful of tokens says nothing of the speed
+    speed = f", {rate(read, timings.prompt_seconds)} tok/s" if read >= _ENOUGH_TO_TIME else ""
+    parts = [
+        f"prompt {counted(timings.prompt_tokens, 'token')}{cached}{speed}",
+        f"answer {counted(sum(len(c.tokens) for c in completions), 'token')},"
+        f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
+        f"entropy {change(entropy.before, entropy.after, em)} nats",
+    ]
+    if em:
+        parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
+    endings = Counter(_ending(c, context) for c in completions)
+    parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
+    parts += [f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()]
+    parts.append(f"seed {seed}")
+    return " · ".join(parts)
+
+
+def _ending(completion: Completion, context: int) -> str:
+    if completion.finish_reason == "length":
+        return f"cut off at --max-tokens {len(completion.tokens)}"
+    if completion.finish_reason == "context":
+        return f"cut off: the context of {context:,} tokens is full (give a larger --context)"
+    if completion.stop is not None:
+        return f"stopped before {completion.stop!r}"
+    return {"stop": "finished", "cancelled": "stopped by Ctrl-C"}[completion.finish_reason]
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Tokens a second, for people."""
+    return f"{tokens / seconds:.1f}" if seconds > 0 else "–"
+
+
+def as_json(backend: Backend, outcome: Outcome, seed: int, collected: bool) -> dict[str, Any]:
+    """The object that `--json` prints: one answer flat, several in `completions`; with `collected` the one
+    that the method came to, and all others in `samples`."""
+    timings = outcome.timings
+    shared = {
+        "model": backend.info.name,
+        "backend": backend.name,
+        "seed": seed,
+        "prompt_tokens": timings.prompt_tokens,
+        "cached_tokens": timings.cached_tokens,
+        "timings": {
+            "prompt_seconds": round(timings.prompt_seconds, 4),
+            "generation_seconds": round(timings.generation_seconds, 4),
+            "generated_tokens": timings.generated_tokens,
+        },
+    }
+    answers = [_answer_json(c) for c in outcome.completions]
+    if len(answers) == 1:
+        rounds = (
+            {"rounds": [h.completions[0].text for h in outcome.rounds]} if len(outcome.rounds) > 1 else {}
+        )
+        return answers[0] | shared | rounds
+    if collected:
+        return answers[outcome.index] | shared | dict(outcome.fields) | {"samples": answers}
+    return {"completions": answers} | shared
+
+
+def _answer_json(completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "stop": completion.stop,
+        "completion_tokens": len(completion.tokens),
+        "entropy": summarize(completion.draws).as_json(),
+    }
+
+
+class Trace:
+    """Writes one JSON line a token."""
+
+    def __init__(self, file: Any, backend: Backend) -> None:
+        self._file = file
+        self._backend = backend
+        self._counts: dict[int, int] = {}
+
+    def add(self, sample: int, draw: Draw) -> None:
+        """A token as it is drawn; `text` is its own bytes, replaced where they are half a character."""
+        index = self._counts[sample] = self._counts.get(sample, -1) + 1
+        text = self._backend.token_bytes(draw.token).decode(errors="replace")
+        line = {"sample": sample, "index": index, "text": text, **draw._asdict()}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def trace_to(path: Path | None, backend: Backend) -> Iterator[Trace | None]:
+    """A Trace into `path`, which appears when the block ends; None for no path."""
+    if path is None:
+        yield None
+        return
+    with atomic_writer(path) as file:
+        yield Trace(file, backend)
+
+
+class AnswerWriter:
+    """Streams an answer's pieces to stdout: coloured if asked and possible, wrapped at words on a terminal.
+
+    On a terminal the last word waits for what comes after it, so that it can go to the next line whole.
+    """
+
+    def __init__(self, show_entropy: bool) -> None:
+        self.colours = show_entropy and console.colours_allowed(sys.stdout)
+        self._terminal = sys.stdout.isatty()
+        self._word: list[tuple[str, float]] = []  # pieces of the word in hand
+        self._gap = ""  # the white space before the next one
+        self._column = 0
+        if show_entropy:
+            if self.colours:
+                console.err().out(legend(), highlight=False)
+            else:
+                why = "NO_COLOR or TERM=dumb is set" if self._terminal else "stdout is no terminal"
+                console.note(f"{why}: the answer comes without colours")
+
+    def piece(self, text: str, entropy: float) -> None:
+        """Show the text that one token made certain."""
+        if not self._terminal:
+            console.write(text)
+            return
+        for part in re.split(r"(\s+)", text.translate(CONTROLS)):
+            if part.isspace():
+                self._end_word()
+                self._gap += part
+            elif part:
+                self._end_gap()
+                self._word.append((part, entropy))
+
+    def end(self) -> None:
+        """Show what is held back, and end the line."""
+        self._end_word()
+        self._end_gap()
+        console.write("\n")
+        self._column = 0
+
+    def _end_word(self) -> None:
+        width = sum(_width(text) for text, _ in self._word)
+        columns = shutil.get_terminal_size().columns
+        if 0 < self._column < columns < self._column + width and width < columns:
+            console.write("\n")
+            self._column = 0
+        for text, entropy in self._word:
+            console.write(coloured(text, entropy) if self.colours else text)
+        filled = self._column + width
+        # at the end of a full line the cursor waits there
+        self._column = filled if filled <= columns else filled % columns
+        self._word = []
+
+    def _end_gap(self) -> None:
+        """The white space between two words, once it is known whole."""
+        space, self._gap = self._gap, ""
+        if not space:
+            return
+        if "\n" in space:
+            self._column = 0
+            space_width = len(space) - space.rindex("\n") - 1
+        else:
+            space_width = len(space.expandtabs())
+        if self._column + space_width >= shutil.get_terminal_size().columns:
+            space, space_width, self._column = "\n", 0, 0
+        console.write(space)
+        self._column += space_width
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal; wide characters take two."""
+    from prompt_toolkit.utils import get_cwidth
+
+    return get_cwidth(text)
