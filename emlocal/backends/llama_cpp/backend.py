@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
 from emlocal.backends.llama_cpp.library import last_error
-from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
+from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.backends.options import LoadOptions
@@ -64,7 +64,7 @@ class LlamaCppBackend(Backend):
         except BaseException:
             loading.free()  # and not twice, where it is in a `with` block
             raise
-        self._batch = Batch(self._lib, min(BATCH, self.context))
+        self._batch = Batch(self._lib, loading.batch)
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
         self._logits_address = address_of_logits(self._lib)
