@@ -1,4 +1,4 @@
-"""Contexts with fewer tokens than sequences: llama.cpp ends the process where rows have no room in a batch."""
+"""Contexts with fewer tokens than sequences: llama.cpp ends the process that asks for more rows than fit."""
 
 import os
 import subprocess

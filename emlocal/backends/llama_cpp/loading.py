@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from emlocal.backends.llama_cpp.library import keep_errors, keep_nothing, last_error, load_library
+from emlocal.backends.llama_cpp.library import first_error, keep_errors, keep_nothing, load_library
 from emlocal.backends.llama_cpp.trial import try_first
 from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ModelError, UsageError
@@ -84,12 +84,12 @@ class Loading:
         if not self._context:  # once more, to hear why
             self._load()
         if not self._model:
-            raise ModelError(f"llama.cpp cannot load {self._files[0]}: {last_error() or 'no reason given'}")
+            raise ModelError(f"llama.cpp cannot load {self._files[0]}: {first_error()}")
         if not self._context:
             self.free()
             raise BackendError(
                 f"llama.cpp cannot make a context of {self.length:,} tokens with {self._kv_type} keys and"
-                f" values: {last_error() or 'no reason given'}",
+                f" values: {first_error()}",
                 "try a smaller --context",
             )
         return Loaded(self._model, self._context)
