@@ -66,20 +66,21 @@ def walk(templates: dict[str, str], seconds: float, timeout: float) -> tuple[dic
     return {name: Told(*rest) for name, *rest in told}, peak
 
 
-def check(told: dict[str, Told], peak: int, seconds: float) -> None:
-    """The bounds, with room for a busy machine."""
+def check(told: dict[str, Told], peak: int) -> None:
+    """What holds on a busy machine too. One that is not stopped at all meets the limit of `walk`."""
     assert peak < MAX_MEMORY
     for name, one in told.items():
-        assert one.seconds < seconds + 5, (name, one)
         assert one.clean, (name, one)
         assert not one.leaked, (name, one)
 
 
 @pytest.mark.attack
 def test_all_attacks() -> None:
-    """Several minutes: many of them take their two seconds."""
+    """Several minutes: many of them take their two seconds. The only test that looks at a clock: it is not
+    among those that must pass on a busy machine."""
     told, peak = walk(attacks(), MAX_SECONDS, 3600)
-    check(told, peak, MAX_SECONDS)
+    check(told, peak)
+    assert max(one.seconds for one in told.values()) < MAX_SECONDS + 5
     for name, one in sorted(told.items(), key=lambda item: item[1].seconds):
         print(f"{one.seconds:6.2f} s  {name}: {one.kind}, {one.said[:100]!r}")
     print(f"peak {peak / 1e6:.0f} MB")
@@ -98,7 +99,7 @@ def test_one_of_each_kind() -> None:
         members = [name for name in every if name.startswith(f"{family}: ")]
         chosen |= {name: every[name] for name in members[::8]}
     told, peak = walk(chosen, 0.15, 300)
-    check(told, peak, 0.15)
+    check(told, peak)
     assert len(chosen) > 150
     kinds = {one.kind for one in told.values()}
     assert kinds == {"text", "refused", "error"}

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from collections import Counter
 
 import numpy as np
@@ -112,12 +111,12 @@ def test_hard_rows(row, step, cutoff) -> None:
         assert found.fast.steps == found.reference.steps
 
 
-@pytest.mark.parametrize("seconds", [4])
-def test_random_search_for_a_row_that_breaks_the_contract(seconds: float) -> None:
+@pytest.mark.parametrize("rows", [300])
+def test_random_search_for_a_row_that_breaks_the_contract(rows: int) -> None:
     """Rows at the edge: much of the mass in the tail, just below the cutoff, and steps as long as pass."""
     rng = np.random.default_rng(1)
-    until, answered = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
+    answered = 0
+    for _ in range(rows):
         V, cutoff = int(rng.choice([300, 3000, 30_000])), float(rng.choice(CUTOFFS))
         row = np.log(cutoff) - rng.exponential(rng.choice([1e-3, 0.3, 3]), V)
         tops = int(rng.integers(1, 8))

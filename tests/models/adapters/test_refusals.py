@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from emlocal.models.adapters.mlx import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import GGUFHeader
+from tests.processor_time import at_most
 from tests.tiny_gguf import Tensor, Value, adapter_metadata, build, f32, strings, text
 from tests.tiny_pair import random_adapter
 
@@ -136,9 +136,8 @@ def test_configurations(peft: Path, fields: dict[str, Any], words: str) -> None:
 )
 def test_a_pattern_cannot_hold_up_the_reader(peft: Path, pattern: str) -> None:
     configure(peft, alpha_pattern={pattern: 3})
-    start = time.perf_counter()
-    assert "which is not understood" in complaint(peft)
-    assert time.perf_counter() - start < 1
+    with at_most(10):
+        assert "which is not understood" in complaint(peft)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])

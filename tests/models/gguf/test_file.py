@@ -2,7 +2,6 @@
 
 import ctypes
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from emlocal.errors import ModelError
 from emlocal.models.gguf import ArrayRef, read_header
 from emlocal.models.gguf.types import TENSOR_TYPES
+from tests.processor_time import at_most
 from tests.tiny_gguf import (
     CHAT_TEMPLATE,
     GGML_Q8_0,
@@ -111,7 +111,7 @@ def test_block_sizes_are_those_of_the_library() -> None:
         assert not block or name.lower() == ggml.ggml_type_name(code).decode().lower()
 
 
-def test_a_vocabulary_of_151936_tokens_is_read_in_well_under_a_second(tmp_path: Path) -> None:
+def test_a_vocabulary_of_151936_tokens_is_read_in_linear_time(tmp_path: Path) -> None:
     tokens = TOKENS + [f"token {i}" for i in range(151_936 - len(TOKENS))]
     tensors = tiny_tensors()
     tensors[0] = Tensor("token_embd.weight", (32, len(tokens)), bytes(34 * len(tokens)), GGML_Q8_0)
@@ -123,9 +123,8 @@ def test_a_vocabulary_of_151936_tokens_is_read_in_well_under_a_second(tmp_path: 
     }
     path = tmp_path / "large.gguf"
     path.write_bytes(build(metadata, tensors))
-    start = time.perf_counter()
-    header = read_header(path)
-    assert time.perf_counter() - start < 1.0
+    with at_most(20):
+        header = read_header(path)
     assert header.vocab_size == 151_936
 
 

@@ -1,6 +1,5 @@
 """10,000 broken models: each is refused in one line, or accepted and then does not crash llama.cpp."""
 
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from tests.models.gguf.loading import Worker, accepted
 from tests.models.gguf.mutants import mutant
+from tests.processor_time import at_most
 from tests.tiny_architectures import ARCHITECTURES, write_tiny_architecture
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -20,18 +20,15 @@ def test_no_mutant_brings_the_reader_down(tmp_path: Path) -> None:
 
     path = tmp_path / "mutant.gguf"
     outcomes: Counter[bool] = Counter()
-    slowest, start = 0.0, time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(MUTANTS):
         path.write_bytes(mutant(seed))
-        began = time.perf_counter()
-        outcomes[accepted(path)] += 1
-        slowest = max(slowest, time.perf_counter() - began)
+        with at_most(5):  # a thousand times what one takes
+            outcomes[accepted(path)] += 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB on Linux
-    print(f"{outcomes[True]} accepted, {outcomes[False]} refused in {time.perf_counter() - start:.1f} s")
+    print(f"{outcomes[True]} accepted, {outcomes[False]} refused")
     assert outcomes[False] > MUTANTS // 4, "the mutations are too tame"
     assert outcomes[True] > MUTANTS // 20, "nothing is left for the real library"
-    assert slowest < 1.0
     assert grown < 100_000
 
 
