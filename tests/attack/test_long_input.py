@@ -23,8 +23,7 @@ from emlocal.backends.llama_cpp.long_text import TokenTexts, join_pieces
 from emlocal.batch.lines import read_lines
 from emlocal.cancel import unfinished, waited_for
 from emlocal.errors import CancelledError, ContextFullError
-from emlocal.generation.prompt import chat_tokens
-from emlocal.generation.tokenizing import text_tokens
+from emlocal.generation.prompt import chat_tokens, text_tokens
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
