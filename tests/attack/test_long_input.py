@@ -283,7 +283,7 @@ def test_work_that_hears_no_signals_is_waited_for() -> None:
 SLOW = """
 import sys, time
 from emlocal.backends.fake import FakeBackend
-from emlocal.cli import engine, generate
+from emlocal.cli import views
 from emlocal.cli.app import run
 from emlocal import __main__
 import contextlib
@@ -297,7 +297,7 @@ class Slow(FakeBackend):
 def opened(options, **_):
     yield Slow(context=100_000_000)
 
-engine.open_backend = opened
+views.open_backend = opened
 sys.argv = ["emlocal", *sys.argv[1:]]
 __main__.main()
 """
