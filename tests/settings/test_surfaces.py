@@ -74,7 +74,7 @@ def in_a_line(known: Setting, value: Any, name: str | None = None) -> Given:
 def in_a_spec(known: Setting, value: Any, name: str | None = None) -> Given:
     text = value if isinstance(value, str) else json.dumps(value)
     (contender,) = read_contenders(f"sample:{(name or known.name).removeprefix('--')}={text}")
-    return LINE.read(contender.settings, NAMES)
+    return LINE.read(contender.method.settings, NAMES)
 
 
 def by_keyword(known: Setting, value: Any, name: str | None = None) -> Given:
