@@ -10,14 +10,18 @@ state it keeps, so that a common prefix is computed once. One contract, one test
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.options import LoadOptions as LoadOptions
-from emlocal.errors import BackendError, CancelledError, ContextFullError
+from emlocal.backends.options import context_length
+from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
 from emlocal.sampling import Draw, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from emlocal.models.header import ModelHeader
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,21 @@ class ModelInfo:
     eos: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     """The authors' sampling settings, by SamplingParams field."""
+
+    @classmethod
+    def of_folder(cls, header: "ModelHeader", tokenizer: "Tokenizer", name: str = "") -> Self:
+        """Of a model that is a Hugging Face folder; `name`: what people call it."""
+        return cls(
+            name=name or header.name,
+            architecture=header.architecture,
+            vocabulary=header.vocab_size,
+            trained_context=header.context_length,
+            end_tokens=tokenizer.end_tokens,
+            chat_template=tokenizer.chat_template,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            sampling=header.sampling,
+        )
 
 
 class Feed(NamedTuple):
@@ -208,11 +227,13 @@ class Recomputing(Tokenizing):
     A subclass says what the logits are, and how much memory it takes. Rows are sampled on the host.
     """
 
-    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, context: int, sequences: int) -> None:
-        """`context`: tokens that each sequence has room for; `sequences`: the most of them at once."""
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> None:
+        """Raises UsageError for adapters, which it does not know, and for more context than the model has."""
+        if options.adapters:
+            raise UsageError(f"the {self.name} engine takes no adapters", "use another --backend")
         self.info = info
-        self.context = context
-        self.max_sequences = sequences
+        self.context = context_length(options.context, info.trained_context)
+        self.max_sequences = options.sequences
         self._tokenizer = tokenizer
         self._held: dict[int, list[int]] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}

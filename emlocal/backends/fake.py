@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Feed, ModelInfo, Recomputing
+from emlocal.backends.base import Feed, LoadOptions, ModelInfo, Recomputing
 from emlocal.errors import ContextFullError
 
 END = 256
@@ -89,7 +89,7 @@ class FakeBackend(Recomputing):
             end_tokens=Bytes.end_tokens,
             chat_template=CHAT_TEMPLATE,
         )
-        super().__init__(info, Bytes(), context, sequences)
+        super().__init__(info, Bytes(), LoadOptions(context, sequences))
         self.fed = 0
         self._script = script
         self._shared = shared
