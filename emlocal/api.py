@@ -26,8 +26,8 @@ from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
 from emlocal.generation import Completed, Completion, Scheduler, Timings, Token
-from emlocal.generation.entropy import EntropySummary, summarize
 from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
+from emlocal.generation.sample import EntropySummary, summarize
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.loading import load as load_shared
 from emlocal.loading import load_for_batch, warn_in_python

@@ -144,8 +144,8 @@ def _load(
 
 def _prepare(header: ModelHeader) -> None:
     """Import and compile what the first answer will need."""
-    import emlocal.answers
-    import emlocal.generation.prompt  # noqa: F401
+    import emlocal.generation.prompt
+    import emlocal.rendering  # noqa: F401
     from emlocal.models.templates import prepare
 
     prepare(header.chat_template)

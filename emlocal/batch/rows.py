@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emlocal.generation import Completion
-from emlocal.generation.entropy import summarize
+from emlocal.generation.sample import summarize
 from emlocal.methods import Outcome
 
 Row = dict[str, Any]

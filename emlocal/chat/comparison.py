@@ -1,10 +1,10 @@
 """Two answers from the same draws, and where they part."""
 
-from emlocal import answers, console
+from emlocal import console, rendering
 from emlocal.backends.base import Backend
 from emlocal.formatting import change, counted
 from emlocal.generation import Completion
-from emlocal.generation.entropy import summarize
+from emlocal.generation.sample import summarize
 
 
 def parting(off: Completion, on: Completion) -> int | None:
@@ -23,7 +23,7 @@ def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
         entropy = summarize(answer.draws)
         nats = change(entropy.before, entropy.after, answer is on)
         console.heading(f"{title}: {counted(entropy.tokens, 'token')}, entropy {nats} nats")
-        writer = answers.AnswerWriter(show_entropy=False)
+        writer = rendering.AnswerWriter(show_entropy=False)
         writer.piece(answer.text.strip("\n"), 0.0)
         writer.end()
     console.note(_where(off, on, backend))

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from emlocal import answers, console
+from emlocal import console, rendering
 from emlocal.chat.comparison import show_comparison
 from emlocal.chat.conversation import Conversation, chat_file
 from emlocal.chat.session import AnswerEvent, ChatSession, Turn
@@ -79,7 +79,7 @@ class Repl:
         self.settings = settings
         self.reader = reader
         self.quiet = quiet
-        self.writer = answers.AnswerWriter(show_entropy)
+        self.writer = rendering.AnswerWriter(show_entropy)
         self.failures = 0
         self._draft = ""  # what /edit offers, or what could not be handled
         self._in_file = _copy_of(session.conversation)  # what need not be kept
@@ -208,7 +208,7 @@ class Repl:
         assert last is not None
         assert turn is not None
         em = turn.plan.params.em is not None
-        console.note(answers.stats_line(last, turn.plan.seed, self.session.backend.context, em=em))
+        console.note(rendering.stats_line(last, turn.plan.seed, self.session.backend.context, em=em))
 
     def _help(self, _: str) -> None:
         console.err().print(HELP, markup=False)
@@ -255,7 +255,7 @@ class Repl:
             raise UsageError("nothing has been answered yet")
         self._stats_line()
         totals = self.session.totals
-        speed = answers.rate(totals.generated_tokens, totals.generation_seconds)
+        speed = rendering.rate(totals.generated_tokens, totals.generation_seconds)
         console.note(
             f"chat: {counted(totals.answers, 'answer')}, {counted(totals.generated_tokens, 'token')}"
             f" at {speed} tok/s; prompts {counted(totals.prompt_tokens, 'token')},"
@@ -265,7 +265,7 @@ class Repl:
 
     def _entropy(self, argument: str) -> None:
         if argument in ("on", "off"):
-            self.writer = answers.AnswerWriter(argument == "on")
+            self.writer = rendering.AnswerWriter(argument == "on")
             return
         if argument:
             raise UsageError(f"/entropy {argument}: it takes on, off or nothing")
@@ -276,7 +276,7 @@ class Repl:
     def _show_entropy(self, answer: Completion) -> None:
         """The answer in colours where they can be shown, and its least certain tokens."""
         piece = self.session.backend.token_bytes
-        writer = answers.AnswerWriter(show_entropy=True)
+        writer = rendering.AnswerWriter(show_entropy=True)
         if writer.colours:
             for draw in answer.draws:
                 writer.piece(piece(draw.token).decode(errors="replace"), draw.entropy_before)
@@ -326,7 +326,7 @@ class Repl:
         show_comparison(done[0], done[1], self.session.backend)
         if not self.quiet:
             took = self.session.timings
-            speed = answers.rate(took.generated_tokens, took.generation_seconds)
+            speed = rendering.rate(took.generated_tokens, took.generation_seconds)
             console.note(f"both together {speed} tok/s · seed {turn.plan.seed}")
 
     def _regen(self, _: str) -> None:

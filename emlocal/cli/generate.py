@@ -69,17 +69,17 @@ def run(
     backend: "Backend", asked: "Asked", method: Chosen, plan: Plan, output: OutputOptions, as_json: bool
 ) -> int:
     """Generate and show; the exit code."""
-    from emlocal import answers
+    from emlocal import rendering
     from emlocal.generation import CancelledError, Scheduler, Token, interruptible
     from emlocal.generation.prompt import prompt_tokens
     from emlocal.methods.asking import Answered, Question, ask_one
 
     question = Question(asked, plan, partial(prompt_tokens, backend), at_once=True)
     streams = method.streams and not as_json
-    writer = answers.AnswerWriter(output.show_entropy and streams)
+    writer = rendering.AnswerWriter(output.show_entropy and streams)
     with (
         interruptible() as cancelled,
-        answers.trace_to(output.trace, backend) as trace,
+        rendering.trace_to(output.trace, backend) as trace,
         Scheduler(backend, plan.samples) as runner,
     ):
         try:
@@ -98,14 +98,14 @@ def run(
             return 130
     completions = [outcome.completion] if method.collecting.collects else outcome.completions
     if as_json:
-        console.print_json(answers.as_json(backend, outcome, plan.seed, method.collecting.collects))
+        console.print_json(rendering.as_json(backend, outcome, plan.seed, method.collecting.collects))
     else:
         if not streams:
             writer.piece("\n---\n".join(c.text.strip("\n") for c in completions), 0.0)
         writer.end()
     if not (output.quiet or as_json):
         em = plan.params.em is not None
-        console.note(answers.stats_line(outcome, plan.seed, backend.context, em=em))
+        console.note(rendering.stats_line(outcome, plan.seed, backend.context, em=em))
     return 130 if any(c.finish_reason == "cancelled" for c in outcome.completions) else 0
 
 

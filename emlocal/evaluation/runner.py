@@ -35,6 +35,7 @@ from emlocal.evaluation.sandbox.run import check_containment
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.formatting import counted
+from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
 from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
 from emlocal.settings import Resolved, resolve_settings
@@ -260,6 +261,8 @@ class Prepared:
             for method in document.methods
             if method.errors
         ]
+        if loaded.backend.info.chat_template is None:
+            warnings.append(sent_as_it_is(loaded.backend.info.name))
         return Evaluation(document, folder, others_in(folder, entries), warnings)
 
     def _entries(self, loaded: Loaded, parallel: int) -> list[Entry]:

@@ -30,15 +30,25 @@ def for_template(info: ModelInfo, messages: Sequence[Message], warn: Callable[[s
 
     Raises UsageError where there is no template and roles are needed.
     """
-    if info.chat_template is not None:
-        return messages
-    if [m["role"] for m in messages] != ["user"]:
+    if info.chat_template is None and [m["role"] for m in messages] == ["user"]:
+        warn(sent_as_it_is(info.name))
+        return messages[0]["content"]
+    check_template(info.name, info.chat_template)
+    return messages
+
+
+def sent_as_it_is(model: str) -> str:
+    """What people are told where prompts go to a model without chat template."""
+    return f"{model} has no chat template; prompts are sent as they are (--raw)"
+
+
+def check_template(model: str, template: str | None) -> None:
+    """Raise UsageError for a model without chat template: for what needs roles."""
+    if template is None:
         raise UsageError(
-            f"{info.name} has no chat template: it takes no system message and no conversation",
+            f"{model} has no chat template: it takes no system message, no conversation and no training",
             "use a chat model, or send one text as it is: emlocal generate --raw",
         )
-    warn(f"{info.name} has no chat template; prompts are sent as they are (--raw)")
-    return messages[0]["content"]
 
 
 def chat_tokens(
@@ -53,11 +63,8 @@ def chat_tokens(
         CancelledError: `cancelled()` became true.
     """
     info = backend.info
-    if info.chat_template is None:
-        raise UsageError(
-            f"{info.name} has no chat template: it is not a chat model",
-            "send the prompt as it is: emlocal generate --raw",
-        )
+    check_template(info.name, info.chat_template)
+    assert info.chat_template is not None
     length = sum(len(m["content"]) for m in messages)
     if length > SHORT:
         _check_rendered(backend, messages)

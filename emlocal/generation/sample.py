@@ -1,11 +1,11 @@
-"""One sample on its way: what is asked of it, what has been drawn, and what came of it."""
+"""One sample on its way: what is asked of it, its text as it becomes certain, and what came of it."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from emlocal.backends.base import Backend, Row
-from emlocal.generation.text import TextStream
 from emlocal.sampling import Draw, SamplingParams, Uniforms
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -37,6 +37,93 @@ class Completion:
     """The stop string that ended it, if one did."""
     tail: str = ""
     """The end of `text` that was held back until now and came with no Token."""
+
+
+@dataclass(frozen=True)
+class EntropySummary:
+    """What EM did to an answer, over its tokens."""
+
+    tokens: int
+    before: float
+    """Mean entropy before EM, nats."""
+    after: float
+    touched: float
+    """Share of tokens at which EM took a step."""
+    changed: float
+    """Share of tokens that the same draw would have made another token without EM."""
+    steps: float
+    """Mean EM steps a token."""
+
+    def as_json(self) -> dict[str, float]:
+        """For output files; nats and shares to six places."""
+        return {
+            "mean_before": round(self.before, 6),
+            "mean_after": round(self.after, 6),
+            "touched": round(self.touched, 6),
+            "changed": round(self.changed, 6),
+            "mean_steps": round(self.steps, 6),
+        }
+
+
+def summarize(draws: Sequence[Draw]) -> EntropySummary:
+    """The summary of one or more answers' draws."""
+    n = max(1, len(draws))
+    return EntropySummary(
+        len(draws),
+        sum(d.entropy_before for d in draws) / n,
+        sum(d.entropy_after for d in draws) / n,
+        sum(d.steps > 0 for d in draws) / n,
+        sum(d.token != d.token_without_em for d in draws) / n,
+        sum(d.steps for d in draws) / n,
+    )
+
+
+class TextStream:
+    """Assembles one answer.
+
+    `push` returns the text that is now certain: characters whose bytes are all there, less a tail that may
+    yet turn out to be the beginning of a stop string.
+    """
+
+    def __init__(self, stop: tuple[str, ...] = ()) -> None:
+        self.stopped_by: str | None = None
+        """The stop string that ended the answer; what follows it is dropped, and so is it."""
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, piece: bytes) -> str:
+        """Add a token's bytes."""
+        return self._release(self._decoder.decode(piece))
+
+    def finish(self) -> str:
+        """The rest, at the end of the answer; an incomplete character becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        if self.stopped_by is None:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped_by is not None:
+            return ""
+        if not self._stop:
+            return new
+        text = self._held + new
+        # the one complete first, however the text came in pieces; of two that end together, the longer
+        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            _, start, self.stopped_by = min(found)
+            self._held = ""
+            return text[:start]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 class Sample:

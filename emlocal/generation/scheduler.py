@@ -15,7 +15,6 @@ as far as the engine's arithmetic does not (docs/batch.md).
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from emlocal.backends.base import Backend, Feed, Row
 from emlocal.errors import (
@@ -27,8 +26,8 @@ from emlocal.errors import (
     UsageError,
 )
 from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token
-from emlocal.generation.sample import FinishReason, Sample
-from emlocal.generation.sequences import WORTH_SHARING, Kept, Sequences, common, tokens_of
+from emlocal.generation.sample import FinishReason
+from emlocal.generation.sequences import WORTH_SHARING, Group, Kept, Sequences, Stream, common, tokens_of
 from emlocal.generation.tokenizing import never
 from emlocal.sampling import Draw
 
@@ -36,39 +35,6 @@ PROMPT_TOKENS_PER_STEP = 256
 """Of prompts being read, beside the samples being decoded."""
 SPARE_SEQUENCES = 2
 """Held beside the samples: the root, and a prompt whose samples have not all begun."""
-
-
-class _Group(Handle):
-    """A job being worked on: its prompt, and the samples that have not begun."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.tokens = tokens_of(job.prompt)
-        self.waiting = deque(Sample(i, request, job.prompt) for i, request in enumerate(job.requests))
-        self.sequence: int | None = None
-        """Holds the first `read` tokens of the prompt. The last sample takes it over."""
-        self.read = 0
-        self.admitted = self.first_draw = 0.0
-
-    @property
-    def unread(self) -> int:
-        """Tokens that are to be read before the samples begin: all but the last."""
-        return len(self.tokens) - 1 - self.read
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A sample being decoded."""
-
-    group: _Group
-    sample: Sample
-    sequence: int
-    next_token: int
-
-    @property
-    def held(self) -> int:
-        """Tokens in its sequence between two steps."""
-        return len(self.group.tokens) - 1 + len(self.sample.completion.draws)
 
 
 class Scheduler(Runner):
@@ -87,11 +53,11 @@ class Scheduler(Runner):
         super().__init__(backend.context)
         self.backend = backend
         self.parallel = parallel
-        self._queue: deque[_Group] = deque()
-        self._reading: list[_Group] = []  # some samples have not begun
-        self._streams: list[_Stream] = []
+        self._queue: deque[Group] = deque()
+        self._reading: list[Group] = []  # some samples have not begun
+        self._streams: list[Stream] = []
         roomy = backend.max_sequences > parallel + SPARE_SEQUENCES
-        self._sequences = Sequences(backend, parallel, roomy, self._numbers)
+        self._sequences = Sequences(backend, parallel, roomy, self._reading, self._streams)
         self._full = False  # no job is admitted before another has ended
         self._events: list[Event] = []  # of this step
         self._previous = tokens_of(())  # the prompt admitted last, less its last token
@@ -100,14 +66,14 @@ class Scheduler(Runner):
 
     def submit(self, job: Job) -> Handle:
         self.check(job)
-        group = _Group(job)
+        group = Group(job)
         self._queue.append(group)
         return group
 
     def cancel(self, handle: Handle) -> list[Event]:
         if handle.finished:
             return []
-        assert isinstance(handle, _Group)
+        assert isinstance(handle, Group)
         return self._end_group(handle, "cancelled")
 
     def step(self, cancelled: Callable[[], bool] = never) -> list[Event]:
@@ -117,7 +83,7 @@ class Scheduler(Runner):
             self._read_at_once(lone, cancelled)
         else:
             self._begin()
-            self._sequences.close_ranks(self._streams)
+            self._sequences.close_ranks()
             self._pass(cancelled)
         events, self._events = self._events, []
         return events
@@ -159,7 +125,7 @@ class Scheduler(Runner):
     def _admit(self, cancelled: Callable[[], bool]) -> None:
         """Take jobs while places are free; those that waiting samples will fill count as taken."""
         self._full = self._full and bool(self._streams or self._reading)
-        new: list[_Group] = []
+        new: list[Group] = []
         taken = len(self._streams) + sum(len(group.waiting) for group in self._reading)
         while self._queue and taken < self.parallel and not self._full:
             group = self._queue[0]
@@ -175,13 +141,13 @@ class Scheduler(Runner):
             self._attach(group)
             self._reading.append(group)
 
-    def _is_being_read(self, group: _Group, new: Sequence[_Group]) -> bool:
+    def _is_being_read(self, group: Group, new: Sequence[Group]) -> bool:
         """Whether another job is about to read what this one begins with: then it waits for that."""
-        there, most = self._longest(group)[0], len(group.tokens) - 1
+        there, most = self._sequences.longest(group)[0], len(group.tokens) - 1
         coming = (common(other.tokens, group.tokens, most) for other in (*self._reading, *new))
         return max(coming, default=0) >= there + WORTH_SHARING
 
-    def _read_common(self, group: _Group, cancelled: Callable[[], bool]) -> None:
+    def _read_common(self, group: Group, cancelled: Callable[[], bool]) -> None:
         """Bring into the root what this prompt and the one before it begin with, if that is much.
 
         It is read by itself, unless a running job has it: what is in the root, to the last bit, then does not
@@ -190,7 +156,7 @@ class Scheduler(Runner):
         tokens = group.tokens[:-1]
         shared, held = common(self._previous, tokens), self._sequences.in_root(tokens, len(tokens))
         if shared >= held + WORTH_SHARING:
-            most, donor = self._longest_running(group)
+            most, donor = self._sequences.longest_running(group)
             if most < held + WORTH_SHARING:
                 most, donor = held, None
             root = self._sequences.start_root(tokens[: min(most, shared)], donor)
@@ -207,33 +173,11 @@ class Scheduler(Runner):
             root.tokens = tokens[:shared]
         self._previous = tokens
 
-    def _longest(self, group: _Group) -> tuple[int, int | None]:
-        """The longest beginning of the prompt that a sequence holds, except the root, and that sequence."""
-        length, kept = self._sequences.longest(group.tokens, len(group.tokens) - 1)
-        best = length, None if kept is None else kept.sequence
-        return max(best, self._longest_running(group), key=lambda pair: pair[0])
-
-    def _longest_running(self, group: _Group) -> tuple[int, int | None]:
-        """The same among those that are being read and decoded."""
-        most = len(group.tokens) - 1
-        found: tuple[int, int | None] = (0, None)
-        for other in self._reading:
-            if other.sequence is not None:
-                length = common(other.tokens, group.tokens, min(most, other.read))
-                found = max(found, (length, other.sequence), key=lambda pair: pair[0])
-        for stream in self._streams:
-            length = common(stream.group.tokens, group.tokens, most)
-            if length == len(stream.group.tokens):
-                said = tokens_of(stream.sample.completion.tokens)
-                length += common(said, group.tokens[length:most])
-            found = max(found, (min(length, stream.held), stream.sequence), key=lambda pair: pair[0])
-        return found
-
-    def _attach(self, group: _Group) -> None:
+    def _attach(self, group: Group) -> None:
         """Give a job its sequence: one that is kept, a copy as far as it agrees, or an empty one."""
         most = len(group.tokens) - 1
-        shared, source = self._longest(group)
-        own, kept = self._sequences.of_session(group.job.session, group.tokens, most)
+        shared, source = self._sequences.longest(group)
+        own, kept = self._sequences.of_session(group)
         if kept is None or own + WORTH_SHARING <= shared:
             own, kept = shared, self._sequences.at(source)
             if kept is not None and common(kept.tokens, group.tokens) < len(kept.tokens):
@@ -257,19 +201,14 @@ class Scheduler(Runner):
                 assert group.sequence is not None
                 last = len(group.waiting) == 1
                 sequence = group.sequence if last else self._sequences.copy(group.sequence)
-                stream = _Stream(group, group.waiting.popleft(), sequence, group.job.prompt[-1])
+                stream = Stream(group, group.waiting.popleft(), sequence, group.job.prompt[-1])
                 self._streams.append(stream)
                 group.sequence = None if last else group.sequence
-        self._reading = [group for group in self._reading if group.waiting]
-
-    def _numbers(self) -> list[int]:
-        """Of the sequences that are fed."""
-        reading = [group.sequence for group in self._reading if group.sequence is not None]
-        return [stream.sequence for stream in self._streams] + reading
+        self._reading[:] = [group for group in self._reading if group.waiting]
 
     # ------------------------------------------------------------------------------------------ passes
 
-    def _lone(self) -> _Group | None:
+    def _lone(self) -> Group | None:
         """The job that is read at once: the only one, with a place for each of its samples."""
         if len(self._reading) != 1 or self._streams:
             return None
@@ -277,7 +216,7 @@ class Scheduler(Runner):
         whole = group.job.at_once and len(group.waiting) == len(group.job.requests) <= self.parallel
         return group if whole else None
 
-    def _read_at_once(self, group: _Group, cancelled: Callable[[], bool]) -> None:
+    def _read_at_once(self, group: Group, cancelled: Callable[[], bool]) -> None:
         """Read a prompt with its last token, and begin all samples with that row."""
         assert group.sequence is not None
         while True:
@@ -295,7 +234,7 @@ class Scheduler(Runner):
         own = len(samples) == 1  # else the prompt stays, for others to come
         for sample in samples:
             sequence = group.sequence if own else self._sequences.copy(group.sequence)
-            self._streams.append(_Stream(group, sample, sequence, -1))
+            self._streams.append(Stream(group, sample, sequence, -1))
         if not own:
             self._sequences.keep(Kept(group.sequence, tokens_of(group.tokens), group.job.session))
         group.sequence = None
@@ -320,7 +259,7 @@ class Scheduler(Runner):
             self._take(self._draw([stream.sample.row(stream.sequence) for stream in self._streams]))
             return
 
-    def _parts_of_prompts(self) -> list[tuple[_Group, int, Sequence[int]]]:
+    def _parts_of_prompts(self) -> list[tuple[Group, int, Sequence[int]]]:
         room, parts = PROMPT_TOKENS_PER_STEP, []
         for group in self._reading:
             part = group.job.prompt[group.read : group.read + min(room, group.unread)]
@@ -414,7 +353,7 @@ class Scheduler(Runner):
             if sample.done:
                 self._end_stream(stream)
 
-    def _end_stream(self, stream: _Stream) -> None:
+    def _end_stream(self, stream: Stream) -> None:
         """Free the place of a sample that ended; its job ends with the last one."""
         group, completion = stream.group, stream.sample.completion
         self._leave(stream)
@@ -423,7 +362,7 @@ class Scheduler(Runner):
         if len(group.completions) == len(group.job.requests):
             self._events.append(self._finish(group))
 
-    def _leave(self, stream: _Stream) -> None:
+    def _leave(self, stream: Stream) -> None:
         """Keep what a stream holds."""
         self._streams.remove(stream)
         tokens = stream.group.tokens + tokens_of(stream.sample.completion.tokens)
@@ -432,7 +371,7 @@ class Scheduler(Runner):
         self._full = False
 
     def _end_group(
-        self, group: _Group, reason: FinishReason, error: EmlocalError | None = None
+        self, group: Group, reason: FinishReason, error: EmlocalError | None = None
     ) -> list[Event]:
         """End a job, wherever it is. Its samples' completions are not given where there is an error."""
         samples = [*group.waiting]
@@ -455,7 +394,7 @@ class Scheduler(Runner):
         events: list[Event] = [] if error else [Completed(group, completion) for completion in completions]
         return [*events, self._finish(group)]
 
-    def _finish(self, group: _Group) -> Finished:
+    def _finish(self, group: Group) -> Finished:
         group.completions.sort(key=lambda completion: completion.sample)
         group.seconds = time.perf_counter() - group.admitted if group.admitted else 0.0
         group.finished = True

@@ -6,13 +6,15 @@ where each sequence has room of its own.
 """
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from emlocal.backends.base import Backend
 from emlocal.errors import BackendError
+from emlocal.generation.runner import Handle, Job
+from emlocal.generation.sample import Sample
 
 WORTH_SHARING = 16
 """Tokens that a copy must save: engines whose sequences have room of their own copy all of it."""
@@ -46,10 +48,37 @@ def common(a: "Tokens[int]", b: "Tokens[int]", most: int | None = None) -> int:
     return start
 
 
-class Numbered(Protocol):
-    """What is decoded in a sequence."""
+class Group(Handle):
+    """A job being worked on: its prompt, and the samples that have not begun."""
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.tokens = tokens_of(job.prompt)
+        self.waiting = deque(Sample(i, request, job.prompt) for i, request in enumerate(job.requests))
+        self.sequence: int | None = None
+        """Holds the first `read` tokens of the prompt. The last sample takes it over."""
+        self.read = 0
+        self.admitted = self.first_draw = 0.0
+
+    @property
+    def unread(self) -> int:
+        """Tokens that are to be read before the samples begin: all but the last."""
+        return len(self.tokens) - 1 - self.read
+
+
+@dataclass(eq=False)
+class Stream:
+    """A sample being decoded."""
+
+    group: Group
+    sample: Sample
     sequence: int
+    next_token: int
+
+    @property
+    def held(self) -> int:
+        """Tokens in its sequence between two steps."""
+        return len(self.group.tokens) - 1 + len(self.sample.completion.draws)
 
 
 @dataclass(eq=False)
@@ -64,11 +93,20 @@ class Kept:
 class Sequences:
     """Opens, copies and keeps sequences."""
 
-    def __init__(self, backend: Backend, parallel: int, roomy: bool, fed: Callable[[], list[int]]) -> None:
-        """`roomy`: there are more than `parallel` samples and the root need. `fed`: the numbers in use."""
+    def __init__(
+        self,
+        backend: Backend,
+        parallel: int,
+        roomy: bool,
+        reading: Sequence[Group],
+        streams: Sequence[Stream],
+    ) -> None:
+        """`roomy`: there are more than `parallel` samples and the root need. The last two are the scheduler's
+        own lists, which change."""
         self.root: Kept | None = None
         """What consecutive prompts begin with, in a run."""
-        self._backend, self._roomy, self._fed = backend, roomy, fed
+        self._backend, self._roomy = backend, roomy
+        self._reading, self._streams = reading, streams
         self._numbers_matter = parallel > 1
         self._kept: list[Kept] = []  # the least recently used first
         self._freed: list[int] = []  # numbers that streams have left since the ranks were closed
@@ -87,15 +125,31 @@ class Sequences:
         """The kept one of this number."""
         return next((kept for kept in self._kept if kept.sequence == sequence), None)
 
-    def longest(self, prompt: "Tokens[int]", most: int) -> tuple[int, Kept | None]:
-        """The one that begins most like the prompt, the last used of equal ones, and how many tokens."""
-        return _longest(self._kept[::-1], prompt, most)
+    def longest(self, group: Group) -> tuple[int, int | None]:
+        """The longest beginning of a prompt that a sequence holds, except the root, and that sequence."""
+        length, kept = _longest(self._kept[::-1], group)  # the last used of equal ones
+        best = length, None if kept is None else kept.sequence
+        return max(best, self.longest_running(group), key=lambda pair: pair[0])
 
-    def of_session(
-        self, session: Hashable | None, prompt: "Tokens[int]", most: int
-    ) -> tuple[int, Kept | None]:
-        """The same among those of a session, of which there are none for None; the first of equal ones."""
-        return _longest(self._of(session), prompt, most)
+    def longest_running(self, group: Group) -> tuple[int, int | None]:
+        """The same among those that are being read and decoded."""
+        most = len(group.tokens) - 1
+        found: tuple[int, int | None] = (0, None)
+        for other in self._reading:
+            if other.sequence is not None:
+                length = common(other.tokens, group.tokens, min(most, other.read))
+                found = max(found, (length, other.sequence), key=lambda pair: pair[0])
+        for stream in self._streams:
+            length = common(stream.group.tokens, group.tokens, most)
+            if length == len(stream.group.tokens):
+                said = tokens_of(stream.sample.completion.tokens)
+                length += common(said, group.tokens[length:most])
+            found = max(found, (min(length, stream.held), stream.sequence), key=lambda pair: pair[0])
+        return found
+
+    def of_session(self, group: Group) -> tuple[int, Kept | None]:
+        """The same among what is kept of the job's session; the first of equal ones."""
+        return _longest(self._of(group.job.session), group)
 
     def _of(self, session: Hashable | None) -> list[Kept]:
         return [kept for kept in self._kept if session is not None and kept.session == session]
@@ -189,7 +243,7 @@ class Sequences:
         In a run what is decoded has the smallest numbers; else it is enough that nothing lies between. Where
         there is room to keep it elsewhere, `close_ranks` does that.
         """
-        fed = self._fed()
+        fed = self._numbers()
         if not self._numbers_matter or self._roomy or not (fed or self.root):
             return
         used = {*fed, *(kept.sequence for kept in (self.root, *self._kept) if kept)}
@@ -204,7 +258,12 @@ class Sequences:
         if self._numbers_matter:
             self._freed.append(sequence)
 
-    def close_ranks(self, streams: Sequence[Numbered]) -> None:
+    def _numbers(self) -> list[int]:
+        """Of the sequences that are fed."""
+        reading = [group.sequence for group in self._reading if group.sequence is not None]
+        return [stream.sequence for stream in self._streams] + reading
+
+    def close_ranks(self) -> None:
         """Move streams into numbers that nobody has taken: in a run into all that are free, else into those
         that lie between others.
 
@@ -213,10 +272,10 @@ class Sequences:
         if not self._freed:
             return
         gaps, self._freed = self._freed, []
-        fed = self._fed()
+        fed = self._numbers()
         held = {*fed} | ({self.root.sequence} if self.root else set())
         for gap in gaps if self.root else range(min(fed, default=0), max(fed, default=0)):
-            last = max(streams, key=lambda stream: stream.sequence, default=None)
+            last = max(self._streams, key=lambda stream: stream.sequence, default=None)
             if gap in held or last is None or last.sequence < gap:
                 continue
             kept = self.at(gap)
@@ -238,10 +297,10 @@ class Sequences:
         self._drop(kept)
 
 
-def _longest(some: Sequence[Kept], prompt: "Tokens[int]", most: int) -> tuple[int, Kept | None]:
+def _longest(some: Sequence[Kept], group: Group) -> tuple[int, Kept | None]:
     found: tuple[int, Kept | None] = (0, None)
     for kept in some:
-        length = common(kept.tokens, prompt, most)
+        length = common(kept.tokens, group.tokens, len(group.tokens) - 1)
         if found[1] is None or length > found[0]:
             found = length, kept
     return found

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from emlocal.errors import UsageError
 from emlocal.formatting import change, counted
-from emlocal.generation.entropy import EntropySummary, summarize
+from emlocal.generation.sample import EntropySummary, summarize
 from emlocal.plotting.draw import legend_above, new_figure, plain_axes
 from emlocal.plotting.sources import finite, labels, read_bytes
 from emlocal.plotting.terminal import UPRIGHT, axis_width, framed

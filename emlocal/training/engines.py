@@ -17,9 +17,9 @@ from emlocal.backends.base import Backend, LoadOptions
 from emlocal.backends.engine import Opened, Trainer, Training
 from emlocal.backends.learner import Descent, Learner
 from emlocal.backends.select import engine, select_backend
-from emlocal.errors import ContextFullError, ModelError, UsageError
+from emlocal.errors import ContextFullError, UsageError
 from emlocal.formatting import counted
-from emlocal.generation.prompt import chat_tokens, with_system
+from emlocal.generation.prompt import chat_tokens, check_template, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.identity import weights_digest
 from emlocal.machine import physical_cores
@@ -285,8 +285,7 @@ def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int
 
 
 def _check_model(model: Model, rollouts: str) -> None:
-    if model.header.chat_template is None:
-        raise ModelError(f"{model.name} has no chat template, which prompts are put with", "use a chat model")
+    check_template(model.name, model.header.chat_template)
     if rollouts == "llama.cpp" and not isinstance(model, GGUFModel):
         raise UsageError(
             f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"

@@ -26,6 +26,8 @@ from emlocal.chat.repl import Repl
 from emlocal.chat.session import ChatSession
 from emlocal.cli.chat import ChatSettings
 from emlocal.errors import UsageError
+from emlocal.generation import Scheduler
+from emlocal.methods import Chosen
 from emlocal.text import parse_json, well_formed
 from tests.attack.terminal import Terminal
 from tests.tiny_gguf import write_tiny_gguf
@@ -203,8 +205,9 @@ class Lines:
 
 
 def repl(reader: Lines) -> Repl:
-    settings = ChatSettings({"seed": 3, "max_tokens": 20}, {})
-    session = ChatSession(FakeBackend(saying("ja")))
+    settings = ChatSettings({"seed": 3, "max_tokens": 20}, {}, Chosen())
+    backend = FakeBackend(saying("ja"))
+    session = ChatSession(backend, Scheduler(backend, 2))
     return Repl(session, settings, reader, show_entropy=False, quiet=True)
 
 

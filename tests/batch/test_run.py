@@ -1,8 +1,10 @@
 """From lines to rows, on the engine without a model."""
 
+import io
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 from emlocal.backends.fake import CHAT_TEMPLATE, END, VOCABULARY, FakeBackend, hashed, saying
 from emlocal.batch import run as run_module
 from emlocal.batch.keys import Keys
-from emlocal.batch.lines import Item
+from emlocal.batch.lines import Item, read_lines
 from emlocal.batch.rows import is_error, key_of
+from emlocal.batch.run import Batch
 from emlocal.errors import CancelledError
+from emlocal.generation import Scheduler
 from emlocal.methods import Chosen
 from emlocal.settings import EMInf, SamplingParams
 from tests.batch.batches import batch, batch_on, engine, row, rows, settings, timeless
@@ -70,6 +74,24 @@ def test_raw_prompts_go_without_template() -> None:
         ([{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "hi"}}], settings()),
     ]:
         assert row(lines, how)["prompt_tokens"] == 2
+
+
+def test_without_a_chat_template_single_questions_are_sent_as_they_are() -> None:
+    warnings: list[str] = []
+    fake = engine(2, saying("Hello!"))
+    fake.info = replace(fake.info, chat_template=None)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [
+        {"custom_id": "a", "prompt": "hi"},
+        {"custom_id": "b", "messages": messages[:1]},
+        {"custom_id": "c", "messages": [*messages, messages[0]]},
+    ]
+    items = read_lines(io.BytesIO(b"".join(json.dumps(line).encode() + b"\n" for line in lines)))
+    running = Batch(fake, items, settings(), runner=Scheduler(fake, 2), warn=warnings.append)
+    found = {each["custom_id"]: each for each in running.rows()}
+    assert [found[name]["prompt_tokens"] for name in "ab"] == [2, 1]
+    assert "no chat template" in found["c"]["error"]
+    assert warnings == ["fake has no chat template; prompts are sent as they are (--raw)"]
 
 
 def test_a_system_message_is_for_lines_without_one() -> None:

@@ -1,13 +1,16 @@
 """Messages become tokens; what they say is never read as a control token."""
 
+from dataclasses import replace
+
 import pytest
 
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.errors import UsageError
-from emlocal.generation.prompt import chat_tokens
+from emlocal.generation.prompt import chat_tokens, for_template
 from emlocal.models.resolve import GGUFModel
+from emlocal.models.templates import Message
 
 
 def test_the_template_says_how() -> None:
@@ -18,10 +21,22 @@ def test_the_template_says_how() -> None:
 
 
 def test_a_model_without_template() -> None:
+    """One question is sent as it is, with a word on that; roles need a template."""
+    info = replace(FakeBackend().info, chat_template=None)
+    question: Message = {"role": "user", "content": "hi"}
+    warnings: list[str] = []
+    assert for_template(info, [question], warnings.append) == "hi"
+    assert warnings == ["fake has no chat template; prompts are sent as they are (--raw)"]
+    conversation = [question, {"role": "assistant", "content": "ho"}, question]
+    for roles in ([{"role": "system", "content": "be kind"}, question], conversation):
+        with pytest.raises(UsageError, match="fake has no chat template: it takes no system message"):
+            for_template(info, roles, warnings.append)
+    assert len(warnings) == 1
+    assert for_template(FakeBackend().info, conversation, warnings.append) == conversation
     fake = FakeBackend()
-    object.__setattr__(fake.info, "chat_template", None)
+    fake.info = info
     with pytest.raises(UsageError, match="no chat template"):
-        chat_tokens(fake, [{"role": "user", "content": "hi"}])
+        chat_tokens(fake, [question])
 
 
 @pytest.mark.real

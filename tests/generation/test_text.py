@@ -1,7 +1,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from emlocal.generation.text import TextStream
+from emlocal.generation.sample import TextStream
 
 SMALL = st.text("ab\n", max_size=4)
 BYTES = st.one_of(

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
-from emlocal.answers import trace_to
 from emlocal.backends.fake import END, FakeBackend
 from emlocal.evaluation.report.document import write_json
 from emlocal.generation import Job, Request, Scheduler, Token
+from emlocal.rendering import trace_to
 from emlocal.sampling import SamplingParams, Uniforms
 from emlocal.settings import EMInf
 from tests.evaluation.test_report import made

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emlocal.answers import AnswerWriter
+from emlocal.rendering import AnswerWriter
 
 
 class Terminal(io.StringIO):

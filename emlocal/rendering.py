@@ -15,7 +15,7 @@ from emlocal.backends.base import Backend
 from emlocal.files import atomic_writer
 from emlocal.formatting import change, counted
 from emlocal.generation import Completion
-from emlocal.generation.entropy import summarize
+from emlocal.generation.sample import summarize
 from emlocal.methods import Outcome
 from emlocal.sampling import Draw
 from emlocal.text import CONTROLS
