@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 are lower than the rest of their rooms: the table of engines' names, and what a setting is."""
 UPWARD = {("models", "identity")}
 """But for this: identity.py has all names and digests that files hold, those of models too."""
-PRINT = {"rendering", "chat", "cli", "console", "plotting"}
+PRINT = {"chat", "cli", "console", "plotting", "rendering"}
 """The rooms that may print, or make what is printed. Others return, raise, or call what they were given."""
 
 
