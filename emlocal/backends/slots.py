@@ -9,13 +9,13 @@ third library of arrays.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
+from emlocal.backends.base import Feed, ModelInfo, Row, Tokenizer, Tokenizing, check_feeds, free_sequence
 from emlocal.backends.device_sampler import DeviceSampler, kernel_of
 from emlocal.backends.engine import Place
 from emlocal.backends.options import KVType, LoadOptions, context_length
@@ -26,23 +26,6 @@ from emlocal.sampling import Draw, Sampler
 BLOCK = 256
 """Tokens; a cache's capacity is a multiple of it."""
 _KV_TYPES: dict[KVType, str] = {"f32": "float32", "f16": "float16"}
-
-
-class Tokenizer(Protocol):
-    """What an engine needs of a tokenizer; `emlocal.models.tokenizer.Tokenizer` is one."""
-
-    @property
-    def end_tokens(self) -> Set[int]: ...
-    @property
-    def bos(self) -> str: ...
-    @property
-    def eos(self) -> str: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
-    def least_tokens(self, text: str) -> int: ...
-    def control_texts(self) -> Sequence[str]: ...
-    def token_bytes(self, token: int) -> bytes: ...
 
 
 class SlotCache(ABC):
@@ -105,7 +88,7 @@ class Decoder(Protocol):
         """Raise ModelError for a model that it cannot run."""
 
 
-class SlotBackend(Backend):
+class SlotBackend(Tokenizing):
     """An engine whose sequences are the slots of a cache; each has room for the whole context.
 
     Its logits, `_logits`, are an array of the engine's, float32 [rows, V]; None before the first call.
@@ -167,18 +150,6 @@ class SlotBackend(Backend):
     @abstractmethod
     def _give_back(self) -> None:
         """Let the library free what nothing refers to any more."""
-
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
-
-    def least_tokens(self, text: str) -> int:
-        return self._tokenizer.least_tokens(text)
-
-    def control_texts(self) -> Sequence[str]:
-        return self._tokenizer.control_texts()
-
-    def token_bytes(self, token: int) -> bytes:
-        return self._tokenizer.token_bytes(token)
 
     def open(self) -> int:
         free = free_sequence(self._lengths, self.max_sequences)

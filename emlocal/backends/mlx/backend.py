@@ -15,13 +15,13 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Feed, ModelInfo
+from emlocal.backends.base import Feed, ModelInfo, Tokenizer
 from emlocal.backends.chunking import Chunk, passes
 from emlocal.backends.mlx.decoder import Decoder
 from emlocal.backends.mlx.device import Place
 from emlocal.backends.mlx.sampler import MLXSampler
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.slots import SlotBackend, Tokenizer
+from emlocal.backends.slots import SlotBackend
 from emlocal.errors import BackendError, CancelledError
 from emlocal.formatting import counted
 

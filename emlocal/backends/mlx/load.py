@@ -1,5 +1,6 @@
 """From a model folder to a model, and to a running engine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from emlocal.backends.base import LoadOptions, ModelInfo
@@ -50,17 +51,8 @@ def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str
 def _open(header: FolderHeader, place: Place, name: str) -> MLXModel:
     tokenizer = Tokenizer(header.path)
     model = load_model(header, place)
-    info = ModelInfo(
-        name=name or header.name,
-        architecture=header.architecture,
-        vocabulary=header.vocab_size,
-        trained_context=context_of(header, windows(model)),
-        end_tokens=tokenizer.end_tokens,
-        chat_template=tokenizer.chat_template,
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        sampling=header.sampling,
-    )
+    info = ModelInfo.of_folder(header, tokenizer, name)
+    info = replace(info, trained_context=context_of(header, windows(model)))
     return MLXModel(model, tokenizer, info, place)
 
 

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Feed, ModelInfo
+from emlocal.backends.base import Feed, ModelInfo, Tokenizer
 from emlocal.backends.chunking import passes
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.slots import SlotBackend, Tokenizer
+from emlocal.backends.slots import SlotBackend
 from emlocal.backends.torch.decoder import Decoder
 from emlocal.backends.torch.device import Place, out_of_memory
 from emlocal.backends.torch.packed import packed_bytes
