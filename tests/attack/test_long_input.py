@@ -319,10 +319,12 @@ def test_signals_end_the_program_while_a_text_is_tokenized(
         ) as process,
     ):
         assert process.stderr is not None
-        assert b"tokenizing" in process.stderr.readline()
-        process.send_signal(sent)
-        said = process.stderr.read()  # until it has ended
-        process.wait(timeout=30)
+        try:
+            assert b"tokenizing" in process.stderr.readline()
+            process.send_signal(sent)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # it would sleep for ten minutes
     if command == "chat" and sent == signal.SIGINT:  # the answer is stopped, and the input is at its end
         assert b"stopped before the answer began" in said
         code = 0
