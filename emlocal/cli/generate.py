@@ -95,7 +95,8 @@ def run(
                 elif streams:
                     writer.piece(event.completion.tail, 0.0)
         except CancelledError:
-            console.note("stopped while the prompt was read")
+            if not output.quiet:
+                console.note("stopped while the prompt was read")
             return 130
     completions = [outcome.completion] if method.collecting.collects else outcome.completions
     if as_json:
