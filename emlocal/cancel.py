@@ -14,6 +14,11 @@ _LOOK_SECONDS = 0.05  # between two looks at `cancelled`
 _unfinished: set[threading.Thread] = set()
 
 
+def never() -> bool:
+    """What long work looks at where nobody can stop it."""
+    return False
+
+
 class Cancellation:
     """A flag that long work looks at. `requested` becomes true once and stays so."""
 
@@ -68,7 +73,8 @@ def waited_for(work: Callable[[], T], cancelled: Callable[[], bool] = lambda: Fa
     This thread waits meanwhile: signals are handled at once. Work that is given up goes on until it ends or
     the process does (see `unfinished`), so it must not touch what may be freed before.
 
-    Raises CancelledError when `cancelled()` becomes true, and what `work` raises.
+    Raises CancelledError when `cancelled()` becomes true or a block of `interruptible` is asked to stop, and
+    what `work` raises.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -87,7 +93,7 @@ def waited_for(work: Callable[[], T], cancelled: Callable[[], bool] = lambda: Fa
     _unfinished.add(thread)
     thread.start()
     while not done.wait(_LOOK_SECONDS):
-        if cancelled():
+        if cancelled() or stop_requested():
             raise CancelledError
     if errors:
         raise errors[0]

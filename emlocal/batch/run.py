@@ -12,10 +12,10 @@ from emlocal.backends.base import Backend
 from emlocal.batch.keys import Keys, Places
 from emlocal.batch.lines import BadLine, Item, digest
 from emlocal.batch.rows import AnsweredLine, Row, error_row, openai_row, own_row
+from emlocal.cancel import never
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Runner
 from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
-from emlocal.generation.tokenizing import never
 from emlocal.methods import Chosen, name_of
 from emlocal.methods.asking import Answered, Asking, Question, ask
 from emlocal.models.templates import Message

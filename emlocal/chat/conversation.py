@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
-from emlocal.errors import EmlocalError, UsageError
+from emlocal.errors import EmlocalError, ModelError, UsageError
 from emlocal.files import atomic_writer
 from emlocal.models.paths import data_dir
+from emlocal.models.regular import read_regular
 from emlocal.models.templates import Message
 from emlocal.text import parse_json, well_formed
 
@@ -34,7 +35,12 @@ class Conversation:
         return [*said, {"role": "user", "content": question}]
 
     def save(self, path: Path, model: str, *, private: bool = False) -> None:
-        """Write it as JSON, whole or not at all; `private`: for its owner only. Raises EmlocalError."""
+        """Write it as JSON, whole or not at all; `private`: for its owner only.
+
+        Raises UsageError for a pipe or a device, which no chat could go on with; EmlocalError.
+        """
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path} is not a regular file", "give /save another name")
         if path.parent in (_chats(), _interrupted()):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
@@ -51,13 +57,11 @@ class Conversation:
     def load(cls, path: Path) -> "Conversation":
         """Read a saved one. Raises UsageError for a missing file or one that is no conversation."""
         try:
-            with path.open("rb") as file:
-                raw = file.read(_MOST_BYTES + 1)
-            if len(raw) > _MOST_BYTES:
-                raise UsageError(f"{path} is no conversation: it has more than {_MOST_BYTES:,} bytes")
-            content = parse_json(raw)
+            content = parse_json(read_regular(path, _MOST_BYTES))
         except OSError as why:
             raise UsageError(f"cannot read {path}: {why.strerror}") from why
+        except ModelError as why:  # a pipe would be waited for; or it is too long
+            raise UsageError(why.message, why.hint) from why
         except ValueError as why:
             raise UsageError(f"{path} is no conversation: {why}") from why
         if not isinstance(content, dict) or content.get("format") != FORMAT:

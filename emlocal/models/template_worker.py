@@ -269,6 +269,19 @@ def _join_filter(value: Any, d: Any = "", attribute: str | None = None) -> str:
     return _join(value, d)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as it is; Jinja's own escapes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(indent, 16) if indent else None)
+    between, after = separators or ("," if indent else ", ", ": ")
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=min(indent, 16) if indent else None,
+        separators=(between[:16], after[:16]),
+        sort_keys=sort_keys,
+    )

@@ -76,12 +76,15 @@ def of_json(path: Path) -> Any:
 
 def test_a_pipe_of_hostile_commands_goes_on_to_its_end(model: str, data: Path, tmp_path: Path) -> None:
     lines = [b"hello"]
+    os.mkfifo(tmp_path / "pipe")
     for name, content in HOSTILE.items():
         path = tmp_path / f"{name}.json"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         lines.append(f"/load {path}".encode())
     lines += [
         b"/load /dev/zero",
+        f"/load {tmp_path}/pipe".encode(),  # whoever opens it waits
+        f"/save {tmp_path}/pipe".encode(),
         b"/save " + b"x" * 5000,
         b"/save a\0b",
         b"/save ~nobody-here/x",
@@ -100,7 +103,7 @@ def test_a_pipe_of_hostile_commands_goes_on_to_its_end(model: str, data: Path, t
     assert "Traceback" not in said
     assert "defect" not in said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(HOSTILE) + 1 + 3 + 1 + 1 + 1 + 2
+    assert len(errors) == len(HOSTILE) + 3 + 3 + 1 + 1 + 1 + 2
     assert "a number has too many digits" in said
     assert "nested too deeply" in said
     kept = of_json(tmp_path / "last.json")
@@ -383,7 +386,7 @@ def test_in_a_terminal_bytes_of_every_kind_and_a_window_that_is_closed(
         terminal.send(b"\x1b[200~" + b"paste " * 20_000 + b"\x1b[201~\r")
         terminal.wait_for("the context holds")
         terminal.send(b"/load /dev/zero\r")
-        terminal.wait_for("no conversation")
+        terminal.wait_for("not a regular file")
         terminal.send(b"again\r")
         terminal.wait_for("seed ", 2)
         assert terminal.hang_up() in (143, 1)

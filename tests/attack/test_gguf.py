@@ -123,7 +123,7 @@ FOUND: dict[str, tuple[bytes, str]] = {
     ),
     "an odd one": (
         changed("gemma3", rope__dimension_count_swa=u32(7)),
-        "dimension_count_swa is an odd number",
+        "rope.dimension_count_swa is 7, an odd number",
     ),
     "one larger than a head": (
         changed("gemma3", rope__dimension_count_swa=u32(16)),

@@ -23,8 +23,7 @@ from emlocal.backends.llama_cpp.long_text import TokenTexts, join_pieces
 from emlocal.batch.lines import read_lines
 from emlocal.cancel import unfinished, waited_for
 from emlocal.errors import CancelledError, ContextFullError
-from emlocal.generation.prompt import chat_tokens
-from emlocal.generation.tokenizing import text_tokens
+from emlocal.generation.prompt import chat_tokens, text_tokens
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
@@ -284,7 +283,7 @@ def test_work_that_hears_no_signals_is_waited_for() -> None:
 SLOW = """
 import sys, time
 from emlocal.backends.fake import FakeBackend
-from emlocal.cli import engine, generate
+from emlocal.cli import views
 from emlocal.cli.app import run
 from emlocal import __main__
 import contextlib
@@ -298,7 +297,7 @@ class Slow(FakeBackend):
 def opened(options, **_):
     yield Slow(context=100_000_000)
 
-engine.open_backend = opened
+views.open_backend = opened
 sys.argv = ["emlocal", *sys.argv[1:]]
 __main__.main()
 """
@@ -320,10 +319,12 @@ def test_signals_end_the_program_while_a_text_is_tokenized(
         ) as process,
     ):
         assert process.stderr is not None
-        assert b"tokenizing" in process.stderr.readline()
-        process.send_signal(sent)
-        said = process.stderr.read()  # until it has ended
-        process.wait(timeout=30)
+        try:
+            assert b"tokenizing" in process.stderr.readline()
+            process.send_signal(sent)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # it would sleep for ten minutes
     if command == "chat" and sent == signal.SIGINT:  # the answer is stopped, and the input is at its end
         assert b"stopped before the answer began" in said
         code = 0

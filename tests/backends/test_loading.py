@@ -17,7 +17,9 @@ from emlocal.backends.select import engine
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.adapters.peft import write_peft
-from emlocal.models.resolve import GGUFModel
+from emlocal.models.resolve import GGUFModel, resolve
+from tests.tiny_architectures import architecture_metadata, architecture_tensors
+from tests.tiny_gguf import build, text
 from tests.tiny_pair import random_adapter
 
 OPTIONS = LoadOptions(context=64, sequences=2, threads=1)
@@ -102,8 +104,41 @@ def test_a_file_that_llama_cpp_refuses(tiny_model: GGUFModel, tmp_path: Path, fr
     other.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"llama.cpp cannot load .*other.gguf: \w+") as caught:
         engine("llama.cpp").load(replace(tiny_model, files=(other,)), OPTIONS)
-    assert "no reason given" not in caught.value.message
+    assert "gave no reason" not in caught.value.message
     assert freed == []
+
+
+REFUSED = {
+    "a weight is missing": (
+        {},
+        "ffn_up",
+        "check_tensor_dims: tensor 'blk.0.ffn_up.weight' not found",
+    ),
+    "a key is of another type": (
+        {"tokenizer.ggml.bos_token_id": text("1")},
+        "",
+        "key tokenizer.ggml.bos_token_id has wrong type str but expected type u32",
+    ),
+    "a name with escapes": (
+        {"tokenizer.ggml.pre": text("\x1b]0;a\x07\n" + "b" * 1000)},
+        "",
+        r"unknown pre-tokenizer type: '\x1b]0;a\x07 bbb",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_says_what_llama_cpp_complained_of_first(what: str, tmp_path: Path) -> None:
+    """Its last line is always "failed to load model"."""
+    keys, without, reason = REFUSED[what]
+    tensors = [t for t in architecture_tensors("llama") if not without or without not in t.name]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(build(architecture_metadata("llama") | keys, tensors))
+    with pytest.raises(ModelError) as caught:
+        engine("llama.cpp").load(resolve(str(path)), OPTIONS)
+    assert reason in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 500 + len(str(path))
 
 
 def test_a_context_that_cannot_be_made(

@@ -1,5 +1,6 @@
 """Functions that models write: found in their text, and run with their tests."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from emlocal.errors import UsageError
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask, code_with
+from emlocal.evaluation.tasks.task import read_rows
 from tests.evaluation.data import HUMANEVAL_ROW, contained, mark, rows, write
 
 RIGHT = "def total(numbers):\n    return sum(map(double, numbers))"
@@ -112,6 +114,13 @@ def test_a_prompt_in_words_is_no_program() -> None:
 def test_a_row_that_is_no_program_is_refused() -> None:
     with pytest.raises(UsageError, match="problem 1 has no text 'test'"):
         ProgramTask("humaneval", rows({"prompt": "def f():", "entry_point": "f"}))
+
+
+def test_the_line_of_a_row_that_is_no_program_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(f"\n{json.dumps(HUMANEVAL_ROW)}\n\n" + '{"prompt": "def f():", "test": "x"}\n')
+    with pytest.raises(UsageError, match=r"problem 2 \(line 4\) has no text 'entry_point'"):
+        ProgramTask("humaneval", read_rows(file))
 
 
 def test_the_prompt_shows_the_head() -> None:

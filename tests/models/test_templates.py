@@ -36,6 +36,7 @@ class TestFeatures:
             ("{% set ns = namespace(n=0) %}{% for i in range(4) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "6"),
             ("{{ {'b': '<é>', 'a': [1, none, true]} | tojson }}", '{"b": "<é>", "a": [1, null, true]}'),
             ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+            ("{{ {'b': [1, 2], 'a': 1} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":1,"b":[1,2]}'),
             ("{{ messages[0]['content'] | trim | upper }}{{ ' a ' | trim }}{{ messages | length }}", "HIa1"),
             ("{{ messages[-1].role }}{{ messages[1:] | length }}", "user0"),
             ("{{ 'a,b'.split(',')[1] }}{{ ' x'.strip() }}{{ 'abc'.startswith('ab') }}{{ 'x'.replace('x', 'y') }}", "bxTruey"),

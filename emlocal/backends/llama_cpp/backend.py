@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
-from emlocal.backends.llama_cpp.library import last_error
-from emlocal.backends.llama_cpp.loading import BATCH, DEFAULT_KV_TYPE, Loading
+from emlocal.backends.llama_cpp.library import first_error, forget_errors
+from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.backends.options import LoadOptions
@@ -64,7 +64,7 @@ class LlamaCppBackend(Backend):
         except BaseException:
             loading.free()  # and not twice, where it is in a `with` block
             raise
-        self._batch = Batch(self._lib, min(BATCH, self.context))
+        self._batch = Batch(self._lib, loading.batch)
         self._lengths: dict[int, int] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
         self._logits_address = address_of_logits(self._lib)
@@ -112,10 +112,11 @@ class LlamaCppBackend(Backend):
         self._adapters = loaded
 
     def _load_adapter(self, adapter: Adapter | Path) -> Any:
+        forget_errors()
         with as_gguf(adapter, self._header) as file:
             loaded = self._lib.llama_adapter_lora_init(self._model, os.fsencode(file))
         if not loaded:
-            raise ModelError(f"llama.cpp cannot load the adapter {file}: {last_error() or 'no reason given'}")
+            raise ModelError(f"llama.cpp cannot load the adapter {file}: {first_error()}")
         return loaded
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -234,6 +235,7 @@ class LlamaCppBackend(Backend):
             self._decode(keep_rows=False)
 
     def _decode(self, keep_rows: bool) -> None:
+        forget_errors()
         answer = self._lib.llama_decode(self._context, self._batch.struct)
         if answer == _ABORTED or self._cancelled():
             raise CancelledError
@@ -245,7 +247,7 @@ class LlamaCppBackend(Backend):
                 "give a larger --context",
             )
         if answer != 0:
-            raise BackendError(f"llama_decode failed with {answer}: {last_error() or 'no reason given'}")
+            raise BackendError(f"llama_decode failed with {answer}: {first_error()}")
         if wanted := self._batch.wanted:
             rows = self._logits_of_batch(len(wanted))
             self._rows.update(zip(wanted, [row.copy() for row in rows] if keep_rows else rows, strict=True))

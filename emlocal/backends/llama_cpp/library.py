@@ -3,7 +3,6 @@
 import ctypes
 import sys
 import threading
-from collections import deque
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -11,9 +10,12 @@ from typing import Any
 
 from emlocal.backends.engine import wait_briefly
 from emlocal.errors import BackendError
+from emlocal.models.gguf.header import shown
 
-_LOG: deque[str] = deque(maxlen=40)
+_LOG: list[str] = []
+_MOST_LINES = 40
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_SAID_ANYWAY = "llama_model_load: error loading model: "  # before what makes llama.cpp refuse a model
 
 REQUIREMENT = "llama-cpp-python>=0.3.36,<0.4"
 INSTALL = (
@@ -76,7 +78,7 @@ def _without_package(folders: list[str]) -> ModuleType:
 @cache  # llama.cpp keeps the pointer; so must we
 def _log_callback(lib: Any) -> Any:
     def log(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR:
+        if level == _ERROR and len(_LOG) < _MOST_LINES:
             _LOG.append(text.decode(errors="replace").strip())
 
     return lib.llama_log_callback(log)
@@ -89,7 +91,7 @@ def _deaf(lib: Any) -> Any:
 
 
 def keep_errors(lib: Any) -> None:
-    """Log to Python from now on: errors are kept for `last_error`, the rest is dropped."""
+    """Log to Python from now on: errors are kept for `first_error`, the rest is dropped."""
     _LOG.clear()
     lib.llama_log_set(_log_callback(lib), ctypes.c_void_p(0))
 
@@ -99,6 +101,16 @@ def keep_nothing(lib: Any) -> None:
     lib.llama_log_set(_deaf(lib), ctypes.c_void_p(0))
 
 
-def last_error() -> str:
-    """What llama.cpp last complained of, for error messages; "" if nothing."""
-    return _LOG[-1] if _LOG else ""
+def forget_errors() -> None:
+    """What is logged from now on is the first."""
+    _LOG.clear()
+
+
+def first_error() -> str:
+    """What llama.cpp first complained of since `keep_errors` or `forget_errors`, for error messages.
+
+    The first line says why; those after it say what failed because of that.
+    """
+    if not _LOG:
+        return "it gave no reason"
+    return shown(" ".join(_LOG[0].removeprefix(_SAID_ANYWAY).split()), 300)

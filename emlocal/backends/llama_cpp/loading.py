@@ -10,14 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from emlocal.backends.llama_cpp.library import keep_errors, keep_nothing, last_error, load_library
+from emlocal.backends.llama_cpp.library import first_error, keep_errors, keep_nothing, load_library
 from emlocal.backends.llama_cpp.trial import try_first
 from emlocal.backends.options import KVType, LoadOptions, context_length
-from emlocal.errors import BackendError, ModelError
+from emlocal.errors import BackendError, ModelError, UsageError
 from emlocal.machine import physical_cores
 from emlocal.models.resolve import GGUFModel
 
-BATCH = 512  # tokens per llama_decode
+BATCH = 512  # tokens per llama_decode, at most
 DEFAULT_KV_TYPE: KVType = "f16"
 _KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
 
@@ -44,6 +44,17 @@ class Loading:
         try_first(model, self.threads)
         self.lib: Any = load_library()
         self.length = context_length(options.context, model.header.context_length)
+        most = self.lib.llama_max_parallel_sequences()
+        if options.sequences > most:
+            raise UsageError(
+                f"{options.sequences} sequences at once, emlocal's own among them,"
+                f" are more than llama.cpp's {most}",
+                "give a smaller --parallel or --samples",
+            )
+        # With fewer tokens than sequences, in a batch or in the whole context, llama.cpp ends the process:
+        # each sequence may want its row of logits.
+        self.batch = min(BATCH, max(self.length, options.sequences))
+        """Tokens per llama_decode."""
         self._files, self._kv_type = model.files, options.kv_type or DEFAULT_KV_TYPE
         self._model_params = self.lib.llama_model_default_params()
         self._context_params = self._params(options)
@@ -73,20 +84,20 @@ class Loading:
         if not self._context:  # once more, to hear why
             self._load()
         if not self._model:
-            raise ModelError(f"llama.cpp cannot load {self._files[0]}: {last_error() or 'no reason given'}")
+            raise ModelError(f"llama.cpp cannot load {self._files[0]}: {first_error()}")
         if not self._context:
             self.free()
             raise BackendError(
                 f"llama.cpp cannot make a context of {self.length:,} tokens with {self._kv_type} keys and"
-                f" values: {last_error() or 'no reason given'}",
+                f" values: {first_error()}",
                 "try a smaller --context",
             )
         return Loaded(self._model, self._context)
 
     def _params(self, options: LoadOptions) -> Any:
         params = self.lib.llama_context_default_params()
-        params.n_ctx = self.length * (1 if options.shared else options.sequences)
-        params.n_batch = params.n_ubatch = min(BATCH, self.length)
+        params.n_ctx = max(self.length, self.batch) if options.shared else self.length * options.sequences
+        params.n_batch = params.n_ubatch = self.batch
         params.n_seq_max = options.sequences
         params.kv_unified = options.shared
         params.n_threads = params.n_threads_batch = self.threads

@@ -62,7 +62,8 @@ class ProgramTask(Task):
     def __init__(self, name: str, rows: Rows, limits: Limits = Limits()) -> None:
         """Raises UsageError for a row of none of the three kinds."""
         self._asked = {
-            id_: _understood(row, n) for n, (id_, row) in enumerate(zip(rows.ids, rows, strict=True), 1)
+            id_: _understood(row, rows.where(i))
+            for i, (id_, row) in enumerate(zip(rows.ids, rows, strict=True))
         }
         problems = [Problem(id_, asked.question, asked.tests) for id_, asked in self._asked.items()]
         super().__init__(name, problems, rows)
@@ -124,7 +125,8 @@ def definition_of(entry: str) -> str:
     return f"class {entry.partition('(')[0]}" if "(" in entry else f"def {entry}"
 
 
-def _understood(row: Row, number: int) -> _Asked:
+def _understood(row: Row, where: str) -> _Asked:
+    """Raises UsageError, with where the row is, for a row of none of the three kinds."""
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     meta = row.get("meta")
     if isinstance(meta, Mapping) and isinstance(meta.get("query"), str):
@@ -145,6 +147,6 @@ def _understood(row: Row, number: int) -> _Asked:
         return _Asked(question + _ASK_CLASS, question, _LEETCODE, "class Solution", test)
     missing = "test" if not test else "prompt" if not prompt else "entry_point"
     raise UsageError(
-        f"problem {number:,} has no text {missing!r}",
+        f"{where} has no text {missing!r}",
         "a row has the texts prompt, test and entry_point; docs/evaluation.md has the other forms",
     )

@@ -108,6 +108,8 @@ def write_peft(adapter: Adapter, folder: Path, *, replace: bool = False) -> None
 
 def _check_kind(where: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
+    if kind is None:
+        raise unusable(where, f"{CONFIG} does not say its peft_type")
     if kind != "LORA":
         raise unsupported(where, f"the method {shown(str(kind))}")
     if config.get("bias", "none") != "none":

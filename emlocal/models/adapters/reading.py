@@ -35,7 +35,12 @@ def format_of(path: Path) -> Format:
             raise ModelError(f"{path} is no adapter", "give a PEFT or MLX folder, or a GGUF file")
         return "gguf"
     if not path.is_dir():
-        raise ModelError(f"there is no adapter {path}", "give a PEFT or MLX folder, or a GGUF file")
+        there = (
+            f"{path} is a pipe or a device, not an adapter"
+            if path.exists()
+            else f"there is no adapter {path}"
+        )
+        raise ModelError(there, "give a PEFT or MLX folder, or a GGUF file")
     return _settled(path, _folder_format)
 
 

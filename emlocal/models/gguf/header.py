@@ -213,9 +213,9 @@ def unusable(path: Path, what: str) -> ModelError:
     )
 
 
-def shown(text: str | bytes) -> str:
-    """`text` out of a file, fit for a terminal: no control characters, at most 80 of it."""
+def shown(text: str | bytes, most: int = 80) -> str:
+    """`text` out of a file, fit for a terminal: no control characters, at most `most` of it."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:80])
-    return plain + ("…" if len(text) > 80 else "")
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return plain + ("…" if len(text) > most else "")

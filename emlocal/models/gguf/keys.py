@@ -237,8 +237,9 @@ def _check_heads(header: GGUFHeader) -> None:
     if (keys if rotated is None else rotated) % 2 and architecture != "gpt2":
         raise unusable(header.path, f"rope.dimension_count is {rotated or keys}, an odd number")
     most = max(keys, header.integer("attention.key_length_swa") or 0)
-    if (in_range(header, "rope.dimension_count_swa", 2, most) or 0) % 2:
-        raise unusable(header.path, "rope.dimension_count_swa is an odd number")
+    swa = in_range(header, "rope.dimension_count_swa", 2, most) or 0
+    if swa % 2:
+        raise unusable(header.path, f"rope.dimension_count_swa is {swa}, an odd number")
     said = f"attention heads have keys of {keys}, values of {values} and rotate {rotated or keys}"
     one_size = keys == values == (rotated or keys)
     if (architecture in UNIFORM_HEADS and not one_size) or (

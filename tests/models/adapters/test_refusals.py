@@ -1,6 +1,7 @@
 """Adapters that are wrong or hostile: each is refused in one line with its numbers."""
 
 import json
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def test_names(peft: Path, name: str) -> None:
         ({"alpha_pattern": [1]}, "no table of numbers"),
         ({"alpha_pattern": {"q_proj": "x"}}, "q_proj in adapter_config.json is x"),
         ({"rank_pattern": {"q_proj": 5}}, "says rank 5"),
-        ({"peft_type": "absent"}, "the method None"),
+        ({"peft_type": "absent"}, "adapter_config.json does not say its peft_type"),
         ({"peft_type": "IA3"}, "the method IA3"),
         ({"use_future": True}, "uses use_future"),
         ({"fan_in_fan_out": True}, "transposed layers"),
@@ -150,6 +151,8 @@ def test_missing_files(peft: Path, tmp_path: Path) -> None:
     (peft / "adapter_config.json").unlink()
     assert "cannot read" in complaint(peft)
     assert "there is no adapter" in complaint(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is a pipe or a device, not an adapter" in complaint(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
     assert "neither adapter_model.safetensors (PEFT)" in complaint(tmp_path / "empty")
     assert "is not an adapter by itself" in complaint(peft / "adapter_model.safetensors")
