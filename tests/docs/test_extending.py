@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import emlocal
-from tests.docs.pages import ROOT, blocks, commands
+from emlocal.models.resolve import GGUFModel
+from tests.docs.pages import ROOT, Command, blocks, commands
 from tests.docs.test_commands import SECONDS, run
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -83,12 +84,8 @@ def changed(text: str, lines: list[str]) -> str:
     return "\n".join(found) + "\n"
 
 
-@pytest.fixture(params=EXAMPLES)
-def house(
-    request: pytest.FixtureRequest, home: dict[str, str], tmp_path: Path
-) -> tuple[Example, dict[str, str]]:
-    """An example, and the environment of a copy of the package that has it."""
-    wanted, place = EXAMPLES[request.param], tmp_path / "house"
+def built(wanted: Example, home: dict[str, str], place: Path) -> dict[str, str]:
+    """The environment of a copy of the package that has the example."""
     shutil.copytree(
         Path(emlocal.__file__).parent, place / "emlocal", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -99,7 +96,7 @@ def house(
     for name, lines in wanted.changes.items():
         text = (place / name).read_text(encoding="utf-8")
         (place / name).write_text(changed(text, lines), encoding="utf-8")
-    return wanted, {**home, "PYTHONPATH": str(place)}
+    return {**home, "PYTHONPATH": str(place)}
 
 
 def test_each_example_is_short_and_changes_one_file() -> None:
@@ -112,9 +109,10 @@ def test_each_example_is_short_and_changes_one_file() -> None:
         assert SHORTEST <= len(code) <= LONGEST, f"{title}: {len(code)} lines"
 
 
-def test_the_example_works(house: tuple[Example, dict[str, str]], tmp_path: Path) -> None:
-    wanted, environment = house
-    first, end = sections()[wanted.title]
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_the_example_works(title: str, home: dict[str, str], tmp_path: Path) -> None:
+    wanted, environment = EXAMPLES[title], built(EXAMPLES[title], home, tmp_path / "house")
+    first, end = sections()[title]
     folder = tmp_path / "run"
     folder.mkdir()
     said = {
@@ -123,19 +121,69 @@ def test_the_example_works(house: tuple[Example, dict[str, str]], tmp_path: Path
         if first <= command.line < end
     }
     for script in wanted.scripts:
-        done = subprocess.run(
-            [sys.executable, "-"],
-            cwd=folder,
-            env=os.environ | environment,
-            input=script,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=SECONDS,
-            check=False,
-        )
-        assert done.returncode == 0, f"{wanted.title}:\n{script}\n{done.stdout}{done.stderr}"
-    CHECKS[wanted.title](folder, said)
+        python(script, environment, folder)
+    CHECKS[title](folder, said)
+
+
+def python(script: str, environment: dict[str, str], folder: Path) -> None:
+    """Run a script in the copy of the package."""
+    done = subprocess.run(
+        [sys.executable, "-"],
+        cwd=folder,
+        env=os.environ | environment,
+        input=script,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+
+
+EVERYWHERE = """
+import io, json, sys
+from pathlib import Path
+
+import emlocal
+from emlocal.cli.app import run
+from emlocal.em.steps.sharpen import Sharpen
+
+model = ["-m", MODEL, "--backend", ENGINE, "--max-tokens", "6"]
+Path("lines.jsonl").write_text(json.dumps({"prompt": "the", "sharpen": True, "em_power": 3}))
+Path("sums.jsonl").write_text(json.dumps({"prompt": "the", "answer": "1"}))
+
+def touched(entropy):
+    assert entropy["touched"] == 1 and entropy["mean_after"] < entropy["mean_before"], entropy
+
+sys.stdout = io.StringIO()
+assert run(["generate", *model, "--sharpen", "--em-power", "3", "--json", "the"]) == 0
+touched(json.loads(sys.stdout.getvalue())["entropy"])
+assert run(["batch", "lines.jsonl", "-o", "rows.jsonl", "-q", *model]) == 0
+touched(json.loads(Path("rows.jsonl").read_text())["entropy"])
+task = ["--task", "questions", "--data", "sums.jsonl", "--methods", "sharpen:3"]
+assert run(["eval", *task, "-o", "compared", *model]) == 0
+assert "p^3" in json.loads(Path("compared/results.json").read_text())["methods"][0]["settings"]
+with emlocal.load(MODEL, backend=ENGINE) as loaded:
+    assert loaded.backend.name == ENGINE
+    answer = loaded.generate("the", em=Sharpen(power=3), max_tokens=6)
+    assert answer.tokens == loaded.generate("the", sharpen=True, em_power=3, max_tokens=6).tokens
+assert answer.entropy.touched == 1
+"""
+"""The step on one engine: flag, batch line, name in an evaluation, Python."""
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "torch", "mlx"])
+def test_the_step_works_everywhere_on_every_engine(
+    engine: str, home: dict[str, str], tiny_model: GGUFModel, tmp_path: Path
+) -> None:
+    environment = built(EXAMPLES["An EM step"], home, tmp_path / "house")
+    python(f"MODEL, ENGINE = {str(tiny_model.path)!r}, {engine!r}\n{EVERYWHERE}", environment, tmp_path)
+    chat = f"emlocal chat -m {tiny_model.path} --backend {engine} --max-tokens 6"
+    typed = ("/set sharpen true", "/set em-power 3", "the", "/show")
+    said = run(PAGE.name, Command(0, chat, typed), environment, tmp_path)
+    assert "p^3 above 0.3 nats" in said
+    assert "EM touched 100% of tokens" in said
 
 
 def read(path: Path) -> Any:
@@ -147,9 +195,9 @@ def rows(path: Path) -> list[Any]:
 
 
 def check_step(folder: Path, said: dict[str, str]) -> None:
-    """Every engine took the step, and a batch line says the same as the flags."""
-    answers = [read(folder / f"{engine}.json") for engine in ("llama", "torch", "mlx")]
-    assert [answer["backend"] for answer in answers] == ["llama.cpp", "torch", "mlx"]
+    """Both engines took the step, and so did a line, a method and a chat."""
+    answers = [read(folder / f"{engine}.json") for engine in ("llama", "torch")]
+    assert [answer["backend"] for answer in answers] == ["llama.cpp", "torch"]
     for answer in answers:
         entropy = answer["entropy"]
         assert entropy["touched"] > 0
