@@ -111,8 +111,7 @@ def single_stream(runner: Any, prompt: list[int], steps: int) -> float:
 def full(model: str, rounds: int) -> dict[str, Any]:
     """AT_ONCE sequences, full all the time."""
     from emlocal.generation import Scheduler
-    from emlocal.measure.decoding import endless
-    from emlocal.measure.statistics import ratio
+    from emlocal.measure.decoding import endless, ratio
 
     steps, times = 24, {"bare": [], "em": [], "single": []}  # type: ignore[var-annotated]
     with many(model) as backend, endless(backend):
@@ -144,7 +143,7 @@ def full(model: str, rounds: int) -> dict[str, Any]:
 
 def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
     """n GSM8K questions; until the last places can no longer be filled."""
-    from emlocal.batch.dry_run import _reading_speed
+    from emlocal.batch.run import _reading_speed
     from emlocal.generation import Finished, Job, Scheduler
     from emlocal.generation.prompt import chat_tokens
 

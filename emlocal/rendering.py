@@ -13,12 +13,11 @@ from typing import Any
 from emlocal import console
 from emlocal.backends.base import Backend
 from emlocal.files import atomic_writer
-from emlocal.formatting import change, counted
 from emlocal.generation import Completion
 from emlocal.generation.sample import summarize
 from emlocal.methods import Outcome
 from emlocal.sampling import Draw
-from emlocal.text import CONTROLS
+from emlocal.text import CONTROLS, change, counted
 
 _ENOUGH_TO_TIME = 16  # tokens
 # Upper bounds in nats and 256-colour codes: from sure to guessing.

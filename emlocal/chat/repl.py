@@ -9,9 +9,9 @@ from emlocal import console, rendering
 from emlocal.chat.conversation import Conversation, chat_file
 from emlocal.chat.session import AnswerEvent, ChatSession, Turn
 from emlocal.errors import EmlocalError, UsageError, explained
-from emlocal.formatting import change, counted
 from emlocal.generation import CancelledError, Completed, Completion, Token, interruptible
 from emlocal.sampling import Draw
+from emlocal.text import change, counted
 
 HELP = """\
 /help              this list

@@ -43,7 +43,7 @@ def generate(
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
     from emlocal.cli.views import open_backend
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     method = chosen_by(how)
     if method.samples > _MOST_SAMPLES:

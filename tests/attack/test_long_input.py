@@ -259,7 +259,7 @@ def test_a_line_of_megabytes_becomes_an_error_row_and_the_next_is_answered(
 
 
 def test_a_dry_run_counts_it_as_one_that_does_not_fit(tiny: LlamaCppBackend) -> None:
-    from emlocal.batch.dry_run import survey
+    from emlocal.batch.run import survey
     from emlocal.generation.parallel import Speed
 
     line = json.dumps({"prompt": "y" * 1_000_000}).encode()

@@ -19,8 +19,8 @@ ENDLESS = {
 }
 NOTHING = Path(os.devnull)
 PATIENT = """
-from emlocal.models import template_process
-template_process.MAX_SECONDS = 60.0
+from emlocal.models import templates
+templates.MAX_SECONDS = 60.0
 from emlocal.__main__ import main
 main()
 """

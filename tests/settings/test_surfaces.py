@@ -20,8 +20,7 @@ from emlocal.errors import UsageError
 from emlocal.evaluation.contenders import read_contenders
 from emlocal.settings import EM_STEPS, Given, Setting, Table, resolve_settings, setting
 from emlocal.settings.em import EM, em_table
-from emlocal.settings.files import read_settings
-from emlocal.settings.resolve import GENERATION, LINE, SAMPLING
+from emlocal.settings.resolve import GENERATION, LINE, SAMPLING, read_settings
 from emlocal.settings.table import FLAGS, KEYS, NAMES, NOTHING, SET
 from tests.cli.conftest import Outcome, emlocal, tiny
 from tests.examples import examples

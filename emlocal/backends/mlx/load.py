@@ -8,8 +8,7 @@ from emlocal.backends.engine import Opened
 from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective
 from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.mlx.device import Place, choose_place
-from emlocal.backends.mlx.lora import attach, linear_layers
-from emlocal.backends.mlx.model import context_of, load_model, windows
+from emlocal.backends.mlx.model import attach, context_of, linear_layers, load_model, windows
 from emlocal.backends.slots import check_kv_type
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import in_memory
