@@ -24,12 +24,12 @@ PARTS = ("full", "ragged", "shared", "same", "memory")
 
 @contextmanager
 def many(model: str) -> Iterator[Any]:
-    """The model with room for AT_ONCE sequences and what the scheduler and the generator hold besides."""
+    """The model with room for AT_ONCE sequences and what the scheduler holds besides."""
     from emlocal.backends.base import LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
     from emlocal.models.resolve import resolve
 
-    options = LoadOptions(context=CONTEXT, sequences=AT_ONCE + 3, shared=False)
+    options = LoadOptions(context=CONTEXT, sequences=AT_ONCE + 2, shared=False)
     backend = LlamaCppBackend(resolve(str(MODELS[model])), options)
     try:
         yield backend
@@ -79,9 +79,9 @@ def bare_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
 
 def emlocal_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
     """The same by the scheduler, with EM: from the end of the first step on."""
-    from emlocal.generation.scheduler import Job, Scheduler
+    from emlocal.generation import Job, Scheduler
 
-    jobs = deque(Job(i, prompt, [em_request(i, steps + 16)]) for i, prompt in enumerate(prompts))
+    jobs = deque(Job(prompt, [em_request(i, steps + 16)]) for i, prompt in enumerate(prompts))
     scheduler: Any = Scheduler(backend, AT_ONCE)
     stamps = []
     forward = scheduler._forward
@@ -97,29 +97,29 @@ def emlocal_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
     return stamps[steps] - stamps[0]
 
 
-def single_stream(generator: Any, prompt: list[int], steps: int) -> float:
-    from emlocal.generation import Piece
+def single_stream(runner: Any, prompt: list[int], steps: int) -> float:
+    from emlocal.generation import Job, Token
 
     stamps = []
-    for event in generator.run(prompt, [em_request(0, steps + 1)]):
-        if isinstance(event, Piece):
+    for event in runner.follow([Job(prompt, [em_request(0, steps + 1)], at_once=True)]):
+        if isinstance(event, Token):
             stamps.append(time.perf_counter())
+    runner.forget()
     return stamps[-1] - stamps[0]
 
 
 def full(model: str, rounds: int) -> dict[str, Any]:
     """AT_ONCE sequences, full all the time."""
-    from emlocal.generation import Generator
-    from emlocal.measure.decoding import endless
-    from emlocal.measure.statistics import ratio
+    from emlocal.generation import Scheduler
+    from emlocal.measure.decoding import endless, ratio
 
     steps, times = 24, {"bare": [], "em": [], "single": []}  # type: ignore[var-annotated]
     with many(model) as backend, endless(backend):
-        generator, prompts = Generator(backend), prompts_of_a_length(backend)
+        runner, prompts = Scheduler(backend, 1), prompts_of_a_length(backend)
         ways = {
             "bare": lambda: bare_steps(backend, prompts, steps),
             "em": lambda: emlocal_steps(backend, prompts, steps),
-            "single": lambda: single_stream(generator, prompts[0], 2 * steps) / 2,
+            "single": lambda: single_stream(runner, prompts[0], 2 * steps) / 2,
         }
         for number in range(-1, rounds):
             wait_until_quiet(30)
@@ -143,14 +143,14 @@ def full(model: str, rounds: int) -> dict[str, Any]:
 
 def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
     """n GSM8K questions; until the last places can no longer be filled."""
-    from emlocal.batch.dry_run import _reading_speed
+    from emlocal.batch.run import _reading_speed
+    from emlocal.generation import Finished, Job, Scheduler
     from emlocal.generation.prompt import chat_tokens
-    from emlocal.generation.scheduler import Job, Scheduler
 
     with many(model) as backend:
         scheduler: Any = Scheduler(backend, AT_ONCE)
         jobs = deque(
-            Job(i, chat_tokens(backend, [{"role": "user", "content": q}]), [em_request(i, tokens)])
+            Job(chat_tokens(backend, [{"role": "user", "content": q}]), [em_request(i, tokens)])
             for i, q in enumerate(questions(n))
         )
         reading = _reading_speed(backend)
@@ -170,50 +170,53 @@ def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
                 )
             return None
 
-        lengths = [len(f.completions[0].tokens) for f in scheduler.run(source)]
+        done = [event.handle for event in scheduler.run(source) if isinstance(event, Finished)]
+    lengths = [len(handle.result()[0].tokens) for handle in done]
     return at_end | {"lengths": statistics.quantiles(lengths, n=4), "reading_speed": reading, "n": n}
 
 
 def shared(model: str, samples: int, length: int, tokens: int) -> dict[str, Any]:
     """One prompt, many samples: read once, against separate runs."""
-    from emlocal.generation import Completion, Generator
-    from emlocal.generation.scheduler import Job, Scheduler
+    from emlocal.generation import Finished, Job, Scheduler
     from emlocal.measure.decoding import endless
 
     with many(model) as backend, endless(backend):
         prompt = backend.encode(" ".join(questions(40)), add_special=True, parse_special=False)[:length]
         requests = [em_request(i, tokens) for i in range(samples)]
-        jobs = deque([Job(0, prompt, requests)])
         started = time.perf_counter()
-        (done,) = Scheduler(backend, samples).run(lambda: jobs.popleft() if jobs else None)
+        with Scheduler(backend, samples) as runner:
+            *_, done = runner.follow([Job(prompt, requests)])
         together = time.perf_counter() - started
-        generator, alone = Generator(backend), 0.0
+        assert isinstance(done, Finished)
+        alone = 0.0
         for request in requests:
-            generator.forget()
             started = time.perf_counter()
-            assert any(isinstance(event, Completion) for event in generator.run(prompt, [request]))
+            with Scheduler(backend, 1) as runner:
+                assert len(list(runner.follow([Job(prompt, [request], at_once=True)]))) > tokens
             alone += time.perf_counter() - started
         return {
             "together": together,
             "separate": alone,
-            "prompt_tokens_read": length - 1 - done.cached_tokens,
+            "prompt_tokens_read": length - 1 - done.handle.timings.cached_tokens,
         }
 
 
 def same(model: str, n: int, tokens: int) -> dict[str, Any]:
     """How much of n answers is the same at 1, 4 and 16 at once: kernels add up in another order."""
+    from emlocal.generation import Finished, Job, Scheduler
     from emlocal.generation.prompt import chat_tokens
-    from emlocal.generation.scheduler import Job, Scheduler
 
     said: dict[int, dict[int, list[int]]] = {}
     with many(model) as backend:
         prompts = [chat_tokens(backend, [{"role": "user", "content": q}]) for q in questions(n)]
         for parallel in (1, 4, AT_ONCE):
-            jobs = deque(Job(i, prompt, [em_request(i, tokens)]) for i, prompt in enumerate(prompts))
-            running: Any = Scheduler(backend, parallel).run(
-                lambda jobs=jobs: jobs.popleft() if jobs else None
-            )
-            said[parallel] = {f.job.tag: f.completions[0].tokens for f in running}
+            jobs = [Job(prompt, [em_request(i, tokens)]) for i, prompt in enumerate(prompts)]
+            waiting = iter(jobs)
+            with Scheduler(backend, parallel) as runner:
+                for event in runner.run(lambda waiting=waiting: next(waiting, None)):  # type: ignore[misc]
+                    if isinstance(event, Finished):
+                        one = said.setdefault(parallel, {})
+                        one[jobs.index(event.handle.job)] = event.handle.result()[0].tokens
     shares = {}
     for parallel in (4, AT_ONCE):
         pairs = [(said[1][i], said[parallel][i]) for i in range(n)]
@@ -234,6 +237,7 @@ from emlocal.backends.fake import END, FakeBackend
 from emlocal.batch.lines import parse_object
 from emlocal.settings import Plan
 from emlocal.batch.run import Batch, BatchSettings
+from emlocal.generation import Scheduler
 from emlocal.sampling import SamplingParams
 import numpy as np
 row = np.zeros(END + 1, dtype=np.float32); row[65] = 20
@@ -241,7 +245,7 @@ n = int(sys.argv[1])
 backend = FakeBackend(lambda tokens: row, sequences=18, context=256, shared=False)
 lines = (parse_object(i, {"custom_id": f"line-{i}", "prompt": f"question {i}"}) for i in range(1, n + 1))
 plan = Plan(SamplingParams(temperature=0.0), 2, (), 0, 1)
-rows = sum(1 for _ in Batch(backend, lines, BatchSettings(plan), parallel=16).rows())
+rows = sum(1 for _ in Batch(backend, lines, BatchSettings(plan), runner=Scheduler(backend, 16)).rows())
 assert rows == n
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

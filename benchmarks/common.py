@@ -92,16 +92,16 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def generator(model: str) -> Iterator[Any]:
-    """A Generator on one of the bench models."""
+def running_on(model: str) -> Iterator[Any]:
+    """A runner on one of the bench models."""
     from emlocal.backends.base import LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
-    from emlocal.generation import Generator
+    from emlocal.generation import Scheduler
     from emlocal.models.resolve import resolve
 
     backend = LlamaCppBackend(resolve(str(MODELS[model])), LoadOptions(context=2048, sequences=2))
     try:
-        yield Generator(backend)
+        yield Scheduler(backend, 1)
     finally:
         backend.close()
 

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from common import arguments, generator, report, say, wait_until_quiet
+from common import arguments, report, running_on, say, wait_until_quiet
 
 CHOICES = {
     "GOMP_SPINCOUNT=300000 (the default)": {"GOMP_SPINCOUNT": "300000"},
@@ -25,12 +25,13 @@ def decode_for(seconds: float) -> float:
     from emlocal.backends.base import Feed
     from emlocal.backends.llama_cpp.backend import bare_decode
 
-    with generator("smollm2-135m") as running:
+    with running_on("smollm2-135m") as running:
         backend = running.backend
-        backend.forward([Feed(running.sequence, [1, 2, 3])])
+        sequence = backend.open()
+        backend.forward([Feed(sequence, [1, 2, 3])])
         started, tokens = time.monotonic(), 0
         while (passed := time.monotonic() - started) < seconds:
-            tokens += len(bare_decode(backend, running.sequence, 5, 4))
+            tokens += len(bare_decode(backend, sequence, 5, 4))
         return passed / tokens * 1000
 
 

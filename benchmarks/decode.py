@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from common import QUIET, Noise, arguments, generator, report, say, wait_until_quiet
+from common import QUIET, Noise, arguments, report, running_on, say, wait_until_quiet
 
 
 def measure(model: str, rounds: int, tokens: int, tries: int) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def measure(model: str, rounds: int, tokens: int, tries: int) -> dict[str, Any]:
 
     params = SamplingParams(em=EMInf())
     kept, dropped = Decoding(tokens), 0
-    with generator(model) as running:
+    with running_on(model) as running:
         decode_round(Decoding(4), running, params, number=0, seed=1)  # warms up
         for number in range(rounds * tries):
             wait_until_quiet(60)

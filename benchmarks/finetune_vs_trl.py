@@ -37,11 +37,10 @@ def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from emlocal.backends.learner import Descent, EntropyObjective
     from emlocal.backends.torch.learner import TorchEntropyLearner
     from emlocal.backends.torch.load import open_model
-    from emlocal.backends.torch.lora import linear_layers
+    from emlocal.backends.torch.model import linear_layers
     from emlocal.machine import peak_memory
-    from emlocal.training.batching import micro_batches, token_weights
     from emlocal.training.engines import new_adapter
-    from emlocal.training.rollouts import Rollout
+    from emlocal.training.rollouts import Rollout, micro_batches, token_weights
     from emlocal.training.settings import FineTuneSettings
 
     opened = open_model(folder, dtype="bfloat16", threads=threads)

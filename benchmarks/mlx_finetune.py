@@ -42,7 +42,7 @@ def ours(folder: Path, rows: list[list[int]]) -> Iterator[float]:
     from emlocal.backends.learner import Descent, EntropyObjective
     from emlocal.backends.mlx.learner import MLXEntropyLearner
     from emlocal.backends.mlx.load import open_model
-    from emlocal.backends.mlx.lora import linear_layers
+    from emlocal.backends.mlx.model import linear_layers
     from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
     from emlocal.training.settings import FineTuneSettings
@@ -145,7 +145,7 @@ def in_full(hidden: Any, head: Any, weights: Any) -> Any:
 def in_chunks(hidden: Any, head: Any, weights: Any) -> Any:
     from mlx.nn import Linear
 
-    from emlocal.backends.mlx.objective import Head, em_ft_terms
+    from emlocal.backends.mlx.learner import Head, em_ft_terms
 
     layer = Linear(HIDDEN, 1, bias=False)
     layer.weight = head
@@ -153,7 +153,7 @@ def in_chunks(hidden: Any, head: Any, weights: Any) -> Any:
 
 
 def main() -> None:
-    from emlocal.measure.statistics import speed_ratio
+    from emlocal.measure.decoding import speed_ratio
 
     chosen = arguments(__doc__ or "", parts=("speed", "memory"), rounds=2, steps=3, tokens=33)
     results: dict[str, Any] = {}

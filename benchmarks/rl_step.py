@@ -67,12 +67,12 @@ def main() -> None:
     from emlocal.models.adapters.peft import write_peft
     from emlocal.training.engines import open_engines
     from emlocal.training.folder import RunFolder
+    from emlocal.training.guards import View
     from emlocal.training.loop import Plan, Run
-    from emlocal.training.options import AnswerOptions, Setup
     from emlocal.training.prompts import read_prompts
     from emlocal.training.rl import PolicyGradient, em_rl
     from emlocal.training.rl_settings import RLSettings
-    from emlocal.training.watching import View
+    from emlocal.training.settings import AnswerOptions, Setup
 
     settings = RLSettings(steps=chosen.steps, prompts_per_step=4, max_tokens=chosen.tokens)
     times: dict[str, float] = defaultdict(float)

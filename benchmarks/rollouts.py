@@ -23,11 +23,10 @@ def main() -> None:
     chosen = parser.parse_args()
 
     from emlocal.training.engines import open_engines
-    from emlocal.training.finetune import em_ft
-    from emlocal.training.options import AnswerOptions, Rollouts, Setup
+    from emlocal.training.guards import View
+    from emlocal.training.rl import em_ft
     from emlocal.training.rollouts import draw_rollouts
-    from emlocal.training.settings import FineTuneSettings
-    from emlocal.training.watching import View
+    from emlocal.training.settings import AnswerOptions, FineTuneSettings, Rollouts, Setup
 
     settings = FineTuneSettings(max_tokens=chosen.tokens, prompts_per_step=PARALLEL)
     path = str(Path(MODELS[chosen.model]))

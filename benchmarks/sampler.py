@@ -1,13 +1,13 @@
 """One row through the sampler, by EM setting, against plain numpy, on rows of real answers of both models.
 
-Mean microseconds over the rows, of each row the median over the sweeps (emlocal.measure.sampler). A sweep
+Mean microseconds over the rows, of each row the median over the sweeps (emlocal.measure.decoding). A sweep
 visits the rows in turn, so that each comes from outside the inner caches.
 """
 
 from dataclasses import asdict
 from typing import Any
 
-from common import Noise, arguments, generator, report, say, wait_until_quiet
+from common import Noise, arguments, report, running_on, say, wait_until_quiet
 
 
 def settings() -> dict[str, Any]:
@@ -19,11 +19,10 @@ def settings() -> dict[str, Any]:
 
 
 def measure(model: str, count: int, sweeps: int) -> dict[str, Any]:
-    from emlocal.measure.decoding import recorded_rows
-    from emlocal.measure.sampler import measure_sampler
+    from emlocal.measure.decoding import measure_sampler, recorded_rows
     from emlocal.settings import SamplingParams
 
-    with generator(model) as running:
+    with running_on(model) as running:
         rows = recorded_rows(running, SamplingParams(), rows=count, seed=0)
     found: dict[str, Any] = {"vocabulary": len(rows[0]), "rows": count, "settings": {}}
     for name, params in settings().items():

@@ -40,7 +40,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from emlocal.backends.base import Feed
 from emlocal.backends.options import context_length
 from emlocal.backends.llama_cpp.backend import LlamaCppBackend
-from emlocal.backends.llama_cpp.library import load_library
+from emlocal.backends.llama_cpp.loading import load_library
 from emlocal.backends.llama_cpp.loading import Loading
 from emlocal.backends.options import LoadOptions
 from emlocal.generation.prompt import chat_tokens

@@ -21,7 +21,7 @@ def main() -> None:
     import torch
     from torch import Tensor
 
-    from emlocal.backends.torch.em import Descent, descend, gradient_descent
+    from emlocal.backends.torch.kernels import Descent, descend, gradient_descent
     from emlocal.backends.torch.sampler import Compiled
 
     cuda = torch.cuda.is_available()

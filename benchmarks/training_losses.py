@@ -45,7 +45,7 @@ def naive_em_ft(hidden: Any, base: Any, head: Any, weights: Any, beta: float) ->
 
 
 def fused_em_ft(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
-    from emlocal.backends.torch.objective import em_ft_loss
+    from emlocal.backends.torch.policy import em_ft_loss
 
     return em_ft_loss(hidden, head, weights, base_hidden=base if beta else None, beta=beta).loss
 
@@ -77,7 +77,7 @@ def naive_em_rl(hidden: Any, base: Any, head: Any, weights: Any, beta: float) ->
 
 def fused_em_rl(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
     from emlocal.backends.torch.policy import policy_gradient_loss
-    from emlocal.em.policy_gradient import PolicyObjective
+    from emlocal.em.losses import PolicyObjective
 
     tokens, advantages, old = drawn(weights)
     objective = PolicyObjective("ppo-clip", beta=beta)

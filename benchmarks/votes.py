@@ -19,8 +19,7 @@ from statistics import fmean
 
 from common import report
 
-from emlocal.evaluation.answering import Answer, name_of
-from emlocal.evaluation.judging import Judge
+from emlocal.evaluation.answering import Answer, Judge, name_of
 from emlocal.evaluation.report.texts import p_value
 from emlocal.evaluation.runner import answers_path
 from emlocal.evaluation.statistics import bootstrap_mean, sign_flip

@@ -34,6 +34,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'emlocal' has no attribute {name!r}")
     from importlib import import_module
 
-    value = vars(import_module(_WHERE[name]))[name]
+    value: object = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

@@ -14,6 +14,11 @@ _LOOK_SECONDS = 0.05  # between two looks at `cancelled`
 _unfinished: set[threading.Thread] = set()
 
 
+def never() -> bool:
+    """What long work looks at where nobody can stop it."""
+    return False
+
+
 class Cancellation:
     """A flag that long work looks at. `requested` becomes true once and stays so."""
 

@@ -11,9 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
-from emlocal.formatting import counted, human_size
-from emlocal.models.storage import Progress, silent
-from emlocal.text import harmless
+from emlocal.models.paths import Progress, silent
+from emlocal.text import counted, harmless, human_size
 
 if TYPE_CHECKING:
     from rich.console import Console

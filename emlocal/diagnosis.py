@@ -22,10 +22,9 @@ from typing import Any, Literal
 import emlocal
 from emlocal import install, machine
 from emlocal.backends import ENGINES
-from emlocal.backends.engine import Engine
-from emlocal.backends.select import engine, select_backend
-from emlocal.formatting import counted, human_size
-from emlocal.models.storage import nearest
+from emlocal.backends.engine import Engine, engine, select_backend
+from emlocal.models.paths import nearest
+from emlocal.text import counted, human_size
 
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60

@@ -10,15 +10,14 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emlocal.backends.engine import Engine
+from emlocal.backends.engine import Engine, engine, select_backend
 from emlocal.backends.options import BATCH_CONTEXT, LoadOptions, context_length
-from emlocal.backends.select import engine, select_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
+from emlocal.models.paths import Progress, silent
 from emlocal.models.resolve import FolderModel, Model, resolve
-from emlocal.models.storage import Progress, silent
 from emlocal.models.templates import start_process
 from emlocal.settings.engine import EngineOptions
 from emlocal.settings.table import check_settings

@@ -1,9 +1,16 @@
-"""Texts from anywhere: made whole, read as JSON without surprises, searched for many others at once."""
+"""Texts from anywhere: made whole, read as JSON without surprises, searched for many others at once.
 
+Lines of a file from anywhere, one at a time and none longer than memory should bear.
+
+Numbers and words in messages.
+"""
+
+import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+from typing import Any, BinaryIO
 
 # A model may say anything, escape codes that repaint or retitle a terminal among it: not to a terminal.
 CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -68,3 +75,47 @@ def _tail(texts: Sequence[str], at: int) -> str:
     while upto < min(len(first), len(last)) and first[upto] == last[upto]:
         upto += 1
     return re.escape(first[at:upto]) + _branches(texts, upto)
+
+
+MAX_LINE_BYTES = 64 << 20
+TOO_LONG = f"the line has more than {MAX_LINE_BYTES:,} bytes"
+
+
+def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, the line with its end); None in place of one longer than MAX_LINE_BYTES.
+
+    A byte order mark at the beginning is no part of the first line.
+    """
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(MAX_LINE_BYTES)
+            yield number, None
+        else:
+            yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 token", "2 tokens"; `noun` is one that takes an s."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def plain(number: float) -> str:
+    """A number as people write it: 0.000001 and 2, not 1e-06 and 2.0."""
+    return format(Decimal(repr(number)).normalize(), "f")
+
+
+def human_size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000: "98 MB", "4.7 GB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def change(before: float, after: float, changed: bool) -> str:
+    """A figure before and after EM: "1.69 → 0.22", or one number where EM did nothing."""
+    return f"{before:.2f} → {after:.2f}" if changed else f"{before:.2f}"

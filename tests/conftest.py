@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from emlocal.backends.engine import wait_briefly
-from emlocal.backends.llama_cpp.library import load_library
+from emlocal.backends.llama_cpp.loading import load_library
 from emlocal.models import starter
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack

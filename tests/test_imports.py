@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "training"),
     ("batch",),
     ("loading",),
-    ("answers",),
+    ("rendering",),
     ("methods",),
     ("generation",),
     ("backends",),
@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("em",),
     ("console", "install", "machine"),
     ("models",),
-    ("cancel", "files", "formatting", "jsonl", "text"),
+    ("cancel", "files", "text"),
     ("backends/__init__", "settings/table"),
     ("errors",),
 )
@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 are lower than the rest of their rooms: the table of engines' names, and what a setting is."""
 UPWARD = {("models", "identity")}
 """But for this: identity.py has all names and digests that files hold, those of models too."""
-PRINT = {"answers", "chat", "cli", "console", "plotting"}
+PRINT = {"chat", "cli", "console", "plotting", "rendering"}
 """The rooms that may print, or make what is printed. Others return, raise, or call what they were given."""
 
 
@@ -68,12 +68,12 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.em.fast_em_inf", HEAVY | {"rich", "typer", "jinja2", "emlocal.sampling"}),
         ("import emlocal.sampling", HEAVY | {"rich", "typer", "jinja2", "emlocal.generation"}),
         ("import emlocal.generation", HEAVY | {"rich", "typer", "jinja2", "emlocal.cli"}),
-        ("import emlocal.backends.base, emlocal.backends.select, emlocal.backends.fake", HEAVY),
+        ("import emlocal.backends.base, emlocal.backends.engine, emlocal.backends.fake", HEAVY),
         ("import emlocal.models.templates", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.models.resolve", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.training.settings", HEAVY | {"numpy"}),
         (
-            "import emlocal.cli.generate, emlocal.cli.views, emlocal.loading, emlocal.settings.files",
+            "import emlocal.cli.generate, emlocal.cli.views, emlocal.loading, emlocal.settings.resolve",
             HEAVY | {"numpy", "jinja2"},
         ),
         ("import emlocal.backends.llama_cpp.loading", HEAVY | {"numpy", "jinja2"}),
@@ -135,9 +135,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 def test_the_sources_were_found() -> None:
     assert len(SOURCES) > 40
     assert ("numpy", 12) not in list(imports(PACKAGE / "settings/table.py"))
-    assert any(m == "llama_cpp" for m, _ in imports(PACKAGE / "backends/llama_cpp/library.py"))
+    assert any(m == "llama_cpp" for m, _ in imports(PACKAGE / "backends/llama_cpp/loading.py"))
     assert not any(
-        m == "llama_cpp" for m, _ in imports(PACKAGE / "backends/llama_cpp/library.py", at_load=True)
+        m == "llama_cpp" for m, _ in imports(PACKAGE / "backends/llama_cpp/loading.py", at_load=True)
     )
 
 

@@ -3,19 +3,25 @@
 An engine knows nothing of text files, chat or JSON. It holds *sequences*: runs of tokens whose attention
 state it keeps, so that a common prefix is computed once. One contract, one test-suite for all engines
 (tests/backends/test_contract.py).
+
+`Backend` is the contract. `Recomputing` is the shortest way to keep it (docs/extending.md begins with it).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.options import LoadOptions as LoadOptions
-from emlocal.errors import BackendError
-from emlocal.sampling import Draw, SamplingParams
+from emlocal.backends.options import context_length
+from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
+from emlocal.sampling import Draw, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from emlocal.models.header import ModelHeader
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,21 @@ class ModelInfo:
     eos: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     """The authors' sampling settings, by SamplingParams field."""
+
+    @classmethod
+    def of_folder(cls, header: "ModelHeader", tokenizer: "Tokenizer", name: str = "") -> Self:
+        """Of a model that is a Hugging Face folder; `name`: what people call it."""
+        return cls(
+            name=name or header.name,
+            architecture=header.architecture,
+            vocabulary=header.vocab_size,
+            trained_context=header.context_length,
+            end_tokens=tokenizer.end_tokens,
+            chat_template=tokenizer.chat_template,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            sampling=header.sampling,
+        )
 
 
 class Feed(NamedTuple):
@@ -163,3 +184,123 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the model. Nothing else may be called afterwards."""
+
+
+class Tokenizer(Protocol):
+    """What an engine needs of a tokenizer; `emlocal.models.tokenizer.Tokenizer` is one."""
+
+    @property
+    def end_tokens(self) -> Set[int]: ...
+    @property
+    def bos(self) -> str: ...
+    @property
+    def eos(self) -> str: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+    def least_tokens(self, text: str) -> int: ...
+    def control_texts(self) -> Sequence[str]: ...
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class Tokenizing(Backend):
+    """An engine that has its tokenizer beside it."""
+
+    _tokenizer: Tokenizer
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def least_tokens(self, text: str) -> int:
+        return self._tokenizer.least_tokens(text)
+
+    def control_texts(self) -> Sequence[str]:
+        return self._tokenizer.control_texts()
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token)
+
+
+class Recomputing(Tokenizing):
+    """An engine without attention state: a sequence is its tokens, and each row is computed from all of them.
+
+    A subclass says what the logits are, and how much memory it takes. Rows are sampled on the host.
+    """
+
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> None:
+        """Raises UsageError for adapters, which it does not know, and for more context than the model has."""
+        if options.adapters:
+            raise UsageError(f"the {self.name} engine takes no adapters", "use another --backend")
+        self.info = info
+        self.context = context_length(options.context, info.trained_context)
+        self.max_sequences = options.sequences
+        self._tokenizer = tokenizer
+        self._held: dict[int, list[int]] = {}
+        self._rows: dict[int, NDArray[np.float32]] = {}
+        self._sampler = Sampler(info.vocabulary)
+
+    @abstractmethod
+    def row(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The raw logits after these tokens, float32 [V]."""
+
+    def open(self) -> int:
+        sequence = free_sequence(self._held, self.max_sequences)
+        self._held[sequence] = []
+        return sequence
+
+    def release(self, sequence: int) -> None:
+        del self._held[sequence]
+        self._rows.pop(sequence, None)
+
+    def length(self, sequence: int) -> int:
+        return len(self._held[sequence])
+
+    def fork(self, sequence: int) -> int:
+        copy = self.open()
+        self._held[copy] = list(self._held[sequence])
+        return copy
+
+    def trim(self, sequence: int, length: int) -> int:
+        del self._held[sequence][length:]
+        return self.length(sequence)
+
+    def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+        check_feeds(feeds, self.info.vocabulary)
+        self._check_room(feeds)
+        rows = {}
+        for feed in feeds:
+            if cancelled():
+                raise CancelledError
+            if feed.wanted:
+                rows[feed.sequence] = self.row([*self._held[feed.sequence], *feed.tokens])
+        for feed in feeds:
+            self._held[feed.sequence] += feed.tokens
+        self._rows = rows
+
+    def _check_room(self, feeds: Sequence[Feed]) -> None:
+        """Raise ContextFullError where the feeds do not fit."""
+        for feed in feeds:
+            held = len(self._held[feed.sequence])
+            if held + len(feed.tokens) > self.context:
+                raise ContextFullError(
+                    f"{len(feed.tokens):,} more tokens cannot be added: the sequence holds {held:,} of"
+                    f" {self.context:,}",
+                    "give a larger --context",
+                )
+
+    def sample(self, rows: Sequence[Row]) -> list[Draw]:
+        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
+
+    def logits(self, sequence: int) -> NDArray[np.float32]:
+        return self._rows[sequence].copy()
+
+    def describe(self) -> str:
+        return f"context {self.context:,} tokens"
+
+    @property
+    def arithmetic(self) -> str:
+        return "cpu, float32"
+
+    def close(self) -> None:
+        self._held.clear()
+        self._rows.clear()

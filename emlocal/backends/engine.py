@@ -3,6 +3,8 @@
 `emlocal/backends/<name>/__init__.py` has it as ENGINE and imports nothing heavy: the command line, `doctor`
 and a result's provenance read the records of engines that are not installed. `emlocal.backends` has the
 table.
+
+Which engine runs, and why.
 """
 
 import importlib.util
@@ -10,22 +12,24 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from emlocal.backends import ENGINES, FOLDERS
 from emlocal.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend, ModelInfo
     from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner, Processes
     from emlocal.backends.options import KVType, LoadOptions
-    from emlocal.em.policy_gradient import PolicyObjective
+    from emlocal.em.losses import PolicyObjective
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
+    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Format, Model
-    from emlocal.models.storage import Progress
-
 
 Training = Literal["em-ft", "em-rl"]
 
@@ -162,7 +166,7 @@ class Engine:
 
         Raises ModelError for a model or adapter that cannot be used, BackendError where memory runs out.
         """
-        from emlocal.models.storage import silent
+        from emlocal.models.paths import silent
 
         return self.loader(model, options, progress or silent, meanwhile)
 
@@ -203,3 +207,26 @@ def wait_briefly() -> None:
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+@cache
+def engine(name: str) -> Engine:
+    """An engine's record; the engine itself is not imported. Raises UsageError for an unknown name."""
+    if name not in FOLDERS:
+        known = f"{', '.join(ENGINES[:-1])} or {ENGINES[-1]}"
+        raise UsageError(f"there is no engine {name}", f"use --backend {known}, or leave it out")
+    found: Engine = import_module(f"emlocal.backends.{FOLDERS[name]}").ENGINE
+    return found
+
+
+def select_backend(asked: str = "auto", model: str | None = None) -> tuple[str, str]:
+    """The engine to use and the reason for it. `model`: what it is to run, as the user names it.
+
+    Raises UsageError for an engine that this version does not have, BackendError for one whose packages are
+    not installed.
+    """
+    if asked != "auto":
+        engine(asked).check()
+        return asked, "asked for"
+    found = ((name, engine(name).suits(model)) for name in FOLDERS)
+    return next((name, reason) for name, reason in found if reason is not None)

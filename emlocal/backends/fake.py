@@ -11,9 +11,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
-from emlocal.errors import CancelledError, ContextFullError
-from emlocal.sampling import Draw, Sampler
+from emlocal.backends.base import Feed, LoadOptions, ModelInfo, Recomputing
+from emlocal.errors import ContextFullError
 
 END = 256
 VOCABULARY = 257
@@ -48,37 +47,12 @@ def saying(*replies: str, sharpness: float = 12.0) -> Script:
     return script
 
 
-class FakeBackend(Backend):
-    """See the module. `fed` counts the tokens that went through `forward`: prefix reuse shows in it."""
+class Bytes:
+    """A tokenizer that has none but the bytes."""
 
-    name: ClassVar[str] = "fake"
-
-    def __init__(
-        self,
-        script: Script = hashed,
-        *,
-        context: int = 4096,
-        sequences: int = 8,
-        trims: bool = True,
-        shared: bool = True,
-    ) -> None:
-        self.info = ModelInfo(
-            name="fake",
-            architecture="fake",
-            vocabulary=VOCABULARY,
-            trained_context=context,
-            end_tokens=frozenset({END}),
-            chat_template=CHAT_TEMPLATE,
-        )
-        self.context = context
-        self.max_sequences = sequences
-        self.fed = 0
-        self._script = script
-        self._shared = shared
-        self._trims = trims
-        self._held: dict[int, list[int]] = {}
-        self._rows: dict[int, NDArray[np.float32]] = {}
-        self._sampler = Sampler(VOCABULARY)
+    end_tokens = frozenset({END})
+    bos = eos = ""
+    chat_template = CHAT_TEMPLATE
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return list(text.encode())
@@ -92,54 +66,53 @@ class FakeBackend(Backend):
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""
 
-    def open(self) -> int:
-        sequence = free_sequence(self._held, self.max_sequences)
-        self._held[sequence] = []
-        return sequence
 
-    def release(self, sequence: int) -> None:
-        del self._held[sequence]
-        self._rows.pop(sequence, None)
+class FakeBackend(Recomputing):
+    """See the module. `fed` counts the tokens that went through `forward`: prefix reuse shows in it."""
 
-    def length(self, sequence: int) -> int:
-        return len(self._held[sequence])
+    name: ClassVar[str] = "fake"
 
-    def fork(self, sequence: int) -> int:
-        copy = self.open()
-        self._held[copy] = list(self._held[sequence])
-        return copy
+    def __init__(
+        self,
+        script: Script = hashed,
+        *,
+        context: int = 4096,
+        sequences: int = 8,
+        trims: bool = True,
+        shared: bool = True,
+    ) -> None:
+        info = ModelInfo(
+            name="fake",
+            architecture="fake",
+            vocabulary=VOCABULARY,
+            trained_context=context,
+            end_tokens=Bytes.end_tokens,
+            chat_template=CHAT_TEMPLATE,
+        )
+        super().__init__(info, Bytes(), LoadOptions(context, sequences))
+        self.fed = 0
+        self._script = script
+        self._shared = shared
+        self._trims = trims
+
+    def row(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._script(tokens)
 
     def trim(self, sequence: int, length: int) -> int:
         kept = length if self._trims or length >= self.length(sequence) else 0
-        del self._held[sequence][kept:]
-        return self.length(sequence)
+        return super().trim(sequence, kept)
 
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
-        check_feeds(feeds, VOCABULARY)
-        new = sum(len(feed.tokens) for feed in feeds)
-        held = sum(map(len, self._held.values())) if self._shared else 0
-        longest = max(len(self._held[feed.sequence]) + len(feed.tokens) for feed in feeds)
-        if max(held + new if self._shared else 0, longest) > self.context:
+        super().forward(feeds, cancelled)
+        self.fed += sum(len(feed.tokens) for feed in feeds)
+
+    def _check_room(self, feeds: Sequence[Feed]) -> None:
+        super()._check_room(feeds)
+        new, held = sum(len(feed.tokens) for feed in feeds), sum(map(len, self._held.values()))
+        if self._shared and held + new > self.context:
             raise ContextFullError(
                 f"{held} tokens held and {new} new ones exceed the context of {self.context}"
             )
-        if cancelled():
-            raise CancelledError
-        self.fed += new
-        self._rows = {}
-        for feed in feeds:
-            self._held[feed.sequence] += feed.tokens
-            if feed.wanted:
-                self._rows[feed.sequence] = self._script(self._held[feed.sequence])
-
-    def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
-
-    def logits(self, sequence: int) -> NDArray[np.float32]:
-        return self._rows[sequence].copy()
-
-    def describe(self) -> str:
-        return f"context {self.context:,} tokens"
 
     @property
     def arithmetic(self) -> str:
@@ -147,6 +120,3 @@ class FakeBackend(Backend):
 
     def memory_bytes(self) -> int:
         return 4 * self.context
-
-    def close(self) -> None:
-        self._held.clear()

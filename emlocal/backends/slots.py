@@ -6,43 +6,29 @@ Whatever touches an engine's arrays is in that engine's folder, in files of the 
 decoder, device, draw, em, learner, load, lora, model, objective, sampler), even where the two read alike: the
 libraries differ in what is quick, in what is exact and in when they compute, and one text for both would be a
 third library of arrays.
+
+Cutting the feeds of one call into forward passes, so that little is computed that nobody asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, ModelInfo, Row, check_feeds, free_sequence
+from emlocal.backends.base import Feed, ModelInfo, Row, Tokenizer, Tokenizing, check_feeds, free_sequence
 from emlocal.backends.device_sampler import DeviceSampler, kernel_of
 from emlocal.backends.engine import Place
 from emlocal.backends.options import KVType, LoadOptions, context_length
 from emlocal.errors import BackendError, ContextFullError, UsageError
-from emlocal.formatting import counted
 from emlocal.sampling import Draw, Sampler
+from emlocal.text import counted
 
 BLOCK = 256
 """Tokens; a cache's capacity is a multiple of it."""
 _KV_TYPES: dict[KVType, str] = {"f32": "float32", "f16": "float16"}
-
-
-class Tokenizer(Protocol):
-    """What an engine needs of a tokenizer; `emlocal.models.tokenizer.Tokenizer` is one."""
-
-    @property
-    def end_tokens(self) -> Set[int]: ...
-    @property
-    def bos(self) -> str: ...
-    @property
-    def eos(self) -> str: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
-    def least_tokens(self, text: str) -> int: ...
-    def control_texts(self) -> Sequence[str]: ...
-    def token_bytes(self, token: int) -> bytes: ...
 
 
 class SlotCache(ABC):
@@ -105,7 +91,7 @@ class Decoder(Protocol):
         """Raise ModelError for a model that it cannot run."""
 
 
-class SlotBackend(Backend):
+class SlotBackend(Tokenizing):
     """An engine whose sequences are the slots of a cache; each has room for the whole context.
 
     Its logits, `_logits`, are an array of the engine's, float32 [rows, V]; None before the first call.
@@ -167,18 +153,6 @@ class SlotBackend(Backend):
     @abstractmethod
     def _give_back(self) -> None:
         """Let the library free what nothing refers to any more."""
-
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
-
-    def least_tokens(self, text: str) -> int:
-        return self._tokenizer.least_tokens(text)
-
-    def control_texts(self) -> Sequence[str]:
-        return self._tokenizer.control_texts()
-
-    def token_bytes(self, token: int) -> bytes:
-        return self._tokenizer.token_bytes(token)
 
     def open(self) -> int:
         free = free_sequence(self._lengths, self.max_sequences)
@@ -290,3 +264,57 @@ def check_kv_type(engine: str, asked: KVType | None, computed: str) -> None:
             f" computes them, in {computed}",
             "leave --kv-type out",
         )
+
+
+ALIKE = 0.8
+"""Chunks share a pass if the shortest is no shorter than this part of the longest; the rest is padding."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence that one pass computes."""
+
+    slot: int
+    start: int
+    """The position of the first."""
+    tokens: Sequence[int]
+    wanted: bool
+    """Whether the logits after the last are wanted."""
+
+    @property
+    def stop(self) -> int:
+        """The position after the last."""
+        return self.start + len(self.tokens)
+
+
+def passes(feeds: Sequence[Feed], lengths: Sequence[int], budget: int) -> Iterator[list[Chunk]]:
+    """Passes of at most `budget` tokens, padding included, in an order in which they can be run.
+
+    Args:
+        lengths: tokens held by each feed's sequence before the call.
+    """
+    longest = max(len(feed.tokens) for feed in feeds)
+    for i in range(0, longest, budget):
+        chunks = [
+            Chunk(
+                feed.sequence,
+                held + i,
+                feed.tokens[i : i + budget],
+                feed.wanted and i + budget >= len(feed.tokens),
+            )
+            for feed, held in zip(feeds, lengths, strict=True)
+            if len(feed.tokens) > i
+        ]
+        yield from _of_similar_length(chunks, budget)
+
+
+def _of_similar_length(chunks: list[Chunk], budget: int) -> Iterator[list[Chunk]]:
+    """Groups with the longest first; within a group by slot, ascending."""
+    group: list[Chunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: (-len(chunk.tokens), chunk.slot)):
+        longest = len(group[0].tokens) if group else 0
+        if group and (len(chunk.tokens) < ALIKE * longest or (len(group) + 1) * longest > budget):
+            yield sorted(group, key=lambda chunk: chunk.slot)
+            group = []
+        group.append(chunk)
+    yield sorted(group, key=lambda chunk: chunk.slot)

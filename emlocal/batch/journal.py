@@ -16,8 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from emlocal.batch.keys import Keys, Places
-from emlocal.batch.manifest import BINARY, Manifest, lock_output, manifest_path
-from emlocal.batch.output_scan import Existing, check_kind, check_settings
+from emlocal.batch.output import (
+    BINARY,
+    Existing,
+    Manifest,
+    check_kind,
+    check_settings,
+    lock_output,
+    manifest_path,
+)
 from emlocal.errors import EmlocalError
 
 _SECONDS_BETWEEN_SYNCS = 1.0

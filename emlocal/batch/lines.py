@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from emlocal.errors import UsageError
-from emlocal.jsonl import TOO_LONG, numbered_lines
 from emlocal.models.templates import Message
 from emlocal.settings.resolve import LINE
 from emlocal.settings.table import shown
+from emlocal.text import TOO_LONG, numbered_lines
 
 _DEEPEST = 100
 _MOST_DIGITS = 600  # Python itself refuses more than 4300, or as few as 640

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from emlocal import console, rendering
-from emlocal.chat.comparison import show_comparison
 from emlocal.chat.conversation import Conversation, chat_file
 from emlocal.chat.session import AnswerEvent, ChatSession, Turn
 from emlocal.errors import EmlocalError, UsageError, explained
-from emlocal.formatting import change, counted
 from emlocal.generation import CancelledError, Completed, Completion, Token, interruptible
 from emlocal.sampling import Draw
+from emlocal.text import change, counted
 
 HELP = """\
 /help              this list
@@ -323,7 +322,7 @@ class Repl:
                 console.note("stopped")
                 return
         done.sort(key=lambda completion: completion.sample)
-        show_comparison(done[0], done[1], self.session.backend)
+        rendering.show_comparison(done[0], done[1], self.session.backend)
         if not self.quiet:
             took = self.session.timings
             speed = rendering.rate(took.generated_tokens, took.generation_seconds)

@@ -7,10 +7,10 @@ import typer
 
 from emlocal import console
 from emlocal.errors import ModelError, UsageError
-from emlocal.formatting import counted, human_size
 from emlocal.models.gguf.header import GGUFHeader, shown
+from emlocal.models.paths import Progress
 from emlocal.models.resolve import GGUFModel, resolve
-from emlocal.models.storage import Progress
+from emlocal.text import counted, human_size
 
 if TYPE_CHECKING:
     from emlocal.models.adapters.adapter import Adapter
@@ -66,7 +66,7 @@ def convert(
             "to write GGUF takes the base model as GGUF, for its tensors' names and numbers of heads",
             "give it: --base MODEL",
         )
-    from emlocal.models.adapters.mlx import write_mlx
+    from emlocal.models.adapters.names import write_mlx
     from emlocal.models.adapters.peft import write_peft
     from emlocal.models.adapters.reading import read_adapter
 
@@ -156,7 +156,7 @@ def _gguf_base(base: str) -> GGUFHeader:
 
 
 def _check_fits_folder(adapter: "Adapter", base: Path) -> None:
-    from emlocal.models.adapters.checks import check_fits
+    from emlocal.models.adapters.adapter import check_fits
     from emlocal.models.adapters.merge import open_model
 
     check_fits(adapter, open_model(base).shapes, str(base))

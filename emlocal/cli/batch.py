@@ -17,7 +17,6 @@ from emlocal import console
 from emlocal.cli.options import BatchOptions, check_roles, with_options
 from emlocal.cli.views import choose_parallel
 from emlocal.errors import CancelledError, UsageError
-from emlocal.formatting import counted, human_size
 from emlocal.identity import batch_identity
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Resolved, resolve_settings
@@ -25,6 +24,7 @@ from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
+from emlocal.text import counted, human_size
 
 if TYPE_CHECKING:
     from emlocal.batch.journal import Journal
@@ -49,7 +49,7 @@ def batch(
     """
     from emlocal.batch.lines import canonical
     from emlocal.cli.views import open_for_batch
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     _check(input_, output, run)
     layers = ("flag", given), ("config", read_config())
@@ -128,8 +128,8 @@ def _settings(model: "Loaded", resolved: Resolved, method: Chosen, run: BatchOpt
 
 def _dry_run(model: "Loaded", source: BinaryIO, settings: "BatchSettings", run: BatchOptions) -> int:
     """Say what the run would be, on stdout; 1 where a line is bad."""
-    from emlocal.batch.dry_run import survey
     from emlocal.batch.lines import read_lines
+    from emlocal.batch.run import survey
 
     lines = _count_lines(source)
     speed = choose_parallel(

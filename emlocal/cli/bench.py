@@ -18,7 +18,7 @@ from emlocal.settings.table import NOTHING, options_of
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.generation import Scheduler
-    from emlocal.measure.statistics import Ratio
+    from emlocal.measure.decoding import Ratio
     from emlocal.settings import SamplingParams
 
 _SAMPLED_ROWS = 48
@@ -47,7 +47,7 @@ def bench(
     """
     from emlocal.cli.views import open_backend
     from emlocal.generation import interruptible
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     if tokens < 1 or rounds < 1:
         raise UsageError("--tokens and --rounds must be at least 1")
@@ -94,7 +94,7 @@ def _measure(
     """Everything that `bench` reports, in the layout of --json."""
     from emlocal import machine
     from emlocal.generation import Scheduler
-    from emlocal.measure import decoding, sampler
+    from emlocal.measure import decoding
 
     tokens, rounds, seed = size
     decoding.check_room(backend, tokens)
@@ -115,7 +115,7 @@ def _measure(
     )
     say("sampling")
     rows = decoding.recorded_rows(runner, params, rows=_SAMPLED_ROWS, seed=seed)
-    times = sampler.measure_sampler(rows, params, seed=seed)
+    times = decoding.measure_sampler(rows, params, seed=seed)
     return {
         "emlocal": __version__,
         "machine": machine.describe(),
@@ -182,7 +182,7 @@ def _first_token(runner: "Scheduler", params: "SamplingParams", seed: int) -> di
 
 def _show(measured: dict[str, Any]) -> None:
     """The same for people."""
-    from emlocal.formatting import counted, human_size
+    from emlocal.text import counted, human_size
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]
     first, memory, settings = measured["first_token"], measured["memory"], measured["settings"]
@@ -232,6 +232,6 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:
-    from emlocal.measure.statistics import Ratio
+    from emlocal.measure.decoding import Ratio
 
     return "not measured" if ratio is None else str(Ratio(**ratio))

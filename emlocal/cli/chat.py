@@ -12,13 +12,13 @@ from emlocal import console
 from emlocal.cli.options import OutputOptions, with_options
 from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
-from emlocal.formatting import counted
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
 from emlocal.settings.em import EM, em_numbers
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, SET, options_of
+from emlocal.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ def chat(
     from emlocal.cli.views import open_backend
     from emlocal.generation import Scheduler
     from emlocal.models.paths import data_dir
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     if output.trace is not None:
         raise UsageError("--trace belongs to emlocal generate")

@@ -81,7 +81,7 @@ def _config() -> "Finding":
     """The config file: found, and every value in it usable."""
     from emlocal.diagnosis import Finding
     from emlocal.settings import resolve_settings
-    from emlocal.settings.files import config_path, read_config
+    from emlocal.settings.resolve import config_path, read_config
 
     path = config_path()
     facts = {"path": str(path), "exists": path.exists()}

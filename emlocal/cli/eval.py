@@ -8,7 +8,7 @@ import typer
 from emlocal import console
 from emlocal.cli.options import with_options
 from emlocal.errors import CancelledError
-from emlocal.evaluation.options import EvalOptions
+from emlocal.evaluation.contenders import EvalOptions
 from emlocal.settings import Given, resolve_settings
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
@@ -48,7 +48,7 @@ def eval(
     """
     from emlocal.cli.views import open_for_batch
     from emlocal.evaluation.runner import prepare
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     config = {name: value for name, value in read_config().items() if name not in EM.settings}
     layers = ("flag", given), ("config", config)  # EM is for methods to say

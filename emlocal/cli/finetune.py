@@ -6,8 +6,15 @@ import typer
 
 from emlocal.cli.options import Data, ModelName, Output, with_options
 from emlocal.settings.table import NOTHING, Given, Table
-from emlocal.training.options import AnswerOptions, MachineOptions, RunOptions, Setup
-from emlocal.training.settings import RECIPES, FineTuneSettings, settings_of_run
+from emlocal.training.settings import (
+    RECIPES,
+    AnswerOptions,
+    FineTuneSettings,
+    MachineOptions,
+    RunOptions,
+    Setup,
+    settings_of_run,
+)
 
 Recipe = Literal["default", "paper", "one-shot"]
 
@@ -32,7 +39,7 @@ def finetune(
     """
     machine.go_offline_if_asked()
     from emlocal.cli.training_view import FINETUNE_COLUMNS, carry_out
-    from emlocal.training.finetune import em_ft
+    from emlocal.training.rl import em_ft
 
     settings = settings_of_run(FineTuneSettings, given, run.config, RECIPES[recipe].values)
     setup = Setup(data, output, model, run, answers, machine, run.validate)

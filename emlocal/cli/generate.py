@@ -43,7 +43,7 @@ def generate(
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
     from emlocal.cli.views import open_backend
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     method = chosen_by(how)
     if method.samples > _MOST_SAMPLES:
@@ -74,7 +74,6 @@ def run(
     from emlocal.generation.prompt import prompt_tokens
     from emlocal.methods.asking import Answered, Question, ask_one
 
-    question = Question(asked, plan, partial(prompt_tokens, backend), at_once=True)
     streams = method.streams and not as_json
     writer = rendering.AnswerWriter(output.show_entropy and streams)
     with (
@@ -82,6 +81,8 @@ def run(
         rendering.trace_to(output.trace, backend) as trace,
         Scheduler(backend, plan.samples) as runner,
     ):
+        encode = partial(prompt_tokens, backend, cancelled=cancelled)
+        question = Question(asked, plan, encode, at_once=True)
         try:
             for event in ask_one(runner, method.collecting, question, cancelled):
                 if isinstance(event, Answered):
@@ -94,7 +95,8 @@ def run(
                 elif streams:
                     writer.piece(event.completion.tail, 0.0)
         except CancelledError:
-            console.note("stopped while the prompt was read")
+            if not output.quiet:
+                console.note("stopped while the prompt was read")
             return 130
     completions = [outcome.completion] if method.collecting.collects else outcome.completions
     if as_json:
@@ -106,7 +108,8 @@ def run(
     if not (output.quiet or as_json):
         em = plan.params.em is not None
         console.note(rendering.stats_line(outcome, plan.seed, backend.context, em=em))
-    return 130 if any(c.finish_reason == "cancelled" for c in outcome.completions) else 0
+    stopped = cancelled.requested or any(c.finish_reason == "cancelled" for c in outcome.completions)
+    return 130 if stopped else 0
 
 
 def _asked(backend: "Backend", text: str, prompting: PromptOptions) -> "Asked":

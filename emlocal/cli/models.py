@@ -8,11 +8,11 @@ import typer
 
 from emlocal import console
 from emlocal.errors import ModelError, UsageError
-from emlocal.formatting import human_size
 from emlocal.models import catalog, hub, starter
 from emlocal.models.folder import needed_files
 from emlocal.models.gguf.header import shown
 from emlocal.models.resolve import Format, HubName, Model, local_path, meaning, on_disk, resolve
+from emlocal.text import human_size
 
 app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
 
@@ -167,7 +167,7 @@ def _facts(model: Model) -> dict[str, Any]:
 def _in_effect(own: Mapping[str, float]) -> dict[str, dict[str, float | str]]:
     """What emlocal samples with when no flag is given: config file, then model, then its own defaults."""
     from emlocal.settings import SamplingParams, describe_em, resolve_settings, settings_of
-    from emlocal.settings.files import read_config
+    from emlocal.settings.resolve import read_config
 
     resolved = resolve_settings(("config", read_config())).with_model(own)
     effective: dict[str, dict[str, float | str]] = {

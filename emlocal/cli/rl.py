@@ -6,9 +6,8 @@ import typer
 
 from emlocal.cli.options import Data, ModelName, Output, with_options
 from emlocal.settings.table import NOTHING, Given, Table
-from emlocal.training.options import AnswerOptions, MachineOptions, RunOptions, Setup
 from emlocal.training.rl_settings import RLSettings, read_recipe, recipes
-from emlocal.training.settings import settings_of_run
+from emlocal.training.settings import AnswerOptions, MachineOptions, RunOptions, Setup, settings_of_run
 
 
 @with_options

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from emlocal import console
-from emlocal.formatting import counted, human_size, plain
-from emlocal.models.storage import Progress
+from emlocal.models.paths import Progress
 from emlocal.settings import settings_of
-from emlocal.text import CONTROLS
-from emlocal.training.dry_run import Trial, try_out
+from emlocal.text import CONTROLS, counted, human_size, plain
 from emlocal.training.engines import Objective
-from emlocal.training.options import Setup
-from emlocal.training.runner import TrainingResult, train
-from emlocal.training.settings import TrainingSettings
-from emlocal.training.watching import View
+from emlocal.training.guards import View
+from emlocal.training.runner import TrainingResult, Trial, train, try_out
+from emlocal.training.settings import Setup, TrainingSettings
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from emlocal import console
-from emlocal.formatting import counted
 from emlocal.loading import (
     MOST_PARALLEL,
     Loaded,
@@ -15,6 +14,7 @@ from emlocal.loading import (
     load_for_batch,
 )
 from emlocal.settings.engine import EngineOptions
+from emlocal.text import counted
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend

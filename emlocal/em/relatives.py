@@ -3,14 +3,14 @@
 They keep a policy's entropy *up*, and EM-RL brings it down: by its own measure they work against it
 (docs/methods.md, "Its relatives"). They are here so that a comparison has them on the same engine, answers
 and draws, and are off unless they are asked for (--regularize, --token-weights). All choose or weigh tokens;
-KL-Cov alone has a term of its own in the loss (emlocal.em.policy_gradient).
+KL-Cov alone has a term of its own in the loss (emlocal.em.losses).
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from emlocal.em.entropy import Float64
-from emlocal.em.policy_gradient import Bool
+from emlocal.em.losses import Bool
 
 LARGEST_GAP = 11.0
 """TW-GRPO's bound on a difference of log-probabilities, nats."""

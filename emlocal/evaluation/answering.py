@@ -3,14 +3,17 @@
 Questions go in blocks, each of which begins with an empty engine and ends before the next. A block that was
 cut short is answered anew from its beginning, and what was there of it is kept: an engine's sums depend on
 what is computed in the same pass, so only then are a killed run's answers those of one that was not.
+
+Verdicts on answers, remembered: a run that goes on, or is reported again, judges nothing twice.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from emlocal.backends.base import Backend
 from emlocal.batch.journal import Journal
@@ -18,10 +21,11 @@ from emlocal.batch.lines import Item
 from emlocal.batch.rows import is_error
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
-from emlocal.evaluation.tasks.task import Problem, Task
+from emlocal.evaluation.tasks.task import Problem, Task, Verdict
 from emlocal.generation import Scheduler
 from emlocal.generation.prompt import chat_tokens
 from emlocal.models.templates import Message
+from emlocal.text import parse_json
 
 Row = Mapping[str, Any]
 _ROUNDS_OF_A_BLOCK = 6.25
@@ -167,3 +171,85 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer with its verdict."""
+
+    answer: Answer
+    verdict: Verdict
+
+
+class Judge:
+    """Judges a task's answers. Verdicts are appended to a file, by the digest of what was judged.
+
+    Two processes may append to it: lines are short, and one that is torn is judged again.
+    """
+
+    def __init__(self, task: Task, path: Path) -> None:
+        self._task = task
+        self._known = dict(_read_verdict(path))
+        self._file = path.open("a", encoding="utf-8")
+        if _is_torn(path):
+            self._file.write("\n")
+
+    def judge(
+        self, answers: Iterable[Answer], cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[Judged]:
+        """The answers with their verdicts, in their order; fewer, where it is cancelled."""
+        for answer in answers:
+            if cancelled():
+                return
+            yield Judged(answer, self._verdict(answer))
+
+    def _verdict(self, answer: Answer) -> Verdict:
+        if answer.error is not None:
+            return Verdict("no answer", None, answer.error)
+        found = self._task.find(answer.problem, answer.text, answer.earlier)
+        if found is None:
+            return Verdict("no answer")
+        what, how = found
+        shown = None if self._task.runs_code else what
+        key = self._task.digest(answer.problem, what)
+        if key not in self._known:
+            right, said = self._task.check(answer.problem, what)
+            said = said.encode(
+                errors="replace"
+            ).decode()  # a program may raise any text, half a surrogate too
+            self._known[key] = (right, said)
+            line = json.dumps({"key": key, "right": right, "said": said}) + "\n"
+            self._file.write(line)
+            self._file.flush()
+        right, said = self._known[key]
+        return Verdict("right" if right else "wrong", shown, said or how)
+
+    def close(self) -> None:
+        """Close the file and what the task's judging holds."""
+        self._file.close()
+        self._task.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether its last line has no end."""
+    return path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+
+
+def _read_verdict(path: Path) -> Iterator[tuple[str, tuple[bool, str]]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                value = parse_json(line)
+                yield value["key"], (bool(value["right"]), str(value["said"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a crash

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import emlocal
 from emlocal.backends import ENGINES
-from emlocal.backends.select import engine
+from emlocal.backends.engine import engine
 from emlocal.machine import cpu
 from emlocal.text import parse_json
 

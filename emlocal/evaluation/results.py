@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from emlocal.evaluation.judging import Judged
+from emlocal.evaluation.answering import Judged
 from emlocal.evaluation.statistics import (
     Interval,
     bootstrap_mean,

@@ -22,10 +22,8 @@ from emlocal.batch.rows import is_error, key_of
 from emlocal.batch.run import BatchSettings
 from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, UsageError
-from emlocal.evaluation.answering import Answer, Answering
-from emlocal.evaluation.contenders import Contender, describe, read_contenders
-from emlocal.evaluation.judging import Judge, Judged
-from emlocal.evaluation.options import EvalOptions
+from emlocal.evaluation.answering import Answer, Answering, Judge, Judged
+from emlocal.evaluation.contenders import Contender, EvalOptions, describe, read_contenders
 from emlocal.evaluation.provenance import answered_with, note_answering, provenance
 from emlocal.evaluation.report.document import Document, write_json
 from emlocal.evaluation.report.page import write_page
@@ -34,7 +32,6 @@ from emlocal.evaluation.results import Comparison, MethodResult, compare, summar
 from emlocal.evaluation.sandbox.run import check_containment
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.task import Task
-from emlocal.formatting import counted
 from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
 from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
@@ -42,6 +39,7 @@ from emlocal.settings import Resolved, resolve_settings
 from emlocal.settings.engine import EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NAMES, Table, options_of
+from emlocal.text import counted
 
 _PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
 

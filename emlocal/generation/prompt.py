@@ -1,15 +1,22 @@
-"""From messages to the tokens of a prompt: the model's template, and nothing smuggled in by a message."""
+"""From messages to the tokens of a prompt: the model's template, and nothing smuggled in by a message.
+
+An engine's `encode` is one native call. For a text of megabytes it takes seconds, in which no signal is
+handled, and for a text that exceeds the context many times over it is in vain. So what cannot fit is refused
+at once, and a long text is tokenized in a thread.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from emlocal.backends.base import Backend, ModelInfo
-from emlocal.errors import CancelledError, ModelError, UsageError
-from emlocal.generation.tokenizing import SHORT, check_fits, never, text_tokens
+from emlocal.cancel import never, unfinished, waited_for
+from emlocal.errors import CancelledError, ContextFullError, ModelError, UsageError
 from emlocal.models.templates import Message, render
 from emlocal.text import longest_of
 
+SHORT = 16_384
+"""Characters that any engine tokenizes within milliseconds."""
 Asked = str | Sequence[Message]
 """A text that is sent as it is, or messages for the chat template."""
 
@@ -136,3 +143,37 @@ def _unused_characters(messages: Sequence[Message]) -> tuple[str, str]:
     said = set().union(*(m["content"] for m in messages))
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in said)
     return next(free), next(free)
+
+
+def text_tokens(
+    backend: Backend,
+    text: str,
+    *,
+    add_special: bool,
+    parse_special: bool,
+    cancelled: Callable[[], bool] = never,
+) -> list[int]:
+    """What `Backend.encode` gives.
+
+    Raises:
+        ContextFullError: the text cannot fit the context, however it is tokenized.
+        CancelledError: `cancelled()` became true.
+    """
+    if len(text) <= SHORT and not unfinished():
+        return backend.encode(text, add_special=add_special, parse_special=parse_special)
+    check_fits(backend, text)
+    return waited_for(
+        lambda: backend.encode(text, add_special=add_special, parse_special=parse_special), cancelled
+    )
+
+
+def check_fits(backend: Backend, text: str) -> None:
+    """Raise ContextFullError for a text that is too long by its mere size."""
+    least = backend.least_tokens(text) if len(text) > SHORT else 0
+    if least >= backend.context:
+        size = len(text.encode(errors="replace"))
+        raise ContextFullError(
+            f"the prompt has {size:,} bytes, at least {least:,} tokens;"
+            f" the context holds {backend.context:,}, one of them for the answer",
+            "shorten the prompt or give a larger --context",
+        )

@@ -16,9 +16,9 @@ from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from emlocal.cancel import never
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
 from emlocal.generation.sample import Completion, Request
-from emlocal.generation.tokenizing import never
 from emlocal.sampling import Draw
 
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from emlocal.backends.base import Backend, Feed, Row
+from emlocal.cancel import never
 from emlocal.errors import (
     BackendError,
     CancelledError,
@@ -28,7 +29,6 @@ from emlocal.errors import (
 from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token
 from emlocal.generation.sample import FinishReason
 from emlocal.generation.sequences import WORTH_SHARING, Group, Kept, Sequences, Stream, common, tokens_of
-from emlocal.generation.tokenizing import never
 from emlocal.sampling import Draw
 
 PROMPT_TOKENS_PER_STEP = 256

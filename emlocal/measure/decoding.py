@@ -4,26 +4,84 @@ A round has a prompt and draws of its own, which its sides share; they take turn
 are ignored, so that every side takes the same number of steps at the same positions of one sequence: equal
 work for the engine, whatever the tokens are. A step is what happens between two tokens that a caller of
 `Runner.follow` receives: the forward pass, the sampler and the bookkeeping of text.
+
+Medians of paired ratios, with intervals that assume no distribution.
+
+The sampler by itself, on rows of a real model: with EM, without, and against plain numpy.
+
+Rows are visited one after the other, so that each comes from outside the processor's inner caches, as a row
+does that an engine has just written; the ways take turns, sweep by sweep.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends import ENGINES
 from emlocal.backends.base import Backend, Feed
-from emlocal.backends.select import engine
+from emlocal.backends.engine import engine
 from emlocal.errors import UsageError
 from emlocal.generation import Job, Request, Scheduler, Token
 from emlocal.generation.prompt import for_template, prompt_tokens
-from emlocal.measure.statistics import Ratio, speed_ratio
-from emlocal.sampling import SamplingParams, Uniforms
+from emlocal.sampling import Sampler, SamplingParams, Uniforms
+from emlocal.text import counted
+
+CONFIDENCE = 0.95
+_FEWEST_PAIRS = 6  # of five, even the least and the largest enclose the median with 93.75 % only
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How one way of doing the same work compares with another, over pairs."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+    """Pairs."""
+    bounds: Literal["95% interval", "range"]
+    """What `low` and `high` are: the ends of the median's interval, or, where the pairs are too few for
+    one, the least and the largest ratio."""
+
+    def __str__(self) -> str:
+        ends = f"{self.low:.3f} to {self.high:.3f}"
+        if self.bounds == "range":
+            return f"{self.median:.3f}  ({counted(self.n, 'round')}: {ends})"
+        return f"{self.median:.3f}  (95 %: {ends}, {self.n} rounds)"
+
+
+def speed_ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
+    """The speed of the first relative to the reference: above 1 is faster. Pairs belong together by index."""
+    return ratio([r / s for s, r in zip(seconds, reference, strict=True)])
+
+
+def ratio(pairs: Sequence[float]) -> Ratio:
+    """The median of ratios, with its interval; with their range where they are too few for one."""
+    ordered = sorted(pairs)
+    n = len(ordered)
+    skip = _ranks_outside(n)
+    bounds: Literal["95% interval", "range"] = "range" if n < _FEWEST_PAIRS else "95% interval"
+    return Ratio(statistics.median(ordered), ordered[skip], ordered[n - 1 - skip], n, bounds)
+
+
+def _ranks_outside(n: int) -> int:
+    """How many of n ordered values lie outside each end of the median's interval (binomial, exact)."""
+    tail, skip = 0.0, 0
+    while skip < n // 2:
+        tail += math.comb(n, skip) / 2**n  # P(no more than `skip` values lie below the median)
+        if tail > (1 - CONFIDENCE) / 2:
+            break
+        skip += 1
+    return max(0, skip - 1)
+
 
 PROMPTS = (
     "Tell me a long story about a lighthouse.",
@@ -200,3 +258,93 @@ def prompt_speed(backend: Backend, tokens: int, repeats: int = 3) -> float:
         seconds.append(time.perf_counter() - started)
         backend.release(sequence)
     return tokens / statistics.median(seconds)
+
+
+Rows = Sequence[NDArray[np.float32]]
+_FULL = "full vocabulary"
+
+
+@dataclass(frozen=True)
+class Path:
+    """Rows that the sampler treated alike with EM on."""
+
+    name: str
+    rows: int
+    microseconds: float
+    """Mean over the rows."""
+
+
+@dataclass(frozen=True)
+class SamplerTimes:
+    """Mean microseconds a row (of each row the median over the sweeps): EM step, truncation and draw."""
+
+    off: float
+    on: float
+    plain: float
+    """Full-row softmax, cumulative sum and search in numpy: no EM, no truncation, no statistics."""
+    plain_over_on: Ratio
+    """How fast the sampler with EM is relative to plain numpy, over the sweeps; above 1 is faster."""
+    paths: tuple[Path, ...]
+
+
+def plain_sample(row: NDArray[np.float32], temperature: float, u: float) -> int:
+    """What a few lines of numpy do: softmax over the whole row, cumulative sum, search."""
+    p = np.exp((row - row.max()) / np.float32(temperature))
+    cumulative = np.cumsum(p)
+    return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+
+
+def measure_sampler(rows: Rows, params: SamplingParams, *, sweeps: int = 5, seed: int = 0) -> SamplerTimes:
+    """Time the sampler on `rows`, each float32 [V]."""
+    sampler = Sampler(len(rows[0]))
+    without, heat = params.without_em(), params.temperature or 1.0
+    uniforms = Uniforms(seed)
+    draws = [uniforms[i] for i in range(len(rows))]
+    ways: dict[str, Callable[[NDArray[np.float32], float], object]] = {
+        "off": lambda row, u: sampler.sample(row, without, u),
+        "on": lambda row, u: sampler.sample(row, params, u),
+        "plain": lambda row, u: plain_sample(row, heat, u),
+    }
+    times: dict[str, list[list[float]]] = {name: [] for name in ways}
+    names = list(ways)
+    for sweep in range(-1, sweeps):  # the first warms up
+        for name in names[sweep % 3 :] + names[: sweep % 3]:
+            seconds = _sweep(rows, draws, ways[name])
+            if sweep >= 0:
+                times[name].append(seconds)
+    each = {
+        name: [statistics.median(s) * 1e6 for s in zip(*found, strict=True)] for name, found in times.items()
+    }
+    totals = {name: [sum(seconds) for seconds in found] for name, found in times.items()}
+    return SamplerTimes(
+        statistics.fmean(each["off"]),
+        statistics.fmean(each["on"]),
+        statistics.fmean(each["plain"]),
+        speed_ratio(totals["on"], totals["plain"]),
+        _paths(rows, draws, params, each["on"]),
+    )
+
+
+def _sweep(
+    rows: Rows, draws: Sequence[float], way: Callable[[NDArray[np.float32], float], object]
+) -> list[float]:
+    seconds = []
+    for row, u in zip(rows, draws, strict=True):
+        started = time.perf_counter()
+        way(row, u)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _paths(
+    rows: Rows, draws: Sequence[float], params: SamplingParams, times: Sequence[float]
+) -> tuple[Path, ...]:
+    """The rows by what the sampler did with them."""
+    found: dict[str, list[float]] = {}
+    for row, u, microseconds in zip(rows, draws, times, strict=True):
+        sampler = Sampler(len(row))
+        draw = sampler.sample(row, params, u)
+        (cutoff,) = sampler.paths
+        name = f"head above {cutoff:g}" if cutoff else _FULL
+        found.setdefault(name if draw.steps or not cutoff else "left alone by EM", []).append(microseconds)
+    return tuple(Path(name, len(t), statistics.fmean(t)) for name, t in sorted(found.items()))

@@ -1,4 +1,5 @@
-"""Ways to answer: EM and what it is compared with. A method is one file here and one line in `_ALL`.
+"""Ways to answer: EM and what it is compared with. A method is one file here and one line in `_ALL`
+(docs/extending.md).
 
 People write a method as NAME[:VALUE][:SETTING=VALUE…]: `em-inf:paper`, `sample:1`, `self-consistency:4`; and
 two with + between, where one says how samples are drawn and the other what is done with them:

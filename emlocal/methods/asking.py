@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+from emlocal.cancel import never
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.generation import Completed, Finished, Handle, Job, Request, Runner, Token
 from emlocal.generation.prompt import Asked
-from emlocal.generation.tokenizing import never
 from emlocal.methods import Outcome
 from emlocal.methods.method import Method
 from emlocal.models.templates import Message

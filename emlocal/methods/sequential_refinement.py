@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
-from emlocal.formatting import counted
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.settings import check_settings, setting
+from emlocal.text import counted
 
 if TYPE_CHECKING:
     from emlocal.methods.asking import Question

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emlocal.errors import ModelError
-from emlocal.formatting import human_size
 from emlocal.models.gguf.header import shown
 from emlocal.models.header import ModelHeader
+from emlocal.text import human_size
 
 KV_TYPE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of one number in the KV cache
 F16_BYTES = KV_TYPE_BYTES["f16"]

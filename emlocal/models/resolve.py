@@ -27,7 +27,7 @@ from emlocal.models.folder import (
 )
 from emlocal.models.gguf import GGUFHeader, read_header
 from emlocal.models.gguf.header import shown
-from emlocal.models.storage import Progress, silent
+from emlocal.models.paths import Progress, silent
 
 _HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?"

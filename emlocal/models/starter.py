@@ -20,8 +20,7 @@ from typing import IO
 from emlocal.errors import ModelError
 from emlocal.files import only_one, put_in_place
 from emlocal.models.gguf.header import shown
-from emlocal.models.paths import cache_dir
-from emlocal.models.storage import Progress, check_space, disk_errors, silent
+from emlocal.models.paths import Progress, cache_dir, check_space, disk_errors, silent
 
 ALIAS = "smollm2:135m"
 FILE_NAME = "SmolLM2-135M-Instruct-Q4_1.gguf"

@@ -1,9 +1,15 @@
-"""From paths to a plot, whatever kind they are of; and what all pictures have in common."""
+"""From paths to a plot, whatever kind they are of; and what all pictures have in common.
+
+Plots of characters: axes around rows, bars, and lines as braille dots, two by four in a character.
+"""
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.text import Text
 
 from emlocal.errors import BackendError, UsageError
 from emlocal.files import atomic_path
@@ -115,3 +121,113 @@ def save(figure: "Figure", path: Path) -> None:
         # a token in a script that the font lacks is shown as a box
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=_DOTS)
+
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+UPRIGHT = " ▁▂▃▄▅▆▇█"
+STYLES = ("cyan", "yellow", "magenta", "green", "red", "blue")
+"""Of the things in one plot, over and over."""
+
+
+def axis_width(low: float, high: float) -> int:
+    """Columns that the numbers and the line of `framed` take."""
+    return max(len(short(low)), len(short(high))) + 2
+
+
+def framed(rows: Sequence[Text], low: float, high: float, left: str, middle: str, right: str) -> list[Text]:
+    """The rows, the highest first, with an axis on their left and one below, whose ends are named."""
+    numbers = axis_width(low, high) - 2
+    found = []
+    for i, row in enumerate(rows):
+        number = short(high) if i == 0 else short(low) if i == len(rows) - 1 else ""
+        found.append(Text(f"{number:>{numbers}} {'┤' if number else '│'}", "dim").append_text(row))
+    width = max(row.cell_len for row in rows)
+    pad = " " * (numbers + 1)
+    found.append(Text(f"{pad}└{'─' * width}", "dim"))
+    found.append(Text(f"{pad} {between(left, middle, right, width)}", "dim"))
+    return found
+
+
+def between(left: str, middle: str, right: str, width: int) -> str:
+    """The ends of an axis and what it is of; without the latter where there is no place."""
+    gap = width - cell_len(left) - cell_len(right)
+    if gap < cell_len(middle) + 2:
+        return left + " " * max(1, gap) + right
+    before = (gap - cell_len(middle)) // 2
+    return left + " " * before + middle + " " * (gap - cell_len(middle) - before) + right
+
+
+def bar(share: float, width: int) -> str:
+    """A horizontal bar over a share of the width, to an eighth of a column, padded to the width."""
+    eighths = round(min(1.0, max(0.0, share)) * width * 8)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def short(number: float) -> str:
+    """Three digits: "0.217", "1.74", "119", "2.5e+10"."""
+    return f"{number:.3g}" if abs(number) < 1000 or abs(number) >= 1e6 else f"{number:.0f}"
+
+
+_BRAILLE = 0x2800
+_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""By column and row within a character, the uppermost row first."""
+Point = tuple[float, float]
+"""From (0, 0), below on the left, to (1, 1)."""
+
+
+class Canvas:
+    """Lines over each other, each with a colour of its own.
+
+    With `letters` a line is drawn with its letter (a, b, …) instead, a character at a time: that tells lines
+    apart where there are no colours.
+    """
+
+    def __init__(self, columns: int, rows: int, *, letters: bool = False) -> None:
+        self._columns, self._rows = columns, rows
+        self._letters = letters
+        self._cells: dict[tuple[int, int], dict[int, int]] = {}
+
+    def line(self, points: Sequence[Point], number: int) -> None:
+        """Join the points by the line of this number."""
+        width, height = 2 * self._columns - 1, 4 * self._rows - 1
+        dots = [(round(x * width), round((1 - y) * height)) for x, y in points]
+        for start, end in zip(dots, dots[1:] or dots, strict=False):
+            steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
+            for i in range(steps + 1):
+                self._dot(
+                    round(start[0] + (end[0] - start[0]) * i / steps),
+                    round(start[1] + (end[1] - start[1]) * i / steps),
+                    number,
+                )
+
+    def _dot(self, x: int, y: int, number: int) -> None:
+        cell = self._cells.setdefault((x // 2, y // 4), {})
+        cell[number] = cell.get(number, 0) | _BITS[x % 2][y % 4]
+
+    def rows(self) -> list[Text]:
+        """The rows, the uppermost first."""
+        found = []
+        for y in range(self._rows):
+            row = Text()
+            for x in range(self._columns):
+                row.append_text(self._character(self._cells.get((x, y), {})))
+            found.append(row)
+        return found
+
+    def _character(self, cell: dict[int, int]) -> Text:
+        if not cell:
+            return Text(" ")
+        number = max(cell)
+        if self._letters:
+            return Text(letter(number) if len(cell) == 1 else "+")
+        bits = 0
+        for mask in cell.values():
+            bits |= mask
+        return Text(chr(_BRAILLE + bits), STYLES[number % len(STYLES)])
+
+
+def letter(number: int) -> str:
+    """What stands for the line of this number: a … z, A … Z, and again."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return letters[number % len(letters)]

@@ -12,10 +12,9 @@ from emlocal.evaluation.report.document import Results, Standing, read_results
 from emlocal.evaluation.report.figures import draw_accuracy_against_cost, looks
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
-from emlocal.formatting import counted
-from emlocal.plotting.draw import new_figure, plain_axes
+from emlocal.plotting.draw import bar, between, new_figure, plain_axes
 from emlocal.plotting.sources import labels
-from emlocal.plotting.terminal import bar, between
+from emlocal.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

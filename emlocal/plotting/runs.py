@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.plotting.draw import legend_above, new_figure, plain_axes
+from emlocal.plotting.draw import (
+    STYLES,
+    Canvas,
+    axis_width,
+    framed,
+    legend_above,
+    letter,
+    new_figure,
+    plain_axes,
+    short,
+)
 from emlocal.plotting.sources import finite, labels
-from emlocal.plotting.terminal import STYLES, Canvas, axis_width, framed, letter, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from emlocal.errors import UsageError
-from emlocal.formatting import change, counted
 from emlocal.generation.sample import EntropySummary, summarize
-from emlocal.plotting.draw import legend_above, new_figure, plain_axes
+from emlocal.plotting.draw import UPRIGHT, axis_width, framed, legend_above, new_figure, plain_axes
 from emlocal.plotting.sources import finite, labels, read_bytes
-from emlocal.plotting.terminal import UPRIGHT, axis_width, framed
 from emlocal.sampling import Draw
-from emlocal.text import harmless
+from emlocal.text import change, counted, harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,8 +21,7 @@ from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.sampling.draw import Draw
 from emlocal.sampling.fused import Fused
-from emlocal.sampling.penalties import adjust
-from emlocal.sampling.reference import COLDEST, inverse_cdf, nucleus, probabilities
+from emlocal.sampling.reference import COLDEST, adjust, inverse_cdf, nucleus, probabilities
 from emlocal.settings import SamplingParams
 
 NEGLIGIBLE = 1e-7

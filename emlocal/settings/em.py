@@ -45,12 +45,16 @@ PRESET = Setting(
 def em_table(steps: Sequence[type[EMStep]]) -> Table:
     """The switch of each step, the preset, and the steps' settings. Steps may share one, under one flag."""
     settings = {switch.name: switch for switch in map(switch_of, steps)} | {PRESET.name: PRESET}
+    others: dict[str, list[str]] = {}
     for step in steps:
         for name, known in em_numbers(step).items():
             first = settings.setdefault(name, known)
             if first.default != known.default:
-                both = f"(default: {first.default:g}; {known.default:g} with {step.flag})"
-                settings[name] = replace(first, help=f"{first.help} {both}")
+                others.setdefault(name, []).append(f"{known.default:g} with {step.flag}")
+    for name, defaults in others.items():
+        first = settings[name]
+        said = "; ".join([f"{first.default:g}", *defaults])
+        settings[name] = replace(first, help=f"{first.help} (default: {said})")
     return Table(settings)
 
 

@@ -14,11 +14,9 @@ import numpy as np
 
 from emlocal.backends import ENGINES
 from emlocal.backends.base import Backend, LoadOptions
-from emlocal.backends.engine import Opened, Trainer, Training
+from emlocal.backends.engine import Opened, Trainer, Training, engine, select_backend
 from emlocal.backends.learner import Descent, Learner
-from emlocal.backends.select import engine, select_backend
 from emlocal.errors import ContextFullError, UsageError
-from emlocal.formatting import counted
 from emlocal.generation.prompt import chat_tokens, check_template, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.identity import weights_digest
@@ -29,12 +27,12 @@ from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.resolve import GGUFModel, Model, resolve
 from emlocal.models.unpacked import unpack
 from emlocal.sampling.draw import request_key
+from emlocal.text import counted
 from emlocal.training.folder import Verb
+from emlocal.training.guards import View
 from emlocal.training.loop import Method
-from emlocal.training.options import Setup
 from emlocal.training.prompts import Prompt
-from emlocal.training.settings import TrainingSettings
-from emlocal.training.watching import View
+from emlocal.training.settings import Setup, TrainingSettings
 
 if TYPE_CHECKING:
     from emlocal.backends.llama_cpp import LlamaCppBackend

@@ -16,14 +16,13 @@ import numpy as np
 from emlocal.backends.base import Backend
 from emlocal.backends.learner import Learner, Processes
 from emlocal.errors import CancelledError, EmlocalError
-from emlocal.formatting import counted
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.sampling.draw import request_key
-from emlocal.training.batching import MicroBatches
+from emlocal.text import counted
 from emlocal.training.checkpoint import Arrays, Checkpoint
 from emlocal.training.folder import OthersFolder, RunFolder
 from emlocal.training.guards import Guards
-from emlocal.training.rollouts import Rollout, RolloutStats, describe, draw_rollouts
+from emlocal.training.rollouts import MicroBatches, Rollout, RolloutStats, describe, draw_rollouts
 from emlocal.training.settings import TrainingSettings
 
 MOST_SKIPPED = 3

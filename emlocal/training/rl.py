@@ -2,6 +2,8 @@
 
 `PolicyGradient.gradients` is the whole of it: answers → rewards → advantages → losses → gradient. Each step's
 equation is a function of its own in `emlocal.em`; what related methods hold back is in `em.relatives`.
+
+EM-FT: follow the gradient of the entropy of the answers' tokens (paper eq. 2).
 """
 
 import hashlib
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 
 from emlocal.backends.learner import (
     Descent,
+    EntropyLearner,
+    EntropyObjective,
     Floats,
     OutOfMemoryError,
     PolicyLearner,
@@ -24,7 +28,7 @@ from emlocal.backends.learner import (
     TokenLosses,
 )
 from emlocal.em.entropy import Float64
-from emlocal.em.policy_gradient import PolicyObjective, averaging_weights
+from emlocal.em.losses import PolicyObjective, averaging_weights
 from emlocal.em.relatives import clip_cov, covariances, kl_cov, tw_grpo_weights
 from emlocal.em.rewards import (
     grpo,
@@ -38,17 +42,16 @@ from emlocal.em.rewards import (
     weighted_sum,
     zero_variance,
 )
-from emlocal.errors import EmlocalError
-from emlocal.formatting import counted, plain
+from emlocal.errors import EmlocalError, UsageError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.sampling.draw import request_key
-from emlocal.training.batching import MicroBatches
+from emlocal.text import counted, plain
 from emlocal.training.engines import Objective
-from emlocal.training.grading import answer_of, check_answers, label_of
 from emlocal.training.loop import Gradient
-from emlocal.training.prompts import Prompt
+from emlocal.training.prompts import Prompt, answer_of, check_answers, label_of
 from emlocal.training.rl_settings import Reward, RLSettings
-from emlocal.training.rollouts import Rollout
+from emlocal.training.rollouts import MicroBatches, Rollout, token_weights
+from emlocal.training.settings import FineTuneSettings
 
 if TYPE_CHECKING:
     from emlocal.backends.engine import Opened
@@ -287,3 +290,62 @@ def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[PolicyL
         )
 
     return Objective("rl", settings, check, learner, method, told, "em-rl")
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """One answer to each prompt, one update a step. A `loop.Method`."""
+
+    settings: FineTuneSettings
+    learner: EntropyLearner
+    samples: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing beside the prompts."""
+        return {}
+
+    def gradients(
+        self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
+    ) -> Iterator[Gradient]:
+        """See `loop.Method`."""
+        weights = token_weights(rollouts, self.settings.normalize)
+        parts = batches.run(
+            step,
+            rollouts,
+            lambda part: self.learner.accumulate([rollouts[i] for i in part], [weights[i] for i in part]),
+        )
+        tokens = sum(terms.tokens for _, terms in parts)
+        kl = sum(terms.kl for _, terms in parts) / tokens
+        yield Gradient(
+            kl if self.settings.measures_kl else None,
+            {
+                "loss": sum(terms.loss for _, terms in parts),
+                "loss_entropy": sum(terms.entropy for _, terms in parts) / tokens,
+            },
+        )
+
+
+def em_ft(settings: FineTuneSettings, recipe: str = "default") -> Objective[EntropyLearner]:
+    """What `emlocal finetune` trains; `recipe`: the name of what the settings began with."""
+
+    def check(prompts: Sequence[Prompt]) -> None:
+        if recipe == "one-shot" and len(prompts) > 1:
+            raise UsageError(
+                f"--recipe one-shot trains on one prompt; there are {len(prompts):,}", "choose one: --limit 1"
+            )
+
+    def learner(opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool) -> EntropyLearner:
+        objective = EntropyObjective(settings.kl_beta, settings.measures_kl, settings.temperature)
+        return opened.entropy_learner(adapter, descent, objective, checkpointing=checkpointing)
+
+    def told(prompts: int) -> Sequence[str]:
+        s = settings
+        return (
+            f"recipe {recipe}: {counted(s.steps, 'step')} of {counted(s.prompts_per_step, 'answer')}"
+            f" to {counted(prompts, 'prompt')},",
+            f"learning rate {plain(s.learning_rate)}, β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}",
+        )
+
+    return Objective(
+        "finetune", settings, check, learner, lambda made, _: FineTune(settings, made), told, "em-ft"
+    )

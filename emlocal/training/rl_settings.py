@@ -75,7 +75,7 @@ class RLSettings(TrainingSettings):
     averaging: Averaging = _reward(
         "token", "--averaging", help="Mean over tokens; over answers of means; over answers of sums."
     )
-    """Of the tokens' losses: see `emlocal.em.policy_gradient.averaging_weights`."""
+    """Of the tokens' losses: see `emlocal.em.losses.averaging_weights`."""
     ppo_epochs: int = _reward(
         1, "--ppo-epochs --num-iterations", 1, 100, "Optimizer steps on the same answers."
     )
@@ -195,7 +195,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     Raises UsageError for one that does not exist or cannot be read, and for settings that are unknown, of the
     wrong kind or out of range.
     """
-    from emlocal.settings.files import read_settings
+    from emlocal.settings.resolve import read_settings
 
     if isinstance(name, str) and not name.endswith(".toml"):
         if name not in recipes():

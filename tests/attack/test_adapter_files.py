@@ -14,16 +14,15 @@ import pytest
 from emlocal.errors import ModelError
 from emlocal.models.adapters.folder import CONFIG
 from emlocal.models.adapters.merge import open_model
-from emlocal.models.adapters.mlx import WEIGHTS as MLX_WEIGHTS
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import WEIGHTS as MLX_WEIGHTS
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.origin import base_of
 from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import read_folder_header, sampling_settings
 from emlocal.models.gguf import known, read_adapter_header, read_header
-from emlocal.models.json_file import read_chat_template
-from emlocal.models.regular import open_regular, read_regular
+from emlocal.models.regular import open_regular, read_chat_template, read_regular
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from emlocal.batch.keys import Keys, Places
-from emlocal.batch.manifest import manifest_path
+from emlocal.batch.output import manifest_path
 from emlocal.errors import EmlocalError, UsageError, explained
 from tests.batch.batches import batch, rows
 from tests.batch.writer import opened, row

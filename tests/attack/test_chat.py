@@ -20,8 +20,7 @@ from prompt_toolkit.output import DummyOutput
 
 from emlocal.backends.fake import FakeBackend, saying
 from emlocal.chat.conversation import Conversation, chat_file, newest_kept
-from emlocal.chat.history import KeptHistory
-from emlocal.chat.input import TerminalReader
+from emlocal.chat.input import KeptHistory, TerminalReader
 from emlocal.chat.repl import Repl
 from emlocal.chat.session import ChatSession
 from emlocal.cli.chat import ChatSettings

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from emlocal.backends.engine import engine
 from emlocal.backends.llama_cpp import trial
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.select import engine
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.gguf.keys import CHECKED
 from emlocal.models.resolve import GGUFModel, resolve

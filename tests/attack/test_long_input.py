@@ -23,8 +23,7 @@ from emlocal.backends.llama_cpp.long_text import TokenTexts, join_pieces
 from emlocal.batch.lines import read_lines
 from emlocal.cancel import unfinished, waited_for
 from emlocal.errors import CancelledError, ContextFullError
-from emlocal.generation.prompt import chat_tokens
-from emlocal.generation.tokenizing import text_tokens
+from emlocal.generation.prompt import chat_tokens, text_tokens
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
 from emlocal.models.vocabulary import USER_DEFINED
@@ -260,7 +259,7 @@ def test_a_line_of_megabytes_becomes_an_error_row_and_the_next_is_answered(
 
 
 def test_a_dry_run_counts_it_as_one_that_does_not_fit(tiny: LlamaCppBackend) -> None:
-    from emlocal.batch.dry_run import survey
+    from emlocal.batch.run import survey
     from emlocal.generation.parallel import Speed
 
     line = json.dumps({"prompt": "y" * 1_000_000}).encode()
@@ -284,7 +283,7 @@ def test_work_that_hears_no_signals_is_waited_for() -> None:
 SLOW = """
 import sys, time
 from emlocal.backends.fake import FakeBackend
-from emlocal.cli import generate, views
+from emlocal.cli import views
 from emlocal.cli.app import run
 from emlocal import __main__
 import contextlib

@@ -17,9 +17,9 @@ HIDDEN = "what-the-environment-holds"
 WALK = f"""
 import json, resource, sys, time
 from emlocal.errors import ModelError, UsageError
-from emlocal.models import template_process, templates
+from emlocal.models import templates, templates
 from emlocal.models.templates import render
-template_process.MAX_SECONDS = float(sys.argv[1])
+templates.MAX_SECONDS = float(sys.argv[1])
 for line in sys.stdin:  # one by one: what this process holds counts for those that it starts
     name, template = json.loads(line)
     started = time.monotonic()

@@ -19,8 +19,8 @@ ENDLESS = {
 }
 NOTHING = Path(os.devnull)
 PATIENT = """
-from emlocal.models import template_process
-template_process.MAX_SECONDS = 60.0
+from emlocal.models import templates
+templates.MAX_SECONDS = 60.0
 from emlocal.__main__ import main
 main()
 """
@@ -41,7 +41,7 @@ BUSY = 0.3
 def test_generate(name: str, number: int, tmp_path: Path) -> None:
     model = write_tiny_gguf(tmp_path / "m.gguf", chat_template=ENDLESS[name])
     code, said = interrupted(["generate", "-q", "-m", str(model), "hi"], NOTHING, number)
-    assert (code, said) == (128 + number, "stopped while the prompt was read\n")
+    assert (code, said) == (128 + number, "")
 
 
 def test_batch(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.backends.llama_cpp.library import load_library
-from emlocal.backends.llama_cpp.loading import Loading
+from emlocal.backends.engine import engine
+from emlocal.backends.llama_cpp.loading import Loading, load_library
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.select import engine
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.adapters.peft import write_peft
@@ -48,7 +47,7 @@ def fresh(code: str, *folders: Path) -> None:
     subprocess.run([sys.executable, "-c", paths + code], check=True, timeout=60)
 
 
-LOAD = "from emlocal.backends.llama_cpp.library import load_library; lib = load_library()\n"
+LOAD = "from emlocal.backends.llama_cpp.loading import load_library; lib = load_library()\n"
 
 
 def test_the_package_stays_unloaded_and_can_be_loaded_afterwards() -> None:
@@ -77,7 +76,7 @@ def test_a_layout_that_needs_the_package_gets_it(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("name = 'x'\n")
     (package / "llama_cpp.py").write_text("from llama_cpp import name\n")
     fresh(
-        "from emlocal.backends.llama_cpp.library import _declarations\n"
+        "from emlocal.backends.llama_cpp.loading import _declarations\n"
         "assert _declarations().name == 'x' and sys.modules['llama_cpp'].name == 'x'",
         tmp_path,
     )
@@ -89,7 +88,7 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     (package / "__init__.py").touch()
     (package / "llama_cpp.py").write_text("raise OSError('libgomp.so.1 is missing')\n")
     fresh(
-        "from emlocal.backends.llama_cpp.library import load_library\n"
+        "from emlocal.backends.llama_cpp.loading import load_library\n"
         "from emlocal.errors import BackendError\n"
         "try: load_library()\n"
         "except BackendError as why: assert 'libgomp.so.1' in str(why)\n"

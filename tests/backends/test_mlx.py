@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.mlx.backend import MLXBackend
-from emlocal.backends.mlx.cache import MLXCache
-from emlocal.backends.mlx.decoder import Decoder
+from emlocal.backends.mlx.cache import Decoder, MLXCache
 from emlocal.backends.mlx.device import choose_place
 from emlocal.backends.mlx.load import open_folder
 from emlocal.backends.mlx.model import check_config, context_of, old_names, windows
@@ -24,7 +23,7 @@ from emlocal.backends.torch.load import open_folder as open_in_torch
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.folder import read_folder_header
 from emlocal.sampling import SamplingParams, Uniforms

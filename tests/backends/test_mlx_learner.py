@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.mlx.device import out_of_memory
-from emlocal.backends.mlx.learner import MLXEntropyLearner
-from emlocal.backends.mlx.lora import base_weights, linear_layers
-from emlocal.backends.mlx.objective import Head, em_ft_terms
+from emlocal.backends.mlx.learner import Head, MLXEntropyLearner, em_ft_terms
+from emlocal.backends.mlx.model import base_weights, linear_layers
 from emlocal.backends.torch.learner import TorchEntropyLearner
-from emlocal.backends.torch.lora import linear_layers as layers_of_torch
-from emlocal.backends.torch.lora import lora_layers
-from emlocal.em.em_ft import em_ft
+from emlocal.backends.torch.model import linear_layers as layers_of_torch
+from emlocal.backends.torch.model import lora_layers
+from emlocal.em.losses import em_ft
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.training.engines import new_adapter

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.backends import ENGINES, mlx, torch
-from emlocal.backends.engine import Engine
-from emlocal.backends.select import engine, select_backend
+from emlocal.backends.engine import Engine, engine, select_backend
 from emlocal.errors import BackendError, UsageError
 
 LLAMA_CPP = ("llama.cpp", "the engine for any CPU")

@@ -11,12 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import emlocal
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
-from emlocal.backends.chunking import Chunk, passes
+from emlocal.backends.engine import engine as record
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.select import engine as record
+from emlocal.backends.slots import Chunk, passes
 from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.cache import TorchCache, Window
-from emlocal.backends.torch.decoder import Decoder, attention_windows
+from emlocal.backends.torch.cache import Decoder, TorchCache, Window, attention_windows
 from emlocal.backends.torch.device import Place, choose_place, out_of_memory
 from emlocal.backends.torch.load import open_folder
 from emlocal.backends.torch.model import check_architecture, load_model, trained_context

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.batch.manifest import manifest_path
+from emlocal.batch.output import manifest_path
 from emlocal.errors import EmlocalError
 from tests.batch.writer import opened, row, run
 

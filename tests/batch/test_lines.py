@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emlocal.batch.lines import BadLine, Item, canonical, digest, parse_line, parse_object, read_lines
-from emlocal.jsonl import TOO_LONG
+from emlocal.text import TOO_LONG
 from tests.examples import examples
 
 
@@ -112,7 +112,7 @@ def test_digest_tells_where_one_text_ends() -> None:
 
 
 def test_a_line_that_is_too_long_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emlocal.jsonl.MAX_LINE_BYTES", 64)
+    monkeypatch.setattr("emlocal.text.MAX_LINE_BYTES", 64)
     long = json.dumps({"prompt": "x" * 1000}).encode()
     first, bad, last = read(b'{"prompt": "a"}\n' + long + b'\n{"prompt": "b"}\n')
     assert isinstance(bad, BadLine)

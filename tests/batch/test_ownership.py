@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.batch.manifest import manifest_path
+from emlocal.batch.output import manifest_path
 from emlocal.errors import UsageError
 from tests.batch.test_journal import refused
 from tests.batch.writer import SETTINGS, opened, row, run

@@ -19,7 +19,7 @@ from emlocal.backends.fake import END, FakeBackend
 from emlocal.cli.app import build
 from emlocal.errors import UsageError
 from emlocal.generation import Scheduler
-from emlocal.measure import decoding, sampler, statistics
+from emlocal.measure import decoding
 from emlocal.settings import EMInf, SamplingParams
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -178,27 +178,27 @@ def test_recorded_rows_are_those_that_were_drawn_from() -> None:
 
 def test_plain_sampling_draws_from_the_softmax() -> None:
     row = np.log(np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32))
-    assert [sampler.plain_sample(row, 1.0, u) for u in (0.05, 0.25, 0.5, 0.95)] == [0, 1, 2, 3]
+    assert [decoding.plain_sample(row, 1.0, u) for u in (0.05, 0.25, 0.5, 0.95)] == [0, 1, 2, 3]
 
 
 def test_the_interval_of_a_median() -> None:
-    assert statistics.ratio([1.0, 2.0, 4.0]) == statistics.Ratio(2.0, 1.0, 4.0, 3, "range")
+    assert decoding.ratio([1.0, 2.0, 4.0]) == decoding.Ratio(2.0, 1.0, 4.0, 3, "range")
     # n = 10: the 2nd and 9th values have coverage 97.9 %, the 3rd and 8th only 89.1 %
-    ten = statistics.ratio([float(i) for i in range(1, 11)])
-    assert ten == statistics.Ratio(5.5, 2.0, 9.0, 10, "95% interval")
-    assert statistics.speed_ratio([1.0], [2.0]).median == 2.0
+    ten = decoding.ratio([float(i) for i in range(1, 11)])
+    assert ten == decoding.Ratio(5.5, 2.0, 9.0, 10, "95% interval")
+    assert decoding.speed_ratio([1.0], [2.0]).median == 2.0
 
 
 def test_too_few_rounds_for_an_interval_show_their_range() -> None:
-    assert str(statistics.ratio([0.991, 0.971])) == "0.981  (2 rounds: 0.971 to 0.991)"
-    assert str(statistics.ratio([0.97])) == "0.970  (1 round: 0.970 to 0.970)"
-    six = statistics.ratio([0.97, 0.98, 0.98, 0.98, 0.98, 0.99])
+    assert str(decoding.ratio([0.991, 0.971])) == "0.981  (2 rounds: 0.971 to 0.991)"
+    assert str(decoding.ratio([0.97])) == "0.970  (1 round: 0.970 to 0.970)"
+    six = decoding.ratio([0.97, 0.98, 0.98, 0.98, 0.98, 0.99])
     assert str(six) == "0.980  (95 %: 0.970 to 0.990, 6 rounds)"
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 20, 101])
 def test_the_interval_covers_what_it_says(n: int) -> None:
-    found = statistics.ratio([float(i) for i in range(n)])
+    found = decoding.ratio([float(i) for i in range(n)])
     skipped = int(found.low)  # as many values lie below the interval as above it
 
     def coverage(skip: int) -> float:
@@ -206,11 +206,11 @@ def test_the_interval_covers_what_it_says(n: int) -> None:
 
     if found.bounds == "range":
         assert (found.low, found.high) == (0.0, float(n - 1))
-        assert coverage(1) < statistics.CONFIDENCE  # no interval could have covered enough
+        assert coverage(1) < decoding.CONFIDENCE  # no interval could have covered enough
         return
     # P(the median lies outside) is P(at most skipped - 1 … values below it), on either side
-    assert coverage(skipped + 1) >= statistics.CONFIDENCE
-    assert coverage(skipped + 2) < statistics.CONFIDENCE
+    assert coverage(skipped + 1) >= decoding.CONFIDENCE
+    assert coverage(skipped + 2) < decoding.CONFIDENCE
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_threads_wait_briefly_unless_the_user_has_chosen(
 ) -> None:
     """In a process of its own: OpenMP reads the variables when the library is loaded."""
     code = (
-        "from emlocal.backends.llama_cpp.library import load_library; load_library()\n"
+        "from emlocal.backends.llama_cpp.loading import load_library; load_library()\n"
         "import os; print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -48,8 +48,10 @@ def test_the_first_command_installs() -> None:
     assert commands(ROOT / "README.md")[0].text.startswith(INSTALL)
 
 
-def run(name: str, command: Command, home: dict[str, str], folder: Path) -> None:
-    """Run one command as a shell would; what is typed into a chat comes through a pipe, then /exit."""
+def run(name: str, command: Command, home: dict[str, str], folder: Path) -> str:
+    """Run one command as a shell would; what is typed into a chat comes through a pipe, then /exit.
+
+    Returns what it said, stdout and stderr."""
     typed = "".join(f"{line}\n" for line in (*command.typed, "/exit")) if command.typed else ""
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command.text],
@@ -66,6 +68,7 @@ def run(name: str, command: Command, home: dict[str, str], folder: Path) -> None
         with Path(shown).open("a", encoding="utf-8") as file:
             file.write(f"$ {command.text}\n{done.stdout}{done.stderr}\n")
     assert done.returncode == 0, f"{name}:{command.line}: $ {command.text}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
 
 
 def test_a_chat_is_fed_what_the_page_types(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emlocal.em.entropy import log_softmax
-from emlocal.em.policy_gradient import PolicyObjective, averaging_weights, k3, log_prob_gradient, policy_loss
+from emlocal.em.losses import PolicyObjective, averaging_weights, k3, log_prob_gradient, policy_loss
 from emlocal.em.relatives import clip_cov, covariances, kl_cov, position_divergence, tw_grpo_weights
 
 RANDOM = np.random.default_rng(7)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from emlocal.em.em_ft import em_ft
 from emlocal.em.entropy import log_softmax
-from emlocal.em.policy_gradient import PolicyObjective, averaging_weights, k3, log_prob_gradient, policy_loss
+from emlocal.em.losses import PolicyObjective, averaging_weights, em_ft, k3, log_prob_gradient, policy_loss
 from emlocal.em.rewards import (
     Float64,
     grpo,

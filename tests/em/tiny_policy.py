@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 
 from emlocal.em.entropy import entropy, log_softmax
-from emlocal.em.policy_gradient import PolicyObjective, averaging_weights, log_prob_gradient, policy_loss
+from emlocal.em.losses import PolicyObjective, averaging_weights, log_prob_gradient, policy_loss
 from emlocal.em.rewards import Float64, self_certainty
 
 V, LENGTH = 5, 3

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.evaluation.answering import Answer
-from emlocal.evaluation.judging import Judged
+from emlocal.evaluation.answering import Answer, Judged
 from emlocal.evaluation.report import figures, page, texts
 from emlocal.evaluation.report.document import Document, as_json, write_json
 from emlocal.evaluation.results import Comparison, Estimate, compare, summarize

@@ -15,9 +15,8 @@ from emlocal.batch.lines import canonical
 from emlocal.batch.run import BatchSettings
 from emlocal.errors import CancelledError, UsageError
 from emlocal.evaluation import runner as run
-from emlocal.evaluation.answering import Answer, takes_system
+from emlocal.evaluation.answering import Answer, Judge, Judged, takes_system
 from emlocal.evaluation.contenders import describe, read_contenders
-from emlocal.evaluation.judging import Judge, Judged
 from emlocal.evaluation.provenance import answered_with
 from emlocal.evaluation.results import compare, summarize
 from emlocal.evaluation.sandbox import landlock

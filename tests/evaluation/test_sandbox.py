@@ -116,8 +116,10 @@ def test_a_crash_is_told_from_a_failure() -> None:
     ],
 )
 def test_an_endless_program_is_ended(program: str) -> None:
+    started = time.monotonic()
     outcome = run.run(program, Limits(seconds=1))
     assert outcome.ending in ("time", "killed")
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -237,10 +239,11 @@ def test_new_and_other_system_calls_do_not_exist(number: int) -> None:
 
 def test_nothing_is_left_open_or_running() -> None:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
-    before = len(list(Path("/proc/self/fd").iterdir())), children.read_text()
+    before, running = len(list(Path("/proc/self/fd").iterdir())), children.read_text()
     for program in ("pass", "import time\ntime.sleep(99)", "import os\nos._exit(1)"):
         run.run(program, Limits(seconds=0.1))
-    assert (len(list(Path("/proc/self/fd").iterdir())), children.read_text()) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert children.read_text() == running  # templates' process may be among them
 
 
 def test_without_containment_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

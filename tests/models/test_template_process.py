@@ -14,10 +14,9 @@ import pytest
 
 from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, ModelError
-from emlocal.models import template_process, templates
-from emlocal.models.template_process import TemplateProcess
+from emlocal.models import templates
 from emlocal.models.template_worker import MAX_MEMORY, Outcome, rendered, watched
-from emlocal.models.templates import digest, is_known, render
+from emlocal.models.templates import TemplateProcess, digest, is_known, render
 from tests.conftest import DATA
 
 HI = [{"role": "user", "content": "hi"}]
@@ -120,7 +119,7 @@ class TestTheProcess:
     def test_endless_compilation_is_stopped_once(
         self, process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(template_process, "MAX_SECONDS", 0.3)
+        monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
         process.prepare(ENDLESS_TO_COMPILE)
         first = process.pid
         assert process.ask(asked(ENDLESS_TO_COMPILE))[0] == "stopped"
@@ -142,7 +141,7 @@ class TestTheProcess:
         process.ask(asked(ECHO))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(template_process, "MAX_SECONDS", 0.3)
+        monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
         assert process.ask(asked(ECHO))[0] == "stopped"
         assert process.ask(asked(ECHO)) == ("text", "user: hi\n1")
 

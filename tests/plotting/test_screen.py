@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.plotting.draw import screen_lines
-from emlocal.plotting.terminal import Canvas, bar, between, framed, short
+from emlocal.plotting.draw import Canvas, bar, between, framed, screen_lines, short
 from tests.plotting.data import rows, run
 
 

@@ -17,8 +17,7 @@ from emlocal.settings import (
     resolve_settings,
 )
 from emlocal.settings.engine import EngineOptions
-from emlocal.settings.files import read_config
-from emlocal.settings.resolve import GENERATION, random_seed
+from emlocal.settings.resolve import GENERATION, random_seed, read_config
 from emlocal.settings.table import FLAGS, options_of
 from tests.cli.conftest import Outcome, emlocal, tiny
 

@@ -18,10 +18,9 @@ from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.resolve import resolve
 from emlocal.training.engines import LlamaCppModel, new_adapter
-from emlocal.training.finetune import FineTune
 from emlocal.training.folder import RunFolder
 from emlocal.training.loop import Method, Outcome, Plan, Run
-from emlocal.training.rl import PolicyGradient, objective_of
+from emlocal.training.rl import FineTune, PolicyGradient, objective_of
 from emlocal.training.rl_settings import RLSettings
 from emlocal.training.settings import FineTuneSettings, TrainingSettings
 from tests.metrics import metrics, timeless
@@ -92,7 +91,7 @@ def prepared(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from emlocal.backends.torch.lora import linear_layers
+    from emlocal.backends.torch.model import linear_layers
 
     torch.set_num_threads(1)
     verb = "rl" if isinstance(settings, RLSettings) else "finetune"

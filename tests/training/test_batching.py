@@ -4,8 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emlocal.training.batching import micro_batches, token_weights
-from emlocal.training.rollouts import Rollout
+from emlocal.training.rollouts import Rollout, micro_batches, token_weights
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """Machines that test are busy."""

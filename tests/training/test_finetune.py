@@ -188,7 +188,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
     pair: ModelPair, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "emlocal.training.finetune.token_weights", lambda rollouts, how: [float("nan")] * len(rollouts)
+        "emlocal.training.rl.token_weights", lambda rollouts, how: [float("nan")] * len(rollouts)
     )
     watcher = Watched()
     outcome = run(pair, out, watcher)

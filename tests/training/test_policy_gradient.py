@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from emlocal.backends.learner import Answer, Descent, OutOfMemoryError, PolicyTerms, TokenLosses
 from emlocal.backends.torch.learner import TorchPolicyLearner
-from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.em.losses import PolicyObjective
 from emlocal.errors import EmlocalError
 from emlocal.sampling.draw import request_key
-from emlocal.training.batching import MicroBatches
 from emlocal.training.rl import PolicyGradient, objective_of
 from emlocal.training.rl_settings import RLSettings
-from emlocal.training.rollouts import Rollout
+from emlocal.training.rollouts import MicroBatches, Rollout
 from tests.tiny_pair import ModelPair, random_adapter
 
 Rows = list[list[list[float]]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.jsonl import MAX_LINE_BYTES
+from emlocal.text import MAX_LINE_BYTES
 from emlocal.training.prompts import Prompt, read_prompts
 
 UNICODE = "naïve café — 2 × 3 = 6, 日本語, 👩‍👩‍👧‍👦"

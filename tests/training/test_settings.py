@@ -2,7 +2,7 @@
 
 import pytest
 
-from emlocal.em.em_ft import tempered_by
+from emlocal.em.losses import tempered_by
 from emlocal.errors import UsageError
 from emlocal.training.settings import RECIPES, FineTuneSettings
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from emlocal.backends.options import KVType, LoadOptions
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
+    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Model
-    from emlocal.models.storage import Progress
 
 __all__ = ["ENGINE", "LlamaCppBackend"]
 

@@ -18,18 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
-from emlocal.backends.llama_cpp.library import first_error, forget_errors
-from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading
+from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading, first_error, forget_errors
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
-from emlocal.formatting import counted
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler
+from emlocal.text import counted
 
 _PATIENCE = 0.5  # seconds that `close` waits for a tokenization that was given up
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0

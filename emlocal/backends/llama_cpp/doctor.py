@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from emlocal import install, machine
 from emlocal.backends.engine import Verdict
-from emlocal.backends.llama_cpp.library import REQUIREMENT
+from emlocal.backends.llama_cpp.loading import REQUIREMENT
 
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/cpu"
 

@@ -95,8 +95,7 @@ def main(arguments: list[str]) -> None:
     """The child: load the files, compute four tokens, and end with exit code 0 if nothing crashed."""
     settings = json.loads(arguments[0])
     _limit(settings["seconds"], settings["bytes"])
-    from emlocal.backends.llama_cpp.library import keep_nothing, load_library
-    from emlocal.backends.llama_cpp.loading import load_model
+    from emlocal.backends.llama_cpp.loading import keep_nothing, load_library, load_model
 
     lib = load_library()
     keep_nothing(lib)

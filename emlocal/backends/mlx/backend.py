@@ -15,15 +15,14 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Feed, ModelInfo
-from emlocal.backends.chunking import Chunk, passes
-from emlocal.backends.mlx.decoder import Decoder
+from emlocal.backends.base import Feed, ModelInfo, Tokenizer
+from emlocal.backends.mlx.cache import Decoder
 from emlocal.backends.mlx.device import Place
 from emlocal.backends.mlx.sampler import MLXSampler
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.slots import SlotBackend, Tokenizer
+from emlocal.backends.slots import Chunk, SlotBackend, passes
 from emlocal.errors import BackendError, CancelledError
-from emlocal.formatting import counted
+from emlocal.text import counted
 
 CPU_BUDGET, GPU_BUDGET = 512, 2048
 """Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""

@@ -1,5 +1,6 @@
 """From a model folder to a model, and to a running engine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from emlocal.backends.base import LoadOptions, ModelInfo
@@ -7,8 +8,7 @@ from emlocal.backends.engine import Opened
 from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective
 from emlocal.backends.mlx.backend import MLXBackend
 from emlocal.backends.mlx.device import Place, choose_place
-from emlocal.backends.mlx.lora import attach, linear_layers
-from emlocal.backends.mlx.model import context_of, load_model, windows
+from emlocal.backends.mlx.model import attach, context_of, linear_layers, load_model, windows
 from emlocal.backends.slots import check_kv_type
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import in_memory
@@ -50,17 +50,8 @@ def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str
 def _open(header: FolderHeader, place: Place, name: str) -> MLXModel:
     tokenizer = Tokenizer(header.path)
     model = load_model(header, place)
-    info = ModelInfo(
-        name=name or header.name,
-        architecture=header.architecture,
-        vocabulary=header.vocab_size,
-        trained_context=context_of(header, windows(model)),
-        end_tokens=tokenizer.end_tokens,
-        chat_template=tokenizer.chat_template,
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        sampling=header.sampling,
-    )
+    info = ModelInfo.of_folder(header, tokenizer, name)
+    info = replace(info, trained_context=context_of(header, windows(model)))
     return MLXModel(model, tokenizer, info, place)
 
 

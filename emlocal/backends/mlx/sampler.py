@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from emlocal.backends import device_sampler
 from emlocal.backends.base import Row
 from emlocal.backends.device_sampler import INFINITE, MASKED, NAN, DeviceSampler, Run, kernel_of, most_steps
-from emlocal.backends.mlx import em
-from emlocal.backends.mlx.draw import MOST_TOKENS, Fractions, Truncation, choose
+from emlocal.backends.mlx import kernels
+from emlocal.backends.mlx.kernels import MOST_TOKENS, Fractions, Truncation, choose
 from emlocal.errors import ModelError
 from emlocal.sampling import SamplingParams
 
@@ -86,9 +86,9 @@ def sample_block(
     fault = mx.where(top == -mx.inf, MASKED, mx.where(top == mx.inf, INFINITE, 0))
     fault = mx.where(mx.isnan(raw).any(axis=-1, keepdims=True), NAN, fault)
     z0 = mx.where(fault < 0, 0.0, raw)
-    z0 = mx.maximum(z0 - z0.max(axis=-1, keepdims=True), em.FLOOR)
-    z0 = mx.pad(z0, [(0, 0), (0, -vocabulary % em.GROUP)], constant_values=em.FLOOR)
-    truncation, descent, ratio = Truncation(*columns[:6]), em.Descent(*columns[6:10]), columns[10]
+    z0 = mx.maximum(z0 - z0.max(axis=-1, keepdims=True), kernels.FLOOR)
+    z0 = mx.pad(z0, [(0, 0), (0, -vocabulary % kernels.GROUP)], constant_values=kernels.FLOOR)
+    truncation, descent, ratio = Truncation(*columns[:6]), kernels.Descent(*columns[6:10]), columns[10]
     exact = Fractions(*fractions)
     sharpened = _sharpen(z0, kind, descent, ratio, rounds)
     token = choose(sharpened.z, sharpened.entropy_after, truncation, exact, vocabulary, ordered)
@@ -107,15 +107,17 @@ def sample_block(
     return mx.concatenate([field.astype(mx.float32) for field in fields], axis=-1)
 
 
-def _sharpen(z: mx.array, kind: str, descent: em.Descent, ratio: mx.array, rounds: int) -> em.Sharpened:
+def _sharpen(
+    z: mx.array, kind: str, descent: kernels.Descent, ratio: mx.array, rounds: int
+) -> kernels.Sharpened:
     if kind in ("sgd", "sgd+kl"):
-        return em.gradient_descent(z, descent, rounds, with_kl=kind == "sgd+kl")
+        return kernels.gradient_descent(z, descent, rounds, with_kl=kind == "sgd+kl")
     if kind == "adam":
-        return em.adam(z, descent, rounds)
+        return kernels.adam(z, descent, rounds)
     if kind == "adaptive":
-        return em.adaptive_temperature(z, ratio, descent.threshold)
-    H = em.entropy(z)
-    return em.Sharpened(z, H, H, mx.zeros_like(H))
+        return kernels.adaptive_temperature(z, ratio, descent.threshold)
+    H = kernels.entropy(z)
+    return kernels.Sharpened(z, H, H, mx.zeros_like(H))
 
 
 def _fractions(rows: Sequence[Row]) -> NDArray[np.uint64]:
@@ -148,4 +150,4 @@ def adjusted(block: mx.array, rows: Sequence[Row]) -> mx.array:
 def _probability(z: mx.array, token: mx.array) -> mx.array:
     """softmax(z) at the token, [R, 1]."""
     shifted = z - z.max(axis=-1, keepdims=True)
-    return mx.exp(mx.take_along_axis(shifted, token, axis=-1)) / em.total(mx.exp(shifted))
+    return mx.exp(mx.take_along_axis(shifted, token, axis=-1)) / kernels.total(mx.exp(shifted))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from emlocal.backends.options import KVType, LoadOptions
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
+    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Model
-    from emlocal.models.storage import Progress
 
 wait_briefly()  # read when torch loads its OpenMP library
 
@@ -93,7 +93,7 @@ def _open(folder: Path, *, name: str, device: str, dtype: str, threads: int) -> 
 
 def _processes(on_cpu: bool) -> "Processes":
     try:
-        from emlocal.backends.torch.processes import AcceleratedProcesses
+        from emlocal.backends.torch.load import AcceleratedProcesses
     except ImportError:
         what = "training with several processes needs the package accelerate, which is"
         raise missing(what, "pip install accelerate") from None

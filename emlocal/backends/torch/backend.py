@@ -13,17 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emlocal.backends.base import Feed, ModelInfo
-from emlocal.backends.chunking import passes
+from emlocal.backends.base import Feed, ModelInfo, Tokenizer
 from emlocal.backends.options import LoadOptions
-from emlocal.backends.slots import SlotBackend, Tokenizer
-from emlocal.backends.torch.decoder import Decoder
+from emlocal.backends.slots import SlotBackend, passes
+from emlocal.backends.torch.cache import Decoder
 from emlocal.backends.torch.device import Place, out_of_memory
-from emlocal.backends.torch.packed import packed_bytes
+from emlocal.backends.torch.model import packed_bytes
 from emlocal.backends.torch.sampler import TorchSampler
 from emlocal.errors import BackendError, CancelledError
-from emlocal.formatting import counted
 from emlocal.machine import physical_cores
+from emlocal.text import counted
 
 CPU_BUDGET, CUDA_BUDGET = 512, 4096
 """Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""

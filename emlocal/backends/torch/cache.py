@@ -4,17 +4,21 @@ A layer's keys are one tensor [slots, kv_heads, capacity + 1, head_dim], its val
 pass are a range of slots, which attention reads as a view; nothing is copied in a decoding step. Cells at and
 beyond a sequence's length are zero. The last cell of a slot, never read, takes what padding and rows
 that only fill a gap would write.
+
+One forward pass of a transformers model over chunks of several sequences.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from emlocal.backends.slots import SlotCache
-from emlocal.errors import CancelledError
+from emlocal.backends.slots import Chunk, SlotCache
+from emlocal.errors import CancelledError, ModelError
 
 
 @dataclass(frozen=True)
@@ -136,3 +140,163 @@ def _store(store: Tensor, new: Tensor, window: Window) -> Tensor:
 def is_range(slots: Sequence[int]) -> bool:
     """Whether ascending slots follow in order."""
     return slots[-1] - slots[0] + 1 == len(slots)
+
+
+_UNLIKE = 0.3
+"""Standard deviations of the logits. Rounding in bfloat16 makes 0.1, another computation more than 1."""
+GAPS = 2
+"""Decoding computes gaps between slots too, up to this many times the rows asked for; then it copies."""
+
+
+class Decoder:
+    """A causal language model and the cache that it reads and writes.
+
+    Raises ModelError for a model that keeps its state elsewhere than in a cache of keys and values.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.cache = TorchCache()
+        self.device = device
+        untyped: Any = model  # transformers' models have no useful static types
+        self._model = untyped
+        config = untyped.config.to_dict()
+        self._base = untyped.get_decoder()
+        self._head = untyped.get_output_embeddings()
+        self._windows = attention_windows(config)
+        self._scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
+        self._softcap: float | None = config.get("final_logit_softcapping")
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk], cancelled: Callable[[], bool]) -> Tensor | None:
+        """Compute the chunks, of different slots in ascending order, and store their keys and values.
+
+        Returns the logits that chunks want, in their order, float32 [wanted, V]; None where none are.
+        Raises CancelledError.
+        """
+        rows = self._with_gaps(chunks)
+        width = max(len(chunk.tokens) for chunk in chunks)
+        length = max(chunk.stop for chunk in chunks)
+        ids, positions, cells = self._inputs(rows, width)
+        slots = [chunk.slot for chunk in rows]
+        whole = all(chunk.stop == length and len(chunk.tokens) == width for chunk in rows)
+        window = Window(
+            rows=torch.tensor(slots, device=self.device)[:, None],
+            adjacent=is_range(slots),
+            cells=cells,
+            span=(length - width, length) if whole else None,
+            first=slots[0],
+            length=length,
+        )
+        self.cache.begin(window, cancelled)
+        hidden = self._base(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._mask(positions, length, whole and width in (1, length)),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        wanted = [(i, len(chunk.tokens) - 1) for i, chunk in enumerate(rows) if chunk.wanted]
+        if not wanted:
+            return None
+        at = torch.tensor(wanted, device=self.device)
+        return self._logits(hidden[at[:, 0], at[:, 1]])
+
+    def _with_gaps(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        """The chunks, with rows of nothing in between where a view of the cache then does and is cheap."""
+        first, last = chunks[0].slot, chunks[-1].slot
+        single = all(len(chunk.tokens) == 1 for chunk in chunks)
+        if is_range([chunk.slot for chunk in chunks]) or not single or last - first >= GAPS * len(chunks):
+            return chunks
+        by_slot = {chunk.slot: chunk for chunk in chunks}
+        return [by_slot.get(slot, Chunk(slot, 0, (), False)) for slot in range(first, last + 1)]
+
+    def _inputs(self, rows: Sequence[Chunk], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, positions and cells, each int64 [B, T]; padding is on the right.
+
+        It stands at the position of the row's last token, so that it sees something; it is not kept.
+        """
+        inputs = np.zeros((3, len(rows), width), dtype=np.int64)
+        ids, positions, cells = inputs
+        cells[:] = self.cache.capacity
+        for i, chunk in enumerate(rows):
+            n = len(chunk.tokens)
+            ids[i, :n] = chunk.tokens
+            cells[i, :n] = np.arange(chunk.start, chunk.stop)
+            positions[i] = max(chunk.stop - 1, 0)
+            positions[i, :n] = cells[i, :n]
+        on_device = torch.from_numpy(inputs).to(self.device)
+        return on_device[0], on_device[1], on_device[2]
+
+    def _mask(self, positions: Tensor, length: int, plain: bool) -> Tensor | dict[str, Tensor] | None:
+        """Which cells each token sees, bool [B, 1, T, length], by type of layer where there are several.
+
+        None where it is the usual causal mask (`plain`), for which attention has quicker kernels.
+        """
+        if plain and all(size is None or size >= length for size in self._windows.values()):
+            return None
+        here, cells = positions[:, None, :, None], torch.arange(length, device=self.device)
+        causal = cells <= here
+        masks = {
+            kind: causal if size is None else causal & (cells > here - size)
+            for kind, size in self._windows.items()
+        }
+        # a model whose layers are all alike takes a tensor, others a dictionary
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] → float32 [n, V]."""
+        logits: Tensor = self._head(hidden).float() * self._scale
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compute four tokens with the cache and without: does the model work as this class assumes?
+
+        Raises ModelError where the logits differ, or where layers did not use the cache.
+        """
+        architecture = type(self._model).__name__
+        tokens = list(range(4))
+        expected = self._model(input_ids=torch.tensor([tokens], device=self.device)).logits[0, -1].float()
+        self.cache.reserve(1, len(tokens), len(tokens))
+        self.run([Chunk(0, 0, tokens[:2], False)], lambda: False)
+        self.run([Chunk(0, 2, tokens[2:3], False)], lambda: False)
+        got = self.run([Chunk(0, 3, tokens[3:], True)], lambda: False)
+        self.cache.clear(0, 0, len(tokens))
+        layers = self._model.config.num_hidden_layers
+        if self.cache.layers_held != layers:
+            raise ModelError(
+                f"{architecture} is not for the torch engine: {self.cache.layers_held} of its {layers} layers"
+                " keep keys and values"
+            )
+        assert got is not None
+        if not expected.isfinite().all():
+            raise ModelError(
+                f"{architecture}'s logits are not finite: weights of this model are damaged", "get it again"
+            )
+        far = float((got[0] - expected).square().mean().sqrt() / expected.std())
+        if not far < _UNLIKE:
+            raise ModelError(
+                f"{architecture} is not for the torch engine: step by step its logits are off by {far:.2g}"
+                " standard deviations"
+            )
+
+
+def attention_windows(config: Mapping[str, Any]) -> dict[str, int | None]:
+    """How far back layers see, by their type; None: to the beginning.
+
+    Raises ModelError for other layers than those of full and sliding attention.
+    """
+    size: int | None = config.get("sliding_window")
+    if config.get("use_sliding_window") is False:
+        size = None
+    kinds = dict.fromkeys(config.get("layer_types") or ("sliding_attention" if size else "full_attention",))
+    windows = {"full_attention": None, "sliding_attention": size}
+    for kind in kinds:
+        if kind not in windows:
+            raise ModelError(
+                f"{config.get('model_type')} has layers of {kind}; the torch engine computes full and"
+                " sliding attention only"
+            )
+    return {kind: windows[kind] for kind in kinds}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from emlocal.backends.torch.packed import can_pack
+from emlocal.backends.torch.model import can_pack
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, available

@@ -27,10 +27,9 @@ from emlocal.backends.learner import (
     padded,
 )
 from emlocal.backends.torch.device import out_of_memory
-from emlocal.backends.torch.lora import attach, base_weights, lora_layers
-from emlocal.backends.torch.objective import em_ft_loss
-from emlocal.backends.torch.policy import policy_gradient_loss, position_divergences, token_scores
-from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.backends.torch.model import attach, base_weights, lora_layers
+from emlocal.backends.torch.policy import em_ft_loss, policy_gradient_loss, position_divergences, token_scores
+from emlocal.em.losses import PolicyObjective
 from emlocal.errors import ModelError
 from emlocal.machine import peak_memory
 from emlocal.models.adapters.adapter import Adapter

@@ -1,25 +1,37 @@
-"""From a Hugging Face folder to a running engine."""
+"""From a Hugging Face folder to a running engine.
+
+The processes that `accelerate launch` (or torchrun) started. All communication is accelerate's.
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 
 from emlocal.backends.base import LoadOptions, ModelInfo
 from emlocal.backends.engine import Opened
-from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner
+from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner, Processes
 from emlocal.backends.slots import check_kv_type
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.device import Place, choose_place
-from emlocal.backends.torch.lora import attach, linear_layers
-from emlocal.backends.torch.model import load_model, skeleton, trained_context
-from emlocal.backends.torch.packed import can_pack, pack
-from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.backends.torch.model import (
+    attach,
+    can_pack,
+    linear_layers,
+    load_model,
+    pack,
+    skeleton,
+    trained_context,
+)
+from emlocal.em.losses import PolicyObjective
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import sampling_settings
 from emlocal.models.gguf.header import GGUFHeader
-from emlocal.models.json_file import read_json
+from emlocal.models.regular import read_json
 from emlocal.models.tokenizer import Tokenizer
 
 
@@ -122,3 +134,22 @@ def open_folder(
 def _scaled(adapter: Adapter, scale: float) -> Adapter:
     pairs = {name: replace(pair, scale=pair.scale * scale) for name, pair in adapter.pairs.items()}
     return Adapter(pairs, adapter.base_model)
+
+
+T = TypeVar("T")
+
+
+class AcceleratedProcesses(Processes):
+    """One of several processes."""
+
+    def __init__(self, *, cpu: bool) -> None:
+        self._state = PartialState(cpu=cpu)
+        self.rank, self.count = self._state.process_index, self._state.num_processes
+        self.device = str(self._state.device)
+
+    def gather(self, own: T) -> list[T]:
+        found: list[T] = gather_object([own])
+        return found
+
+    def add_up(self, gradient: torch.Tensor) -> None:
+        gradient.copy_(reduce(gradient, "sum"))

@@ -1,4 +1,13 @@
-"""Loading a Hugging Face folder: safetensors only, no code from the folder, no network, no chatter."""
+"""Loading a Hugging Face folder: safetensors only, no code from the folder, no network, no chatter.
+
+Linear layers for decoding on CPUs: weights in the order in which oneDNN's kernels read them.
+
+torch keeps a matrix row by row, and oneDNN puts it in order anew at each product, which costs more than the
+product itself where there are few rows (docs/decisions.md). Inductor's frozen graphs do the same, by the
+same operators.
+
+LoRA layers on a transformers model: attach an adapter, switch it off for a while, take it out again.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -6,14 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-from emlocal.backends.torch.decoder import attention_windows
+from emlocal.backends.torch.cache import attention_windows
 from emlocal.errors import ModelError
+from emlocal.models.adapters.adapter import Adapter, LoraPair
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -123,3 +134,136 @@ def quiet() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_ROWS = 16
+"""That the order is chosen for. From 1 to 512 it made no difference."""
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer, y = W x + b, in bfloat16. It has no gradient, and its weights cannot be read."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.nbytes = layer.weight.nbytes + (0 if layer.bias is None else layer.bias.nbytes)
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
+        self._bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return y
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether linear layers of that format are quicker when packed, and can be."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+@torch.inference_mode()
+def pack(model: nn.Module) -> None:
+    """Put packed layers in place of the model's linear ones, those below LoRA layers too.
+
+    For models that will not be trained. One layer at a time is there twice; an output layer whose weights are
+    the embedding's stays so.
+    """
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:  # another kind may do more than the product
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedLinear(layer))
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the packed layers, which are no parameters of the model."""
+    return sum(layer.nbytes for layer in model.modules() if isinstance(layer, PackedLinear))
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and a trainable low-rank change beside it: y = W x + b + scale · B (A x).
+
+    A and B are float32 where they are trained, so that small optimizer steps are not rounded away, and of the
+    layer's format where they are only used: casting them at each call would take longer than the products.
+    Source: Hu et al. 2021, eq. 3.
+    """
+
+    def __init__(self, base: "nn.Linear | LoraLinear", pair: LoraPair, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
+        device = next(base.parameters()).device
+        self.a = nn.Parameter(torch.from_numpy(pair.a.copy()).to(device, dtype))
+        self.b = nn.Parameter(torch.from_numpy(pair.b.copy()).to(device, dtype))
+        self.scale = pair.scale
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        low = x @ self.a.to(x.dtype).T
+        return torch.add(y, low @ self.b.to(x.dtype).T, alpha=self.scale)
+
+    def pair(self) -> LoraPair:
+        """A copy of the weights."""
+        return LoraPair(_copy(self.a), _copy(self.b), self.scale)
+
+
+def _copy(parameter: nn.Parameter) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return parameter.detach().to("cpu", torch.float32).numpy().copy()
+
+
+def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
+    """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
+
+    `dtype`: of A and B; the model's own where they are not trained.
+
+    Raises ModelError where it names a layer that the model does not have or that has another shape.
+    """
+    for name, pair in adapter.pairs.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise ModelError(f"the adapter changes {name}, which the model does not have") from None
+        if not isinstance(layer, nn.Linear | LoraLinear):
+            raise ModelError(f"the adapter changes {name}, which is no linear layer of the model")
+        if (layer.out_features, layer.in_features) != (pair.b.shape[0], pair.a.shape[1]):
+            raise ModelError(
+                f"the adapter's {name} is {pair.b.shape[0]} × {pair.a.shape[1]},"
+                f" the model's {layer.out_features} × {layer.in_features}",
+                "give the model that this adapter was trained on",
+            )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoraLinear(layer, pair, dtype))
+
+
+def lora_layers(model: nn.Module) -> Mapping[str, LoraLinear]:
+    """The model's LoRA layers by name, in the model's order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Within this block the model computes as if it had no adapter."""
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear layer but the head by its name, in the model's order."""
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name != "lm_head"
+    }

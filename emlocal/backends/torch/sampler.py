@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from emlocal.backends import device_sampler
 from emlocal.backends.base import Row
 from emlocal.backends.device_sampler import INFINITE, MASKED, NAN, DeviceSampler, Run, kernel_of, most_steps
-from emlocal.backends.torch import em
-from emlocal.backends.torch.draw import GROUP, TOP, Truncation, choose
+from emlocal.backends.torch import kernels
+from emlocal.backends.torch.kernels import GROUP, TOP, Truncation, choose
 from emlocal.sampling import SamplingParams
 
 CPU_ROWS, CUDA_ROWS = 2, 16
@@ -35,7 +35,7 @@ class TorchSampler(DeviceSampler):
         self.device = device
         self.block = CPU_ROWS if device.type == "cpu" else CUDA_ROWS
         self._padded = -(-vocabulary // GROUP) * GROUP
-        self._descend: em.Step = em.descend if device.type == "cpu" else Compiled(warn)
+        self._descend: kernels.Step = kernels.descend if device.type == "cpu" else Compiled(warn)
 
     def _structure(self, params: SamplingParams) -> tuple[str | None, int]:
         return kernel_of(params.em), _largest(params, self.vocabulary)
@@ -62,10 +62,10 @@ class TorchSampler(DeviceSampler):
             top.isnan(), NAN, torch.where(top.isposinf(), INFINITE, torch.where(top.isneginf(), MASKED, 0))
         )
         z0 = torch.where(fault < 0, 0.0, raw).double()
-        z0 = (z0 - z0.amax(-1, keepdim=True)).clamp_min(em.FLOOR)
+        z0 = (z0 - z0.amax(-1, keepdim=True)).clamp_min(kernels.FLOOR)
         if self._padded > self.vocabulary:
-            z0 = pad(z0, (0, self._padded - self.vocabulary), value=em.FLOOR)
-        truncation, descent, ratio = Truncation(*columns[:7]), em.Descent(*columns[7:11]), columns[11]
+            z0 = pad(z0, (0, self._padded - self.vocabulary), value=kernels.FLOOR)
+        truncation, descent, ratio = Truncation(*columns[:7]), kernels.Descent(*columns[7:11]), columns[11]
         sharpened = self._sharpen(z0, kind, descent, ratio, rounds)
         token = choose(sharpened.z, sharpened.entropy_after, truncation, self.vocabulary, largest)
         without, p_before = token, _probability(z0, token)
@@ -84,25 +84,27 @@ class TorchSampler(DeviceSampler):
         )
         return torch.cat([column.double() for column in columns_out], dim=-1)
 
-    def _sharpen(self, z: Tensor, kind: str, descent: em.Descent, ratio: Tensor, rounds: int) -> em.Sharpened:
+    def _sharpen(
+        self, z: Tensor, kind: str, descent: kernels.Descent, ratio: Tensor, rounds: int
+    ) -> kernels.Sharpened:
         if kind == "sgd":
-            return em.gradient_descent(z, descent, rounds, self._descend)
+            return kernels.gradient_descent(z, descent, rounds, self._descend)
         if kind == "sgd+kl":
-            return em.gradient_descent_with_kl(z, descent, rounds)
+            return kernels.gradient_descent_with_kl(z, descent, rounds)
         if kind == "adam":
-            return em.adam(z, descent, rounds)
+            return kernels.adam(z, descent, rounds)
         if kind == "adaptive":
-            return em.adaptive_temperature(z, ratio, descent.threshold)
-        H = em.entropy(z)
-        return em.Sharpened(z, H, H, torch.zeros_like(H))
+            return kernels.adaptive_temperature(z, ratio, descent.threshold)
+        H = kernels.entropy(z)
+        return kernels.Sharpened(z, H, H, torch.zeros_like(H))
 
 
 class Compiled:
-    """`em.descend` through torch.compile; as it is where that fails, which `warn` is told once."""
+    """`kernels.descend` through torch.compile; as it is where that fails, which `warn` is told once."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._step: em.Step = torch.compile(em.descend, dynamic=False)
+        self._step: kernels.Step = torch.compile(kernels.descend, dynamic=False)
         self._proven = False
 
     def __call__(
@@ -115,7 +117,7 @@ class Compiled:
         except (RuntimeError, ImportError, OSError) as error:
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self._warn(f"torch.compile failed ({why}); the EM step runs uncompiled, which is slower")
-            self._step = em.descend
+            self._step = kernels.descend
             done = self._step(z, threshold, allowed, rate)
         self._proven = True
         return done

@@ -1,4 +1,5 @@
-"""The EM steps that emlocal has, one file each. A new one is a file here and a line in the table."""
+"""The EM steps that emlocal has, one file each. A new one is a file here and a line in the table
+(docs/extending.md)."""
 
 from emlocal.em import EMStep
 from emlocal.em.steps.adaptive_temperature import AdaptiveTemperature
@@ -6,5 +7,11 @@ from emlocal.em.steps.em_inf import EMInf
 
 __all__ = ["STEPS", "AdaptiveTemperature", "EMInf"]
 
-STEPS: dict[str, type[EMStep]] = {step.name: step for step in (EMInf, AdaptiveTemperature)}
+STEPS: dict[str, type[EMStep]] = {
+    step.name: step
+    for step in (
+        EMInf,
+        AdaptiveTemperature,
+    )
+}
 """By name."""

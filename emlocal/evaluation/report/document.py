@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.evaluation.judging import Judged
+from emlocal.evaluation.answering import Judged
 from emlocal.evaluation.results import Comparison, Estimate, MethodResult
 from emlocal.evaluation.tasks.task import Task
 from emlocal.files import atomic_writer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from emlocal.evaluation.judging import Judged
+from emlocal.evaluation.answering import Judged
 from emlocal.evaluation.report import figures, texts
 from emlocal.evaluation.report.document import Document
 from emlocal.files import atomic_writer

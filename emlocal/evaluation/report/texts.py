@@ -6,7 +6,7 @@ from pathlib import Path
 from emlocal.evaluation.report.document import Document
 from emlocal.evaluation.results import Comparison, Estimate, MethodResult
 from emlocal.files import atomic_writer
-from emlocal.formatting import change, counted
+from emlocal.text import change, counted
 
 _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 

@@ -1,10 +1,18 @@
-"""A LoRA adapter in memory, as every format and engine of emlocal understands it."""
+"""A LoRA adapter in memory, as every format and engine of emlocal understands it.
 
+What every adapter must be, whatever file it comes from, and whether it fits a model.
+"""
+
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from emlocal.errors import ModelError
+from emlocal.models.gguf import MAX_LORA_RANK
+from emlocal.models.gguf.header import shown
 
 
 @dataclass(frozen=True)
@@ -35,3 +43,70 @@ class Adapter:
     pairs: Mapping[str, LoraPair]
     base_model: str = ""
     """What the adapter says that it was trained on; "" where it says nothing."""
+
+
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_LONGEST_NAME = 200
+_LARGEST_SCALE = 1e6
+_LARGEST_WEIGHT = 1e9
+"""What training makes is below 100, and the largest scale may have been folded into it."""
+
+
+def checked_pair(
+    where: str, name: str, a: NDArray[np.float32], b: NDArray[np.float32], scale: float
+) -> LoraPair:
+    """A pair of which nothing can go wrong later. A is [rank, in], B [out, rank]; `where` is the file.
+
+    Raises ModelError: `name` is no module's, shapes that are no pair, a rank of 0 or above 4,096, a scale
+    above a million, a weight that is infinite, above a billion, or not a number.
+    """
+    if len(name) > _LONGEST_NAME or not _MODULE.fullmatch(name):
+        raise unusable(where, f"{shown(name)} is not the name of a layer")
+    if a.ndim != 2 or b.ndim != 2:
+        raise unusable(where, f"A and B of {name} are {dims(a.shape)} and {dims(b.shape)}, not matrices")
+    if a.shape[0] != b.shape[1]:
+        raise unusable(where, f"A of {name} has rank {a.shape[0]:,}, B {b.shape[1]:,}")
+    if not 1 <= a.shape[0] <= MAX_LORA_RANK or not a.size or not b.size:
+        raise unusable(
+            where,
+            f"A of {name} is {dims(a.shape)} and B {dims(b.shape)}; ranks are from 1 to {MAX_LORA_RANK:,}",
+        )
+    if not abs(scale) <= _LARGEST_SCALE:  # NaN neither
+        raise unusable(where, f"the scale of {name} is {scale:g}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise unusable(where, f"{name} has weights that are infinite or not a number")
+    largest = max(float(np.abs(a).max()), float(np.abs(b).max()))
+    if largest > _LARGEST_WEIGHT:
+        raise unusable(where, f"{name} has a weight of {largest:.2g}")
+    return LoraPair(a, b, float(scale))
+
+
+def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
+    """Compare with the linear layers of a model, [out, in] by name; `base` is what to call it.
+
+    Raises ModelError where the adapter names a layer that is not there or has another shape.
+    """
+    for name, pair in adapter.pairs.items():
+        found = (pair.b.shape[0], pair.a.shape[1])
+        there = shapes.get(name)
+        if there is None:
+            tied = " (it has no output matrix of its own)" if name == "lm_head" else ""
+            raise ModelError(f"the adapter changes {name}, which {base} does not have{tied}", _OTHER_MODEL)
+        if there != found:
+            raise ModelError(
+                f"the adapter does not fit {base}: its {name} is {dims(found)}, the model's {dims(there)}",
+                _OTHER_MODEL,
+            )
+
+
+_OTHER_MODEL = "give the model that this adapter was trained on"
+
+
+def unusable(where: str, what: str, hint: str = "get or train the adapter again") -> ModelError:
+    """The one form of a complaint about an adapter's files."""
+    return ModelError(f"{where} is not a usable adapter: {what}", hint)
+
+
+def dims(shape: tuple[int, ...]) -> str:
+    """A shape as people read it: "64 × 32"."""
+    return " × ".join(f"{d:,}" for d in shape) or "one number"

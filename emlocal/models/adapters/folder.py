@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from emlocal.errors import ModelError, UsageError
 from emlocal.files import atomic_folder
-from emlocal.models.adapters.checks import unusable
+from emlocal.models.adapters.adapter import unusable
 from emlocal.models.gguf.header import shown
 from emlocal.models.regular import read_regular
 from emlocal.models.safetensors import SafetensorsHeader, write_safetensors

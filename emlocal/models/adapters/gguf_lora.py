@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from emlocal.errors import EmlocalError, ModelError
 from emlocal.files import atomic_path
-from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.checks import check_fits, checked_pair
+from emlocal.models.adapters.adapter import Adapter, check_fits, checked_pair
 from emlocal.models.adapters.folder import unsupported
-from emlocal.models.adapters.mlx import folded
 from emlocal.models.adapters.names import (
+    folded,
     from_gguf_rows,
     gguf_names,
     is_permuted,

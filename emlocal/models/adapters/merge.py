@@ -16,11 +16,10 @@ import numpy as np
 
 from emlocal.errors import ModelError
 from emlocal.files import atomic_folder
-from emlocal.models.adapters.adapter import Adapter, LoraPair
-from emlocal.models.adapters.checks import check_fits
+from emlocal.models.adapters.adapter import Adapter, LoraPair, check_fits
 from emlocal.models.gguf.header import shown
-from emlocal.models.json_file import MAX_JSON_BYTES
-from emlocal.models.regular import open_regular, read_regular
+from emlocal.models.paths import Progress, check_space, silent
+from emlocal.models.regular import MAX_JSON_BYTES, open_regular, read_regular
 from emlocal.models.safetensors import (
     FLOATS,
     SafetensorsHeader,
@@ -28,7 +27,6 @@ from emlocal.models.safetensors import (
     read_safetensors_header,
     widened,
 )
-from emlocal.models.storage import Progress, check_space, silent
 from emlocal.models.unpacked import MANIFEST
 
 _INDEX = "model.safetensors.index.json"

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import ModelError
-from emlocal.models.adapters.adapter import Adapter, LoraPair
-from emlocal.models.adapters.checks import checked_pair, unusable
+from emlocal.models.adapters.adapter import Adapter, LoraPair, checked_pair, unusable
 from emlocal.models.adapters.folder import CONFIG, halves, read_config, unsupported, write_folder
 from emlocal.models.gguf.header import shown
 from emlocal.models.safetensors import read_floats, read_safetensors_header

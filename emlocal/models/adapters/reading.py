@@ -7,13 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar
 
 from emlocal.errors import ModelError
-from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.checks import check_fits
+from emlocal.models.adapters.adapter import Adapter, check_fits
 from emlocal.models.adapters.folder import CONFIG
 from emlocal.models.adapters.gguf_lora import read_gguf, write_gguf
-from emlocal.models.adapters.mlx import WEIGHTS as MLX_WEIGHTS
-from emlocal.models.adapters.mlx import read_mlx
-from emlocal.models.adapters.names import linear_shapes
+from emlocal.models.adapters.names import WEIGHTS as MLX_WEIGHTS
+from emlocal.models.adapters.names import linear_shapes, read_mlx
 from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from emlocal.models.adapters.peft import check_no_pickle, read_peft
 from emlocal.models.gguf import GGUFHeader, read_adapter_header

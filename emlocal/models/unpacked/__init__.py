@@ -14,10 +14,9 @@ from emlocal.errors import ModelError
 from emlocal.files import only_one, put_folder_in_place
 from emlocal.identity import UNPACKED_FORMAT, gguf_digest
 from emlocal.models.gguf.header import shown
-from emlocal.models.paths import cache_dir
+from emlocal.models.paths import Progress, cache_dir, check_space, disk_errors, silent
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
-from emlocal.models.storage import Progress, check_space, disk_errors, silent
 from emlocal.text import parse_json
 
 MANIFEST = "emlocal.json"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import GGUFHeader, TensorInfo, unusable
 from emlocal.models.gguf.types import TENSOR_TYPES
+from emlocal.models.paths import Progress
 from emlocal.models.regular import open_regular
-from emlocal.models.storage import Progress
 from emlocal.models.unpacked.config import Unpacked
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}

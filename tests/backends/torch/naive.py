@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from emlocal.backends.torch.lora import lora_layers
-from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.backends.torch.model import lora_layers
+from emlocal.em.losses import PolicyObjective
 from tests.tiny_pair import ModelPair
 
 
@@ -53,7 +53,7 @@ def policy_loss(
     reference: Tensor,
     pull: Tensor | None,
 ) -> Tensor:
-    """The equations of `emlocal.em.policy_gradient` on full rows [M, V], for autograd."""
+    """The equations of `emlocal.em.losses` on full rows [M, V], for autograd."""
     now = log_p[torch.arange(len(log_p)), tokens]
     a, ratio = advantages.to(now.dtype), (now - old).exp()
     if objective.kind == "reinforce":

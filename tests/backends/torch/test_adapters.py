@@ -13,14 +13,13 @@ from emlocal.backends.base import Backend, Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.torch import load
 from emlocal.backends.torch.load import open_folder
-from emlocal.backends.torch.lora import attach, lora_layers
-from emlocal.backends.torch.model import load_model, skeleton
+from emlocal.backends.torch.model import attach, load_model, lora_layers, skeleton
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.adapters.merge import merge
 from emlocal.models.adapters.merge import open_model as open_files
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
 from emlocal.models.resolve import GGUFModel, resolve

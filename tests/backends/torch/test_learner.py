@@ -10,7 +10,7 @@ import torch
 
 from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.torch.learner import TorchEntropyLearner, TorchLearner
-from emlocal.backends.torch.lora import attach, base_weights, linear_layers
+from emlocal.backends.torch.model import attach, base_weights, linear_layers
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.training.engines import new_adapter

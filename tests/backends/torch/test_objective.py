@@ -6,8 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emlocal.backends.torch.objective import em_ft_loss
-from emlocal.em.em_ft import em_ft, tempered_by
+from emlocal.backends.torch.policy import em_ft_loss
+from emlocal.em.losses import em_ft, tempered_by
 
 M, H, V = 23, 16, 301
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from emlocal.backends.torch.objective import em_ft_loss
 from emlocal.backends.torch.policy import (
     PolicyTerms,
+    em_ft_loss,
     policy_gradient_loss,
     position_divergences,
     token_scores,
 )
 from emlocal.em.entropy import entropy, log_softmax
-from emlocal.em.policy_gradient import PolicyObjective, policy_loss
+from emlocal.em.losses import PolicyObjective, policy_loss
 from emlocal.em.relatives import position_divergence
 from emlocal.em.rewards import self_certainty
 from tests.backends.torch import naive

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from emlocal.backends.learner import Descent, TokenLosses
 from emlocal.backends.torch.learner import TorchPolicyLearner
-from emlocal.backends.torch.lora import attach, base_weights, linear_layers
+from emlocal.backends.torch.model import attach, base_weights, linear_layers
 from emlocal.em.entropy import entropy
-from emlocal.em.policy_gradient import PolicyObjective
+from emlocal.em.losses import PolicyObjective
 from emlocal.em.relatives import position_divergence
 from emlocal.em.rewards import self_certainty
 from emlocal.training.engines import new_adapter

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import as_gguf, format_of, read_adapter
 from emlocal.models.gguf import GGUFHeader, read_adapter_header, read_header

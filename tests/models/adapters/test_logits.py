@@ -10,7 +10,7 @@ from emlocal.backends.base import Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
 from emlocal.models.resolve import resolve
@@ -28,7 +28,7 @@ def in_transformers(pair: ModelPair, adapter: Adapter | None) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from emlocal.backends.torch.lora import attach
+    from emlocal.backends.torch.model import attach
 
     model = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=torch.float32).eval()
     if adapter is not None:

@@ -22,7 +22,7 @@ IDS = [[1, 70, 45, 200, 261, 33, 90, 12]]
 def logits(folder: Path, adapter: Adapter | None = None, dtype: Any = None) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
-    from emlocal.backends.torch.lora import attach
+    from emlocal.backends.torch.model import attach
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).eval()
     if adapter is not None:

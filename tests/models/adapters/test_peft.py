@@ -30,7 +30,7 @@ def logits(of: Any) -> np.ndarray:
 
 
 def attached(pair: ModelPair, folder: Path) -> np.ndarray:
-    from emlocal.backends.torch.lora import attach
+    from emlocal.backends.torch.model import attach
 
     own = model(pair)
     attach(own, read_adapter(folder))

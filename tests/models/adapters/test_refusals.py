@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import GGUFHeader

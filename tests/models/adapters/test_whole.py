@@ -10,7 +10,7 @@ import pytest
 
 from emlocal.errors import EmlocalError, ModelError, UsageError
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.mlx import write_mlx
+from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import read_header
