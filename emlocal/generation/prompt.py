@@ -73,11 +73,11 @@ def chat_tokens(
     check_template(info.name, info.chat_template)
     assert info.chat_template is not None
     length = sum(len(m["content"]) for m in messages)
-    if length > SHORT:
-        _check_rendered(backend, messages)
+    text = _rendered_and_checked(backend, messages) if length > SHORT else None
     named = _control_texts_in(backend, messages, length)
     if not named:
-        text = render(info.chat_template, messages, bos=info.bos, eos=info.eos)
+        if text is None:
+            text = render(info.chat_template, messages, bos=info.bos, eos=info.eos)
         return text_tokens(backend, text, add_special=False, parse_special=True, cancelled=cancelled)
     # a message says "<|im_end|>", say: a stand-in goes through the template, and is put back as mere text
     start, end = _unused_characters(messages)
@@ -107,18 +107,20 @@ def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Mes
     return [{"role": "system", "content": system}, *messages]
 
 
-def _check_rendered(backend: Backend, messages: Sequence[Message]) -> None:
-    """Raise ContextFullError where what the template makes of the messages cannot fit.
+def _rendered_and_checked(backend: Backend, messages: Sequence[Message]) -> str:
+    """What the template makes of the messages. Raises ContextFullError where it cannot fit.
 
     Only the template knows how much of them goes into the prompt: some leave out thoughts and white space.
     """
     info = backend.info
     assert info.chat_template is not None
     try:
-        check_fits(backend, render(info.chat_template, messages, bos=info.bos, eos=info.eos))
+        text = render(info.chat_template, messages, bos=info.bos, eos=info.eos)
     except ModelError:  # messages of megabytes exceed the template's bounds: their size is the better reason
         check_fits(backend, "".join(m["content"] for m in messages))
         raise
+    check_fits(backend, text)
+    return text
 
 
 def _control_texts_in(backend: Backend, messages: Sequence[Message], length: int) -> list[str]:

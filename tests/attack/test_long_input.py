@@ -23,6 +23,7 @@ from emlocal.backends.llama_cpp.long_text import TokenTexts, join_pieces
 from emlocal.batch.lines import read_lines
 from emlocal.cancel import unfinished, waited_for
 from emlocal.errors import CancelledError, ContextFullError
+from emlocal.generation import prompt
 from emlocal.generation.prompt import chat_tokens, text_tokens
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.tokenizer import _MOST_SHRINKING, Tokenizer
@@ -228,6 +229,17 @@ def test_what_the_template_leaves_out_does_not_count() -> None:
     assert bytes(chat_tokens(fake, [thoughts, {"role": "user", "content": "hi" + " " * 100_000}])) == b"hi"
     with pytest.raises(ContextFullError, match="has 100,000 bytes, at least 100,000 tokens"):
         chat_tokens(fake, [thoughts, {"role": "user", "content": "h" * 100_000}])
+
+
+def test_a_long_conversation_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked is what is tokenized; only names of control tokens need a stand-in and a second time."""
+    fake, asked = FakeBackend(context=1_000_000), []
+    object.__setattr__(fake.info, "chat_template", "{{ messages[-1].content }}")
+    real = prompt.render
+    monkeypatch.setattr(prompt, "render", lambda *a, **b: (asked.append(a), real(*a, **b))[1])
+    text = "word " * 10_000
+    assert bytes(chat_tokens(fake, [{"role": "user", "content": text}])).decode() == text
+    assert len(asked) == 1
 
 
 @pytest.mark.real
