@@ -232,7 +232,7 @@ def test_what_the_template_leaves_out_does_not_count() -> None:
 
 
 def test_a_long_conversation_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is checked is what is tokenized; only names of control tokens need a stand-in and a second time."""
+    """What is checked is what is tokenized; only control tokens' names need a second time."""
     fake, asked = FakeBackend(context=1_000_000), []
     object.__setattr__(fake.info, "chat_template", "{{ messages[-1].content }}")
     real = prompt.render

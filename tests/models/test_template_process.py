@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import emlocal
 from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, ModelError
 from emlocal.models import templates
 from emlocal.models.template_worker import MAX_MEMORY, Outcome, rendered, watched
 from emlocal.models.templates import TemplateProcess, digest, is_known, render
 from tests.conftest import DATA
+from tests.tiny_gguf import write_tiny_gguf
 
 HI = [{"role": "user", "content": "hi"}]
 ECHO = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ x }}"
@@ -384,3 +386,14 @@ class running:  # noqa: N801 (a context)
     def __exit__(self, *_: object) -> None:
         self._program.kill()
         self._program.communicate()
+
+
+@pytest.mark.real
+def test_loading_a_model_from_python_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prompt does not wait for it, as on the command line."""
+    one = TemplateProcess()
+    monkeypatch.setattr(templates, "_process", one)
+    path = write_tiny_gguf(tmp_path / "model.gguf", chat_template=ECHO)
+    with emlocal.load(path, threads=1):
+        assert one.pid is not None
+    one.close()
