@@ -104,6 +104,22 @@ def test_the_whole_walk(architecture: str, tmp_path: Path, worker: Worker) -> No
 
 @pytest.mark.attack
 @pytest.mark.real
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_accepted_can_be_used(architecture: str, tmp_path: Path) -> None:
+    """The keys that the architecture reads, by emlocal's own way to a context: shared and not, with forks."""
+    name = general_architecture(architecture)
+    read = {f"{architecture}: {name}.{key}" for key in CHECKED[name]}
+    files = (f for f in with_one_key_changed(architecture) if f.what.partition(" = ")[0] in read)
+    worker = Worker("emlocal_worker")
+    try:
+        verdicts = survivors_only(written(files), tmp_path / "file.gguf", worker)
+    finally:
+        worker.close()
+    assert verdicts["answered"] > 100
+
+
+@pytest.mark.attack
+@pytest.mark.real
 def test_a_hundred_thousand_at_random(tmp_path: Path, worker: Worker) -> None:
     survivors_only(random_files(RANDOM), tmp_path / "file.gguf", worker)
 

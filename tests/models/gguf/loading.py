@@ -25,15 +25,19 @@ def accepted(path: Path) -> bool:
 
 
 class Worker:
-    """llama.cpp in a process of its own, started again when a file kills it."""
+    """llama.cpp in a process of its own, started again when a file kills it.
 
-    def __init__(self) -> None:
+    `module`: what runs there, `llama_worker` or `emlocal_worker`.
+    """
+
+    def __init__(self, module: str = "llama_worker") -> None:
+        self._module = f"tests.models.gguf.{module}"
         self.process: subprocess.Popen[str] | None = None
 
     def load(self, path: Path) -> str:
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.models.gguf.llama_worker"],
+                [sys.executable, "-m", self._module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
