@@ -12,7 +12,8 @@ from scipy import sparse
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.scicode import SciCodeTask
-from emlocal.evaluation.tasks.scicode_official import TargetFile, dicts_close, items_close, matrices_close
+from emlocal.evaluation.tasks.scicode_h5 import TargetFile
+from emlocal.evaluation.tasks.scicode_official import dicts_close, items_close, matrices_close
 from emlocal.evaluation.tasks.task import Task
 from tests.evaluation.data import (
     HUMANEVAL_ROW,

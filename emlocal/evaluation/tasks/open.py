@@ -11,7 +11,7 @@ from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.scicode import LIMITS as SCICODE_LIMITS
 from emlocal.evaluation.tasks.scicode import SciCodeTask, given_code
-from emlocal.evaluation.tasks.scicode_official import TargetFile
+from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Rows, Task, hub, read_rows
 
 TaskName = Literal[

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from emlocal.errors import UsageError
 from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.programs import code_with
-from emlocal.evaluation.tasks.scicode_official import TargetFile
+from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Problem, Rows, Task
 
 SYSTEM = "You are a scientist who writes correct Python."
