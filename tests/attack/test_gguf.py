@@ -224,10 +224,9 @@ def test_weights_of_every_type(tmp_path: Path, worker: Worker) -> None:
         (
             (f"{TENSOR_TYPES[code][0]} for {of}, filled with {fill.hex()}", wide_model(code, of, fill))
             for code in TENSOR_TYPES
-            for of in ("token_embd", "attn_", "ffn_")
-            for fill in (b"\0", b"\x5a\x13\xc7")
+            for of, fill in (("token_embd", b"\0"), ("attn_", b"\x5a\x13\xc7"), ("ffn_", b"\x5a\x13\xc7"))
         ),
         tmp_path / "file.gguf",
         worker,
     )
-    assert verdicts["decoded"] > 150
+    assert verdicts["decoded"] > 75
