@@ -93,7 +93,7 @@ def _open(folder: Path, *, name: str, device: str, dtype: str, threads: int) -> 
 
 def _processes(on_cpu: bool) -> "Processes":
     try:
-        from emlocal.backends.torch.load import AcceleratedProcesses
+        from emlocal.backends.torch.processes import AcceleratedProcesses
     except ImportError:
         what = "training with several processes needs the package accelerate, which is"
         raise missing(what, "pip install accelerate") from None

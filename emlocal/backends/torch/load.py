@@ -1,19 +1,13 @@
-"""From a Hugging Face folder to a running engine.
-
-The processes that `accelerate launch` (or torchrun) started. All communication is accelerate's.
-"""
+"""From a Hugging Face folder to a running engine."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
 
 from emlocal.backends.base import LoadOptions, ModelInfo
 from emlocal.backends.engine import Opened
-from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner, Processes
+from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner
 from emlocal.backends.slots import check_kv_type
 from emlocal.backends.torch.backend import TorchBackend
 from emlocal.backends.torch.device import Place, choose_place
@@ -134,22 +128,3 @@ def open_folder(
 def _scaled(adapter: Adapter, scale: float) -> Adapter:
     pairs = {name: replace(pair, scale=pair.scale * scale) for name, pair in adapter.pairs.items()}
     return Adapter(pairs, adapter.base_model)
-
-
-T = TypeVar("T")
-
-
-class AcceleratedProcesses(Processes):
-    """One of several processes."""
-
-    def __init__(self, *, cpu: bool) -> None:
-        self._state = PartialState(cpu=cpu)
-        self.rank, self.count = self._state.process_index, self._state.num_processes
-        self.device = str(self._state.device)
-
-    def gather(self, own: T) -> list[T]:
-        found: list[T] = gather_object([own])
-        return found
-
-    def add_up(self, gradient: torch.Tensor) -> None:
-        gradient.copy_(reduce(gradient, "sum"))
