@@ -39,7 +39,7 @@ def legend() -> str:
 
 def stats_line(outcome: Outcome, seed: int, context: int, *, em: bool) -> str:
     """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say."""
-    timings, completions = outcome.timings, [c for handle in outcome.rounds for c in handle.completions]
+    timings, completions = outcome.timings, [c for job in outcome.jobs for c in job.completions]
     entropy = summarize([d for c in completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
     read = timings.prompt_tokens - timings.cached_tokens
@@ -93,9 +93,7 @@ def as_json(backend: Backend, outcome: Outcome, seed: int, collected: bool) -> d
     }
     answers = [_answer_json(c) for c in outcome.completions]
     if len(answers) == 1:
-        rounds = (
-            {"rounds": [h.completions[0].text for h in outcome.rounds]} if len(outcome.rounds) > 1 else {}
-        )
+        rounds = {"rounds": [*outcome.drafts]} if outcome.drafts else {}
         return answers[0] | shared | rounds
     if collected:
         return answers[outcome.index] | shared | dict(outcome.fields) | {"samples": answers}

@@ -32,17 +32,16 @@ class AnsweredLine:
 def own_row(answered: AnsweredLine) -> Row:
     """emlocal's row."""
     outcome = answered.outcome
-    chosen, rounds = outcome.completion, outcome.rounds
-    every = [c for done in rounds for c in done.completions]
+    chosen = outcome.completion
     row: Row = {
         "custom_id": answered.custom_id,
         "text": chosen.text,
         "finish_reason": chosen.finish_reason,
         "prompt_tokens": outcome.timings.prompt_tokens,
         "cached_tokens": outcome.timings.cached_tokens,
-        "completion_tokens": sum(len(c.tokens) for c in every),
-        "forward_passes": sum(done.forward_passes for done in rounds),
-        "seconds": round(sum(done.seconds for done in rounds), 4),
+        "completion_tokens": outcome.generated_tokens,
+        "forward_passes": sum(job.forward_passes for job in outcome.jobs),
+        "seconds": round(sum(job.seconds for job in outcome.jobs), 4),
         "entropy": summarize(chosen.draws).as_json(),
         "method": answered.method,
         "model": answered.model,
@@ -51,8 +50,8 @@ def own_row(answered: AnsweredLine) -> Row:
     }
     if len(outcome.completions) > 1:
         row["samples"] = [_sample(c) for c in outcome.completions]
-    if len(rounds) > 1:
-        row["rounds"] = [done.completions[0].text for done in rounds]
+    if outcome.drafts:
+        row["rounds"] = [*outcome.drafts]
     if answered.entropies:
         row["entropies"] = {
             "before": [round(draw.entropy_before, 3) for draw in chosen.draws],

@@ -34,6 +34,8 @@ class Job:
     session: Hashable | None = None
     """Jobs of one session follow each other: what an earlier one left is cut to what the next one begins
     with. Without a session it stays beside the new one, as long as there is room."""
+    first_sample: int = 0
+    """The number of the first of `requests`, where a method asks for samples in several jobs."""
 
 
 @dataclass

@@ -32,6 +32,9 @@ class Completion:
     """Without the end token."""
     draws: list[Draw] = field(default_factory=list)
     """One a token, the end token's included."""
+    ends: list[int] = field(default_factory=list)
+    """Characters decoded with each token of `tokens`: token i wrote those from `ends[i - 1]` on. A character
+    of several tokens is its last one's; a stop string is not in `text`, but is counted here."""
     finish_reason: FinishReason = "length"
     stop: str | None = None
     """The stop string that ended it, if one did."""
@@ -89,12 +92,16 @@ class TextStream:
         self.stopped_by: str | None = None
         """The stop string that ended the answer; what follows it is dropped, and so is it."""
         self._stop = stop
+        self.decoded = 0
+        """Characters so far, held back or not."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def push(self, piece: bytes) -> str:
         """Add a token's bytes."""
-        return self._release(self._decoder.decode(piece))
+        text = self._decoder.decode(piece)
+        self.decoded += len(text)
+        return self._release(text)
 
     def finish(self) -> str:
         """The rest, at the end of the answer; an incomplete character becomes U+FFFD."""
@@ -154,6 +161,7 @@ class Sample:
         if self.request.params.penalizes:
             self._seen.append(draw.token)
         text = self._text.push(backend.token_bytes(draw.token))
+        completion.ends.append(self._text.decoded)
         completion.text += text
         if self._text.stopped_by is not None:
             completion.stop = self._text.stopped_by

@@ -54,7 +54,9 @@ class Group(Handle):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.tokens = tokens_of(job.prompt)
-        self.waiting = deque(Sample(i, request, job.prompt) for i, request in enumerate(job.requests))
+        self.waiting = deque(
+            Sample(i, request, job.prompt) for i, request in enumerate(job.requests, job.first_sample)
+        )
         self.sequence: int | None = None
         """Holds the first `read` tokens of the prompt. The last sample takes it over."""
         self.read = 0

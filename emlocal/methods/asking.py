@@ -14,7 +14,7 @@ from emlocal.methods import Outcome
 from emlocal.methods.method import Method
 from emlocal.models.templates import Message
 from emlocal.sampling import Uniforms
-from emlocal.settings import Plan
+from emlocal.settings import Plan, SamplingParams
 
 DRAWS_OF_A_ROUND = 1 << 20
 """Sample indices apart: a later round's draws are its own."""
@@ -36,15 +36,45 @@ class Question:
     session: Hashable | None = None
     """See `Job`."""
 
-    def job(self, round: int = 0) -> Job:
-        """All samples of one round. Raises EmlocalError where the prompt cannot be made."""
+    def job(
+        self,
+        round: int = 0,
+        *,
+        samples: range | None = None,
+        params: SamplingParams | None = None,
+        after: Sequence[int] = (),
+        max_tokens: int | None = None,
+    ) -> Job:
+        """Samples of one round.
+
+        Args:
+            round: of the draws: a later round's are its own.
+            samples: which of the round's, by number; all that the plan has.
+            params: how they are drawn, where not as the plan says.
+            after: tokens of an answer that was begun, which they go on from; so do the draws.
+            max_tokens: of each sample beyond these; as many as the plan leaves.
+        Raises EmlocalError where the prompt cannot be made.
+        """
         plan = self.plan
+        samples = range(plan.samples) if samples is None else samples
         first = round * DRAWS_OF_A_ROUND + self.attempt * plan.samples
+        most = plan.max_tokens - len(after)
         requests = [
-            Request(plan.params, Uniforms(plan.seed, self.key, first + i), plan.max_tokens, plan.stop)
-            for i in range(plan.samples)
+            Request(
+                params or plan.params,
+                Uniforms(plan.seed, self.key, first + i, len(after)),
+                most if max_tokens is None else min(max_tokens, most),
+                plan.stop,
+            )
+            for i in samples
         ]
-        return Job(self.encode(self.asked), requests, self.at_once, self.session)
+        return Job(
+            [*self.encode(self.asked), *after],
+            requests,
+            self.at_once,
+            first_sample=samples.start,
+            session=self.session,
+        )
 
     def then(self, answer: str, said: str) -> "Question":
         """The question that follows on this one, its answer, and what is said to that."""

@@ -6,9 +6,9 @@
         collects: ClassVar[bool] = True
 
         def answer(self, question: Question) -> Answering:
-            first = yield [question.job()]
-            second = yield [question.job(round=1)]
-            return Outcome([*first, *second])
+            [first] = yield [question.job()]
+            [second] = yield [question.job(round=1)]
+            return Outcome([first, second], second.completions)
 
 Its settings are fields made by `setting(...)`; flags, Python's keywords and eval's specs follow from them. No
 numpy here: `emlocal --help` must be quick.
@@ -35,24 +35,28 @@ _SWITCHES = frozenset(switch_of(step).name for step in EM_STEPS)
 class Outcome:
     """What a method came to."""
 
-    rounds: "Sequence[Handle]"
-    """The jobs whose completions make the answer: one, or the answer and each revision of it."""
+    jobs: "Sequence[Handle]"
+    """All that it took, in the order in which they were asked."""
+    completions: "Sequence[Completion]"
+    """What the answer was chosen among, by sample; at least one."""
     index: int = 0
-    """Which completion of the last round is the answer."""
+    """Which of them is the answer."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What the method has to say of it, for output rows: values as JSON has them."""
+    drafts: Sequence[str] = ()
+    """The texts that led to it, each a revision of the one before, and itself; none without revisions."""
     undecided: bool = False
     """The method could not choose: the answer is the first completion."""
 
     @property
     def timings(self) -> "Timings":
-        """Of all rounds."""
-        return reduce(add, [handle.timings for handle in self.rounds])
+        """Of all jobs."""
+        return reduce(add, [handle.timings for handle in self.jobs])
 
     @property
-    def completions(self) -> "Sequence[Completion]":
-        """Of the last round."""
-        return self.rounds[-1].completions
+    def generated_tokens(self) -> int:
+        """Of all jobs' answers, end tokens not counted."""
+        return sum(len(c.tokens) for handle in self.jobs for c in handle.completions)
 
     @property
     def completion(self) -> "Completion":
@@ -117,8 +121,8 @@ class Method:
 
     def answer(self, question: "Question") -> Answering:
         """Answer a question."""
-        done = yield [question.job()]
-        return Outcome(done)
+        [done] = yield [question.job()]
+        return Outcome([done], done.completions)
 
     def describe(self, samples: int) -> list[str]:
         """What is done with the samples, in words; nothing where one is the answer."""

@@ -44,14 +44,14 @@ class SelfConsistency(Method):
     def answer(self, question: "Question") -> Answering:
         from emlocal.methods.extraction import equivalent, majority  # many patterns, compiled on import
 
-        done = yield [question.job()]
-        answers = [self._found(completion.text) for completion in done[0].completions]
+        [done] = yield [question.job()]
+        answers = [self._found(completion.text) for completion in done.completions]
         winner = majority(answers)
         if winner is None:
-            return Outcome(done, fields={"answer": None, "votes": 0}, undecided=True)
+            return Outcome([done], done.completions, fields={"answer": None, "votes": 0}, undecided=True)
         chosen = answers[winner] or ""
         votes = sum(equivalent(answer, chosen) for answer in answers if answer)
-        return Outcome(done, winner, {"answer": chosen, "votes": votes})
+        return Outcome([done], done.completions, winner, {"answer": chosen, "votes": votes})
 
     def _found(self, text: str) -> str | None:
         from emlocal.methods.extraction import extract, find_answer

@@ -51,7 +51,8 @@ class SequentialRefinement(Method):
             if revision.completions[0].finish_reason == "cancelled":
                 break
             rounds.append(revision)
-        return Outcome(rounds)
+        drafts = [done.completions[0].text for done in rounds] if len(rounds) > 1 else ()
+        return Outcome(rounds, rounds[-1].completions, drafts=drafts)
 
     def describe(self, samples: int) -> list[str]:
         return [counted(self.rounds, "revision")]

@@ -25,13 +25,16 @@ def request_key(name: str) -> int:
 class Uniforms:
     """The uniforms of one sample of one request. `self[t]` is token t's, a float in [0, 1)."""
 
-    def __init__(self, seed: int, key: int = 0, sample: int = 0) -> None:
+    def __init__(self, seed: int, key: int = 0, sample: int = 0, start: int = 0) -> None:
+        """`start`: the token that `self[0]` is for, where an answer goes on that was begun before."""
         self._key = np.array([seed, key], dtype=np.uint64)
         self._sample = sample
+        self._start = start
         self._first = -1
         self._block: list[float] = []
 
     def __getitem__(self, token: int) -> float:
+        token += self._start
         first = token - token % _AHEAD
         if first != self._first:
             counter = np.array([first // 4, self._sample, 0, 0], dtype=np.uint64)

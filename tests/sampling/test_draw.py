@@ -58,6 +58,12 @@ def test_token_t_has_word_t_of_the_counter_stream(seed: int, key: int, sample: i
         assert uniforms[t] == (word >> 11) * 2.0**-53
 
 
+@pytest.mark.parametrize("start", [0, 1, 63, 64, 1000])
+def test_an_answer_that_was_begun_goes_on_in_the_same_stream(start: int) -> None:
+    whole, rest = Uniforms(5, 6, 7), Uniforms(5, 6, 7, start)
+    assert [rest[t] for t in range(130)] == [whole[start + t] for t in range(130)]
+
+
 def test_the_stream_never_changes() -> None:
     """What people's seeds mean: a change here breaks every recorded run."""
     assert [Uniforms(0)[t] for t in range(2)] == [0.011546754286331562, 0.24154919656271812]

@@ -1,0 +1,96 @@
+"""Scores of one answer: how sure the model was while it wrote it, from what decoding computes anyway.
+
+All of them look at the model's own distribution, before the EM step, temperature and truncation. Sources:
+means and windows of DeepConf (arXiv 2508.15260), whose windows of 2,048 tokens are 32 here, since answers are
+short; summed and mean log-probability as in the literature on best-of-N.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+WINDOW = 32
+"""Tokens of a window, and of the answer's end."""
+UNSURE = 1.0
+"""Nats: a token with more is one at which the model was unsure."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one answer. Entropies in nats, logarithms natural; an answer has at least one token."""
+
+    tokens: int
+    mean_entropy: float
+    largest_entropy: float
+    """Of a single token."""
+    window_entropy: float
+    """Mean of the `WINDOW` consecutive tokens where it is largest; of all, where the answer is shorter."""
+    tail_entropy: float
+    """Mean of the last `WINDOW` tokens."""
+    unsure: float
+    """Share of tokens with more than `UNSURE` nats."""
+    log_probability: float
+    """Of the whole answer, the end token included: a sum over tokens."""
+    mean_log_probability: float
+    answer_entropy: float | None = None
+    """Mean over the tokens of the answer proper (what stands in the box, the last number); None where it is
+    not known which these are."""
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """For output files; nats and shares to six places."""
+        return {
+            name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()
+        }
+
+
+RANKED: Mapping[str, Callable[[Scores], float]] = {
+    "mean-entropy": lambda s: -s.mean_entropy,
+    "tail-entropy": lambda s: -s.tail_entropy,
+    "window-entropy": lambda s: -s.window_entropy,
+    "largest-entropy": lambda s: -s.largest_entropy,
+    "answer-entropy": lambda s: -(s.mean_entropy if s.answer_entropy is None else s.answer_entropy),
+    "unsure": lambda s: -s.unsure,
+    "log-probability": lambda s: s.log_probability,
+    "mean-log-probability": lambda s: s.mean_log_probability,
+}
+"""By name, what ranks answers by a score: the greater, the surer."""
+
+
+def scores(entropies: Sequence[float], probabilities: Sequence[float], answer: slice | None = None) -> Scores:
+    """The scores of one answer.
+
+    Args:
+        entropies: of each token's distribution, nats.
+        probabilities: of each token, before temperature and truncation.
+        answer: which tokens are the answer proper.
+    Raises ValueError for an answer without tokens.
+    """
+    n = len(entropies)
+    if n == 0 or n != len(probabilities):
+        raise ValueError(f"an answer of {n} entropies and {len(probabilities)} probabilities has no scores")
+    logs = [math.log(max(p, _LEAST)) for p in probabilities]
+    own = entropies[answer] if answer is not None else ()
+    return Scores(
+        tokens=n,
+        mean_entropy=fmean(entropies),
+        largest_entropy=max(entropies),
+        window_entropy=_largest_window(entropies),
+        tail_entropy=fmean(entropies[-WINDOW:]),
+        unsure=sum(h > UNSURE for h in entropies) / n,
+        log_probability=math.fsum(logs),
+        mean_log_probability=math.fsum(logs) / n,
+        answer_entropy=fmean(own) if own else None,
+    )
+
+
+_LEAST = 1e-45  # float32's smallest: a token that was drawn had some probability
+
+
+def _largest_window(entropies: Sequence[float]) -> float:
+    width = min(WINDOW, len(entropies))
+    total = largest = math.fsum(entropies[:width])
+    for new, old in zip(entropies[width:], entropies, strict=False):
+        total += new - old
+        largest = max(largest, total)
+    return largest / width
