@@ -45,6 +45,9 @@ class Outcome:
     """What the method has to say of it, for output rows: values as JSON has them."""
     drafts: Sequence[str] = ()
     """The texts that led to it, each a revision of the one before, and itself; none without revisions."""
+    confidence: float | None = None
+    """How sure the method is that the answer is right, from 0 to 1, before any calibration; None: it does not
+    know more than the scores of the answer say."""
     undecided: bool = False
     """The method could not choose: the answer is the first completion."""
 
