@@ -1,8 +1,8 @@
 """A pool of answers to a task's questions: one greedy, the others sampled, with all their scores.
 
 Votes, confidences and best-of-N of any kind can be computed from a pool without asking the model again, since
-a method's draws are addressed by question and sample: a vote of fewer samples, or one that stopped early, is a
-beginning of the pool's (benchmarks/pool_table.py).
+a method's draws are addressed by question and sample: a vote of fewer samples, or one that stopped early, is
+a beginning of the pool's (benchmarks/pool_table.py).
 
 Questions go in blocks, each with an empty engine. A finished block is on disk before the next begins, and a
 run that was killed goes on with the block that it was in. To go on elsewhere, unpack what is committed
