@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampling",),
     ("identity",),
     ("settings",),
-    ("em",),
+    ("answers", "em"),
     ("console", "install", "machine"),
     ("models",),
     ("cancel", "files", "text"),
@@ -72,6 +72,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.models.templates", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.models.resolve", HEAVY | {"jinja2", "numpy"}),
         ("import emlocal.training.settings", HEAVY | {"numpy"}),
+        ("import emlocal.answers.gold, emlocal.answers.programs", HEAVY | {"numpy"}),
         (
             "import emlocal.cli.generate, emlocal.cli.views, emlocal.loading, emlocal.settings.resolve",
             HEAVY | {"numpy", "jinja2"},
