@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from emlocal.errors import UsageError
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask, code_with
 from emlocal.evaluation.tasks.task import read_rows
 from tests.evaluation.data import HUMANEVAL_ROW, contained, mark, rows, write
