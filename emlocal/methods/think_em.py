@@ -73,15 +73,16 @@ class ThinkEM(Method):
         parts: list[Completion] = []
         handles: list[Handle] = []
         steps = considered = changed = 0
+        chooses = True
         why: Literal["context", "cancelled"] | None = None
         while not parts or parts[-1].finish_reason == "pause":
             after = [token for part in parts for token in part.tokens]
-            last = steps == self.steps
-            if last:
-                job = question.job(samples=range(1), params=greedy, after=after)
-            else:
+            chooses = chooses and steps < self.steps
+            if chooses:
                 job = question.job(round=steps, after=after, pause=step_ends)
                 job = replace(job, requests=[replace(job.requests[0], params=greedy), *job.requests[1:]])
+            else:
+                job = question.job(samples=range(1), params=greedy, after=after)
             try:
                 [done] = yield [job]
             except (ContextFullError, CancelledError) as error:  # no more fits, or is wanted
@@ -95,11 +96,16 @@ class ThinkEM(Method):
                 parts.append(found[0])  # greedy's beginning
                 why = "cancelled"
                 break
-            kept = found[0] if last else self._chosen(question, found, parts)
-            if not last:
-                steps += 1
-                considered += sum(len(completion.tokens) for completion in found)
-                changed += kept.tokens != found[0].tokens
+            if not chooses:
+                parts.append(found[0])
+                continue
+            considered += sum(len(completion.tokens) for completion in found)
+            if any(completion.finish_reason == "context" for completion in found):
+                chooses = False  # where sequences share their room, there may be enough for one
+                continue
+            kept = self._chosen(question, found, parts)
+            steps += 1
+            changed += kept.tokens != found[0].tokens
             parts.append(kept)
         answer = joined(parts)
         if why is not None:

@@ -298,17 +298,37 @@ def test_cancelled_it_has_what_was_said_so_far() -> None:
         outcome("think-em:3", cancelled=after(0))
 
 
+def silent(tokens: Sequence[int]) -> NDArray[np.float32]:
+    """As `hashed`, but never ends."""
+    return np.where(np.arange(VOCABULARY) == END, -60, hashed(tokens)).astype(np.float32)
+
+
 def test_a_full_context_ends_it_with_what_there_is() -> None:
-    found = outcome("think-em:3", script=hashed, context=60, max_tokens=500)
-    assert found.completion.finish_reason == "context"
-    assert 50 <= len(found.completion.tokens) <= 57
+    for script, steps in (
+        (silent, 0),
+        (lambda tokens: np.where(silent(tokens) < -50, -60, wordy(tokens)), 2),
+    ):
+        found = outcome("think-em:3", script=script, context=60, max_tokens=500)
+        assert (found.completion.finish_reason, len(found.completion.tokens)) == ("context", 57)
+        assert found.fields["steps"] >= steps
     with pytest.raises(ContextFullError):
         outcome("think-em:3", context=4)
 
 
+def test_where_the_room_is_shared_and_holds_one_answer_it_goes_on_alone() -> None:
+    how = Chosen("think-em:4")
+    with Scheduler(FakeBackend(silent, context=130), 4) as runner:
+        question = Question("why?", how.plan(Plan(max_tokens=100)), encode)
+        *_, last = ask_one(runner, how.collecting, question)
+    assert isinstance(last, Answered)
+    found = last.asking.result()
+    assert found.fields["steps"] == 0
+    assert (found.completion.finish_reason, len(found.completion.tokens)) == ("length", 100)
+    assert found.completion.tokens == outcome("greedy", script=silent, max_tokens=100).completion.tokens
+
+
 @pytest.mark.parametrize("most", [1, 7, 30, 64, 65, 100])
 def test_the_limit_is_the_whole_answers(most: int) -> None:
-    silent = lambda tokens: np.where(np.arange(VOCABULARY) == END, -60, hashed(tokens)).astype(np.float32)  # noqa: E731
     found = outcome("think-em:3", script=silent, max_tokens=most).completion
     assert (len(found.tokens), found.finish_reason) == (most, "length")
 
