@@ -23,7 +23,7 @@ from typing import Any
 import emlocal
 from emlocal.em.scores import scores
 from emlocal.evaluation.answering import name_of, takes_system
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Problem, Task
 from emlocal.generation import Completion, Scheduler
 from emlocal.generation.prompt import prompt_tokens
