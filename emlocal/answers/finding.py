@@ -74,11 +74,15 @@ _TOKEN = re.compile(
     r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL
 )  # an escaped brace is none
 _UNBRACED = re.compile(r"[^\s$]*")
-_JOINT = re.compile(
+_JUNK = (
     r"(?:[\s$,;&*}]|\\[,;:!\\()\[\] ]|\\q?quad(?![A-Za-z])|(?:and|or)(?![A-Za-z])|[A-Za-z](?:_\{?\w\}?)? ?="
     r"|\\(?:text|mbox|textrm|mathrm) ?\{\s*,?\s*(?:and|or)?,?\s*\})*"
 )
-"""What may stand between boxes that are one answer."""
+_JOINT = re.compile(rf"{_JUNK}|([A-Za-z()'\s$\\{{}}-]*)(?:[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])){_JUNK}")
+_CORRECTION = re.compile(
+    r"\b(?:wait|no|not|but|actually|instead|rather|so|then|thus|hence|therefore|is)\b", re.I
+)
+"""What may stand between boxes that are one answer: "and", or as in "\\boxed{1} red and \\boxed{2} blue"."""
 _LONGEST_JOINT = 60
 _MOST_BOXES = 32
 
@@ -119,7 +123,8 @@ def _boxed(text: str, boxes: Sequence[_Box]) -> Found | None:
     for box in reversed(boxes[-_MOST_BOXES:-1]):
         if not 0 <= box.end <= group[0].at <= box.end + _LONGEST_JOINT:
             break
-        if not _JOINT.fullmatch(text, box.end, group[0].at):
+        joint = _JOINT.fullmatch(text, box.end, group[0].at)
+        if joint is None or _CORRECTION.search(joint[1] or ""):
             break
         group.insert(0, box)
     contents: dict[Hashable, str] = {}
@@ -141,7 +146,7 @@ def find(text: str, how: Extraction | None = None, pattern: str | None = None) -
     - None, as in a text that was asked for a box: what the last box holds; without a box the last number. A
       box that was cut off holds no answer, and no number in it is one.
     - `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
-      not stand in for it. Boxes with nothing but "and", "or" or a comma between them count together.
+      not stand in for it. Boxes that a comma, "and" or "or" joins count together.
     - `last-number`: the number of the last "#### 18", else the last number, with $ or %, its power of ten or
       its fraction. No exponent or index counts.
     - `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.

@@ -99,6 +99,8 @@ def plain(text: str) -> str:
     for pattern, replacement in _UNDO:
         text = pattern.sub(replacement, text)
     text = " ".join(text.split()).rstrip(".,; ").removeprefix("=").lstrip()
+    if _SPACED.fullmatch(text):
+        return text.replace(" ", "")
     text = _REPEATING.sub(_repeated, _without_words(_TEXT.sub(r" \1 ", _without_text(text))))
     for _ in range(DEEPEST_GROUPS):  # from the inside out
         before = text
@@ -174,6 +176,7 @@ def _without_words(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- braces
 
+_SPACED = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")  # 1 000
 _REPEATING = re.compile(
     r"(?<![0-9.,])([0-9]{0,30})\.([0-9]{0,30})\\(?:overline|bar|dot) ?(?:\{([0-9]{1,30})\}|([0-9]))"
 )
