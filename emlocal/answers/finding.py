@@ -36,7 +36,7 @@ def answer_start(text: str) -> int | None:
 
     A prompt may have opened the thoughts, so that the text only closes them.
     """
-    closed = _last(_CLOSES.finditer(text))
+    closed = last(_CLOSES.finditer(text))
     start = closed.end() if closed else 0
     return None if _OPENS.search(text, start) else start
 
@@ -174,16 +174,16 @@ def _find(text: str, how: Extraction | None, pattern: str | None) -> Found | Non
             return found
         how = "last-number"
     if how == "last-number":
-        number = _last(_GSM8K.finditer(text))
-        number = number or _last(match for match in _NUMBER.finditer(text) if match[1])
+        number = last(_GSM8K.finditer(text))
+        number = number or last(match for match in _NUMBER.finditer(text) if match[1])
         return number and _found(text, number[1], how, *number.span(1))
     if how == "regex":
         check_pattern(how, pattern)
-        last = _last(re.finditer(pattern or "", text))
-        if last is None:
+        match = last(re.finditer(pattern or "", text))
+        if match is None:
             return None
-        group = next((i for i, one in enumerate(last.groups(), 1) if one is not None), 0)
-        return _found(text, last[group].strip(), how, *last.span(group))
+        group = next((i for i, one in enumerate(match.groups(), 1) if one is not None), 0)
+        return _found(text, match[group].strip(), how, *match.span(group))
     return _found(text, text.strip(), how, 0, len(text))
 
 
@@ -194,11 +194,12 @@ def _found(text: str, answer: str, how: Extraction, start: int, end: int) -> Fou
     return Found(answer, how, start, end) if answer else None
 
 
-def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
-    last = None
+def last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    """The last of the matches."""
+    found = None
     for match in matches:
-        last = match
-    return last
+        found = match
+    return found
 
 
 def check_pattern(how: Extraction, pattern: str | None) -> None:
