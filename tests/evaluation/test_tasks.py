@@ -23,11 +23,9 @@ from tests.evaluation.data import HUMANEVAL_ROW, SCICODE_ROW, contained, mark, r
 LABELLED = Path(__file__).parents[1] / "data" / "judged_answers.jsonl"
 DISAGREEMENTS = {  # docs/evaluation.md lists them, with the reasons
     ("#### 20", "right", "\\boxed{0.2}"),
-    ("\\frac{14}{3}", "right", "\\boxed{4.\\overline{6}}"),
     ("90^\\circ", "right", "\\boxed{\\frac{\\pi}{2}}"),
     ("(a+5)(b+2)", "wrong", "\\boxed{ab+2a+5b+10}"),
     ("(2,\\infty)", "right", "\\boxed{x > 2}"),
-    ("2516_8", "wrong", "\\boxed{2516_9}"),
 }
 
 
@@ -290,7 +288,7 @@ def test_hostile_answers_are_wrong_in_time(judge: MathJudge, hostile: str) -> No
 
 
 def test_long_answers_are_wrong(judge: MathJudge) -> None:
-    assert not judge.equal("5", "5" + " " * 2000)
+    assert not judge.equal("5", "5+0" + " " * 2000)
 
 
 BOUNDS = [

@@ -23,7 +23,7 @@ ASK = (
     "Complete this Python function. Answer with the whole function, imports included, in one code block.\n\n"
 )
 _ASK_CLASS = "\n\nAnswer with the whole class, imports included, in one code block."
-_FIRST_JUDGE = 2
+_FIRST_JUDGE = 3
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 _LEETCODE = "\n".join(
     (

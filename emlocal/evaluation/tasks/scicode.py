@@ -26,7 +26,7 @@ _ASK = (
     "Now write the function of this step: complete the header below. Use no other packages than those listed."
     " Do not repeat the functions above, and write no tests. Answer with one code block."
 )
-_FIRST_JUDGE = 1
+_FIRST_JUDGE = 2
 _DEFINED = re.compile(r"^(?:def|class)\s+\w+", re.MULTILINE)
 _TARGETS = Path(__file__).with_name("scicode_targets.py")
 _OFFICIAL = Path(__file__).with_name("scicode_official.py")
