@@ -1,4 +1,5 @@
-"""The fast way of adaptive temperature: on a row split into head and tail, with a bound on the error.
+"""The fast way of adaptive temperature, and of a power: on a row split into head and tail, with a bound on
+the error.
 
 At β = 1/τ ≥ 1 a token's weight is w^β. The tail's mass is only known between two bounds,
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from emlocal.em.split import TOLERANCE, Sharpened, Split
 from emlocal.em.steps.adaptive_temperature import COLDEST, AdaptiveTemperature
+from emlocal.em.steps.power import Power
 
 NEWTON_TOLERANCE = 1e-9
 MAX_ROUNDS = 100
@@ -47,6 +49,14 @@ def sharpen(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
     return Sharpened(split.head * beta, 1.0, beta, tail, S, before, H, 1)
 
 
+def raised(split: Split, settings: Power) -> Sharpened | None:
+    """A power of a split row, which is a temperature that is known; None as in `sharpen`."""
+    H, _, tail, S, bound = _tempered(split, settings.alpha)
+    if bound > TOLERANCE:
+        return None
+    return Sharpened(split.head * settings.alpha, 1.0, settings.alpha, tail, S, split.entropy, H, 1)
+
+
 def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, float]:
     """H of w^β, the variance of β·s, the tail's mass, the partition, and the bound."""
     scaled = split.head * beta
@@ -66,6 +76,6 @@ def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, fl
     return H, max(variance, 0.0), tail, S, width + delta_H / (2 * spread)
 
 
-def hottest(settings: AdaptiveTemperature) -> float:
+def hottest(settings: AdaptiveTemperature | Power) -> float:
     """The highest temperature that may follow: any."""
     return math.inf
