@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,12 @@ class Trace:
         text = self._backend.token_bytes(draw.token).decode(errors="replace")
         line = {"sample": sample, "index": index, "text": text, **draw._asdict()}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def add_all(self, answers: Sequence[Completion]) -> None:
+        """All tokens of whole answers."""
+        for answer in answers:
+            for draw in answer.draws:
+                self.add(answer.sample, draw)
 
 
 @contextmanager

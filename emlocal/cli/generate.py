@@ -74,7 +74,7 @@ def run(
     from emlocal.generation.prompt import prompt_tokens
     from emlocal.methods.asking import Answered, Question, ask_one
 
-    streams = method.streams and not as_json
+    collects, streams = method.collecting.collects, method.streams and not as_json
     writer = rendering.AnswerWriter(output.show_entropy and streams)
     with (
         interruptible() as cancelled,
@@ -87,8 +87,10 @@ def run(
             for event in ask_one(runner, method.collecting, question, cancelled):
                 if isinstance(event, Answered):
                     outcome = event.asking.result()
+                    if trace and collects:  # the answers, not all that was drawn on the way
+                        trace.add_all(outcome.completions)
                 elif isinstance(event, Token):
-                    if trace:
+                    if trace and not collects:
                         trace.add(event.sample, event.draw)
                     if streams:
                         writer.piece(event.text, event.draw.entropy_before)
@@ -98,9 +100,9 @@ def run(
             if not output.quiet:
                 console.note("stopped while the prompt was read")
             return 130
-    completions = [outcome.completion] if method.collecting.collects else outcome.completions
+    completions = [outcome.completion] if collects else outcome.completions
     if as_json:
-        console.print_json(rendering.as_json(backend, outcome, plan.seed, method.collecting.collects))
+        console.print_json(rendering.as_json(backend, outcome, plan.seed, collects))
     else:
         if not streams:
             writer.piece("\n---\n".join(c.text.strip("\n") for c in completions), 0.0)

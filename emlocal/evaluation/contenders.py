@@ -27,7 +27,8 @@ class Contender:
         Raises UsageError where the settings contradict each other.
         """
         # --temp is for those that sample; greedy stands beside them
-        plan = self.method.plan(base, chosen - self.method.drawing.fixed)
+        method = self.method
+        plan = method.plan(base, chosen - method.drawing.fixed - method.collecting.fixed)
         try:
             self.method.collecting.check(plan.params)
         except UsageError as error:

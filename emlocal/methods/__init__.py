@@ -16,6 +16,7 @@ from emlocal.methods.em import EM_METHODS
 from emlocal.methods.greedy import Greedy
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.methods.min_p import MinP
+from emlocal.methods.power import Power
 from emlocal.methods.sample import Sample
 from emlocal.methods.self_consistency import SelfConsistency
 from emlocal.methods.sequential_refinement import SequentialRefinement
@@ -45,6 +46,7 @@ _ALL: Sequence[type[Method]] = (
     SelfConsistency,
     SequentialRefinement,
     ThinkEM,
+    Power,
     MinP,
     DynamicTemperature,
 )

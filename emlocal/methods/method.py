@@ -104,13 +104,15 @@ class Method:
         Raises:
             UsageError: the settings say what the method denies.
         """
-        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
-        if not self.name or self.collects:
-            return replace(given, **own) if own else given
+        if not self.name:
+            return given
         for name in sorted(self.fixed & chosen):
             if vars(given)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag
                 raise UsageError(f"--method {self.name} and {flag} contradict each other")
+        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
+        if self.collects:
+            return replace(given, **own) if own else given
         em = given.em
         if self.step is not None and em is None and not chosen & _SWITCHES:
             em = self.step()

@@ -91,6 +91,19 @@ def test_trace_has_a_line_per_token(emlocal: Emlocal, tiny: str, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir() if "trace" in p.name] == ["trace.jsonl"]
 
 
+def test_think_em_with_json_and_trace(emlocal: Emlocal, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    how = ("--method", "think-em:3:think-steps=2", "--max-tokens", "60", "--seed", "7")
+    done = json.loads(emlocal("generate", "-m", tiny, "--json", "--trace", str(path), *how, "hello").out)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    ended = done["finish_reason"] == "stop"
+    assert len(lines) == done["completion_tokens"] + ended  # of the answer, not of what was considered
+    assert done["steps"] in (1, 2)
+    assert done["timings"]["generated_tokens"] >= done["considered_tokens"] > len(lines) / 2
+    shown = emlocal("generate", "-m", tiny, *how, "hello")
+    assert f"steps {done['steps']} · changed_steps {done['changed_steps']}" in shown.err
+
+
 def test_show_entropy_without_terminal_is_plain_and_says_so(emlocal: Emlocal, tiny: str) -> None:
     plain = emlocal("generate", "-m", tiny, *SHORT, "hello")
     shown = emlocal("generate", "-m", tiny, "--show-entropy", *SHORT, "hello")
