@@ -50,6 +50,8 @@ class Outcome:
     know more than the scores of the answer say."""
     undecided: bool = False
     """The method could not choose: the answer is the first completion."""
+    said: Sequence[str] = ()
+    """What it has to say for people, in a few words each; where there is nothing, they are shown `fields`."""
 
     @property
     def timings(self) -> "Timings":
@@ -104,8 +106,9 @@ class Method:
         Raises:
             UsageError: the settings say what the method denies.
         """
+        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
         if not self.name or self.collects:
-            return given
+            return replace(given, **own)
         for name in sorted(self.fixed & chosen):
             if vars(given)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag
@@ -115,7 +118,6 @@ class Method:
             em = self.step()
         if type(em) is not (self.step or type(None)):
             raise UsageError(f"--method {self.name} and the EM flags contradict each other")
-        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
         return replace(given, em=em, **own)
 
     def samples(self, asked: int | None) -> int:
