@@ -80,6 +80,7 @@ def run(
         interruptible() as cancelled,
         rendering.trace_to(output.trace, backend) as trace,
         Scheduler(backend, plan.samples) as runner,
+        console.working("answering", quiet=streams or as_json or output.quiet) as tick,
     ):
         encode = partial(prompt_tokens, backend, cancelled=cancelled)
         question = Question(asked, plan, encode, at_once=True)
@@ -88,6 +89,7 @@ def run(
                 if isinstance(event, Answered):
                     outcome = event.asking.result()
                 elif isinstance(event, Token):
+                    tick()
                     if trace:
                         trace.add(event.sample, event.draw)
                     if streams:
