@@ -61,7 +61,7 @@ class EMBest(Method):
         return Outcome([done], done.completions, index, fields, said=[said])
 
     def describe(self, samples: int) -> list[str]:
-        return [f"surest of {samples} by {self.score or SCORE}"]
+        return [f"the surest of {samples} by {self.score or SCORE}"]
 
     def check(self, params: SamplingParams) -> None:
         if params.temperature == 0:

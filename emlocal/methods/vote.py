@@ -141,8 +141,9 @@ class Vote(SelfConsistency):
         if rules.alpha is not None:
             weighed = f"weighed by p^{rules.alpha - 1:g}"
         else:
-            weighed = "all alike" if rules.plain else f"weighed by {rules.score}, β {rules.beta:g}"
-        return [f"vote of greedy and {samples - 1} more in waves of {rules.wave}", weighed]
+            weighed = "all alike" if rules.plain else f"weighed by {rules.score} (β {rules.beta:g})"
+        drawn = f"vote of greedy and up to {counted(samples - 1, 'sample')} in waves of {rules.wave}"
+        return [drawn, weighed, f"sure at {rules.sure:g}"]
 
 
 def _job(question: "Question", wave: range) -> "Job":
