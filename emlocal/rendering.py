@@ -55,7 +55,9 @@ def stats_line(outcome: Outcome, seed: int, context: int, *, em: bool) -> str:
         parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
     endings = Counter(_ending(c, context) for c in outcome.completions)
     parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
-    parts += [f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()]
+    parts += outcome.said or [
+        f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()
+    ]
     parts.append(f"seed {seed}")
     return " · ".join(parts)
 

@@ -73,7 +73,7 @@ def chat(
 
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em", "method"]
-        commands += ["compare", "regen", "undo", "edit", "save", "load"]
+        commands += ["vote", "compare", "regen", "undo", "edit", "save", "load"]
         reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
         repl = Repl(session, settings, reader, show_entropy=output.show_entropy, quiet=output.quiet)
         if resume and not output.quiet:
@@ -112,10 +112,11 @@ class ChatSettings:
         self._resolved = resolve_settings(("flag", given), ("config", config), base=self._base)
         self._planned(self._resolved, method)
 
-    def turn(self) -> "Turn":
+    def turn(self, method: str | None = None) -> "Turn":
         from emlocal.chat.session import Turn
 
-        return Turn(self._planned(self._now(), self._method), self._method)
+        chosen = self._method if method is None else Chosen(method)
+        return Turn(self._planned(self._now(), chosen), chosen)
 
     def method(self, choice: str) -> None:
         method = Chosen(None if choice == "off" else choice)

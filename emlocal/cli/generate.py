@@ -80,6 +80,7 @@ def run(
         interruptible() as cancelled,
         rendering.trace_to(output.trace, backend) as trace,
         Scheduler(backend, plan.samples) as runner,
+        console.working("answering", quiet=streams or as_json or output.quiet) as tick,
     ):
         encode = partial(prompt_tokens, backend, cancelled=cancelled)
         question = Question(asked, plan, encode, at_once=True)
@@ -90,6 +91,7 @@ def run(
                     if trace and collects:  # the answers, not all that was drawn on the way
                         trace.add_all(outcome.completions)
                 elif isinstance(event, Token):
+                    tick()
                     if trace and not collects:
                         trace.add(event.sample, event.draw)
                     if streams:

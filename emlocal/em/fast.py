@@ -326,7 +326,7 @@ def sharpen_adaptive_temperature(split: Split, settings: AdaptiveTemperature) ->
 
 
 def raise_to_power(split: Split, settings: Power) -> Sharpened | None:
-    """A power of a split row, which is a temperature that is known; None as in `sharpen_adaptive_temperature`."""
+    """A power of a split row, which is a temperature that is known; None as for that one."""
     H, _, tail, S, bound = _tempered(split, settings.alpha)
     if bound > TOLERANCE:
         return None

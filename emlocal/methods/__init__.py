@@ -13,6 +13,7 @@ from typing import Any
 from emlocal.errors import UsageError
 from emlocal.methods.dynamic_temperature import DynamicTemperature
 from emlocal.methods.em import EM_METHODS
+from emlocal.methods.em_best import EMBest
 from emlocal.methods.greedy import Greedy
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.methods.min_p import MinP
@@ -21,6 +22,7 @@ from emlocal.methods.sample import Sample
 from emlocal.methods.self_consistency import SelfConsistency
 from emlocal.methods.sequential_refinement import SequentialRefinement
 from emlocal.methods.think_em import ThinkEM
+from emlocal.methods.vote import Vote
 from emlocal.settings import (
     EM_PRESETS,
     Given,
@@ -44,6 +46,8 @@ _ALL: Sequence[type[Method]] = (
     Greedy,
     *EM_METHODS,
     SelfConsistency,
+    Vote,
+    EMBest,
     SequentialRefinement,
     ThinkEM,
     Power,
@@ -122,9 +126,10 @@ class Chosen:
         given = {**own, **_OWN.read({"samples": samples, **settings}, FLAGS)}
         self._asked: int | None = given.pop(_SAMPLES.name, None)
         self.drawing, self.collecting = (_made(kinds.get(kind), given) for kind in (False, True))
+        self._sampling = self.drawing if self.drawing.name else self.collecting
         for left in given:
-            owner = next(method for method in _ALL if left in Table.of(method).settings)
-            raise UsageError(f"{_OWN.settings[left].flag} belongs to --method {owner.name}")
+            owners = [method.name for method in _ALL if left in Table.of(method).settings]
+            raise UsageError(f"{_OWN.settings[left].flag} belongs to --method {' or '.join(owners)}")
         self.samples = self.collecting.samples(self._asked)
         """How many are drawn for each prompt."""
 
@@ -147,17 +152,12 @@ class Chosen:
         Raises:
             UsageError: the settings say what the method denies.
         """
-        plan = replace(base, params=self._sampler.params(base.params, chosen), samples=self.samples)
+        plan = replace(base, params=self._sampling.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
         """The sampling settings of a line whose own are in `given` already; otherwise like `plan`."""
-        return self._sampler.params(given, chosen | names_in(self.settings))
-
-    @property
-    def _sampler(self) -> Method:
-        """Which of the two says how tokens are drawn, where nobody has chosen otherwise."""
-        return self.drawing if self.drawing.name else self.collecting
+        return self._sampling.params(given, chosen | names_in(self.settings))
 
     def identity(self) -> dict[str, Any]:
         """What makes answers by two of them different, beside the settings of the plan."""
@@ -175,7 +175,7 @@ class Chosen:
     def collected(self) -> "Chosen":
         """The same samples' use, drawn with the sampling settings as they are."""
         other = Chosen()
-        other.collecting, other.samples = self.collecting, self.samples
+        other.collecting, other.samples = self.collecting, self.samples  # and _sampling changes nothing
         return other
 
 

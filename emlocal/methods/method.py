@@ -50,6 +50,8 @@ class Outcome:
     know more than the scores of the answer say."""
     undecided: bool = False
     """The method could not choose: the answer is the first completion."""
+    said: Sequence[str] = ()
+    """What it has to say for people, in a few words each; where there is nothing, they are shown `fields`."""
 
     @property
     def timings(self) -> "Timings":

@@ -43,6 +43,7 @@ def test_the_command_line_offers_all_methods() -> None:
     assert {known.flag for known in offered.values()} == {
         "--method", "--samples", "--rounds", "--extract", "--extract-pattern",
         "--think-steps", "--think-score", "--think-choice", "--power-alpha", "--power-block",
+        "--score", "--vote-beta", "--vote-alpha", "--wave", "--vote-sure",
     }  # fmt: skip
 
 

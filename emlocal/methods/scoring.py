@@ -1,0 +1,55 @@
+"""The scores of a finished answer: its draws' entropies and probabilities, and which tokens are the answer
+proper."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from emlocal.answers.finding import find
+from emlocal.answers.programs import last_block
+from emlocal.em.scores import Scores, scores
+from emlocal.generation import Completion
+
+Span = tuple[int, int]
+"""Characters of a text: the first, and the one behind the last."""
+
+
+def scores_of(completion: Completion) -> Scores | None:
+    """The scores of an answer; None where it was cancelled before its first token."""
+    draws = completion.draws
+    if not draws:
+        return None
+    span = answer_span(completion.text)
+    own = None if span is None else tokens_of(completion.ends, span)
+    return scores([draw.entropy_before for draw in draws], [draw.p_before for draw in draws], own)
+
+
+def scores_json(completion: Completion) -> dict[str, float | int | None] | None:
+    """The same for output files."""
+    found = scores_of(completion)
+    return None if found is None else found.as_json()
+
+
+def tokens_of(ends: Sequence[int], span: Span) -> slice:
+    """The tokens that wrote these characters, those that wrote only a part of them included.
+
+    Args:
+        ends: `Completion.ends`.
+        span: not empty.
+    """
+    first, behind = span
+    start = 0 if first == 0 else bisect_left(ends, first)
+    if first and start < len(ends) and ends[start] == first:  # its characters end before the span
+        start += 1
+    return slice(start, min(len(ends), bisect_left(ends, behind) + 1))
+
+
+def answer_span(text: str) -> Span | None:
+    """Where the answer proper stands: what the last box holds, else the last block of code, else the last
+    number; None where there is none of them."""
+    found = find(text)
+    if found is not None and found.how == "boxed":
+        return found.start, found.end
+    code = last_block(text)
+    if code is not None or found is None:
+        return code
+    return found.start, found.end
