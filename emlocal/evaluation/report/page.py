@@ -68,6 +68,12 @@ def html(document: Document) -> str:
             "Of the distribution before temperature and truncation. Dashed: before EM; solid: after it.",
             figures.entropy_along_the_answer(document),
         ),
+        (
+            "Risk against coverage",
+            "How many of the answers are wrong where only the surest are given. Lower is better; a line that"
+            " rises to the right is of a confidence that knows something.",
+            figures.risk_against_coverage(document),
+        ),
     ]
     return environment.get_template("page.html.j2").render(
         document=document,
@@ -78,6 +84,10 @@ def html(document: Document) -> str:
         differences=texts.difference_rows(document),
         pictures=[(title, says, _as_url(svg)) for title, says, svg in pictures if svg is not None],
         lists=_lists(document),
+        confidence_columns=texts.confidence_columns(),
+        confidences=texts.confidence_rows(document, intervals=True),
+        scores=texts.confidence_rows(document, every_score=True),
+        confidence_notes=texts.confidence_notes(document),
         facts=texts.facts(document),
     )
 
