@@ -1,6 +1,8 @@
 """A calibration fitted on judged answers: from a score to the chance that the answer is right.
 
-Two curves, of which the one is taken that does better on questions it was not fitted on (log loss):
+Two curves. Of fewer than `ISOTONIC_FROM` answers it is Platt's, since steps fitted to few follow their chance
+(Niculescu-Mizil and Caruana 2005); of more, the one that does better on questions it was not fitted on (log
+loss):
 
 - Platt's: logistic, two numbers. Platt 1999, with the targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1
   and 0, fitted by Newton's method as in Lin, Lin and Weng 2007. A slope below 0 becomes 0.
@@ -25,6 +27,7 @@ from emlocal.methods.confidence import FREE, METHOD, Curve, Isotonic, Platt
 FOLDS = 5
 LEAST = 5
 """Right answers, and wrong ones, without which there is nothing to fit."""
+ISOTONIC_FROM = 200
 _PRIOR = 0.5
 """Answers of either kind that each share has more than there are."""
 
@@ -87,6 +90,8 @@ def _choose(cases: Cases, seed: int) -> tuple[str, Curve]:
         names, key=lambda name: auroc(cases.raw(name), cases.right) or 0.0
     )  # max: the first of equals
     raw = cases.raw(score)
+    if len(raw) < ISOTONIC_FROM:
+        return score, platt(raw, cases.right)
     losses = {}
     for fitter in (platt, isotonic):
         missed: list[float] = []

@@ -138,7 +138,7 @@ def show_evaluations(evaluations: Sequence[Evaluation], width: int) -> list[Text
         lines += [Text(" " * indent + "└" + "─" * (columns - 1), "dim")]
         lines += [Text(" " * indent + between("0", "", f"{end} %", columns), "dim")]
         lines += _costs(each.results.standings, max(s.flops for s in standings), indent, columns, own_line)
-        lines += _risks(each.results.standings, indent, own_line)
+        lines += _risks(each.results.standings, indent, width - indent, own_line)
         lines.append(Text())
     return lines[:-1]
 
@@ -173,15 +173,18 @@ def _accuracy_bar(accuracy: Estimate, end: float, columns: int) -> Text:
 _RISK = 6  # columns of "100.0" and a space
 
 
-def _risks(standings: Sequence[Standing], indent: int, own_line: bool) -> list[Text]:
-    """A row of numbers for each method; none where no answer has a confidence."""
+def _risks(standings: Sequence[Standing], indent: int, columns: int, own_line: bool) -> list[Text]:
+    """A row of numbers for each method, as many as have room; none where no answer has a confidence."""
     if not any(standing.risks for standing in standings):
         return []
-    heads = "".join(f"{100 * coverage:.0f} %".rjust(_RISK) for coverage in COVERAGES)
+    places = range(len(COVERAGES))
+    step = next((n for n in (1, 2, 5) if len(COVERAGES) // n * _RISK <= columns), len(COVERAGES))
+    shown = places[step - 1 :: step]  # 100 % always
+    heads = "".join(f"{100 * COVERAGES[i]:.0f} %".rjust(_RISK) for i in shown)
     lines = [Text("wrong %, of the surest answers"), Text(" " * indent + heads, "dim")]
     for standing in standings:
         if standing.risks:
-            numbers = "".join(f"{100 * risk.value:.1f}".rjust(_RISK) for risk in standing.risks)
+            numbers = "".join(f"{100 * standing.risks[i].value:.1f}".rjust(_RISK) for i in shown)
             lines += _row(standing.name, Text(numbers), indent, own_line)
     return lines
 
