@@ -42,11 +42,12 @@ def difference(before: list[bool], after: list[bool]) -> tuple[float, float, flo
 
 def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: float) -> list[dict[str, Any]]:
     """A row a question."""
+    from emlocal.answers.finding import extract
+    from emlocal.answers.meaning import equivalent
     from emlocal.backends.engine import engine
     from emlocal.backends.options import LoadOptions
     from emlocal.generation.prompt import chat_tokens, with_system
     from emlocal.generation.scheduler import SPARE_SEQUENCES
-    from emlocal.methods.extraction import equivalent, extract
     from emlocal.models.resolve import resolve
     from emlocal.training.prompts import read_prompts
     from emlocal.training.rollouts import draw_rollouts, repetition

@@ -19,13 +19,13 @@ from statistics import fmean
 
 from common import report
 
+from emlocal.answers.meaning import canonical
 from emlocal.evaluation.answering import Answer, Judge, name_of
 from emlocal.evaluation.report.texts import p_value
 from emlocal.evaluation.runner import answers_path
 from emlocal.evaluation.statistics import bootstrap_mean, sign_flip
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Task
-from emlocal.methods.extraction import canonical
 
 
 @dataclass(frozen=True)

@@ -45,21 +45,21 @@ def stats_line(
 ) -> str:
     """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say, and how sure
     it is, where that is calibrated or the method's own."""
-    timings, completions = outcome.timings, [c for job in outcome.jobs for c in job.completions]
-    entropy = summarize([d for c in completions for d in c.draws])
+    timings = outcome.timings
+    entropy = summarize([d for c in outcome.completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
     read = timings.prompt_tokens - timings.cached_tokens
     # a handful of tokens says nothing of the speed
     speed = f", {rate(read, timings.prompt_seconds)} tok/s" if read >= _ENOUGH_TO_TIME else ""
     parts = [
         f"prompt {counted(timings.prompt_tokens, 'token')}{cached}{speed}",
-        f"answer {counted(sum(len(c.tokens) for c in completions), 'token')},"
+        f"answer {counted(outcome.generated_tokens, 'token')},"
         f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
         f"entropy {change(entropy.before, entropy.after, em)} nats",
     ]
     if em:
         parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
-    endings = Counter(_ending(c, context) for c in completions)
+    endings = Counter(_ending(c, context) for c in outcome.completions)
     parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
     parts += [f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()]
     if confidence is not None and (confidence.calibrated or confidence.source == METHOD):
@@ -130,7 +130,7 @@ def as_json(
     answers = [_answer_json(c) for c in outcome.completions]
     if len(answers) == 1:
         rounds = {"rounds": [*outcome.drafts]} if outcome.drafts else {}
-        return answers[0] | _sure_json(sure(outcome)) | shared | rounds
+        return answers[0] | _sure_json(sure(outcome)) | shared | dict(outcome.fields) | rounds
     if collected:
         own = answers[outcome.index] | _sure_json(sure(outcome))
         return own | shared | dict(outcome.fields) | {"samples": answers}

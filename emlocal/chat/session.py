@@ -89,7 +89,7 @@ class ChatSession:
             if isinstance(event, Answered):
                 self.last, self.last_turn = outcome, _ = event.asking.result(), turn
                 self.timings = outcome.timings
-                self.context_used = outcome.jobs[-1].timings.prompt_tokens + len(outcome.completion.tokens)
+                self.context_used = outcome.jobs[0].timings.prompt_tokens + len(outcome.completion.tokens)
                 self.conversation.exchanges.append((question, outcome.completion.text))
                 self.totals.add(self.timings)
                 self._attempt = 0

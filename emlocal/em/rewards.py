@@ -86,7 +86,7 @@ def majority_reward(answers: Sequence[Hashable | None]) -> Float64:
     no advantage is left: it takes N ≥ 3.
 
     Args:
-        answers: of one group: keys that equivalent answers share (`methods.extraction.canonical`); None
+        answers: of one group: keys that equivalent answers share (`answers.meaning.canonical`); None
             where no answer could be extracted, which agrees with nothing but itself.
     """
     votes = Counter(answer for answer in answers if answer is not None)

@@ -3,7 +3,7 @@
 from emlocal.cancel import Cancellation, interruptible
 from emlocal.errors import CancelledError
 from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Timings, Token
-from emlocal.generation.sample import Completion, FinishReason, Request
+from emlocal.generation.sample import Completion, FinishReason, Request, joined
 from emlocal.generation.scheduler import Scheduler
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "Timings",
     "Token",
     "interruptible",
+    "joined",
 ]

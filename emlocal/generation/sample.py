@@ -1,15 +1,16 @@
 """One sample on its way: what is asked of it, its text as it becomes certain, and what came of it."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from emlocal.backends.base import Backend, Row
 from emlocal.sampling import Draw, SamplingParams, Uniforms
 
-FinishReason = Literal["stop", "length", "context", "cancelled"]
-"""An end token or stop string; --max-tokens; the context is full; Ctrl-C."""
+FinishReason = Literal["stop", "length", "context", "cancelled", "pause"]
+"""An end token or stop string; --max-tokens; the context is full; Ctrl-C; its request's pause: never of an
+answer, which goes on."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Request:
     uniforms: Uniforms
     max_tokens: int
     stop: tuple[str, ...] = ()
+    pause: Callable[[str, int], bool] | None = None
+    """Whether to end here, for another job to go on: of the sample's text so far and how many tokens that is.
+    Asked only where the text is certain: between characters, and not within what may be a stop string."""
 
 
 @dataclass
@@ -40,6 +44,31 @@ class Completion:
     """The stop string that ended it, if one did."""
     tail: str = ""
     """The end of `text` that was held back until now and came with no Token."""
+
+
+def joined(parts: Sequence[Completion], sample: int = 0) -> Completion:
+    """One answer of parts that were drawn one after the other, each `after` those before it.
+
+    Args:
+        parts: at least one; all but the last ended by their request's pause.
+        sample: the number that the answer gets.
+    """
+    ends: list[int] = []
+    before = 0
+    for part in parts:
+        ends += [before + end for end in part.ends]
+        before += len(part.text)
+    last = parts[-1]
+    return Completion(
+        sample,
+        "".join(part.text for part in parts),
+        [token for part in parts for token in part.tokens],
+        [draw for part in parts for draw in part.draws],
+        ends,
+        last.finish_reason,
+        last.stop,
+        last.tail,
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,11 @@ class TextStream:
         """Characters so far, held back or not."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+
+    @property
+    def certain(self) -> bool:
+        """Whether all that was pushed has been returned: no half character, nothing held back."""
+        return not (self._held or self._decoder.getstate()[0])
 
     def push(self, piece: bytes) -> str:
         """Add a token's bytes."""
@@ -168,7 +202,15 @@ class Sample:
             self.end("stop")
         elif len(completion.tokens) >= self.request.max_tokens:
             self.end("length")
+        elif self._pauses():
+            self.end("pause")
         return text
+
+    def _pauses(self) -> bool:
+        pause = self.request.pause
+        if pause is None or not self._text.certain:
+            return False
+        return pause(self.completion.text, len(self.completion.tokens))
 
     def end(self, reason: FinishReason) -> None:
         """Close the sample; text that was held back comes with its Completion."""

@@ -19,6 +19,7 @@ from emlocal.methods.min_p import MinP
 from emlocal.methods.sample import Sample
 from emlocal.methods.self_consistency import SelfConsistency
 from emlocal.methods.sequential_refinement import SequentialRefinement
+from emlocal.methods.think_em import ThinkEM
 from emlocal.settings import (
     EM_PRESETS,
     Given,
@@ -43,6 +44,7 @@ _ALL: Sequence[type[Method]] = (
     *EM_METHODS,
     SelfConsistency,
     SequentialRefinement,
+    ThinkEM,
     MinP,
     DynamicTemperature,
 )
@@ -143,12 +145,17 @@ class Chosen:
         Raises:
             UsageError: the settings say what the method denies.
         """
-        plan = replace(base, params=self.drawing.params(base.params, chosen), samples=self.samples)
+        plan = replace(base, params=self._sampler.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
         """The sampling settings of a line whose own are in `given` already; otherwise like `plan`."""
-        return self.drawing.params(given, chosen | names_in(self.settings))
+        return self._sampler.params(given, chosen | names_in(self.settings))
+
+    @property
+    def _sampler(self) -> Method:
+        """Which of the two says how tokens are drawn, where nobody has chosen otherwise."""
+        return self.drawing if self.drawing.name else self.collecting
 
     def identity(self) -> dict[str, Any]:
         """What makes answers by two of them different, beside the settings of the plan."""

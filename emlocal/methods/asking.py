@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from emlocal.cancel import never
@@ -36,6 +36,16 @@ class Question:
     session: Hashable | None = None
     """See `Job`."""
 
+    @cached_property
+    def prompt(self) -> Sequence[int]:
+        """Its tokens. Raises EmlocalError where it cannot be made."""
+        return self.encode(self.asked)
+
+    def uniforms(self, round: int, sample: int, start: int = 0) -> Uniforms:
+        """The random numbers of one sample of a round, from its token `start` on."""
+        first = round * DRAWS_OF_A_ROUND + self.attempt * self.plan.samples
+        return Uniforms(self.plan.seed, self.key, first + sample, start)
+
     def job(
         self,
         round: int = 0,
@@ -44,6 +54,7 @@ class Question:
         params: SamplingParams | None = None,
         after: Sequence[int] = (),
         max_tokens: int | None = None,
+        pause: Callable[[str, int], bool] | None = None,
     ) -> Job:
         """Samples of one round.
 
@@ -53,23 +64,24 @@ class Question:
             params: how they are drawn, where not as the plan says.
             after: tokens of an answer that was begun, which they go on from; so do the draws.
             max_tokens: of each sample beyond these; as many as the plan leaves.
+            pause: see `Request`.
         Raises EmlocalError where the prompt cannot be made.
         """
         plan = self.plan
         samples = range(plan.samples) if samples is None else samples
-        first = round * DRAWS_OF_A_ROUND + self.attempt * plan.samples
         most = plan.max_tokens - len(after)
         requests = [
             Request(
                 params or plan.params,
-                Uniforms(plan.seed, self.key, first + i, len(after)),
+                self.uniforms(round, i, len(after)),
                 most if max_tokens is None else min(max_tokens, most),
                 plan.stop,
+                pause,
             )
             for i in samples
         ]
         return Job(
-            [*self.encode(self.asked), *after],
+            [*self.prompt, *after],
             requests,
             self.at_once,
             first_sample=samples.start,

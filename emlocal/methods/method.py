@@ -104,8 +104,9 @@ class Method:
         Raises:
             UsageError: the settings say what the method denies.
         """
+        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
         if not self.name or self.collects:
-            return given
+            return replace(given, **own) if own else given
         for name in sorted(self.fixed & chosen):
             if vars(given)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag
@@ -115,7 +116,6 @@ class Method:
             em = self.step()
         if type(em) is not (self.step or type(None)):
             raise UsageError(f"--method {self.name} and the EM flags contradict each other")
-        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
         return replace(given, em=em, **own)
 
     def samples(self, asked: int | None) -> int:

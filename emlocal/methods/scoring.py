@@ -1,17 +1,16 @@
 """The scores of a finished answer: its draws' entropies and probabilities, and which tokens are the answer
 proper."""
 
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from emlocal.answers.finding import find
+from emlocal.answers.programs import last_block
 from emlocal.em.scores import Scores, scores
 from emlocal.generation import Completion
-from emlocal.methods.extraction import find_answer
 
 Span = tuple[int, int]
 """Characters of a text: the first, and the one behind the last."""
-_FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def scores_of(completion: Completion) -> Scores | None:
@@ -47,14 +46,10 @@ def tokens_of(ends: Sequence[int], span: Span) -> slice:
 def answer_span(text: str) -> Span | None:
     """Where the answer proper stands: what the last box holds, else the last block of code, else the last
     number; None where there is none of them."""
-    found = find_answer(text)
-    if found is not None and found[1] == "boxed":
-        start = text.index(found[0], max(text.rfind("\\boxed"), text.rfind("\\fbox")))
-        return start, start + len(found[0])
-    blocks = [block.span(1) for block in _FENCED.finditer(text) if block[1].strip()]
-    if blocks:
-        return blocks[-1]
-    if found is None:
-        return None
-    start = text.rindex(found[0])
-    return start, start + len(found[0])
+    found = find(text)
+    if found is not None and found.how == "boxed":
+        return found.start, found.end
+    code = last_block(text)
+    if code is not None or found is None:
+        return code
+    return found.start, found.end

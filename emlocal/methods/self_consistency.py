@@ -1,8 +1,9 @@
 """Self-consistency (arXiv 2203.11171): draw several answers, and take what most of them come to."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
+from emlocal.answers import Extraction
 from emlocal.errors import UsageError
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.settings import SamplingParams, setting
@@ -10,8 +11,6 @@ from emlocal.settings import SamplingParams, setting
 if TYPE_CHECKING:
     from emlocal.methods.asking import Question
 
-Extraction = Literal["boxed", "last-number", "regex", "none"]
-"""Where an answer is found in a text; see `extraction.extract`."""
 _SAMPLES = 8  # where nobody says how many
 
 
@@ -32,7 +31,7 @@ class SelfConsistency(Method):
 
     def __post_init__(self) -> None:
         if self.extraction == "regex" or self.pattern is not None:
-            from emlocal.methods.extraction import check_pattern
+            from emlocal.answers.finding import check_pattern
 
             check_pattern(self.extraction or "none", self.pattern)
 
@@ -42,7 +41,7 @@ class SelfConsistency(Method):
         return asked or _SAMPLES
 
     def answer(self, question: "Question") -> Answering:
-        from emlocal.methods.extraction import equivalent, majority  # many patterns, compiled on import
+        from emlocal.answers.meaning import equivalent, majority  # many patterns, compiled on import
 
         [done] = yield [question.job()]
         answers = [self._found(completion.text) for completion in done.completions]
@@ -55,12 +54,12 @@ class SelfConsistency(Method):
         return Outcome([done], done.completions, winner, fields, confidence=votes / len(answers))
 
     def _found(self, text: str) -> str | None:
-        from emlocal.methods.extraction import extract, find_answer
+        from emlocal.answers.finding import extract, find
 
         if self.extraction is not None:
             return extract(text, self.extraction, self.pattern)
-        found = find_answer(text)
-        return None if found is None else found[0]
+        found = find(text)
+        return None if found is None else found.text
 
     def describe(self, samples: int) -> list[str]:
         return [f"majority of {samples}"]

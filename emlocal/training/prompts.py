@@ -1,6 +1,6 @@
 """Prompts to train on, without labels: from JSONL, from text files, or from a dataset of the hub.
 
-What an answer comes to, whether it is right, and the share of right ones before and after a run.
+And the share of answers that are right before and after a run.
 
 Accuracy is for information only: nothing is decided by it.
 """
@@ -8,15 +8,15 @@ Accuracy is for information only: nothing is decided by it.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emlocal.answers.gold import is_right
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import atomic_writer
-from emlocal.methods.extraction import canonical, extract, find_answer
 from emlocal.models.hub import hub_rows
 from emlocal.models.templates import Message
 from emlocal.text import TOO_LONG, numbered_lines, parse_json
@@ -187,27 +187,6 @@ def _of_hub(source: str, limit: int | None) -> list[Prompt | str]:
 Counted = Callable[[int, int], None]
 """Takes how many are done, and of how many."""
 _STEP = 2**31  # of no training step: the draws are the validation's own
-
-
-def answer_of(text: str) -> Hashable | None:
-    """A key that texts with equivalent answers share; None where there is none (`find_answer`)."""
-    found = find_answer(text)
-    return None if found is None else canonical(found[0])
-
-
-def label_of(text: str) -> Hashable | None:
-    """The same of a label: of a sentence, such as GSM8K's, as of an answer; else it is one by itself."""
-    text = text.strip()
-    found = extract(text, "boxed")
-    if found is None:  # a sentence ends with its number; \\frac{1}{2} is one by itself
-        found = extract(text, "last-number") if " " in text or "\n" in text else None
-    return canonical(found or text)
-
-
-def is_right(text: str, label: str) -> bool:
-    """Whether the answer in a text is the label's."""
-    found = answer_of(text)
-    return found is not None and found == label_of(label)
 
 
 def check_answers(prompts: Sequence[Prompt], asked_by: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emlocal.answers.gold import answer_of, label_of
 from emlocal.backends.learner import (
     Descent,
     EntropyLearner,
@@ -48,7 +49,7 @@ from emlocal.sampling.draw import request_key
 from emlocal.text import counted, plain
 from emlocal.training.engines import Objective
 from emlocal.training.loop import Gradient
-from emlocal.training.prompts import Prompt, answer_of, check_answers, label_of
+from emlocal.training.prompts import Prompt, check_answers
 from emlocal.training.rl_settings import Reward, RLSettings
 from emlocal.training.rollouts import MicroBatches, Rollout, token_weights
 from emlocal.training.settings import FineTuneSettings

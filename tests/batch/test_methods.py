@@ -42,6 +42,7 @@ def test_the_command_line_offers_all_methods() -> None:
     assert offered["extraction"].choices == ("boxed", "last-number", "regex", "none")
     assert {known.flag for known in offered.values()} == {
         "--method", "--samples", "--rounds", "--extract", "--extract-pattern",
+        "--think-steps", "--think-score", "--think-choice",
     }  # fmt: skip
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
-from emlocal.evaluation.tasks.open import open_task
-from emlocal.evaluation.tasks.programs import ProgramTask, code_with
+from emlocal.evaluation.tasks import open_task
+from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.task import read_rows
 from tests.evaluation.data import HUMANEVAL_ROW, contained, mark, rows, write
 
@@ -131,5 +132,5 @@ def test_the_prompt_shows_the_head() -> None:
 
 def test_blocks_in_lists_and_of_other_languages() -> None:
     text = "1. Here:\n   ```python\n   def f(): pass\n   ```\n```js\ndef f() {}\n```"
-    assert code_with(text, "def f") == "def f(): pass\n"
-    assert code_with("```js\ndef f()\n```", "def f") is None
+    assert code_of(text, "def f") == "def f(): pass\n"
+    assert code_of("```js\ndef f()\n```", "def f") is None

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks import task as task_module
-from emlocal.evaluation.tasks.mathematics import MathJudge, MathTask, gold
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks.mathematics import MathJudge, MathTask, gold_of
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.task import ids, read_rows
@@ -180,7 +180,7 @@ def test_problems_have_names() -> None:
     ],
 )
 def test_the_gold_answer_is_found_in_each_set(row: dict[str, Any], expected: str | None) -> None:
-    assert gold(row) == expected
+    assert gold_of(row) == expected
 
 
 @pytest.mark.parametrize("field", ["prompt", "question", "problem"])

@@ -54,6 +54,11 @@ def test_where_the_answer_stands(text: str, proper: str | None) -> None:
         assert span[0] == text.rindex("7")
 
 
+def test_a_box_is_not_taken_for_what_is_said_after_it() -> None:
+    text = "First \\boxed{42}, no: \\boxed{42}. That is 42 more."
+    assert answer_span(text) == (text.rindex("{42") + 1, text.rindex("{42") + 3)
+
+
 def answer(text: str) -> Completion:
     backend = FakeBackend(saying(text))
     plan = Plan(SamplingParams(temperature=0.0), 200)

@@ -22,9 +22,11 @@ from math import ceil
 from types import TracebackType
 from typing import Self
 
+from emlocal.answers.finding import extract, find
+from emlocal.answers.gold import gold
+from emlocal.answers.meaning import canonical
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task, text_of
-from emlocal.methods.extraction import canonical, extract, find_answer
 
 SECONDS = 20.0
 """For one comparison; what is not decided by then is not equal. Nearly all take milliseconds."""
@@ -186,7 +188,8 @@ class MathTask(Task):
         return f"math {_FIRST_JUDGE}, math-verify {version('math-verify')}"
 
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
-        return find_answer(text)
+        found = find(text)
+        return None if found is None else (found.text, found.how)
 
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
         before = self._judge.undecided
@@ -197,15 +200,14 @@ class MathTask(Task):
         self._judge.close()
 
 
-def gold(row: Row) -> str | None:
-    """The answer that a row gives: GSM8K's stands after ####, Minerva's in the solution's last box.
+def gold_of(row: Row) -> str | None:
+    """The answer that a row gives, or its solution's last box; None where there is none.
 
-    None where there is none. Raises ValueError for an answer that is no text or number.
+    Raises ValueError for an answer that is no text or number.
     """
     answer = text_of(row, ANSWER)
     if answer is not None:
-        marked = extract(answer, "last-number") if "####" in answer else None
-        return marked or extract(answer, "boxed") or answer.strip("$").strip() or None
+        return gold(answer)
     solution = text_of(row, SOLUTION)
     return None if solution is None else extract(solution, "boxed")
 
@@ -213,7 +215,7 @@ def gold(row: Row) -> str | None:
 def _problem(rows: Rows, index: int) -> Problem:
     row, where = rows[index], rows.where(index)
     try:
-        question, answer = text_of(row, QUESTION), gold(row)
+        question, answer = text_of(row, QUESTION), gold_of(row)
     except ValueError as why:
         raise UsageError(f"{where}: {why}", "write it as a text, or leave the row out") from why
     if question is None or answer is None:

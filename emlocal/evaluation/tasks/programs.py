@@ -10,11 +10,11 @@ A program passes when nothing is raised.
 
 import ast
 import re
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
 from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task
@@ -24,10 +24,6 @@ ASK = (
 )
 _ASK_CLASS = "\n\nAnswer with the whole class, imports included, in one code block."
 _FIRST_JUDGE = 2
-_FENCED = re.compile(
-    r"^[ \t]*(```|~~~)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE
-)
-_PYTHON = ("", "python", "python3", "py", "py3")
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 _LEETCODE = "\n".join(
     (
@@ -79,7 +75,7 @@ class ProgramTask(Task):
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
         """The program to run: the function that was written, and the tests."""
         asked = self._asked[problem.id]
-        code = code_with(text, asked.definition)
+        code = code_of(text, asked.definition)
         if code is None:
             return None
         program = f"{asked.head}\n{code}\n\n{asked.tests}\n"
@@ -89,23 +85,6 @@ class ProgramTask(Task):
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
         outcome = run(found, self.limits)
         return outcome.passed, "" if outcome.passed else outcome.detail
-
-
-def code_with(text: str, definition: str) -> str | None:
-    """The code in a model's text that has this definition ("def f"): the last such block, else all of it.
-
-    A block that is not closed was cut off, but may hold a whole function; one in a list is
-    indented. None where none has it.
-    """
-    text = text.replace("\r\n", "\n")
-    kind, _, name = definition.partition(" ")
-    other = rf"|async[ \t]+def[ \t]+{re.escape(name)}\b|{re.escape(name)}[ \t]*=" if kind == "def" else ""
-    wanted = re.compile(rf"^[ \t]*(?:{re.escape(definition)}\b{other})", re.MULTILINE)
-    blocks: Sequence[re.Match[str]] = list(_FENCED.finditer(text))
-    for block in reversed(blocks):
-        if block[2].lower() in _PYTHON and wanted.search(block[3]):
-            return textwrap.dedent(block[3])
-    return text if not blocks and wanted.search(text) else None
 
 
 def _head(prompt: str) -> str:

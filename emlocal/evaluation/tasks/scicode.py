@@ -15,9 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
 from emlocal.evaluation.sandbox.run import Limits, run
-from emlocal.evaluation.tasks.programs import code_with
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Problem, Rows, Task
 
@@ -124,7 +124,7 @@ class SciCodeTask(Task):
         Official targets are no part of it, since they may be large: `check` puts them in front.
         """
         step = self._steps[problem.id]
-        code = code_with(text, step.definition)
+        code = code_of(text, step.definition)
         if code is None:
             return None
         before = self._before(step)
@@ -206,7 +206,7 @@ def _given(steps: Mapping[str, _Step]) -> str:
 
 def _code(step: _Step, text: str) -> str | None:
     """What stands for a step before: the code that is given, or the model's."""
-    return step.gold if step.given else code_with(text, step.definition)
+    return step.gold if step.given else code_of(text, step.definition)
 
 
 def _introduction(row: Mapping[str, Any]) -> str:

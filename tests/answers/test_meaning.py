@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from emlocal.answers.finding import check_pattern, extract
+from emlocal.answers.meaning import canonical, equivalent, majority
 from emlocal.errors import UsageError
-from emlocal.methods.extraction import canonical, check_pattern, equivalent, extract, majority
 from tests.processor_time import at_most
 
 # Gold answers as the two test sets write them, each form that occurs.

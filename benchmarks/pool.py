@@ -1,0 +1,172 @@
+"""A pool of answers to a task's questions: one greedy, the others sampled, with all their scores.
+
+Votes, confidences and best-of-N of any kind can be computed from a pool without asking the model again, since
+a method's draws are addressed by question and sample: a vote of fewer samples, or one that stopped early, is
+a beginning of the pool's (benchmarks/pool_table.py).
+
+Questions go in blocks, each with an empty engine. A finished block is on disk before the next begins, and a
+run that was killed goes on with the block that it was in. To go on elsewhere, unpack what is committed
+(xz -dk docs/results/pools/NAME.jsonl.xz) and run the same command.
+
+    python benchmarks/pool.py NAME.jsonl --task gsm8k --data gsm8k/train.jsonl --limit 200 -m MODEL.gguf
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import emlocal
+from emlocal.em.scores import scores
+from emlocal.evaluation.answering import name_of, takes_system
+from emlocal.evaluation.tasks import open_task
+from emlocal.evaluation.tasks.task import Problem, Task
+from emlocal.generation import Completion, Scheduler
+from emlocal.generation.prompt import prompt_tokens
+from emlocal.methods.asking import Answered, Asking, Question, ask
+from emlocal.methods.method import Answering, Method, Outcome
+from emlocal.models.templates import Message
+from emlocal.sampling.draw import request_key
+from emlocal.settings import Plan, SamplingParams
+
+BLOCK = 16
+"""Questions."""
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Pool(Method):
+    """Draws all samples, the first of them greedily, and chooses none."""
+
+    def answer(self, question: Question) -> Answering:
+        n = question.plan.samples
+        jobs = yield [
+            question.job(samples=range(1), params=GREEDY),
+            question.job(samples=range(1, n)),
+        ]
+        return Outcome(jobs, [completion for job in jobs for completion in job.completions])
+
+
+def asked(task: Task, problem: Problem, system: bool | None) -> Sequence[Message] | str:
+    """The question as `emlocal eval` asks it."""
+    text = task.ask(problem, {})
+    if system is None:
+        return f"{task.system}\n\n{text}\n\n" if task.system else f"{text}\n\n"
+    if task.system and not system:
+        text = f"{task.system}\n\n{text}"
+    messages: list[Message] = [{"role": "user", "content": text}]
+    if task.system and system:
+        messages.insert(0, {"role": "system", "content": task.system})
+    return messages
+
+
+def sample(completion: Completion, entropies: bool) -> dict[str, Any]:
+    """What is kept of an answer. Entropies and log-probabilities in hundredths of a nat, where wanted."""
+    draws = completion.draws
+    before = [draw.entropy_before for draw in draws]
+    row: dict[str, Any] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "tokens": len(completion.tokens),
+        "repeated": round(repeated(completion.tokens), 4),
+        "scores": scores(before, [draw.p_before for draw in draws]).as_json(),
+    }
+    if entropies:
+        row["entropies"] = [round(100 * h) for h in before]
+        row["ends"] = completion.ends
+    return row
+
+
+def repeated(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of an answer's n-grams that occurred in it before."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def block(
+    backend: Any, parallel: int, task: Task, problems: Sequence[Problem], plan: Plan, entropies: bool
+) -> Iterator[dict[str, Any]]:
+    """The rows of some questions, in their order."""
+    system = takes_system(backend)
+    askings = {
+        problem.id: Asking(
+            Pool(),
+            Question(
+                asked(task, problem, system),
+                plan,
+                lambda it: prompt_tokens(backend, it),
+                request_key(name_of(problem, 1)),
+            ),
+        )
+        for problem in problems
+    }
+    todo = iter(askings.values())
+    started = time.perf_counter()
+    with Scheduler(backend, parallel) as runner:
+        for event in ask(runner, lambda: next(todo, None)):
+            if isinstance(event, Answered):
+                event.asking.result()
+    seconds = (time.perf_counter() - started) / len(problems)
+    for id_, asking in askings.items():
+        outcome = asking.result()
+        yield {
+            "id": id_,
+            "prompt_tokens": outcome.jobs[0].timings.prompt_tokens,
+            "passes": sum(job.forward_passes for job in outcome.jobs),
+            "seconds": round(seconds, 3),
+            "samples": [sample(completion, entropies) for completion in outcome.completions],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("-m", "--model", required=True)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--backend")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--min-p", type=float, default=0.05)
+    parser.add_argument("--dynatemp-range", type=float, default=0.0)
+    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=16)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--entropies", action="store_true", help="keep each token's entropy")
+    given = parser.parse_args()
+    params = SamplingParams(
+        temperature=given.temperature, min_p=given.min_p, dynatemp_range=given.dynatemp_range
+    )
+    plan = replace(Plan(), params=params, samples=given.samples, max_tokens=given.max_tokens, seed=given.seed)
+    task = open_task(given.task, given.data, given.limit)
+    there = len(given.output.read_bytes().splitlines()) if given.output.exists() else 0
+    options: dict[str, Any] = {"backend": given.backend} if given.backend else {}
+    if given.threads:
+        options["threads"] = given.threads
+    with (
+        emlocal.load(given.model, parallel=given.parallel, **options) as model,
+        given.output.open("a", encoding="utf-8") as file,
+    ):
+        for start in range(there, len(task.problems), BLOCK):
+            rows = block(
+                model.backend,
+                given.parallel,
+                task,
+                task.problems[start : start + BLOCK],
+                plan,
+                given.entropies,
+            )
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+            print(f"{min(start + BLOCK, len(task.problems))} of {len(task.problems)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
