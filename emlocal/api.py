@@ -24,6 +24,7 @@ from emlocal.backends.base import Backend
 from emlocal.batch.lines import parse_object
 from emlocal.batch.rows import Row
 from emlocal.batch.run import Batch, BatchSettings
+from emlocal.em.scores import Scores
 from emlocal.errors import UsageError
 from emlocal.generation import Completed, Completion, Scheduler, Timings, Token
 from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
@@ -33,12 +34,15 @@ from emlocal.loading import load as load_shared
 from emlocal.loading import load_for_batch, warn_in_python
 from emlocal.methods import Chosen
 from emlocal.methods.asking import Answered, Question, ask_one
+from emlocal.methods.confidence import Calibration, Subject, confidence_of, read_calibration, subject_of
+from emlocal.methods.scoring import scores_of
 from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams
 from emlocal.settings import Given, Plan, Resolved, resolve_settings
+from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
 from emlocal.settings.engine import BackendName, EngineOptions, KVName
 from emlocal.settings.resolve import GENERATION
-from emlocal.settings.table import NAMES
+from emlocal.settings.table import NAMES, options_of
 
 Method = Chosen
 """How prompts are answered: `Method("self-consistency", samples=8)`, `Method("em-inf:paper")`."""
@@ -96,6 +100,13 @@ class Answer:
     """All samples, where the method draws several."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What the method says of it: of self-consistency "answer" and "votes"."""
+    confidence: float | None = None
+    """How sure it is, from 0 to 1 (docs/confidence.md); None: it has no tokens."""
+    calibrated: bool = False
+    """Whether that is the share of right answers among such answers, by a calibration of this model and
+    method."""
+    scores: Scores | None = None
+    """How sure the model was while it wrote it, from entropies and probabilities."""
 
     @property
     def entropy(self) -> EntropySummary:
@@ -144,19 +155,29 @@ class Model:
         self._open = True
 
     def generate(
-        self, prompt: Prompt, *, method: Method | str | None = None, **settings: Unpack[Settings]
+        self,
+        prompt: Prompt,
+        *,
+        method: Method | str | None = None,
+        calibration: str | Path | None = None,
+        **settings: Unpack[Settings],
     ) -> Answer:
         """Answer a prompt.
 
         Args:
             prompt: a question, or the messages of a conversation.
             method: as for `batch`.
+            calibration: a file of `emlocal eval --calibrate`, for the confidence.
         Raises UsageError for settings out of range, ContextFullError for a prompt that does not fit.
         """
-        for event in self._ask(prompt, _chosen(method), settings):
+        chosen, sure = _chosen(method), _confidence_options(calibration, None)
+        calibrated = None if sure.calibration is None else read_calibration(sure.calibration)
+        subject = self._subject(chosen, settings, calibrated)
+        for event in self._ask(prompt, chosen, settings):
             if isinstance(event, Answered):
                 outcome = event.asking.result()
         done = outcome.completion
+        confidence = confidence_of(outcome, subject, calibrated)
         return Answer(
             done.text,
             done.finish_reason,
@@ -165,6 +186,9 @@ class Model:
             outcome.timings,
             outcome.completions,
             outcome.fields,
+            None if confidence is None else confidence.value,
+            confidence is not None and confidence.calibrated,
+            scores_of(done),
         )
 
     def stream(
@@ -190,6 +214,8 @@ class Model:
         method: Method | str | None = None,
         ordered: bool = True,
         keep: bool = False,
+        calibration: str | Path | None = None,
+        abstain_below: float | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Row]:
         """Answer many prompts, `parallel` of them at once; the rows are those of `emlocal batch`.
@@ -199,12 +225,17 @@ class Model:
             method: a name such as "self-consistency:8", or with settings: `Method("min-p", samples=8)`.
             ordered: rows in the order of the lines; otherwise as they are finished.
             keep: carry a line's other fields through, under "kept".
+            calibration: a file of `emlocal eval --calibrate`, for the confidence.
+            abstain_below: withhold answers with less confidence: "abstained" is true, "text" None.
         A line that cannot be answered becomes a row with "error". Raises UsageError for bad settings.
         """
         self._check_open()
         if isinstance(lines, str):
             raise UsageError("lines is one text; a batch takes a list of them")
         chosen, resolved = _chosen(method), self._resolved(settings)
+        sure = _confidence_options(calibration, abstain_below)
+        calibrated = None if sure.calibration is None else read_calibration(sure.calibration)
+        self._subject(chosen, settings, calibrated)
         shared = BatchSettings(
             chosen.plan(resolved.plan, resolved.chosen),
             chosen,
@@ -213,6 +244,8 @@ class Model:
             settings.get("raw", False),
             keep=keep,
             ordered=ordered,
+            calibration=calibrated,
+            abstain_below=sure.abstain_below,
         )
         self.runner.forget()  # a batch is the same whatever came before it
         items = (parse_object(number, line) for number, line in enumerate(lines, start=1))
@@ -246,6 +279,15 @@ class Model:
         question = Question(self._asked(prompt, settings), plan, encode, at_once=True)
         return ask_one(self.runner, method.collecting, question)
 
+    def _subject(self, method: Method, settings: Settings, calibration: Calibration | None) -> Subject:
+        """Whose confidence it is; warns where a calibration was made for another's."""
+        resolved = self._resolved(settings)
+        subject = subject_of(self.backend.info.name, method, method.plan(resolved.plan, resolved.chosen))
+        differing = None if calibration is None else calibration.mismatch(subject)
+        if differing is not None:
+            warn_in_python(differing)
+        return subject
+
     def _asked(self, prompt: Prompt, settings: Settings) -> Asked:
         system = settings.get("system")
         if settings.get("raw", False):
@@ -268,6 +310,11 @@ class Model:
 
 def _chosen(method: Method | str | None) -> Method:
     return method if isinstance(method, Method) else Method(method)
+
+
+def _confidence_options(calibration: str | Path | None, abstain_below: float | None) -> ConfidenceOptions:
+    given = CONFIDENCE.read({"calibration": calibration, "abstain_below": abstain_below}, NAMES)
+    return options_of(ConfidenceOptions, ("keyword", given))
 
 
 def _em_keywords(settings: Settings) -> Given:

@@ -105,6 +105,9 @@ def batch_identity(settings: "BatchSettings", loaded: "Loaded") -> dict[str, obj
         "em": describe_em(plan.params.em),
         "sampling": {name: vars(plan.params)[name] for name in settings_of(SamplingParams)},
         "logit-bias": [list(pair) for pair in plan.params.logit_bias],
+        # later settings, only where they are given: outputs that were begun before them go on
+        **({} if settings.calibration is None else {"calibration": settings.calibration.digest}),
+        **({} if settings.abstain_below is None else {"abstain-below": settings.abstain_below}),
     }
 
 

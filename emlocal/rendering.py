@@ -5,8 +5,9 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from emlocal.files import atomic_writer
 from emlocal.generation import Completion
 from emlocal.generation.sample import summarize
 from emlocal.methods import Outcome
+from emlocal.methods.confidence import METHOD, Confidence, raw_confidence
+from emlocal.methods.scoring import scores_json, scores_of
 from emlocal.sampling import Draw
 from emlocal.text import CONTROLS, change, counted
 
@@ -37,8 +40,11 @@ def legend() -> str:
     return "entropy before EM:  " + "  ".join(shown)
 
 
-def stats_line(outcome: Outcome, seed: int, context: int, *, em: bool) -> str:
-    """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say."""
+def stats_line(
+    outcome: Outcome, seed: int, context: int, *, em: bool, confidence: Confidence | None = None
+) -> str:
+    """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say, and how sure
+    it is, where that is calibrated or the method's own."""
     timings = outcome.timings
     entropy = summarize([d for c in outcome.completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
@@ -58,8 +64,32 @@ def stats_line(outcome: Outcome, seed: int, context: int, *, em: bool) -> str:
     parts += outcome.said or [
         f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()
     ]
+    if confidence is not None and (confidence.calibrated or confidence.source == METHOD):
+        parts.append(confidence_text(confidence))
     parts.append(f"seed {seed}")
     return " · ".join(parts)
+
+
+def confidence_text(confidence: Confidence) -> str:
+    """ "confidence 0.83", and what it is where it is not calibrated."""
+    what = {METHOD: "the method's own"}.get(confidence.source, f"from {confidence.source}")
+    return f"confidence {confidence.value:.2f}" + (
+        "" if confidence.calibrated else f" ({what}, not calibrated)"
+    )
+
+
+def scores_text(completion: Completion) -> str:
+    """One line: an answer's scores; nothing where it has no tokens."""
+    found = scores_of(completion)
+    if found is None:
+        return ""
+    own = "" if found.answer_entropy is None else f", of the answer proper {found.answer_entropy:.2f}"
+    return (
+        f"entropy: mean {found.mean_entropy:.2f}{own}, worst window {found.window_entropy:.2f},"
+        f" end {found.tail_entropy:.2f}, largest {found.largest_entropy:.2f} nats;"
+        f" {found.unsure:.0%} of tokens unsure; log-probability {found.log_probability:.1f}"
+        f" ({found.mean_log_probability:.2f} a token)"
+    )
 
 
 def _ending(completion: Completion, context: int) -> str:
@@ -77,9 +107,15 @@ def rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:.1f}" if seconds > 0 else "–"
 
 
-def as_json(backend: Backend, outcome: Outcome, seed: int, collected: bool) -> dict[str, Any]:
+def as_json(
+    backend: Backend,
+    outcome: Outcome,
+    seed: int,
+    collected: bool,
+    sure: Callable[[Outcome], Confidence | None] = raw_confidence,
+) -> dict[str, Any]:
     """The object that `--json` prints: one answer flat, several in `completions`; with `collected` the one
-    that the method came to, and all others in `samples`."""
+    that the method came to, and all others in `samples`. `sure`: how sure an outcome is."""
     timings = outcome.timings
     shared = {
         "model": backend.info.name,
@@ -96,10 +132,17 @@ def as_json(backend: Backend, outcome: Outcome, seed: int, collected: bool) -> d
     answers = [_answer_json(c) for c in outcome.completions]
     if len(answers) == 1:
         rounds = {"rounds": [*outcome.drafts]} if outcome.drafts else {}
-        return answers[0] | shared | dict(outcome.fields) | rounds
+        return answers[0] | _sure_json(sure(outcome)) | shared | dict(outcome.fields) | rounds
     if collected:
-        return answers[outcome.index] | shared | dict(outcome.fields) | {"samples": answers}
-    return {"completions": answers} | shared
+        own = answers[outcome.index] | _sure_json(sure(outcome))
+        return own | shared | dict(outcome.fields) | {"samples": answers}
+    each = [sure(replace(outcome, completions=[c], index=0)) for c in outcome.completions]
+    alone = [answer | _sure_json(one) for answer, one in zip(answers, each, strict=True)]
+    return {"completions": alone} | shared
+
+
+def _sure_json(confidence: Confidence | None) -> dict[str, Any]:
+    return {} if confidence is None else confidence.as_json()
 
 
 def _answer_json(completion: Completion) -> dict[str, Any]:
@@ -109,6 +152,7 @@ def _answer_json(completion: Completion) -> dict[str, Any]:
         "stop": completion.stop,
         "completion_tokens": len(completion.tokens),
         "entropy": summarize(completion.draws).as_json(),
+        "scores": scores_json(completion),
     }
 
 

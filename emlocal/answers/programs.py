@@ -46,6 +46,14 @@ def code_of(text: str, definition: str | None = None) -> str | None:
     return text if wanted.search(text) and not _FENCE.search(text) else None
 
 
+def last_block(text: str) -> tuple[int, int] | None:
+    """Where the last block of code stands that is not empty, without its fences; one may be unclosed."""
+    fences = list(_FENCE.finditer(text))
+    ends = [fence.start() for fence in fences[1:]] + [len(text)]
+    spans = [(fence.end() + 1, end) for fence, end in zip(fences[::2], ends[::2], strict=True)]
+    return next((span for span in reversed(spans) if text[slice(*span)].strip()), None)
+
+
 def _wanted(definition: str | None) -> re.Pattern[str]:
     if definition is None:
         return _ANY

@@ -8,8 +8,12 @@ from typing import Any
 from emlocal.generation import Completion
 from emlocal.generation.sample import summarize
 from emlocal.methods import Outcome
+from emlocal.methods.confidence import Confidence
+from emlocal.methods.scoring import scores_json
 
 Row = dict[str, Any]
+_ANSWERS = ("text", "answer")
+"""What a row has of the answer; where it is withheld, these are null."""
 _ENDINGS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
@@ -27,6 +31,9 @@ class AnsweredLine:
     """Fields of the line that are carried through."""
     entropies: bool = False
     """Whether emlocal's row has the entropy of each token."""
+    confidence: Confidence | None = None
+    abstained: bool | None = None
+    """Whether the answer is withheld, because it is not sure enough; None: nobody asked for that."""
 
 
 def own_row(answered: AnsweredLine) -> Row:
@@ -43,6 +50,8 @@ def own_row(answered: AnsweredLine) -> Row:
         "forward_passes": sum(job.forward_passes for job in outcome.jobs),
         "seconds": round(sum(job.seconds for job in outcome.jobs), 4),
         "entropy": summarize(chosen.draws).as_json(),
+        "scores": scores_json(chosen),
+        **({} if answered.confidence is None else answered.confidence.as_json()),
         "method": answered.method,
         "model": answered.model,
         "seed": answered.seed,
@@ -50,6 +59,11 @@ def own_row(answered: AnsweredLine) -> Row:
     }
     if len(outcome.completions) > 1:
         row["samples"] = [_sample(c) for c in outcome.completions]
+    if answered.abstained is not None:
+        row["abstained"] = answered.abstained
+    if answered.abstained:
+        row["withheld"] = {name: row[name] for name in _ANSWERS if name in row}
+        row |= dict.fromkeys(row["withheld"])
     if outcome.drafts:
         row["rounds"] = [*outcome.drafts]
     if answered.entropies:
@@ -68,17 +82,20 @@ def _sample(completion: Completion) -> Row:
         "finish_reason": completion.finish_reason,
         "completion_tokens": len(completion.tokens),
         "entropy": summarize(completion.draws).as_json(),
+        "scores": scores_json(completion),
     }
 
 
 def openai_row(answered: AnsweredLine) -> Row:
     """A line as OpenAI's batch output has it; what it has no place for is under "emlocal"."""
     own = own_row(answered)
-    beside = ["entropy", "method", "seed", "forward_passes", "seconds", *answered.outcome.fields, "kept"]
+    beside = ["entropy", "scores", "confidence", "confidence_from", "calibrated", "abstained", "withheld"]
+    beside += ["method", "seed", "forward_passes", "seconds", *answered.outcome.fields, "kept"]
+    withheld = answered.outcome.index if answered.abstained else None
     choices = [
         {
             "index": i,
-            "message": {"role": "assistant", "content": c.text},
+            "message": {"role": "assistant", "content": None if i == withheld else c.text},
             "finish_reason": _ENDINGS[c.finish_reason],
             "logprobs": None,
         }

@@ -21,8 +21,9 @@ from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Runner, Scheduler
 from emlocal.generation.parallel import Speed
 from emlocal.generation.prompt import Asked, for_template, prompt_tokens, with_system
-from emlocal.methods import Chosen, name_of
+from emlocal.methods import Chosen
 from emlocal.methods.asking import Answered, Asking, Question, ask
+from emlocal.methods.confidence import Calibration, confidence_of, subject_of
 from emlocal.models.templates import Message
 from emlocal.sampling.draw import request_key
 from emlocal.settings import Plan
@@ -48,6 +49,9 @@ class BatchSettings:
     ordered: bool = False
     entropies: bool = False
     """Rows have the entropy of each token of the answer, nats."""
+    calibration: Calibration | None = None
+    abstain_below: float | None = None
+    """Answers with less confidence are withheld."""
     fingerprint: str = ""
     """What else makes two runs different: model, adapters."""
 
@@ -62,6 +66,8 @@ class Tally:
     """Already in the output."""
     cut_off: int = 0
     """Answered, but ended by --max-tokens or the context."""
+    abstained: int = 0
+    """Answered, but not sure enough."""
     votes_lost: int = 0
     """Self-consistency found no answer in any sample."""
 
@@ -111,6 +117,11 @@ class Batch:
         self._ready: deque[Row] = deque()
         self._taken = self._given = 0
         self._held: dict[int, Row] = {}  # with `ordered`: rows that wait for earlier ones
+
+    @property
+    def abstain_below(self) -> float | None:
+        """Answers with less confidence are withheld."""
+        return self._settings.abstain_below
 
     def rows(self, cancelled: Callable[[], bool] = never) -> Iterator[Row]:
         """The rows as they are finished, or in the order of the lines. Raises CancelledError."""
@@ -221,18 +232,25 @@ class Batch:
             return
         outcome = asking.outcome
         assert task.plan is not None
+        subject = subject_of(self._backend.info.name, settings.method, task.plan)
+        sure = confidence_of(outcome, subject, settings.calibration)
+        least = settings.abstain_below
+        abstained = None if least is None else sure is None or sure.value < least
         answered = AnsweredLine(
             task.key,
             task.custom_id or "",
             self._backend.info.name,
-            settings.method.name or name_of(task.plan.params),
+            subject.method,
             task.plan.seed,
             outcome,
             task.extra,
             settings.entropies,
+            sure,
+            abstained,
         )
         self.tally.answered += 1
         self.tally.cut_off += outcome.completion.finish_reason in ("length", "context")
+        self.tally.abstained += bool(abstained)
         self.tally.votes_lost += outcome.undecided
         self._give(task, openai_row(answered) if settings.openai else own_row(answered))
 

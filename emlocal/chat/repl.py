@@ -216,7 +216,8 @@ class Repl:
         assert last is not None
         assert turn is not None
         em = turn.plan.params.em is not None
-        console.note(rendering.stats_line(last, turn.plan.seed, self.session.backend.context, em=em))
+        context, sure = self.session.backend.context, self.session.confidence()
+        console.note(rendering.stats_line(last, turn.plan.seed, context, em=em, confidence=sure))
 
     def _help(self, _: str) -> None:
         console.err().print(HELP, markup=False)
@@ -262,6 +263,10 @@ class Repl:
         if self.session.last is None:
             raise UsageError("nothing has been answered yet")
         self._stats_line()
+        sure = self.session.confidence()
+        if sure is not None:
+            console.note(rendering.scores_text(self.session.last.completion))
+            console.note(rendering.confidence_text(sure))
         totals = self.session.totals
         speed = rendering.rate(totals.generated_tokens, totals.generation_seconds)
         console.note(

@@ -11,6 +11,7 @@ from emlocal.generation import Completed, Event, Runner, Timings, Token
 from emlocal.generation.prompt import Asked, prompt_tokens
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
+from emlocal.methods.confidence import Calibration, Confidence, confidence_of, subject_of
 from emlocal.sampling.draw import request_key
 from emlocal.settings import EMInf, Plan
 
@@ -52,11 +53,18 @@ class ChatSession:
     same chat, and /regen gives another answer.
     """
 
-    def __init__(self, backend: Backend, runner: Runner, conversation: Conversation | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        runner: Runner,
+        conversation: Conversation | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         """Several sessions may have one runner; each finds what it has read."""
         self.backend = backend
         self.runner = runner
         self.conversation = conversation or Conversation()
+        self._calibration = calibration
         self.last: Outcome | None = None
         """What the last answer came from, with its draws …"""
         self.last_turn: Turn | None = None
@@ -86,6 +94,14 @@ class ChatSession:
                 self.totals.add(self.timings)
                 self._attempt = 0
             yield event
+
+    def confidence(self) -> Confidence | None:
+        """How sure the last answer is; None where there is none."""
+        if self.last is None or self.last_turn is None:
+            return None
+        turn = self.last_turn
+        subject = subject_of(self.backend.info.name, turn.method, turn.plan)
+        return confidence_of(self.last, subject, self._calibration)
 
     def ask_again(self, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[AnswerEvent]:
         """Answer the last question again, from other draws; the new answer takes the old one's place."""

@@ -15,11 +15,12 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import BatchOptions, check_roles, with_options
-from emlocal.cli.views import choose_parallel
+from emlocal.cli.views import calibration_in, choose_parallel, warn_of_mismatch
 from emlocal.errors import CancelledError, UsageError
 from emlocal.identity import batch_identity
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Resolved, resolve_settings
+from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
@@ -40,7 +41,7 @@ def batch(
     ] = "-",
     run: BatchOptions = BatchOptions(),
     how: Annotated[Given, HOW] = NOTHING,
-    given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CONFIDENCE, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Answer a file of prompts; killed runs go on where they stopped.
 
@@ -49,6 +50,7 @@ def batch(
     """
     from emlocal.batch.lines import canonical
     from emlocal.cli.views import open_for_batch
+    from emlocal.methods.confidence import subject_of
     from emlocal.settings.resolve import read_config
 
     _check(input_, output, run)
@@ -56,11 +58,15 @@ def batch(
     resolved = resolve_settings(*layers)
     method = chosen_by(how)
     method.plan(resolved.plan, resolved.chosen)  # what contradicts itself fails before a model is loaded
+    sure = options_of(ConfidenceOptions, *layers)
+    calibration = calibration_in(sure.calibration)
     with ExitStack() as opened:
         source = opened.enter_context(_source(input_))
         options = options_of(EngineOptions, *layers)
         model = opened.enter_context(open_for_batch(options, run.parallel, quiet=run.quiet))
         settings = _settings(model, resolved, method, run)
+        settings = replace(settings, calibration=calibration, abstain_below=sure.abstain_below)
+        warn_of_mismatch(calibration, subject_of(model.backend.info.name, method, settings.plan))
         identity = batch_identity(settings, model)
         settings = replace(settings, fingerprint=canonical(identity))
         if run.dry_run:
@@ -260,6 +266,8 @@ def _say_what_came_of_it(batch: "Batch", seconds: float, kept: bool, errors: int
         parts.append(f"{tally.skipped:,} already there")
     if tally.cut_off:
         parts.append(f"{tally.cut_off:,} cut off (--max-tokens, --context)")
+    if batch.abstain_below is not None:
+        parts.append(f"{tally.abstained:,} withheld (confidence below {batch.abstain_below:g})")
     if tally.votes_lost:
         parts.append(f"{tally.votes_lost:,} without any answer to vote on")
     if counters.generated_tokens:

@@ -14,6 +14,7 @@ from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
+from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM, em_numbers
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
@@ -40,15 +41,16 @@ def chat(
     ] = False,
     output: OutputOptions = OutputOptions(),
     how: Annotated[Given, HOW.only("method")] = NOTHING,
-    given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CALIBRATION, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
     from emlocal.chat.conversation import Conversation, chat_file, newest_kept
     from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession
-    from emlocal.cli.views import open_backend
+    from emlocal.cli.views import calibration_in, open_backend, warn_of_mismatch
     from emlocal.generation import Scheduler
+    from emlocal.methods.confidence import subject_of
     from emlocal.models.paths import data_dir
     from emlocal.settings.resolve import read_config
 
@@ -62,10 +64,14 @@ def chat(
     conversation = Conversation.load(saved) if saved else Conversation()
     if system is not None:
         conversation.system = system
-    options = options_of(EngineOptions, ("flag", given), ("config", config))
+    layers = ("flag", given), ("config", config)
+    options = options_of(EngineOptions, *layers)
+    calibration = calibration_in(options_of(ConfidenceOptions, *layers).calibration)
     with open_backend(options, sequences=_SEQUENCES, quiet=output.quiet) as backend:
         settings.model = backend.info.sampling
-        session = ChatSession(backend, Scheduler(backend, _PARALLEL), conversation)
+        session = ChatSession(backend, Scheduler(backend, _PARALLEL), conversation, calibration)
+        turn = settings.turn()
+        warn_of_mismatch(calibration, subject_of(backend.info.name, turn.method, turn.plan))
 
         def status() -> str:
             used = f"{session.context_used:,}/{backend.context:,} tokens"

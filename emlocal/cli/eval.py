@@ -1,5 +1,7 @@
 """`emlocal eval`: ways of answering compared on problems with known answers."""
 
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -10,13 +12,18 @@ from emlocal.cli.options import with_options
 from emlocal.errors import CancelledError
 from emlocal.evaluation.contenders import EvalOptions
 from emlocal.settings import Given, resolve_settings
+from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
 
+_COVERAGES = (0.2, 0.5, 0.8, 1.0)
+"""Of the table on the screen."""
+
 if TYPE_CHECKING:
     from emlocal.evaluation.report.document import Document
+    from emlocal.methods.confidence import Calibration
 
 
 @with_options
@@ -39,7 +46,7 @@ def eval(
         ),
     ] = "greedy,sample,em-inf",
     how: EvalOptions = EvalOptions(),
-    given: Annotated[Given, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CALIBRATION, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Compare ways of answering on problems with known answers: accuracy, cost, and how sure that is.
 
@@ -52,7 +59,8 @@ def eval(
 
     config = {name: value for name, value in read_config().items() if name not in EM.settings}
     layers = ("flag", given), ("config", config)  # EM is for methods to say
-    prepared = prepare(task, methods, how, resolve_settings(*layers))
+    calibration = options_of(ConfidenceOptions, ("flag", given)).calibration  # one for all would be a mistake
+    prepared = prepare(task, methods, how, resolve_settings(*layers), calibration)
     with open_for_batch(options_of(EngineOptions, *layers), how.parallel, quiet=how.quiet) as loaded:
         try:
             with _Progress(how.quiet) as progress:
@@ -66,6 +74,8 @@ def eval(
         console.warn(text)
     if done.others:
         console.note(f"not reported, since --methods does not name them: {', '.join(done.others)}")
+    if done.calibration is not None and not how.quiet:
+        console.note(_calibrated(done.calibration))
     if not how.quiet:
         console.note(f"{done.folder}: results.json, results.md, report.html, and all answers")
 
@@ -91,15 +101,39 @@ class _Progress:
         self._shown.close()
 
 
-def _show(document: "Document") -> None:
-    """The table, on stdout."""
-    from rich.table import Table
+def _calibrated(found: "Calibration") -> str:
+    """What was fitted, in a line."""
+    from emlocal.methods.confidence import METHOD, Platt
 
+    on, errs = found.fitted_on, found.cross_fitted
+    kind = "Platt's curve" if isinstance(found.curve, Platt) else "isotonic"
+    score = "the method's own confidence" if found.score == METHOD else found.score
+    return (
+        f"{found.path}: {kind} on {score}, {on['answers']:,} answers, {on['right']:,} right; on questions it"
+        f" was not fitted on AUROC {errs.get('auroc', math.nan):.2f}, calibration error"
+        f" {errs['calibration_error']:.3f}"
+    )
+
+
+def _show(document: "Document") -> None:
+    """The tables, on stdout."""
     from emlocal.evaluation.report import texts
 
+    _show_table(texts.columns(document), texts.rows(document))
+    if document.confidence:
+        console.out().print()
+        _show_table(
+            texts.confidence_columns(_COVERAGES), texts.confidence_rows(document, _COVERAGES), words=2
+        )
+
+
+def _show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
+    """`words`: columns of texts, before those of numbers."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
-    for i, head in enumerate(texts.columns(document)):
-        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold")
-    for row in texts.rows(document):
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < words else "right", overflow="fold")
+    for row in rows:
         table.add_row(*row)
     console.out().print(table, markup=False)

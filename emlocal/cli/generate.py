@@ -13,6 +13,7 @@ from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, with_
 from emlocal.errors import UsageError
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Plan, resolve_settings
+from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM
 from emlocal.settings.engine import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING, random_seed
@@ -21,6 +22,7 @@ from emlocal.settings.table import NOTHING, options_of
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.generation.prompt import Asked
+    from emlocal.methods.confidence import Calibration
 
 _MOST_SAMPLES = 256
 _STDIN_PATIENCE = 2.0  # seconds before saying that stdin is being waited for
@@ -36,13 +38,13 @@ def generate(
     how: Annotated[Given, HOW] = NOTHING,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     output: OutputOptions = OutputOptions(),
-    given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CALIBRATION, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Answer one prompt.
 
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
-    from emlocal.cli.views import open_backend
+    from emlocal.cli.views import calibration_in, open_backend
     from emlocal.settings.resolve import read_config
 
     method = chosen_by(how)
@@ -54,26 +56,38 @@ def generate(
     layers = ("flag", given), ("config", read_config())
     resolved = resolve_settings(*layers, base=Plan(seed=random_seed()))
     method.plan(resolved.plan, resolved.chosen)  # what contradicts itself fails before a model is loaded
+    calibration = calibration_in(options_of(ConfidenceOptions, *layers).calibration)
     text = read_prompt(prompt, file)
     quiet = output.quiet or as_json
     options = options_of(EngineOptions, *layers)
     with open_backend(options, sequences=method.samples + 1, quiet=quiet) as backend:
         resolved = resolved.with_model(backend.info.sampling)
         plan = method.plan(resolved.plan, resolved.chosen)
-        code = run(backend, _asked(backend, text, prompting), method, plan, output, as_json)
+        code = run(backend, _asked(backend, text, prompting), method, plan, output, as_json, calibration)
     if code:
         raise typer.Exit(code)
 
 
 def run(
-    backend: "Backend", asked: "Asked", method: Chosen, plan: Plan, output: OutputOptions, as_json: bool
+    backend: "Backend",
+    asked: "Asked",
+    method: Chosen,
+    plan: Plan,
+    output: OutputOptions,
+    as_json: bool,
+    calibration: "Calibration | None" = None,
 ) -> int:
     """Generate and show; the exit code."""
     from emlocal import rendering
+    from emlocal.cli.views import warn_of_mismatch
     from emlocal.generation import CancelledError, Scheduler, Token, interruptible
     from emlocal.generation.prompt import prompt_tokens
     from emlocal.methods.asking import Answered, Question, ask_one
+    from emlocal.methods.confidence import confidence_of, subject_of
 
+    subject = subject_of(backend.info.name, method, plan)
+    warn_of_mismatch(calibration, subject)
+    sure = partial(confidence_of, subject=subject, calibration=calibration)
     collects, streams = method.collecting.collects, method.streams and not as_json
     writer = rendering.AnswerWriter(output.show_entropy and streams)
     with (
@@ -104,14 +118,16 @@ def run(
             return 130
     completions = [outcome.completion] if collects else outcome.completions
     if as_json:
-        console.print_json(rendering.as_json(backend, outcome, plan.seed, collects))
+        console.print_json(rendering.as_json(backend, outcome, plan.seed, collects, sure))
     else:
         if not streams:
             writer.piece("\n---\n".join(c.text.strip("\n") for c in completions), 0.0)
         writer.end()
     if not (output.quiet or as_json):
         em = plan.params.em is not None
-        console.note(rendering.stats_line(outcome, plan.seed, backend.context, em=em))
+        # of several independent answers none is the one that it would be of
+        confidence = sure(outcome) if len(completions) == 1 else None
+        console.note(rendering.stats_line(outcome, plan.seed, backend.context, em=em, confidence=confidence))
     stopped = cancelled.requested or any(c.finish_reason == "cancelled" for c in outcome.completions)
     return 130 if stopped else 0
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emlocal import console
@@ -19,6 +20,7 @@ from emlocal.text import counted
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.generation.parallel import Speed
+    from emlocal.methods.confidence import Calibration, Subject
 
 
 @contextmanager
@@ -59,6 +61,22 @@ def _open(loaded: Loaded, quiet: bool) -> Iterator[None]:
         yield
     finally:
         loaded.backend.close()
+
+
+def calibration_in(path: Path | None) -> "Calibration | None":
+    """The calibration of a flag. Raises as `read_calibration` does."""
+    if path is None:
+        return None
+    from emlocal.methods.confidence import read_calibration
+
+    return read_calibration(path)
+
+
+def warn_of_mismatch(calibration: "Calibration | None", subject: "Subject") -> None:
+    """Say where a calibration was made for other answers than these."""
+    differing = None if calibration is None else calibration.mismatch(subject)
+    if differing is not None:
+        console.warn(differing)
 
 
 def choose_parallel(model: Loaded, asked: int | None, answers: int | None, *, quiet: bool) -> "Speed":

@@ -91,6 +91,9 @@ class EvalOptions:
     system: str | None = setting(
         None, "--system --system-prompt", help="System message, instead of the task's.", metavar="TEXT"
     )
+    calibrate: Path | None = setting(
+        None, "--calibrate", help="Fit a calibration of the one method, and write it.", metavar="FILE"
+    )
     output: Path | None = setting(
         None, "-o --output --output-dir", help="Folder. (default: eval-TASK-MODEL)", metavar="DIR"
     )

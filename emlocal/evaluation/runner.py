@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from emlocal.batch.run import BatchSettings
 from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.evaluation.answering import Answer, Answering, Judge, Judged
+from emlocal.evaluation.calibration import FOLDS, fit
+from emlocal.evaluation.confidence import Cases, score_results
 from emlocal.evaluation.contenders import Contender, EvalOptions, describe, read_contenders
 from emlocal.evaluation.report.document import Document, answered_with, note_answering, provenance, write_json
 from emlocal.evaluation.report.page import write_page
@@ -34,7 +37,9 @@ from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
 from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
+from emlocal.methods.confidence import Calibration, read_calibration, subject_of
 from emlocal.settings import Resolved, resolve_settings
+from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.engine import EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NAMES, Table, options_of
@@ -152,6 +157,8 @@ class Evaluation:
     others: Sequence[str]
     """Methods whose answers are in the folder, and that this run does not report."""
     warnings: Sequence[str]
+    calibration: Calibration | None = None
+    """What `calibrate` was fitted to."""
 
     @property
     def methods(self) -> Sequence[MethodResult]:
@@ -179,8 +186,8 @@ def evaluate(
         methods: as on the command line; the others are held against the first.
         progress: takes what is being done, how many are done, and of how many.
         given: settings by the names of their flags, with underscores: of the evaluation (data, limit,
-            samples, output, …), of loading (model, backend, context, …) and of sampling; `adapters` as
-            `emlocal.load` has them.
+            samples, output, calibrate, …), of loading (model, backend, context, …) and of sampling, and
+            calibration; `adapters` as `emlocal.load` has them.
     Raises:
         UsageError: unknown or bad settings, methods or data; a folder with other settings.
         ModelError: a model or adapter that cannot be used.
@@ -189,9 +196,11 @@ def evaluate(
     given = {name: str(v) if isinstance(v, Path) and name == "model" else v for name, v in given.items()}
     adapters: Adapters = given.pop("adapters", ())
     tables = Table.of(EvalOptions).without("quiet"), Table.of(EngineOptions).without("adapter"), SAMPLING
-    values = (tables[0] | tables[1] | tables[2]).read(given, NAMES)
+    values = (tables[0] | tables[1] | tables[2] | CALIBRATION).read(given, NAMES)
     keywords = ("keyword", values)
-    prepared = prepare(task, methods, options_of(EvalOptions, keywords), resolve_settings(keywords))
+    calibration = options_of(ConfidenceOptions, keywords).calibration
+    options, settings = options_of(EvalOptions, keywords), resolve_settings(keywords)
+    prepared = prepare(task, methods, options, settings, calibration)
     wanted = options_of(EngineOptions, keywords)
     loaded = load_for_batch(wanted, prepared.asked.parallel, adapters, warn=warn)
     try:
@@ -212,6 +221,8 @@ class Prepared:
     contenders: Sequence[Contender]
     settings: Resolved
     """What all methods begin with. EM is for methods to say."""
+    calibration: Calibration | None = None
+    """Confidence is reported as this has it, too."""
 
     @property
     def system(self) -> str | None:
@@ -252,6 +263,7 @@ class Prepared:
         write_json(document, folder / "results.json")
         write_markdown(document, folder / "results.md")
         write_page(document, folder / "report.html")
+        calibration = self._calibrate(entries[0], loaded, judged)
         warnings = [
             f"{method.name}: {counted(method.errors, 'question')} could not be asked; a larger --context"
             " needs --restart, or another -o"
@@ -260,7 +272,54 @@ class Prepared:
         ]
         if loaded.backend.info.chat_template is None:
             warnings.append(sent_as_it_is(loaded.backend.info.name))
-        return Evaluation(document, folder, others_in(folder, entries), warnings)
+        warnings += self._mismatches(entries, backend.info.name)
+        return Evaluation(document, folder, others_in(folder, entries), warnings, calibration)
+
+    def _mismatches(self, entries: Sequence[Entry], model: str) -> list[str]:
+        """Warnings of methods that the calibration was not made for."""
+        if self.calibration is None:
+            return []
+        found = (
+            self.calibration.mismatch(subject_of(model, contender.method, entry.settings.plan))
+            for contender, entry in zip(self.contenders, entries, strict=True)
+        )
+        return [text for text in found if text is not None]
+
+    def _calibrate(
+        self, entry: Entry, loaded: Loaded, judged: Mapping[str, Sequence[Judged]]
+    ) -> Calibration | None:
+        """The calibration of the only contender, written. Raises EmlocalError where nothing can be fitted."""
+        path, task = self.asked.calibrate, self.task
+        if path is None:
+            return None
+        cases = self._cases(judged[entry.name])
+        fitted = fit(cases, entry.settings.plan.seed)
+        found = Calibration(
+            subject_of(loaded.backend.info.name, self.contenders[0].method, entry.settings.plan),
+            fitted.score,
+            fitted.curve,
+            {
+                "task": task.name,
+                "data": task.source,
+                "method": entry.name,
+                "answers": len(cases.right),
+                "right": sum(cases.right),
+                "adapters": [f"{adapter} × {scale:g}" for adapter, scale in loaded.adapters],
+                "date": date.today().isoformat(),
+            },
+            {
+                "folds": FOLDS,
+                **({} if fitted.auroc is None else {"auroc": round(fitted.auroc, 4)}),
+                "calibration_error": round(fitted.calibration_error, 4),
+                "brier": round(fitted.brier, 4),
+            },
+            str(path),
+        )
+        found.write(path)
+        return found
+
+    def _cases(self, judged: Sequence[Judged]) -> Cases:
+        return Cases.of(judged, [self.task.whole(one.answer.problem) for one in judged])
 
     def _entries(self, loaded: Loaded, parallel: int) -> list[Entry]:
         """The contenders as they will run. How many run at once is part of what an answer comes from."""
@@ -298,6 +357,10 @@ class Prepared:
             summarize(task, entry.name, entry.described, judged[entry.name], multiplied, plan.seed)
             for entry in entries
         ]
+        scored = {
+            entry.name: score_results(self._cases(judged[entry.name]), plan.seed, self.calibration)
+            for entry in entries
+        }
         return Document(
             task,
             {
@@ -323,10 +386,13 @@ class Prepared:
             results,
             compare(task, results, plan.seed),
             judged,
+            {name: found for name, found in scored.items() if found},
         )
 
 
-def prepare(task: str, methods: str, asked: EvalOptions, settings: Resolved) -> Prepared:
+def prepare(
+    task: str, methods: str, asked: EvalOptions, settings: Resolved, calibration: Path | None = None
+) -> Prepared:
     """Check everything that can be checked before a model is loaded.
 
     Raises UsageError for what cannot be used, EmlocalError for what would fail at the end.
@@ -337,7 +403,9 @@ def prepare(task: str, methods: str, asked: EvalOptions, settings: Resolved) -> 
     found = open_task(task, asked.data, asked.limit, asked.code_seconds, asked.targets)
     _check(found, contenders, asked)
     _check_folder(asked.output)
-    return Prepared(asked, found, contenders, settings)
+    _check_calibrate(asked.calibrate, contenders)
+    known = None if calibration is None else read_calibration(calibration)
+    return Prepared(asked, found, contenders, settings, known)
 
 
 def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> None:
@@ -356,6 +424,18 @@ def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> N
         raise UsageError(
             f"{voting[0]} votes on answers; those of {task.name} are programs", "leave it out of --methods"
         )
+
+
+def _check_calibrate(path: Path | None, contenders: Sequence[Contender]) -> None:
+    if path is None:
+        return
+    if len(contenders) > 1:
+        raise UsageError(
+            f"--calibrate is for one method; --methods names {len(contenders)}",
+            "name one: answers that are there are not made again",
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"--calibrate {path}: no file can be there", "name a file in a folder that exists")
 
 
 def _check_folder(output: Path | None) -> None:

@@ -50,7 +50,8 @@ class SelfConsistency(Method):
             return Outcome([done], done.completions, fields={"answer": None, "votes": 0}, undecided=True)
         chosen = answers[winner] or ""
         votes = sum(equivalent(answer, chosen) for answer in answers if answer)
-        return Outcome([done], done.completions, winner, {"answer": chosen, "votes": votes})
+        fields = {"answer": chosen, "votes": votes}
+        return Outcome([done], done.completions, winner, fields, confidence=votes / len(answers))
 
     def _found(self, text: str) -> str | None:
         from emlocal.answers.finding import extract, find

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from emlocal.evaluation.report.document import Results, Standing, read_results
-from emlocal.evaluation.report.page import draw_accuracy_against_cost, looks
+from emlocal.evaluation.report.page import (
+    draw_accuracy_against_cost,
+    draw_risk_against_coverage,
+    looks,
+)
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
+from emlocal.evaluation.selective import COVERAGES
 from emlocal.plotting.draw import bar, between, labels, new_figure, plain_axes
 from emlocal.text import counted
 
@@ -60,17 +65,23 @@ def draw_evaluations(evaluations: Sequence[Evaluation]) -> "Figure":
         rows += [each, *each.results.standings]
     standings = [row for row in rows if isinstance(row, Standing)]
     names = _LETTER * max(len(standing.name) for standing in standings)
-    figure = new_figure(_WIDTH + names, max(_LEAST, _ROW * len(rows) + 1.2))
     drawn_as = looks([[standing.name for standing in each.results.standings] for each in evaluations])
     costs = any(standing.flops for standing in standings)
-    left = figure.add_subplot(1, 2 if costs else 1, 1)
+    risks = any(standing.risks for standing in standings)
+    panels = 1 + costs + risks
+    figure = new_figure(_WIDTH / 2 * max(2, panels) + names, max(_LEAST, _ROW * len(rows) + 1.2))
+    left = figure.add_subplot(1, panels, 1)
     _draw_accuracies(left, rows, drawn_as, several=len(evaluations) > 1)
     left.set_xlabel(f"{accuracy_name(evaluations)} %")
     if costs:
-        right = figure.add_subplot(1, 2, 2)
+        right = figure.add_subplot(1, panels, 2)
         draw_accuracy_against_cost(right, standings, drawn_as)
         right.set_ylabel(f"{accuracy_name(evaluations)} %")
         plain_axes(right, "Accuracy against cost")
+    if risks:
+        last = figure.add_subplot(1, panels, panels)
+        draw_risk_against_coverage(last, standings, drawn_as)
+        plain_axes(last, "Risk against coverage")
     return figure
 
 
@@ -130,6 +141,7 @@ def show_evaluations(evaluations: Sequence[Evaluation], width: int) -> list[Text
         lines += [Text(" " * indent + "└" + "─" * (columns - 1), "dim")]
         lines += [Text(" " * indent + between("0", "", f"{end} %", columns), "dim")]
         lines += _costs(each.results.standings, max(s.flops for s in standings), indent, columns, own_line)
+        lines += _risks(each.results.standings, indent, width - indent, own_line)
         lines.append(Text())
     return lines[:-1]
 
@@ -159,6 +171,25 @@ def _accuracy_bar(accuracy: Estimate, end: float, columns: int) -> Text:
     cells[value] = "●"
     first = min(low, value)
     return Text("".join(cells[:first]), "cyan").append("".join(cells[first:]), "default")
+
+
+_RISK = 6  # columns of "100.0" and a space
+
+
+def _risks(standings: Sequence[Standing], indent: int, columns: int, own_line: bool) -> list[Text]:
+    """A row of numbers for each method, as many as have room; none where no answer has a confidence."""
+    if not any(standing.risks for standing in standings):
+        return []
+    places = range(len(COVERAGES))
+    step = next((n for n in (1, 2, 5) if len(COVERAGES) // n * _RISK <= columns), len(COVERAGES))
+    shown = places[step - 1 :: step]  # 100 % always
+    heads = "".join(f"{100 * COVERAGES[i]:.0f} %".rjust(_RISK) for i in shown)
+    lines = [Text("wrong %, of the surest answers"), Text(" " * indent + heads, "dim")]
+    for standing in standings:
+        if standing.risks:
+            numbers = "".join(f"{100 * standing.risks[i].value:.1f}".rjust(_RISK) for i in shown)
+            lines += _row(standing.name, Text(numbers), indent, own_line)
+    return lines
 
 
 def _costs(

@@ -25,6 +25,7 @@ from emlocal.em import EMStep
 from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
 from emlocal.errors import UsageError
 from emlocal.models.paths import config_dir
+from emlocal.settings.confidence import CONFIDENCE
 from emlocal.settings.em import EM, EM_STEPS, PRESET, em_numbers, named, switch_of
 from emlocal.settings.engine import ENGINE
 from emlocal.settings.sampling import Plan, SamplingParams
@@ -221,14 +222,15 @@ def config_path() -> Path:
 
 
 def read_config() -> dict[str, Any]:
-    """The config file's settings: of model and engine, sampling and EM; none where there is no such file.
+    """The config file's settings: of model and engine, sampling, EM and confidence; none where there is no
+    such file.
 
     Raises UsageError, naming file and key.
     """
     path = config_path()
     if not path.exists():
         return {}
-    config = read_settings(path, ENGINE | GENERATION)
+    config = read_settings(path, ENGINE | GENERATION | CONFIDENCE)
     try:
         check_switches(config, KEYS)
     except UsageError as error:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,11 @@ def test_a_row_has_all_that_was_promised() -> None:
     found = row([{"custom_id": "a", "prompt": "hi"}], settings(max_tokens=50), script=saying("Hello!"))
     assert found.pop("seconds") >= 0
     assert len(found.pop("key")) == 32
+    scores = found.pop("scores")
+    assert scores["tokens"] == 7
+    assert scores["answer_entropy"] is None  # no box, no number
+    assert found.pop("confidence") == pytest.approx(math.exp(scores["mean_log_probability"]), abs=1e-6)
+    assert (found.pop("confidence_from"), found.pop("calibrated")) == ("mean-log-probability", False)
     assert set(found.pop("entropy")) == {"mean_before", "mean_after", "touched", "changed", "mean_steps"}
     assert found == {
         "custom_id": "a",
@@ -306,7 +312,7 @@ def test_the_tally() -> None:
     running = batch(lines, settings(), script=saying("Hello!"))
     assert sorted(r.get("finish_reason", "") for r in running.rows()) == ["", "length", "stop"]
     assert vars(running.tally) == {
-        "answered": 2, "errors": 1, "skipped": 0, "cut_off": 1, "votes_lost": 0,
+        "answered": 2, "errors": 1, "skipped": 0, "cut_off": 1, "abstained": 0, "votes_lost": 0,
     }  # fmt: skip
     assert running.runner.counters.generated_tokens == 7 + 2
 

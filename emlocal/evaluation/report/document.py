@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from emlocal.backends import ENGINES
 from emlocal.backends.engine import engine
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.answering import Judged
+from emlocal.evaluation.confidence import CONFIDENCE, ScoreResult
+from emlocal.evaluation.confidence import as_json as score_json
 from emlocal.evaluation.results import Comparison, Estimate, MethodResult
+from emlocal.evaluation.selective import COVERAGES
 from emlocal.evaluation.tasks.task import Task
 from emlocal.files import atomic_writer
 from emlocal.machine import cpu
@@ -40,6 +43,8 @@ class Document:
     comparisons: Sequence[Comparison]
     judged: Mapping[str, Sequence[Judged]]
     """By contender."""
+    confidence: Mapping[str, Sequence[ScoreResult]] = field(default_factory=dict)
+    """By contender: what its scores are worth; nothing where its answers have none."""
 
     @property
     def repetitions(self) -> int:
@@ -67,7 +72,10 @@ def as_json(document: Document) -> dict[str, Any]:
         "model": dict(document.model),
         "settings": dict(document.settings),
         "made_with": dict(document.made_with),
-        "methods": [asdict(method) for method in document.methods],
+        "methods": [
+            asdict(method) | {"scores": [score_json(one) for one in document.confidence.get(method.name, ())]}
+            for method in document.methods
+        ],
         "comparisons": [asdict(comparison) for comparison in document.comparisons],
         "problems": [
             {"id": p.id, "answer": None if document.task.runs_code else p.answer, "marks": marks[p.id]}
@@ -96,11 +104,15 @@ class Standing:
     """Of one answer; 0 where none was given."""
     repetitions: int = 1
     """The K of mean@K."""
+    risks: tuple[Estimate, ...] = ()
+    """The share of wrong answers among the surest by its confidence, by `selective.COVERAGES`; none where
+    answers have no confidence."""
 
     @classmethod
-    def of(cls, method: MethodResult) -> "Standing":
+    def of(cls, method: MethodResult, scores: Sequence[ScoreResult] = ()) -> "Standing":
         """Of an evaluation at hand."""
-        return cls(method.name, method.accuracy, method.cost.flops, method.repetitions)
+        sure = next((one.risks for one in scores if one.score == CONFIDENCE), ())
+        return cls(method.name, method.accuracy, method.cost.flops, method.repetitions, sure)
 
 
 @dataclass(frozen=True)
@@ -170,16 +182,36 @@ def _results(found: dict[str, Any]) -> Results:
 def _standing(method: object) -> Standing:
     if not isinstance(method, dict):
         raise _DamagedError("a method is no object")
-    accuracy = _part(method, "accuracy")
-    value, low, high = (_number(accuracy, name) for name in ("value", "low", "high"))
-    if not (0 <= low <= high <= 1 and 0 <= value <= 1):
-        raise _DamagedError(f"an accuracy is {value}, of {low} to {high}")
     return Standing(
         _text(method, "name"),
-        Estimate(value, low, high),
+        _share(_part(method, "accuracy"), "an accuracy"),
         max(0.0, _number(_part(method, "cost"), "flops")),
         int(_number(method, "repetitions")),
+        _risks(method),
     )
+
+
+def _risks(method: dict[str, Any]) -> tuple[Estimate, ...]:
+    """None where an earlier version wrote none."""
+    scores = method.get("scores", [])
+    if not isinstance(scores, list):
+        raise _DamagedError("scores are no list")
+    for score in scores:
+        if isinstance(score, dict) and score.get("score") == CONFIDENCE:
+            risks = score.get("risks")
+            if not isinstance(risks, list) or len(risks) != len(COVERAGES):
+                raise _DamagedError("risks are missing")
+            return tuple(_share(risk, "a risk") for risk in risks)
+    return ()
+
+
+def _share(found: object, what: str) -> Estimate:
+    if not isinstance(found, dict):
+        raise _DamagedError(f"{what} is no object")
+    value, low, high = (_number(found, name) for name in ("value", "low", "high"))
+    if not (0 <= low <= high <= 1 and 0 <= value <= 1):
+        raise _DamagedError(f"{what} is {value}, of {low} to {high}")
+    return Estimate(value, low, high)
 
 
 def _part(of: dict[str, Any], name: str) -> dict[str, Any]:

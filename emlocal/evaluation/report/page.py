@@ -17,6 +17,7 @@ from emlocal.evaluation.answering import Judged
 from emlocal.evaluation.report import texts
 from emlocal.evaluation.report.document import Document, Standing
 from emlocal.evaluation.report.texts import accuracy_name, entropy_changed
+from emlocal.evaluation.selective import COVERAGES
 from emlocal.files import atomic_writer
 
 if TYPE_CHECKING:
@@ -38,9 +39,14 @@ _COLOURS = (
 )
 
 
+def standings_of(document: Document) -> list[Standing]:
+    """Of all methods."""
+    return [Standing.of(method, document.confidence.get(method.name, ())) for method in document.methods]
+
+
 def accuracy_against_cost(document: Document) -> str | None:
     """A point with its interval for each method, over the FLOPs of an answer. None where none answered."""
-    standings = [Standing.of(method) for method in document.methods]
+    standings = standings_of(document)
     if not any(standing.flops for standing in standings):
         return None
     figure, axes = _figure()
@@ -126,6 +132,42 @@ def looks(evaluations: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         for group, methods in enumerate(evaluations)
         for name in methods
     ]
+
+
+def risk_against_coverage(document: Document) -> str | None:
+    """A line with its band for each method. None where no answer has a confidence."""
+    standings = standings_of(document)
+    if not any(standing.risks for standing in standings):
+        return None
+    figure, axes = _figure()
+    draw_risk_against_coverage(axes, standings, looks([[standing.name for standing in standings]]))
+    axes.grid(alpha=0.25)
+    _legend(figure)
+    return _svg(figure)
+
+
+def draw_risk_against_coverage(
+    axes: "Axes", standings: Sequence[Standing], drawn_as: Sequence[Mapping[str, Any]]
+) -> None:
+    """The share of wrong answers among the surest, by how many are answered, with bands of 95 %.
+
+    `drawn_as`: the standings' `looks`, in their order.
+    """
+    answered = [100 * coverage for coverage in COVERAGES]
+    for standing, look in zip(standings, drawn_as, strict=True):
+        if standing.risks:
+            lows, highs = ([100 * end for end in ends] for ends in zip(*_bands(standing), strict=True))
+            values = [100 * risk.value for risk in standing.risks]
+            axes.plot(answered, values, markersize=4, label=standing.name, **look)
+            axes.fill_between(answered, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
+    axes.set_xlabel("answered, the surest first, %")
+    axes.set_ylabel("wrong among them, % (bands: 95 %)")
+    axes.set_xlim(0, 103)
+    axes.set_ylim(bottom=0)
+
+
+def _bands(standing: Standing) -> list[tuple[float, float]]:
+    return [(risk.low, risk.high) for risk in standing.risks]
 
 
 def entropy_along_the_answer(document: Document) -> str | None:
@@ -232,6 +274,12 @@ def html(document: Document) -> str:
             "Of the distribution before temperature and truncation. Dashed: before EM; solid: after it.",
             entropy_along_the_answer(document),
         ),
+        (
+            "Risk against coverage",
+            "How many of the answers are wrong where only the surest are given. Lower is better; a line that"
+            " rises to the right is of a confidence that knows something.",
+            risk_against_coverage(document),
+        ),
     ]
     return environment.get_template("page.html.j2").render(
         document=document,
@@ -242,6 +290,10 @@ def html(document: Document) -> str:
         differences=texts.difference_rows(document),
         pictures=[(title, says, _as_url(svg)) for title, says, svg in pictures if svg is not None],
         lists=_lists(document),
+        confidence_columns=texts.confidence_columns(),
+        confidences=texts.confidence_rows(document, intervals=True),
+        scores=texts.confidence_rows(document, every_score=True),
+        confidence_notes=texts.confidence_notes(document),
         facts=texts.facts(document),
     )
 

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from emlocal.evaluation.confidence import CALIBRATED, CONFIDENCE, ScoreResult
 from emlocal.evaluation.report.document import Document
 from emlocal.evaluation.results import Comparison, Estimate, MethodResult
+from emlocal.evaluation.selective import COVERAGES
 from emlocal.files import atomic_writer
 from emlocal.text import change, counted
 
@@ -104,6 +106,52 @@ def _has_steps(document: Document) -> bool:
     return any(method.solved is not None for method in document.methods)
 
 
+def confidence_columns(coverages: Sequence[float] = COVERAGES) -> list[str]:
+    """The heads of the table of confidence: wrong answers among so many of the surest."""
+    heads = ["method", "score", "AUROC % (95 %)", "calibration error %"]
+    return heads + [f"wrong at {coverage:.0%}".replace("%", " %") for coverage in coverages]
+
+
+def confidence_rows(
+    document: Document,
+    coverages: Sequence[float] = COVERAGES,
+    *,
+    every_score: bool = False,
+    intervals: bool = False,
+) -> list[list[str]]:
+    """The table of confidence, of all scores or of confidence alone; no rows where no answer has any."""
+    rows = []
+    for name, results in document.confidence.items():
+        for result in results:
+            if every_score or result.score in (CONFIDENCE, CALIBRATED):
+                rows.append([name, *_score_cells(result, coverages, intervals=intervals)])
+    return rows
+
+
+def _score_cells(result: ScoreResult, coverages: Sequence[float], *, intervals: bool) -> list[str]:
+    error = result.calibration_error
+    risks = dict(zip(COVERAGES, result.risks, strict=True))
+    return [
+        result.score,
+        "" if result.auroc is None else share(result.auroc),
+        "" if error is None else f"{100 * error:.1f}",
+        *(share(risks[c]) if intervals else f"{100 * risks[c].value:.1f}" for c in coverages),
+    ]
+
+
+def confidence_notes(document: Document) -> list[str]:
+    """What a reader of the table of confidence must know."""
+    if not document.confidence:
+        return []
+    return [
+        "AUROC: the chance that a right answer has more confidence than a wrong one; 50 is a coin's.",
+        "Calibration error: how far confidence is from the share of right answers, over ten bins of equally"
+        " many answers. Confidence that is not calibrated is no such share.",
+        "Wrong at 30 %: the share of wrong ones among the 30 % of answers with most confidence. Answers of"
+        " the same confidence are taken as by lot. Intervals: bootstrap percentiles over questions.",
+    ]
+
+
 def notes(document: Document) -> list[str]:
     """What a reader of the table must know."""
     n = len(document.task.problems)
@@ -160,7 +208,12 @@ def markdown(document: Document) -> str:
     heads = columns(document)
     lines = [f"# {document.task.name}: {document.model['name']}", ""]
     lines += markdown_table(heads, rows(document))
-    lines += ["", *(f"- {note}" for note in notes(document)), "", "## Methods", ""]
+    lines += ["", *(f"- {note}" for note in notes(document))]
+    if document.confidence:
+        lines += ["", "## Confidence", ""]
+        lines += markdown_table(confidence_columns(), confidence_rows(document))
+        lines += ["", *(f"- {note}" for note in confidence_notes(document))]
+    lines += ["", "## Methods", ""]
     lines += markdown_table(["method", "settings"], [[m.name, m.settings] for m in document.methods])
     if document.comparisons:
         lines += ["", "## Differences", ""]

@@ -1,0 +1,170 @@
+"""How well a score tells right answers from wrong ones, and what answering only the surest is worth.
+
+Ties are settled as by lot, and what is given is the mean over all lots: a score of few values (the votes of
+eight) gets neither more nor less than it deserves. Intervals are bootstrap percentiles that draw whole
+problems, since answers to one problem are not independent; all randomness is a Philox stream of the seed.
+
+Sources: risk and coverage, El-Yaniv and Wiener 2010; AUROC as the chance that a right answer scores above a
+wrong one, Mann and Whitney 1947; bins of equal mass, Nguyen and O'Connor 2015.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+
+from emlocal.evaluation.statistics import CONFIDENCE, Interval
+
+Array = NDArray[np.float64]
+COVERAGES = tuple(i / 10 for i in range(1, 11))
+"""Shares of the questions that are answered."""
+BINS = 10
+RESAMPLES = 1_000
+_CHUNK = 1 << 22  # numbers held at once
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a score is worth on answers that were judged."""
+
+    auroc: float | None
+    """None where all are right, or none is."""
+    auroc_interval: Interval | None
+    risks: tuple[float, ...]
+    """By `COVERAGES`: the share of wrong ones among the surest."""
+    risk_intervals: tuple[Interval, ...]
+
+
+def select(
+    scores: Sequence[float], right: Sequence[bool], problems: Sequence[Hashable], seed: int = 0
+) -> Selection:
+    """A score's figures with their intervals.
+
+    Args:
+        scores: of each answer, the greater the surer.
+        right: whether it is right.
+        problems: what it answers; resampling draws these.
+    Raises ValueError for no answers.
+    """
+    groups = _Groups(scores, right)
+    once = np.ones((1, len(groups.right)))
+    auroc, risks = groups.auroc(once)[0], groups.risks(once)[0]
+    drawn = [(groups.auroc(w), groups.risks(w)) for w in _resamples(groups.order, problems, seed)]
+    aurocs, many = (np.concatenate(each) for each in zip(*drawn, strict=True))
+    ends = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    known = aurocs[~np.isnan(aurocs)]
+    interval = (
+        None if np.isnan(auroc) or not known.size else Interval(*map(float, np.percentile(known, ends)))
+    )
+    lows, highs = np.percentile(many, ends, axis=0)
+    return Selection(
+        None if np.isnan(auroc) else float(auroc),
+        interval,
+        tuple(map(float, risks)),
+        tuple(Interval(float(low), float(high)) for low, high in zip(lows, highs, strict=True)),
+    )
+
+
+def auroc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
+    """The chance that a right answer scores above a wrong one, equal ones counting half.
+
+    None where all are right, or none is. Raises ValueError for no answers.
+    """
+    groups = _Groups(scores, right)
+    value = groups.auroc(np.ones((1, len(groups.right))))[0]
+    return None if np.isnan(value) else float(value)
+
+
+def risks(scores: Sequence[float], right: Sequence[bool]) -> tuple[float, ...]:
+    """By `COVERAGES`, the share of wrong answers among so many of the surest; of the last of them a fraction
+    counts where the share of answers is no whole number. Raises ValueError for no answers."""
+    groups = _Groups(scores, right)
+    return tuple(map(float, groups.risks(np.ones((1, len(groups.right))))[0]))
+
+
+def calibration_error(p: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
+    """The expected calibration error: how far the mean confidence is from the share of right answers, as a
+    mean over bins of equally many answers (an answer between two bins counts in both, by its parts).
+
+    It is never negative, so that of few answers it is above 0 by chance alone. Raises ValueError for none.
+    """
+    x, y = _checked(p, right)
+    values, starts = np.unique(x, return_index=True)  # ascending; the order of the sorted answers
+    order = np.argsort(x, kind="stable")
+    starts = np.searchsorted(x[order], values)
+    counts = np.diff([*starts, x.size])
+    hits = np.add.reduceat(y[order], starts)
+    mass = np.concatenate(([0.0], np.cumsum(counts)))
+    bins = min(bins, x.size)
+    borders = x.size * np.arange(bins + 1) / bins
+    sums = [
+        np.diff(np.interp(borders, mass, np.concatenate(([0.0], np.cumsum(each)))))
+        for each in (hits, values * counts)
+    ]
+    return float(np.sum(np.abs(sums[0] - sums[1])) / x.size)
+
+
+def brier(p: Sequence[float], right: Sequence[bool]) -> float:
+    """The mean square of what is missing to 1 or 0. Raises ValueError for no answers."""
+    x, y = _checked(p, right)
+    return float(np.mean((x - y) ** 2))
+
+
+def _checked(scores: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
+    x, y = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if x.size == 0 or x.shape != y.shape or np.isnan(x).any():
+        raise ValueError(f"{x.size} scores and {y.size} verdicts tell nothing")
+    return x, y
+
+
+class _Groups:
+    """Answers from the surest down, in groups of equal score."""
+
+    def __init__(self, scores: Sequence[float], right: Sequence[bool]) -> None:
+        x, y = _checked(scores, right)
+        self.order = np.argsort(-x, kind="stable")
+        self.right = y[self.order]
+        ordered = x[self.order]
+        self._starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+
+    def auroc(self, weights: Array) -> Array:
+        """Of each row of weights (rows, answers in `order`); NaN where all are right, or none is."""
+        hits, misses = self._sums(weights)
+        below = misses.sum(axis=1, keepdims=True) - np.cumsum(misses, axis=1)
+        pairs = hits.sum(axis=1) * misses.sum(axis=1)
+        won = np.sum(hits * (below + misses / 2), axis=1)
+        found = np.full(len(won), np.nan)
+        np.divide(won, pairs, out=found, where=pairs > 0)
+        return found
+
+    def risks(self, weights: Array) -> Array:
+        """(rows, coverages). Within a group the right ones come evenly, as they do on average over lots."""
+        hits, misses = self._sums(weights)
+        mass = np.cumsum(hits + misses, axis=1)
+        wrong = np.cumsum(misses, axis=1)
+        found = []
+        for total, bad in zip(mass, wrong, strict=True):
+            asked = total[-1] * np.array(COVERAGES)
+            found.append(
+                np.interp(asked, np.concatenate(([0.0], total)), np.concatenate(([0.0], bad))) / asked
+            )
+        return np.array(found)
+
+    def _sums(self, weights: Array) -> tuple[Array, Array]:
+        """The weights of right and of wrong answers: (rows, groups)."""
+        hits = np.add.reduceat(weights * self.right, self._starts, axis=1)
+        return hits, np.add.reduceat(weights * (1 - self.right), self._starts, axis=1)
+
+
+def _resamples(order: NDArray[np.intp], problems: Sequence[Hashable], seed: int) -> Iterator[Array]:
+    """How often each answer is drawn, in `order`: rows of weights, in chunks."""
+    names = {problem: i for i, problem in enumerate(dict.fromkeys(problems))}
+    owner = np.array([names[problem] for problem in problems])[order]
+    random = Generator(Philox(key=seed))
+    rows = max(1, _CHUNK // len(owner))
+    n = len(names)
+    for start in range(0, RESAMPLES, rows):
+        drawn = random.multinomial(n, np.full(n, 1 / n), size=min(rows, RESAMPLES - start))
+        yield drawn[:, owner].astype(np.float64)
