@@ -49,8 +49,11 @@ def code_of(text: str, definition: str | None = None) -> str | None:
 def last_block(text: str) -> tuple[int, int] | None:
     """Where the last block of code stands that is not empty, without its fences; one may be unclosed."""
     fences = list(_FENCE.finditer(text))
-    ends = [fence.start() for fence in fences[1:]] + [len(text)]
-    spans = [(fence.end() + 1, end) for fence, end in zip(fences[::2], ends[::2], strict=True)]
+    spans = [
+        (fence.end() + 1, fences[i + 1].start() if i + 1 < len(fences) else len(text))
+        for i, fence in enumerate(fences)
+        if i % 2 == 0
+    ]
     return next((span for span in reversed(spans) if text[slice(*span)].strip()), None)
 
 
