@@ -41,6 +41,7 @@ _TIDY = _compiled(  # LaTeX stays LaTeX
     (r"\\(?:mbox|text(?:rm|bf|it|sf|tt|normal)|math(?:rm|bf|it|sf|tt)|operatorname)(?![A-Za-z])", r"\\text"),
     (r"[€£¥￥₹₩₽¢]|\\(?:pounds|euro|yen)(?![A-Za-z])", ""),
     (r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)", r"\\times "),
+    (r"(?<=[0-9]) ?(?:\\text ?\{ ?per ?cent ?\}|per ?cent(?![A-Za-z]))", r"\\%"),
     (rf"({_DEGREE}) ?(?:\\text ?\{{ ?[CFK] ?\}}|[CFK](?![A-Za-z]))", r"\1"),
 )
 _UNDO = _compiled(
