@@ -70,9 +70,8 @@ _GSM8K = re.compile(rf"####[ \t]*({_NUMERAL})(?![ \t]*[.):][ \t]*\w)")  # not a 
 
 # ---------------------------------------------------------------------------------------------------- boxes
 
-_TOKEN = re.compile(
-    r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL
-)  # an escaped brace is none
+# \\. takes an escaped brace, which is none.
+_TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"[^\s$]*")
 _JUNK = (
     r"(?:[\s$,;&*}]|\\[,;:!\\()\[\] ]|\\q?quad(?![A-Za-z])|(?:and|or)(?![A-Za-z])|[A-Za-z](?:_\{?\w\}?)? ?="
@@ -88,11 +87,11 @@ _MOST_BOXES = 32
 
 
 class _Box(NamedTuple):
+    """Where \\boxed stands, and where its content begins and ends (-1: it was cut off)."""
+
     at: int
     start: int
-    """Where its content begins and ends."""
     end: int
-    """-1: it was cut off."""
 
 
 def _boxes(text: str) -> list[_Box]:

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 
-from emlocal.answers.notation import plain
+from emlocal.answers.notation import plain, without_unit
 
 LONGEST_ANSWER = 1000
 LONGEST_NUMERAL = 200
@@ -92,6 +92,8 @@ def _element(text: str, depth: int) -> Hashable:
         if _is_balanced(inside):
             return _bracketed(opening[0], inside, text[-1], depth + 1)
     number = _number(text)
+    if number is None:
+        number = _number(without_unit(text))  # of an element: 3 m, 4 m
     if number is not None:
         return "number", number
     if _WORDS.fullmatch(text):

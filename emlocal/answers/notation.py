@@ -41,6 +41,7 @@ _TIDY = _compiled(  # LaTeX stays LaTeX
     (r"\\(?:mbox|text(?:rm|bf|it|sf|tt|normal)|math(?:rm|bf|it|sf|tt)|operatorname)(?![A-Za-z])", r"\\text"),
     (r"[€£¥￥₹₩₽¢]|\\(?:pounds|euro|yen)(?![A-Za-z])", ""),
     (r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)", r"\\times "),
+    (r"(?<=[0-9]) ?(?:\\text ?\{ ?per ?cent ?\}|per ?cent(?![A-Za-z]))", r"\\%"),
     (rf"({_DEGREE}) ?(?:\\text ?\{{ ?[CFK] ?\}}|[CFK](?![A-Za-z]))", r"\1"),
 )
 _UNDO = _compiled(
@@ -75,7 +76,7 @@ def latex(text: str) -> str:
     text = _SYMBOLS.sub(_symbol, text).translate(_UNICODE)
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
-    return _without_words(_without_text(" ".join(text.split())))
+    return without_unit(_without_text(" ".join(text.split())))
 
 
 def _symbol(match: re.Match[str]) -> str:
@@ -101,7 +102,7 @@ def plain(text: str) -> str:
     text = " ".join(text.split()).rstrip(".,; ").removeprefix("=").lstrip()
     if _SPACED.fullmatch(text):
         return text.replace(" ", "")
-    text = _REPEATING.sub(_repeated, _without_words(_TEXT.sub(r" \1 ", _without_text(text))))
+    text = _REPEATING.sub(_repeated, without_unit(_TEXT.sub(r" \1 ", _without_text(text))))
     for _ in range(DEEPEST_GROUPS):  # from the inside out
         before = text
         for group, rewrite in _GROUPS:
@@ -159,7 +160,7 @@ def _without_text(text: str) -> str:
     return text
 
 
-def _without_words(text: str) -> str:
+def without_unit(text: str) -> str:
     """Drop words and units after a number, unless they count (`5 million`) or mean something (`5 pm`)."""
     text = " ".join(text.split())
     for pattern in (_LAST_UNIT, _LAST_WORDS):

@@ -348,6 +348,8 @@ def test_relations_are_compared_with_relations(judge: MathJudge, gold: str, answ
         ("5", "x = 4 = 5", False),
         ("5", "5 = 5.0", True),
         ("0.33", "0.333 = 0.33", True),  # rounded
+        ("0.5", "50 \\text{ percent}", True),
+        ("50", "50 percent", True),
         ("50", "0.5 = 50\\%", True),  # a side with a label is not looked at
         ("5", "2+3=5", True),
         ("5", "2+2=5", True),  # the last side counts, as math-verify has it
