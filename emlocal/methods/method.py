@@ -108,7 +108,7 @@ class Method:
         """
         own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
         if not self.name or self.collects:
-            return replace(given, **own)
+            return replace(given, **own) if own else given
         for name in sorted(self.fixed & chosen):
             if vars(given)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag

@@ -117,6 +117,9 @@ def test_an_evaluation_takes_the_settings_that_were_made_for_it() -> None:
     plan = contender.plan(Plan(), frozenset())
     assert contender.method.collected().params(plan.params) == plan.params
     assert contender.method.collected().samples == 4
+    assert contender.method.collected().name == "vote"
+    (plain,) = read_contenders("sample:1")
+    assert plain.method.collected().name is None
 
 
 # ------------------------------------------------------------------------------------------------- waves
