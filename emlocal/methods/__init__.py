@@ -126,7 +126,6 @@ class Chosen:
         given = {**own, **_OWN.read({"samples": samples, **settings}, FLAGS)}
         self._asked: int | None = given.pop(_SAMPLES.name, None)
         self.drawing, self.collecting = (_made(kinds.get(kind), given) for kind in (False, True))
-        self._sampling = self.drawing if self.drawing.name else self.collecting
         for left in given:
             owners = [method.name for method in _ALL if left in Table.of(method).settings]
             raise UsageError(f"{_OWN.settings[left].flag} belongs to --method {' or '.join(owners)}")
@@ -152,12 +151,17 @@ class Chosen:
         Raises:
             UsageError: the settings say what the method denies.
         """
-        plan = replace(base, params=self._sampling.params(base.params, chosen), samples=self.samples)
+        plan = replace(base, params=self._sampler.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
         """The sampling settings of a line whose own are in `given` already; otherwise like `plan`."""
-        return self._sampling.params(given, chosen | names_in(self.settings))
+        return self._sampler.params(given, chosen | names_in(self.settings))
+
+    @property
+    def _sampler(self) -> Method:
+        """Which of the two says how tokens are drawn, where nobody has chosen otherwise."""
+        return self.drawing if self.drawing.name else self.collecting
 
     def identity(self) -> dict[str, Any]:
         """What makes answers by two of them different, beside the settings of the plan."""
@@ -175,8 +179,20 @@ class Chosen:
     def collected(self) -> "Chosen":
         """The same samples' use, drawn with the sampling settings as they are."""
         other = Chosen()
-        other.collecting, other.samples = self.collecting, self.samples  # and _sampling changes nothing
+        other.collecting, other.samples = self.collecting, self.samples
+        if self.collecting.name:  # which would say again how tokens are drawn
+            other.drawing = _Settled()
         return other
+
+
+@dataclass(frozen=True)
+class _Settled(Method):
+    """The sampling settings as they are: who was to say something about them has."""
+
+    name = "settled"
+
+    def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
+        return given
 
 
 def chosen_by(how: Given) -> Chosen:

@@ -23,6 +23,7 @@ from emlocal.settings import SamplingParams, check_settings, setting
 from emlocal.text import counted
 
 if TYPE_CHECKING:
+    from emlocal.em.scores import Scores
     from emlocal.generation import Completion, Handle, Job
     from emlocal.methods.asking import Question
 
@@ -31,8 +32,8 @@ DRAWN_WITH: Mapping[str, float] = {"temperature": 0.7, "min_p": 0.05}
 SCORE: Score = "tail-entropy"
 BETA = 1.0
 SCORE_HELP = (
-    "What says how sure a sample is, in vote and em-best."
-    " (default: tail-entropy to vote, mean-entropy for em-best)"
+    "Rank the samples of vote and em-best by this score."
+    " (default: tail-entropy for vote, mean-entropy for em-best)"
 )
 _SAMPLES = 8  # where nobody says how many
 _LONGEST = 40  # characters of an answer in a line for people
@@ -51,29 +52,29 @@ class Vote(SelfConsistency):
         "--vote-beta",
         0,
         100,
-        "How much more a vote's surer samples weigh (0 = nothing). (default: 1)",
+        "Weigh the surer samples of a vote by up to e^X (0 = all alike). (default: 1)",
     )
     alpha: float | None = setting(
         None,
         "--vote-alpha",
         1,
         100,
-        "Weigh samples by the probability of their text to this power less 1 instead (1 = all alike).",
+        "Weigh samples by the probability of their text to the power X - 1 instead (1 = all alike).",
     )
-    wave: int = setting(4, "--wave", 1, 1024, "Samples that vote draws before it asks whether it needs more.")
+    wave: int = setting(4, "--wave", 1, 1024, "Draw the samples of a vote in waves of this size.")
     sure: float = setting(
         0.95,
         "--vote-sure",
         0.5,
         1,
-        "Stop a vote once the leader is ahead with more than this probability (1 = once none can catch it).",
+        "Stop a vote when its leader is ahead with more than this probability (1 = when none can catch it).",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_settings(self)
         if self.alpha is not None and self.beta is not None:
-            raise UsageError("--vote-alpha and --vote-beta contradict each other: both say what weighs more")
+            raise UsageError("--vote-alpha and --vote-beta contradict each other: each sets the weights")
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
         params = super().params(given, chosen)
@@ -125,17 +126,23 @@ class Vote(SelfConsistency):
 
     def ballot(self, completion: "Completion") -> Ballot | None:
         """What a sample has to say; None where it was stopped before it had."""
-        from emlocal.answers.finding import extract  # many patterns, compiled on import
-        from emlocal.answers.meaning import canonical
         from emlocal.methods.scoring import scores_of
 
-        answer = self._found(completion.text)
-        whole = is_whole(completion.finish_reason, repeated(completion.tokens))
-        if not whole and extract(completion.text, "boxed") is None:
-            answer = None
+        repeats, found = repeated(completion.tokens), scores_of(completion)
+        return self.ballot_of(completion.sample, completion.text, completion.finish_reason, repeats, found)
+
+    def ballot_of(
+        self, sample: int, text: str, finish_reason: str, repeats: float, scores: "Scores | None"
+    ) -> Ballot | None:
+        """The same of a stored answer. `repeats`: see `voting.repeated`."""
+        from emlocal.answers.finding import extract  # many patterns, compiled on import
+        from emlocal.answers.meaning import canonical
+
+        whole = is_whole(finish_reason, repeats)
+        answer = self._found(text) if whole or extract(text, "boxed") is not None else None
         if answer is None:
-            return None if completion.finish_reason == "cancelled" else Ballot(completion.sample, whole=whole)
-        return Ballot(completion.sample, canonical(answer), answer, scores_of(completion), whole)
+            return None if finish_reason == "cancelled" else Ballot(sample, whole=whole)
+        return Ballot(sample, canonical(answer), answer, scores, whole)
 
     def describe(self, samples: int) -> list[str]:
         rules = self.rules

@@ -129,6 +129,10 @@ def test_all_methods_share_their_draws(tmp_path: Path) -> None:
     voting = answered(tmp_path, math(), "self-consistency:3")["self-consistency:3"]
     assert [v.row["samples"][0]["text"] for v in voting] == found["sample"]
     assert texts(answered(tmp_path / "other", math(), "sample", seed=1)) != {"sample": found["sample"]}
+    both = answered(tmp_path / "vote", math(), "greedy,vote:3:wave=3:temperature=1.0")
+    (greedy, waves) = both.values()
+    assert [v.row["samples"][0]["text"] for v in waves] == [g.text for g in greedy]
+    assert {v.row["drawn"] for v in waves} == {3}
 
 
 def test_repetitions_are_different_draws_and_greedy_has_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The vote and em-best on the engine without a model: what is drawn, in which waves, and what comes of it."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend
-from emlocal.em.scores import scores
+from emlocal.em.scores import Scores, scores
 from emlocal.errors import CancelledError, UsageError
 from emlocal.evaluation.contenders import describe, read_contenders
 from emlocal.generation import Completion, Handle, Scheduler
@@ -19,7 +20,7 @@ from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Asking, Question, ask_one
 from emlocal.methods.em_best import surest
 from emlocal.methods.vote import Vote
-from emlocal.methods.voting import Rules, Score, replay
+from emlocal.methods.voting import Rules, Score, repeated, replay
 from emlocal.sampling import Draw
 from emlocal.settings import EMInf, Plan, SamplingParams
 
@@ -117,6 +118,9 @@ def test_an_evaluation_takes_the_settings_that_were_made_for_it() -> None:
     plan = contender.plan(Plan(), frozenset())
     assert contender.method.collected().params(plan.params) == plan.params
     assert contender.method.collected().samples == 4
+    assert contender.method.collected().name == "vote"
+    (plain,) = read_contenders("sample:1")
+    assert plain.method.collected().name is None
 
 
 # ------------------------------------------------------------------------------------------------- waves
@@ -148,6 +152,35 @@ def test_a_stopped_vote_is_a_beginning_of_the_long_one(
     assert again.decision.confidence == found.confidence
     assert again.decision.winner == (None if found.undecided else ballots[found.index])
     assert len(found.jobs) == -(-len(found.completions) // wave)
+
+
+def test_stored_answers_vote_as_they_did() -> None:
+    """As benchmarks/pool.py stores them, scores to six places."""
+    found = outcome("vote:9:wave=3:sure=0.8:score=mean-entropy:beta=2", seed=4)
+    stored = [
+        json.loads(
+            json.dumps(
+                {
+                    "text": c.text,
+                    "finish_reason": c.finish_reason,
+                    "repeated": round(repeated(c.tokens), 4),
+                    "scores": scores(
+                        [d.entropy_before for d in c.draws], [d.p_before for d in c.draws]
+                    ).as_json(),
+                }
+            )
+        )
+        for c in outcome("vote:9:wave=9:sure=1", seed=4).completions
+    ]
+    ballots = [
+        Vote().ballot_of(i, row["text"], row["finish_reason"], row["repeated"], Scores(**row["scores"]))
+        for i, row in enumerate(stored)
+    ]
+    again = replay([b for b in ballots if b], Rules("mean-entropy", 2.0, wave=3, sure=0.8))
+    assert (again.decision.drawn, again.stopped) == (found.fields["drawn"], found.fields["stopped"])
+    assert again.decision.winner is not None
+    assert again.decision.winner.sample == found.index
+    assert again.decision.confidence == pytest.approx(found.confidence)
 
 
 def test_what_it_says() -> None:
