@@ -1,8 +1,6 @@
 """A calibration fitted on judged answers: from a score to the chance that the answer is right.
 
-Two curves. Of fewer than `ISOTONIC_FROM` answers it is Platt's, since steps fitted to few follow their chance
-(Niculescu-Mizil and Caruana 2005); of more, the one that does better on questions it was not fitted on (log
-loss):
+Score and curve are those of least log loss on questions that the curve was not fitted on. The curves:
 
 - Platt's: logistic, two numbers. Platt 1999, with the targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1
   and 0, fitted by Newton's method as in Lin, Lin and Weng 2007. A slope below 0 becomes 0.
@@ -16,7 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
+import numpy as np
 from numpy.random import Generator, Philox
+from numpy.typing import NDArray
 
 from emlocal.em.scores import RANKED
 from emlocal.errors import EmlocalError
@@ -24,12 +24,15 @@ from emlocal.evaluation.confidence import Cases
 from emlocal.evaluation.selective import auroc, brier, calibration_error
 from emlocal.methods.confidence import FREE, METHOD, Curve, Isotonic, Platt
 
+Array = NDArray[np.float64]
 FOLDS = 5
 LEAST = 5
 """Right answers, and wrong ones, without which there is nothing to fit."""
-ISOTONIC_FROM = 200
 _PRIOR = 0.5
 """Answers of either kind that each share has more than there are."""
+_MOST_STEPS, _HALVINGS = 100, 40
+_FLAT = 700.0
+"""Where e^x ends."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Fitted:
     """What came of it."""
 
     score: str
-    """`METHOD`, or of `RANKED` the one that tells right from wrong best."""
+    """`METHOD`, or a name of `RANKED`."""
     curve: Curve
     auroc: float | None
     """On questions that neither score nor curve was chosen on: from five folds, each with its own choice …"""
@@ -85,22 +88,20 @@ def folds(problems: Sequence[str], seed: int) -> list[tuple[list[int], list[int]
 
 
 def _choose(cases: Cases, seed: int) -> tuple[str, Curve]:
+    """The score and curve of least log loss on questions that the curve was not fitted on."""
     names = [METHOD] if cases.own else [FREE, *(name for name in RANKED if name != FREE)]
-    score = max(
-        names, key=lambda name: auroc(cases.raw(name), cases.right) or 0.0
-    )  # max: the first of equals
-    raw = cases.raw(score)
-    if len(raw) < ISOTONIC_FROM:
-        return score, platt(raw, cases.right)
+    parts = folds(cases.problems, seed)
     losses = {}
-    for fitter in (platt, isotonic):
-        missed: list[float] = []
-        for inside, outside in folds(cases.problems, seed):
-            curve = fitter([raw[i] for i in inside], [cases.right[i] for i in inside])
-            missed += [_log_loss(curve(raw[i]), cases.right[i]) for i in outside]
-        losses[fitter] = fmean(missed)
-    best = min(losses, key=losses.__getitem__)
-    return score, best(raw, cases.right)
+    for name in names:
+        raw = cases.raw(name)
+        for fitter in (platt, isotonic):
+            missed: list[float] = []
+            for inside, outside in parts:
+                curve = fitter([raw[i] for i in inside], [cases.right[i] for i in inside])
+                missed += [_log_loss(curve(raw[i]), cases.right[i]) for i in outside]
+            losses[name, fitter] = fmean(missed)
+    score, fitter = min(losses, key=losses.__getitem__)  # the first of equals
+    return score, fitter(cases.raw(score), cases.right)
 
 
 def _log_loss(p: float, right: bool) -> float:
@@ -119,52 +120,38 @@ def platt(raw: Sequence[float], right: Sequence[bool]) -> Curve:
     level = _logit(_smoothed(hits, n))
     if spread == 0 or hits in (0, n):
         return Platt(0.0, level, low, high)
-    z = [(x - mean) / spread for x in raw]
-    targets = [(hits + 1) / (hits + 2) if y else 1 / (n - hits + 2) for y in right]
+    z = (np.asarray(raw, dtype=np.float64) - mean) / spread
+    targets = np.where(right, (hits + 1) / (hits + 2), 1 / (n - hits + 2))
     slope, intercept = _logistic(z, targets, level)
     if slope <= 0:
         return Platt(0.0, level, low, high)
     return Platt(slope / spread, intercept - slope * mean / spread, low, high)
 
 
-def _logistic(z: Sequence[float], targets: Sequence[float], level: float) -> tuple[float, float]:
+def _logistic(z: Array, targets: Array, level: float) -> tuple[float, float]:
     """(slope, intercept) of least cross entropy, by Newton's method with halved steps; z has unit spread."""
-    a, b = 0.0, level
-    loss = _cross_entropy(z, targets, a, b)
-    for _ in range(100):
-        p = [_sigmoid(a * x + b) for x in z]
-        ga = math.fsum((q - t) * x for q, t, x in zip(p, targets, z, strict=True))
-        gb = math.fsum(q - t for q, t in zip(p, targets, strict=True))
-        if max(abs(ga), abs(gb)) < 1e-9 * len(z):
+    design = np.stack([z, np.ones_like(z)])
+    found = np.array([0.0, level])
+    loss = _cross_entropy(found @ design, targets)
+    for _ in range(_MOST_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(found @ design, -_FLAT, _FLAT)))
+        gradient = design @ (p - targets)
+        if np.abs(gradient).max() < 1e-9 * len(z):
             break
-        w = [q * (1 - q) + 1e-12 for q in p]
-        haa = math.fsum(v * x * x for v, x in zip(w, z, strict=True))
-        hab = math.fsum(v * x for v, x in zip(w, z, strict=True))
-        hbb = math.fsum(w)
-        det = haa * hbb - hab * hab
-        da, db = (hbb * ga - hab * gb) / det, (haa * gb - hab * ga) / det
-        step = 1.0
-        while step > 1e-10:
-            new = _cross_entropy(z, targets, a - step * da, b - step * db)
+        step = np.linalg.solve((design * (p * (1 - p) + 1e-12)) @ design.T, gradient)
+        for _ in range(_HALVINGS):
+            new = _cross_entropy((found - step) @ design, targets)
             if new < loss:
-                a, b, loss = a - step * da, b - step * db, new
+                found, loss = found - step, new
                 break
             step /= 2
         else:
             break
-    return a, b
+    return float(found[0]), float(found[1])
 
 
-def _cross_entropy(z: Sequence[float], targets: Sequence[float], a: float, b: float) -> float:
-    total = 0.0
-    for x, t in zip(z, targets, strict=True):
-        y = a * x + b
-        total += max(y, 0.0) - t * y + math.log1p(math.exp(-abs(y)))
-    return total
-
-
-def _sigmoid(y: float) -> float:
-    return 1 / (1 + math.exp(-y)) if y >= 0 else math.exp(y) / (1 + math.exp(y))
+def _cross_entropy(y: Array, targets: Array) -> float:
+    return float(np.sum(np.logaddexp(0, y) - targets * y))
 
 
 # ------------------------------------------------------------------------------------------------- isotonic
