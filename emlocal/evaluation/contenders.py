@@ -35,15 +35,23 @@ class Contender:
         return plan
 
 
-def read_contenders(text: str) -> list[Contender]:
-    """The contenders of a comma-separated list. Raises UsageError for one that is unknown, or given twice."""
+def read_contenders(text: str, allow_code: bool = False) -> list[Contender]:
+    """The contenders of a comma-separated list; with `allow_code`, methods that run code have leave to.
+
+    Raises UsageError for one that is unknown, or given twice.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods names none", "name some, such as greedy,sample:1,em-inf:paper")
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--methods has {name} twice")
-    return [Contender(name, Chosen(name)) for name in names]
+    return [Contender(name, _chosen(name, allow_code)) for name in names]
+
+
+def _chosen(name: str, allow_code: bool) -> Chosen:
+    chosen = Chosen(name)
+    return Chosen(name, allow_code=True) if allow_code and chosen.collecting.runs_code else chosen
 
 
 def describe(contender: Contender, plan: Plan, base: Plan) -> str:

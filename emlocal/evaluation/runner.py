@@ -332,7 +332,7 @@ def prepare(task: str, methods: str, asked: EvalOptions, settings: Resolved) -> 
 
     Raises UsageError for what cannot be used, EmlocalError for what would fail at the end.
     """
-    contenders = read_contenders(methods)
+    contenders = read_contenders(methods, asked.allow_code)
     for contender in contenders:  # what contradicts itself fails before a model is loaded
         contender.plan(settings.plan, settings.chosen)
     found = open_task(task, asked.data, asked.limit, asked.code_seconds, asked.targets)
@@ -356,6 +356,11 @@ def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> N
     if voting and not task.votes:
         raise UsageError(
             f"{voting[0]} votes on answers; those of {task.name} are programs", "leave it out of --methods"
+        )
+    running = [c.name for c in contenders if c.method.collecting.runs_code]
+    if running and not task.runs_code:
+        raise UsageError(
+            f"{running[0]} runs programs; the answers of {task.name} are none", "leave it out of --methods"
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
+from emlocal.methods.behaviour_vote import BehaviourVote
 from emlocal.methods.dynamic_temperature import DynamicTemperature
 from emlocal.methods.em import EM_METHODS
 from emlocal.methods.greedy import Greedy
@@ -43,6 +44,7 @@ _ALL: Sequence[type[Method]] = (
     *EM_METHODS,
     SelfConsistency,
     SequentialRefinement,
+    BehaviourVote,
     MinP,
     DynamicTemperature,
 )
@@ -141,8 +143,10 @@ class Chosen:
             base: what flags, config file and model say.
             chosen: the settings that were given on purpose, which a method does not override.
         Raises:
-            UsageError: the settings say what the method denies.
+            UsageError: the settings say what the method denies; it has no leave to do what it does.
+            EmlocalError: it cannot do it on this machine.
         """
+        self.collecting.check_leave()
         plan = replace(base, params=self.drawing.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
