@@ -111,7 +111,7 @@ def single_stream(runner: Any, prompt: list[int], steps: int) -> float:
 def full(model: str, rounds: int) -> dict[str, Any]:
     """AT_ONCE sequences, full all the time."""
     from emlocal.generation import Scheduler
-    from emlocal.measure.decoding import endless, ratio
+    from emlocal.measure import endless, ratio
 
     steps, times = 24, {"bare": [], "em": [], "single": []}  # type: ignore[var-annotated]
     with many(model) as backend, endless(backend):
@@ -178,7 +178,7 @@ def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
 def shared(model: str, samples: int, length: int, tokens: int) -> dict[str, Any]:
     """One prompt, many samples: read once, against separate runs."""
     from emlocal.generation import Finished, Job, Scheduler
-    from emlocal.measure.decoding import endless
+    from emlocal.measure import endless
 
     with many(model) as backend, endless(backend):
         prompt = backend.encode(" ".join(questions(40)), add_special=True, parse_special=False)[:length]

@@ -12,7 +12,7 @@ from common import QUIET, Noise, arguments, report, running_on, say, wait_until_
 
 
 def measure(model: str, rounds: int, tokens: int, tries: int) -> dict[str, Any]:
-    from emlocal.measure.decoding import Decoding, decode_round
+    from emlocal.measure import Decoding, decode_round
     from emlocal.settings import EMInf, SamplingParams
 
     params = SamplingParams(em=EMInf())

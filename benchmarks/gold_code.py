@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.task import Problem, Task, read_rows

@@ -139,7 +139,7 @@ def measure(name: str, part: str, rounds: int, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    from emlocal.measure.decoding import speed_ratio
+    from emlocal.measure import speed_ratio
 
     chosen = arguments(__doc__ or "", parts=("alone", "together"), rounds=6, tokens=16)
     results: dict[str, Any] = {}

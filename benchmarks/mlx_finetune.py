@@ -153,7 +153,7 @@ def in_chunks(hidden: Any, head: Any, weights: Any) -> Any:
 
 
 def main() -> None:
-    from emlocal.measure.decoding import speed_ratio
+    from emlocal.measure import speed_ratio
 
     chosen = arguments(__doc__ or "", parts=("speed", "memory"), rounds=2, steps=3, tokens=33)
     results: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """One row through the sampler, by EM setting, against plain numpy, on rows of real answers of both models.
 
-Mean microseconds over the rows, of each row the median over the sweeps (emlocal.measure.decoding). A sweep
+Mean microseconds over the rows, of each row the median over the sweeps (emlocal.measure). A sweep
 visits the rows in turn, so that each comes from outside the inner caches.
 """
 
@@ -19,7 +19,7 @@ def settings() -> dict[str, Any]:
 
 
 def measure(model: str, count: int, sweeps: int) -> dict[str, Any]:
-    from emlocal.measure.decoding import measure_sampler, recorded_rows
+    from emlocal.measure import measure_sampler, recorded_rows
     from emlocal.settings import SamplingParams
 
     with running_on(model) as running:

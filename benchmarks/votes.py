@@ -24,7 +24,7 @@ from emlocal.evaluation.answering import Answer, Judge, name_of
 from emlocal.evaluation.report.texts import p_value
 from emlocal.evaluation.runner import answers_path
 from emlocal.evaluation.statistics import bootstrap_mean, sign_flip
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Task
 
 

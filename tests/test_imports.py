@@ -65,7 +65,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal", HEAVY | {"numpy", "jinja2", "rich", "typer"}),
         ("import emlocal.settings, emlocal.errors", HEAVY | {"numpy"}),
         ("import emlocal.em.steps", HEAVY | {"numpy"}),
-        ("import emlocal.em.fast_em_inf", HEAVY | {"rich", "typer", "jinja2", "emlocal.sampling"}),
+        ("import emlocal.em.fast", HEAVY | {"rich", "typer", "jinja2", "emlocal.sampling"}),
         ("import emlocal.sampling", HEAVY | {"rich", "typer", "jinja2", "emlocal.generation"}),
         ("import emlocal.generation", HEAVY | {"rich", "typer", "jinja2", "emlocal.cli"}),
         ("import emlocal.backends.base, emlocal.backends.engine, emlocal.backends.fake", HEAVY),

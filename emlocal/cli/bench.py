@@ -18,7 +18,7 @@ from emlocal.settings.table import NOTHING, options_of
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.generation import Scheduler
-    from emlocal.measure.decoding import Ratio
+    from emlocal.measure import Ratio
     from emlocal.settings import SamplingParams
 
 _SAMPLED_ROWS = 48
@@ -92,20 +92,19 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that `bench` reports, in the layout of --json."""
-    from emlocal import machine
+    from emlocal import machine, measure
     from emlocal.generation import Scheduler
-    from emlocal.measure import decoding
 
     tokens, rounds, seed = size
-    decoding.check_room(backend, tokens)
+    measure.check_room(backend, tokens)
     runner = Scheduler(backend, 1)
     say("first token")
     first = _first_token(runner, params, seed) | {"load_seconds": round(load_seconds, 4)}
     say("reading prompts")
     prompt_length = min(_PROMPT_TOKENS, backend.context // 2)
     runner.forget()
-    prompt_speed = decoding.prompt_speed(backend, prompt_length)
-    decoded = decoding.measure_decoding(
+    prompt_speed = measure.prompt_speed(backend, prompt_length)
+    decoded = measure.measure_decoding(
         runner,
         params,
         tokens=tokens,
@@ -114,8 +113,8 @@ def _measure(
         progress=lambda done: say(f"decoding, round {done + 1} of {rounds}"),
     )
     say("sampling")
-    rows = decoding.recorded_rows(runner, params, rows=_SAMPLED_ROWS, seed=seed)
-    times = decoding.measure_sampler(rows, params, seed=seed)
+    rows = measure.recorded_rows(runner, params, rows=_SAMPLED_ROWS, seed=seed)
+    times = measure.measure_sampler(rows, params, seed=seed)
     return {
         "emlocal": __version__,
         "machine": machine.describe(),
@@ -162,7 +161,7 @@ def _decode_json(decoded: Any) -> dict[str, Any]:
 def _first_token(runner: "Scheduler", params: "SamplingParams", seed: int) -> dict[str, float]:
     """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
     from emlocal.generation import Job, Request
-    from emlocal.measure.decoding import PROMPTS, question_tokens
+    from emlocal.measure import PROMPTS, question_tokens
     from emlocal.sampling import Uniforms
 
     started = time.perf_counter()
@@ -232,6 +231,6 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:
-    from emlocal.measure.decoding import Ratio
+    from emlocal.measure import Ratio
 
     return "not measured" if ratio is None else str(Ratio(**ratio))

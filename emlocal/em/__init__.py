@@ -2,9 +2,9 @@
 
 This module says what an EM step is. A step is one file in `emlocal.em.steps`: its settings and its
 reference, which works on the whole vocabulary in float64 and is written to be read beside the paper (Agarwal
-et al. 2025, arXiv 2505.15134). That is enough to run it on every engine. Faster ways (`fast_em_inf`,
-`fast_adaptive_temperature`, the compiled sampler, torch's and mlx's kernels) are chosen by the step's type
-where they exist, and are tested against the reference.
+et al. 2025, arXiv 2505.15134). That is enough to run it on every engine. Faster ways (`fast`, the compiled
+sampler, torch's and mlx's kernels) are chosen by the step's type where they exist, and are tested against
+the reference.
 
 No numpy at import: the settings of a step are needed for `emlocal --help`, which must be quick.
 """

@@ -2,9 +2,8 @@
 
 One float32 sweep over the row gives weights w_i = exp(z_i − max z). Tokens with w_i > `cutoff` form the head
 (some hundreds of 151,936 in practice), in float64; the others are the tail, kept as the sums that the
-EM steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.fast_em_inf` and
-`emlocal.em.fast_adaptive_temperature` take the steps, and know how far they may be from the full-vocabulary
-reference.
+EM steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.fast` takes the steps, and
+knows how far it may be from the full-vocabulary reference.
 
 The tail's weights stay in the sweep's buffer, summed by blocks of 128 tokens, so that a draw by inverse
 CDF in token order needs no cumulative sum over the vocabulary.

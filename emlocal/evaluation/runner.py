@@ -24,13 +24,12 @@ from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.evaluation.answering import Answer, Answering, Judge, Judged
 from emlocal.evaluation.contenders import Contender, EvalOptions, describe, read_contenders
-from emlocal.evaluation.provenance import answered_with, note_answering, provenance
-from emlocal.evaluation.report.document import Document, write_json
+from emlocal.evaluation.report.document import Document, answered_with, note_answering, provenance, write_json
 from emlocal.evaluation.report.page import write_page
 from emlocal.evaluation.report.texts import write_markdown
 from emlocal.evaluation.results import Comparison, MethodResult, compare, summarize
 from emlocal.evaluation.sandbox.run import check_containment
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256

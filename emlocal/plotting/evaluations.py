@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from emlocal.evaluation.report.document import Results, Standing, read_results
-from emlocal.evaluation.report.figures import draw_accuracy_against_cost, looks
+from emlocal.evaluation.report.page import draw_accuracy_against_cost, looks
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
-from emlocal.plotting.draw import bar, between, new_figure, plain_axes
-from emlocal.plotting.sources import labels
+from emlocal.plotting.draw import bar, between, labels, new_figure, plain_axes
 from emlocal.text import counted
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ from emlocal.plotting.draw import (
     STYLES,
     Canvas,
     axis_width,
+    finite,
     framed,
+    labels,
     legend_above,
     letter,
     new_figure,
     plain_axes,
     short,
 )
-from emlocal.plotting.sources import finite, labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

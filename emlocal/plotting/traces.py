@@ -12,8 +12,17 @@ from rich.text import Text
 
 from emlocal.errors import UsageError
 from emlocal.generation.sample import EntropySummary, summarize
-from emlocal.plotting.draw import UPRIGHT, axis_width, framed, legend_above, new_figure, plain_axes
-from emlocal.plotting.sources import finite, labels, read_bytes
+from emlocal.plotting.draw import (
+    UPRIGHT,
+    axis_width,
+    finite,
+    framed,
+    labels,
+    legend_above,
+    new_figure,
+    plain_axes,
+    read_bytes,
+)
 from emlocal.sampling import Draw
 from emlocal.text import change, counted, harmless
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.em import EMStep, Outcome, fast_adaptive_temperature, fast_em_inf
+from emlocal.em import EMStep, Outcome, fast
 from emlocal.em.entropy import Float64, checked, entropy, log_softmax
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.em.steps import AdaptiveTemperature, EMInf
@@ -38,8 +38,8 @@ class FastWay(NamedTuple):
 
 
 FAST_WAYS: dict[type[EMStep], FastWay] = {
-    EMInf: FastWay(fast_em_inf.sharpen, fast_em_inf.hottest),
-    AdaptiveTemperature: FastWay(fast_adaptive_temperature.sharpen, fast_adaptive_temperature.hottest),
+    EMInf: FastWay(fast.sharpen_em_inf, fast.hottest_em_inf),
+    AdaptiveTemperature: FastWay(fast.sharpen_adaptive_temperature, fast.hottest_adaptive_temperature),
 }
 """By the step's type; a step that is not here is taken by its reference."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.evaluation.sandbox import calls, landlock, run, seccomp
+from emlocal.evaluation.sandbox import landlock, run, seccomp
 from emlocal.evaluation.sandbox.run import Limits
 from tests.attack.calls import ALLOW, ENOSYS, EPERM, KILL, MACHINES, numbers, table, verdict
 
@@ -38,7 +38,7 @@ PROBES = [
 @both
 def test_each_call_is_allowed_for_a_reason_or_refused(machine: str) -> None:
     filter_ = seccomp.program(machine)
-    reasons = {number: call for call in calls.ALLOWED if (number := call.number(machine)) is not None}
+    reasons = {number: call for call in seccomp.ALLOWED if (number := call.number(machine)) is not None}
     known = {number: call for call in table() if (number := call.number(machine)) is not None}
     for number in range(BEYOND):
         said = {verdict(filter_, MACHINES[machine], number, probe) for probe in PROBES}
@@ -53,7 +53,7 @@ def test_each_call_is_allowed_for_a_reason_or_refused(machine: str) -> None:
         elif call is not None:
             assert said == {{"refused": EPERM, "unknown": ENOSYS}[call.expected]}, name
         else:
-            assert said == {ENOSYS if number >= calls.NEW else EPERM}, name
+            assert said == {ENOSYS if number >= seccomp.NEW else EPERM}, name
 
 
 @both
@@ -73,8 +73,8 @@ def test_another_architecture_ends_the_process(machine: str) -> None:
 
 def test_the_page_says_how_many_are_allowed() -> None:
     page = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text(encoding="utf-8")
-    by_arguments = sum(bool(call.rules) for call in calls.ALLOWED)
-    assert f"{len(calls.ALLOWED)} system calls, {by_arguments} of them with certain arguments only" in page
+    by_arguments = sum(bool(call.rules) for call in seccomp.ALLOWED)
+    assert f"{len(seccomp.ALLOWED)} system calls, {by_arguments} of them with certain arguments only" in page
 
 
 @both
@@ -139,7 +139,7 @@ def test_refused_calls_are_refused_by_this_kernel() -> None:
     machine = platform.machine()
     wanted = {call.number(machine): call.expected for call in table()}
     tried = {
-        n: errno.ENOSYS if n >= calls.NEW or wanted.get(n) == "unknown" else errno.EPERM
+        n: errno.ENOSYS if n >= seccomp.NEW or wanted.get(n) == "unknown" else errno.EPERM
         for n in [*range(BEYOND), *ODD]
         if wanted.get(n, "refused") in ("refused", "unknown")
         if n not in [numbers("x86_64")[name] for name in UNFILTERED]

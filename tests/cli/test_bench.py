@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from emlocal import measure
 from emlocal.backends.fake import END, FakeBackend
 from emlocal.cli.app import build
 from emlocal.errors import UsageError
 from emlocal.generation import Scheduler
-from emlocal.measure import decoding
 from emlocal.settings import EMInf, SamplingParams
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -139,11 +139,11 @@ def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
 
     backend = FakeBackend(always_ends)
     runner = Scheduler(backend, 1)
-    found = decoding.measure_decoding(runner, SamplingParams(em=EMInf()), tokens=5, rounds=4, seed=0)
+    found = measure.measure_decoding(runner, SamplingParams(em=EMInf()), tokens=5, rounds=4, seed=0)
     assert [len(found.seconds[side]) for side in ("bare", "off", "on")] == [0, 4, 4]
     assert backend.info.end_tokens == {END}  # as before
 
-    prompts = [len(decoding.question_tokens(backend, text)) for text in decoding.PROMPTS]
+    prompts = [len(measure.question_tokens(backend, text)) for text in measure.PROMPTS]
     expected = prompts[4] + 2 * (1 + 4) + sum(n + 2 * (1 + 5) for n in prompts[:4])
     assert backend.fed == expected
 
@@ -171,34 +171,34 @@ def test_the_bare_loop_leaves_the_sequence_as_it_was(model: str) -> None:
 
 def test_recorded_rows_are_those_that_were_drawn_from() -> None:
     backend = FakeBackend()
-    rows = decoding.recorded_rows(Scheduler(backend, 1), SamplingParams(), rows=20, seed=0)
+    rows = measure.recorded_rows(Scheduler(backend, 1), SamplingParams(), rows=20, seed=0)
     assert len(rows) == 20
     assert len({row.tobytes() for row in rows}) == 20
 
 
 def test_plain_sampling_draws_from_the_softmax() -> None:
     row = np.log(np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32))
-    assert [decoding.plain_sample(row, 1.0, u) for u in (0.05, 0.25, 0.5, 0.95)] == [0, 1, 2, 3]
+    assert [measure.plain_sample(row, 1.0, u) for u in (0.05, 0.25, 0.5, 0.95)] == [0, 1, 2, 3]
 
 
 def test_the_interval_of_a_median() -> None:
-    assert decoding.ratio([1.0, 2.0, 4.0]) == decoding.Ratio(2.0, 1.0, 4.0, 3, "range")
+    assert measure.ratio([1.0, 2.0, 4.0]) == measure.Ratio(2.0, 1.0, 4.0, 3, "range")
     # n = 10: the 2nd and 9th values have coverage 97.9 %, the 3rd and 8th only 89.1 %
-    ten = decoding.ratio([float(i) for i in range(1, 11)])
-    assert ten == decoding.Ratio(5.5, 2.0, 9.0, 10, "95% interval")
-    assert decoding.speed_ratio([1.0], [2.0]).median == 2.0
+    ten = measure.ratio([float(i) for i in range(1, 11)])
+    assert ten == measure.Ratio(5.5, 2.0, 9.0, 10, "95% interval")
+    assert measure.speed_ratio([1.0], [2.0]).median == 2.0
 
 
 def test_too_few_rounds_for_an_interval_show_their_range() -> None:
-    assert str(decoding.ratio([0.991, 0.971])) == "0.981  (2 rounds: 0.971 to 0.991)"
-    assert str(decoding.ratio([0.97])) == "0.970  (1 round: 0.970 to 0.970)"
-    six = decoding.ratio([0.97, 0.98, 0.98, 0.98, 0.98, 0.99])
+    assert str(measure.ratio([0.991, 0.971])) == "0.981  (2 rounds: 0.971 to 0.991)"
+    assert str(measure.ratio([0.97])) == "0.970  (1 round: 0.970 to 0.970)"
+    six = measure.ratio([0.97, 0.98, 0.98, 0.98, 0.98, 0.99])
     assert str(six) == "0.980  (95 %: 0.970 to 0.990, 6 rounds)"
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 20, 101])
 def test_the_interval_covers_what_it_says(n: int) -> None:
-    found = decoding.ratio([float(i) for i in range(n)])
+    found = measure.ratio([float(i) for i in range(n)])
     skipped = int(found.low)  # as many values lie below the interval as above it
 
     def coverage(skip: int) -> float:
@@ -206,11 +206,11 @@ def test_the_interval_covers_what_it_says(n: int) -> None:
 
     if found.bounds == "range":
         assert (found.low, found.high) == (0.0, float(n - 1))
-        assert coverage(1) < decoding.CONFIDENCE  # no interval could have covered enough
+        assert coverage(1) < measure.CONFIDENCE  # no interval could have covered enough
         return
     # P(the median lies outside) is P(at most skipped - 1 … values below it), on either side
-    assert coverage(skipped + 1) >= decoding.CONFIDENCE
-    assert coverage(skipped + 2) < decoding.CONFIDENCE
+    assert coverage(skipped + 1) >= measure.CONFIDENCE
+    assert coverage(skipped + 2) < measure.CONFIDENCE
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from emlocal.em.fast_em_inf import adam_descent, gradient_descent
+from emlocal.em.fast import adam_descent, gradient_descent
 from emlocal.em.split import CUTOFFS, Splitter
 from emlocal.em.steps import EMInf
 from tests.em.fast_path import probabilities, sharpen, softmax

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, event, example, given
 from hypothesis import strategies as st
 
 from emlocal.em.entropy import entropy
-from emlocal.em.fast_em_inf import _curvature
+from emlocal.em.fast import _curvature
 from emlocal.em.split import CUTOFFS, ROUNDING, Splitter
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError

@@ -8,7 +8,7 @@ import pytest
 
 from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.task import read_rows
 from tests.evaluation.data import HUMANEVAL_ROW, contained, mark, rows, write

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.evaluation.answering import Answer, Judged
-from emlocal.evaluation.report import figures, page, texts
+from emlocal.evaluation.report import page, texts
 from emlocal.evaluation.report.document import Document, as_json, write_json
 from emlocal.evaluation.results import Comparison, Estimate, compare, summarize
 from emlocal.evaluation.tasks.mathematics import MathTask
@@ -175,10 +175,10 @@ def test_methods_that_are_always_right_or_never_have_an_interval() -> None:
 
 def test_points_of_the_same_cost_stand_in_its_order() -> None:
     shares = [0.5003, 0.52, 0.5001, 0.5, 0.9]  # the group of three reaches the fourth
-    places = figures._apart(shares)
+    places = page._apart(shares)
     assert sorted(range(5), key=places.__getitem__) == sorted(range(5), key=shares.__getitem__)
     ordered = sorted(places)
-    assert min(b - a for a, b in pairwise(ordered)) >= figures._APART - 1e-9
+    assert min(b - a for a, b in pairwise(ordered)) >= page._APART - 1e-9
     assert places[4] == pytest.approx(0.9)
 
 
@@ -190,10 +190,10 @@ def test_many_wins_are_cut_and_it_says_so(document: Document, monkeypatch: pytes
 
 
 def test_figures_are_the_same_each_time(document: Document) -> None:
-    cost = figures.accuracy_against_cost(document)
+    cost = page.accuracy_against_cost(document)
     assert cost is not None
-    assert cost == figures.accuracy_against_cost(document)
-    entropy = figures.entropy_along_the_answer(document)
+    assert cost == page.accuracy_against_cost(document)
+    entropy = page.entropy_along_the_answer(document)
     assert entropy is not None
     assert cost.lstrip().startswith("<?xml")
     assert entropy.count("stroke-dasharray") >= 2  # before EM, for both

@@ -17,7 +17,7 @@ from emlocal.errors import CancelledError, UsageError
 from emlocal.evaluation import runner as run
 from emlocal.evaluation.answering import Answer, Judge, Judged, takes_system
 from emlocal.evaluation.contenders import describe, read_contenders
-from emlocal.evaluation.provenance import answered_with
+from emlocal.evaluation.report.document import answered_with
 from emlocal.evaluation.results import compare, summarize
 from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.mathematics import MathTask

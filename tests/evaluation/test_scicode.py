@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.evaluation.tasks.open import open_task
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.scicode_official import dicts_close, items_close, matrices_close

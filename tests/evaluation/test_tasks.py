@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
+from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks import task as task_module
 from emlocal.evaluation.tasks.mathematics import MathJudge, MathTask, gold_of
-from emlocal.evaluation.tasks.open import open_task
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.task import ids, read_rows

@@ -7,7 +7,7 @@ The model stays frozen; the logits z of one step are the only parameters. With o
 and gradient steps run until H ≤ δ, tested *before* each step, or until `steps` are spent. κ = 0 is the
 paper's equation; the authors' released code adds the KL term and swaps gradient descent for Adam.
 
-The faster way of decoding, which must agree with this, is `emlocal.em.fast_em_inf`.
+The faster way of decoding, which must agree with this, is `emlocal.em.fast`.
 """
 
 import math

@@ -1,16 +1,178 @@
-"""The HTML page: everything in one file, no scripts, nothing fetched."""
+"""The HTML page and its figures: everything in one file, no scripts, nothing fetched.
+
+Figures are SVG texts that stand by themselves. `emlocal plot` draws accuracy against cost as they do.
+"""
 
 import base64
+import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from emlocal.errors import BackendError
 from emlocal.evaluation.answering import Judged
-from emlocal.evaluation.report import figures, texts
-from emlocal.evaluation.report.document import Document
+from emlocal.evaluation.report import texts
+from emlocal.evaluation.report.document import Document, Standing
+from emlocal.evaluation.report.texts import accuracy_name, entropy_changed
 from emlocal.files import atomic_writer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_WIDTH, _HEIGHT = 7.2, 3.8  # inches
+_APART = 0.015
+"""Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
+_MARGIN, _WIDE, _DECADE = 1.25, 2, 10
+"""Around the costs, as a factor; and the factors between them from which on the axis is logarithmic, and has
+fewer numbers."""
+_MARKERS = "os^vDP"
+_COLOURS = (
+    *(f"C{i}" for i in range(10)),
+    *("#13476c", "#994c08", "#1a601a", "#801718", "#593e71"),  # the same, darker
+    *("#54342d", "#884774", "#4c4c4c", "#717114", "#0e727c"),
+)
+
+
+def accuracy_against_cost(document: Document) -> str | None:
+    """A point with its interval for each method, over the FLOPs of an answer. None where none answered."""
+    standings = [Standing.of(method) for method in document.methods]
+    if not any(standing.flops for standing in standings):
+        return None
+    figure, axes = _figure()
+    draw_accuracy_against_cost(axes, standings, looks([[standing.name for standing in standings]]))
+    axes.set_ylabel(f"{accuracy_name(document)} (bars: 95 %)")
+    _legend(figure)
+    return _svg(figure)
+
+
+def draw_accuracy_against_cost(
+    axes: "Axes", standings: Sequence[Standing], drawn_as: Sequence[Mapping[str, Any]]
+) -> None:
+    """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's.
+
+    `drawn_as`: the standings' `looks`, in their order.
+    """
+    costly = [pair for pair in zip(standings, drawn_as, strict=True) if pair[0].flops]
+    places = _cost_axis(axes, [standing.flops for standing, _ in costly])
+    for (standing, look), place in zip(costly, places, strict=True):
+        accuracy = standing.accuracy
+        value, low, high = (100 * x for x in (accuracy.value, accuracy.low, accuracy.high))
+        axes.errorbar(
+            [place],
+            [value],
+            yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+            linestyle="none",
+            capsize=3,
+            clip_on=False,
+            label=standing.name,
+            **look,
+        )
+    scale = ", logarithmic" if axes.get_xscale() == "log" else ""
+    axes.set_xlabel(f"FLOPs of an answer{scale}\n(2 · parameters · tokens)")
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.25)
+
+
+def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
+    """Make the axis one of costs; the places of these, the same ones beside each other."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
+    ratio = max(costs) / min(costs)
+    wide = ratio >= _WIDE
+    subs = (1, 2, 5) if ratio >= _DECADE else (1, 2, 3, 5, 7)
+    if wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=subs) if wide else MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlim(low, high)
+    scale = math.log if wide else float
+    shares = [(scale(cost) - scale(low)) / (scale(high) - scale(low)) for cost in costs]
+    return [low * (high / low) ** share if wide else low + (high - low) * share for share in _apart(shares)]
+
+
+def _apart(shares: Sequence[float]) -> list[float]:
+    """Places on the axis in their order, none nearer to another than `_APART`, and by least squares the
+    nearest: isotonic regression (pool adjacent violators), with the distances taken out first."""
+    order = sorted(range(len(shares)), key=lambda i: shares[i])
+    groups: list[list[float]] = []
+    for k, i in enumerate(order):
+        groups.append([shares[i] - _APART * k])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    moved = [fmean(group) for group in groups for _ in group]
+    places = list(shares)
+    for k, i in enumerate(order):
+        places[i] = moved[k] + _APART * k
+    return places
+
+
+def looks(evaluations: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Colours and markers of the methods of each evaluation, by their names.
+
+    A method has one colour in all of them, and each evaluation one marker. After twenty methods the colours
+    come again.
+    """
+    names = list(dict.fromkeys(name for methods in evaluations for name in methods))
+    return [
+        {"color": _COLOURS[names.index(name) % len(_COLOURS)], "marker": _MARKERS[group % len(_MARKERS)]}
+        for group, methods in enumerate(evaluations)
+        for name in methods
+    ]
+
+
+def entropy_along_the_answer(document: Document) -> str | None:
+    """Mean entropy by token: dashed before EM, solid after it. None where no entropies were kept."""
+    if all(method.curve is None for method in document.methods):
+        return None
+    figure, axes = _figure()
+    for method, look in zip(document.methods, looks([[m.name for m in document.methods]]), strict=True):
+        curve = method.curve
+        if curve is None:
+            continue
+        axes.plot(curve.position, curve.after, color=look["color"], label=method.name)
+        if entropy_changed(method.entropy_before, method.entropy_after):
+            axes.plot(curve.position, curve.before, color=look["color"], linestyle="--", alpha=0.7)
+    axes.set_xlabel("token of the answer")
+    axes.set_ylabel("mean entropy, nats")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    _legend(figure)
+    return _svg(figure)
+
+
+def _figure() -> "tuple[Figure, Axes]":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as why:
+        raise BackendError("the report's figures need matplotlib", "pip install 'emlocal[eval]'") from why
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: "Figure") -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+
+
+def _svg(figure: "Figure") -> str:
+    """The same text each time: no date, and ids of a fixed salt."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": "emlocal"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
 
 MOST_SHOWN = 30
 """Wins of a comparison that are shown, and losses; the page says how many are left out."""
@@ -50,6 +212,8 @@ class _Listed:
 
 def html(document: Document) -> str:
     """The page. Raises BackendError where matplotlib is missing."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -61,12 +225,12 @@ def html(document: Document) -> str:
         (
             "Accuracy against cost",
             "Up is better, left is cheaper. Methods of nearly the same cost are drawn side by side.",
-            figures.accuracy_against_cost(document),
+            accuracy_against_cost(document),
         ),
         (
             "Entropy along the answer",
             "Of the distribution before temperature and truncation. Dashed: before EM; solid: after it.",
-            figures.entropy_along_the_answer(document),
+            entropy_along_the_answer(document),
         ),
     ]
     return environment.get_template("page.html.j2").render(

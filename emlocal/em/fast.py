@@ -1,13 +1,14 @@
-r"""The fast way of EM-INF: its steps on a row split into head and tail, with a bound on the error.
+r"""The fast ways of the EM steps: on a row split into head and tail, with a bound on the error.
 
-It agrees with `EMInf.reference` or declines: where the bound exceeds `TOLERANCE`, or H lies so near δ that
-stopping is undecided, the answer is None; the caller tries a narrower cutoff and then the reference.
+Each agrees with its step's reference or declines: where the bound exceeds `TOLERANCE`, or H lies so near δ
+that EM-INF's stopping is undecided, the answer is None; the caller tries a narrower cutoff and then the
+reference.
 
 Notation: weights w, exponents s = log w, partition S = Σ w, p = w/S, a = log p + H, gradient of the loss
 g = −p·a (+ κ(p − p⁰)). A *tail* token has w ≤ cutoff, so log p ≤ log cutoff and a < 0: it only ever falls.
 
-Gradient descent
-----------------
+EM-INF by gradient descent
+--------------------------
 A tail token moves by u = Σ_t η p_t a_t, where p_t = w e^u / S_t. To first order in w,
 
     u = w·(A s + B),   A = Σ_t η/S_t,   B = Σ_t η (H_t − log S_t)/S_t,
@@ -45,8 +46,8 @@ nothing else separates the two where the head is the whole row, and ties that fl
 *What it means.* Σ p|e| ≤ |e|₂, so the head adds ≤ |e|₂/2 to the total variation, and giving the tail one
 common factor adds ≤ 2b_0/S.
 
-Adam
-----
+EM-INF by Adam
+--------------
 The first step is η·g/(|g| + ε): the tail moves too, all of it by nearly −η a step, since a tail
 token's gradients are w·f_t(s) with f nearly constant in s, and Adam does not see the factor w while
 |g| ≫ ε = 1e-8. So the tail is moved as one, by what Adam does to a token of the tail's mean exponent. How
@@ -61,6 +62,17 @@ geometric mean. So f ≤ ε'/(w + ε') with ε' = ε w/√v̂, and `light_tail_m
 In the head, an error δ of H makes the gradients err by p·δ, all with one sign, and a token's own error e by
 p(a+1)e more, which is how ties that rounding breaks come to grow. `_AdamTangent` carries both to first order
 through the moments, so that a token near the sign change a = 0, where it matters, is counted for what it is.
+
+Adaptive temperature
+--------------------
+At β = 1/τ ≥ 1 a token's weight is w^β. The tail's mass is only known between two bounds,
+
+    M_0 exp((β−1) s̄)  ≤  Σ_tail w^β  ≤  M_0 c^(β−1),
+
+the lower by Jensen with the tail's mean exponent s̄, the upper since w ≤ c, the cutoff. Both shrink fast as β
+grows. With Δ half the width between them over S, H is off by at most δH = Δ(1 + β|s̄| + |log S|). As
+dH/d log β = −Var(β s), β is then off by a factor of 1 + δH/Var, which moves the distribution by at most
+δH/(2√Var) in total variation, and the tail moves it by Δ.
 """
 
 import math
@@ -69,6 +81,7 @@ import numpy as np
 
 from emlocal.em.entropy import Float64
 from emlocal.em.split import HIGHEST, ROUNDING, ROUNDING64, TOLERANCE, Sharpened, Split, SquaredTail
+from emlocal.em.steps.adaptive_temperature import COLDEST, AdaptiveTemperature
 from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON, Adam, EMInf
 
 DOUBT = 1e-5
@@ -77,8 +90,8 @@ FAR_FROM_EPSILON = 1e12
 """Adam ignores the gradient's scale but for ε; scaled by this, a sentinel shows what ε = 0 would do."""
 
 
-def sharpen(split: Split, settings: EMInf) -> Sharpened | None:
-    """The row after the step; None where agreement with the reference cannot be promised at this cutoff."""
+def sharpen_em_inf(split: Split, settings: EMInf) -> Sharpened | None:
+    """EM-INF on a split row; None where agreement with the reference cannot be promised at this cutoff."""
     one_hot = len(split.head) == 1 and split.tail_mass == 0
     if one_hot or settings.steps == 0 or settings.threshold > split.entropy + DOUBT:
         return split.untouched()
@@ -87,8 +100,8 @@ def sharpen(split: Split, settings: EMInf) -> Sharpened | None:
     )
 
 
-def hottest(settings: EMInf) -> float:
-    """The highest temperature that may follow.
+def hottest_em_inf(settings: EMInf) -> float:
+    """The highest temperature that may follow EM-INF.
 
     The tail's tokens get a common factor, which their small mass forgives until heat makes it large: Adam's
     steps are as large for rare tokens as for any, those of gradient descent tiny.
@@ -280,3 +293,56 @@ def _stray(split: Split, moved: Float64, S: float, settings: EMInf, step: int) -
         weakest = min(weakest, S * math.exp(min(reach, 50.0) / 2) / min(a, pulled))
     light = split.light_tail_mass(EPSILON * weakest)
     return (split.tail_mass * math.expm1(spread) + light * -math.expm1(-reach)) / S
+
+
+NEWTON_TOLERANCE = 1e-9
+MAX_ROUNDS = 100
+
+
+def sharpen_adaptive_temperature(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
+    """Adaptive temperature on a split row; None where agreement with the reference cannot be promised."""
+    before = split.entropy
+    target = max(settings.ratio * before, settings.threshold)
+    if before <= target:
+        return split.untouched()
+    low, high = 0.0, -math.log(COLDEST)  # of log β: H(low) > target ≥ H(high), if any
+    x = min(high, 0.5)
+    for _ in range(MAX_ROUNDS):
+        H, variance, tail, S, bound = _tempered(split, math.exp(x))
+        if target < H:
+            low = x
+        else:
+            high = x
+        newton = x + (H - target) / variance if variance > 0 else math.inf
+        step = newton if low < newton < high else (low + high) / 2
+        if abs(step - x) <= NEWTON_TOLERANCE or high - low <= NEWTON_TOLERANCE:
+            break
+        x = step
+    beta = math.exp(x)
+    if bound > TOLERANCE:
+        return None
+    return Sharpened(split.head * beta, 1.0, beta, tail, S, before, H, 1)
+
+
+def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, float]:
+    """H of w^β, the variance of β·s, the tail's mass, the partition, and the bound."""
+    scaled = split.head * beta
+    weights = np.exp(scaled)
+    mean_s = split.tail_moment / split.tail_mass if split.tail_mass else 0.0
+    lowest = split.tail_mass * math.exp((beta - 1) * mean_s)
+    highest = split.tail_mass * math.exp((beta - 1) * math.log(split.cutoff))
+    tail = (lowest + highest) / 2
+    S = float(weights.sum()) + tail
+    weighted = weights * scaled
+    mean = (float(weighted.sum()) + tail * beta * mean_s) / S
+    variance = (float(weighted @ scaled) + tail * (beta * mean_s) ** 2) / S - mean * mean
+    H = max(0.0, math.log(S) - mean)
+    width = (highest - lowest) / 2 / S
+    delta_H = width * (1 + beta * abs(mean_s) + abs(math.log(S)))
+    spread = math.sqrt(max(variance, 1e-30))
+    return H, max(variance, 0.0), tail, S, width + delta_H / (2 * spread)
+
+
+def hottest_adaptive_temperature(settings: AdaptiveTemperature) -> float:
+    """The highest temperature that may follow adaptive temperature: any."""
+    return math.inf

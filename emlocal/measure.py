@@ -1,14 +1,16 @@
-"""Decoding in rounds: each decodes the same positions with EM off, with EM on, and with a bare loop.
+"""Measuring: interleaved pairs of equal work, their ratios, and what `emlocal bench` reports.
 
-A round has a prompt and draws of its own, which its sides share; they take turns at going first. End tokens
+Machines are shared and clocks wander, so nothing is compared across runs: what is compared runs side by
+side in one process, in alternating order, and the median over the pairs of their ratios is the answer.
+
+Decoding goes in rounds: each decodes the same positions with EM off, with EM on, and with a bare loop. A
+round has a prompt and draws of its own, which its sides share; they take turns at going first. End tokens
 are ignored, so that every side takes the same number of steps at the same positions of one sequence: equal
 work for the engine, whatever the tokens are. A step is what happens between two tokens that a caller of
-`Runner.follow` receives: the forward pass, the sampler and the bookkeeping of text.
+`Runner.follow` receives: the forward pass, the sampler and the bookkeeping of text. The intervals of medians
+assume no distribution.
 
-Medians of paired ratios, with intervals that assume no distribution.
-
-The sampler by itself, on rows of a real model: with EM, without, and against plain numpy.
-
+The sampler is measured by itself too, on rows of a real model: with EM, without, and against plain numpy.
 Rows are visited one after the other, so that each comes from outside the processor's inner caches, as a row
 does that an engine has just written; the ways take turns, sweep by sweep.
 """
