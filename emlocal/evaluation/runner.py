@@ -28,12 +28,12 @@ from emlocal.evaluation.report.document import Document, answered_with, note_ans
 from emlocal.evaluation.report.page import write_page
 from emlocal.evaluation.report.texts import write_markdown
 from emlocal.evaluation.results import Comparison, MethodResult, compare, summarize
-from emlocal.evaluation.sandbox.run import check_containment
 from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
 from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
+from emlocal.sandbox.run import check_containment
 from emlocal.settings import Resolved, resolve_settings
 from emlocal.settings.engine import EngineOptions
 from emlocal.settings.resolve import SAMPLING

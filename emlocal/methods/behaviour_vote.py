@@ -28,10 +28,10 @@ SECONDS_A_CALL, SECONDS_A_PROGRAM = 0.5, 4.0
 MEMORY = 1 << 30
 """Bytes of address space of a program."""
 ASK_INPUTS = (
-    "Write {most} different inputs to test `{signature}` with. Write only the arguments, not the results: one"
-    " Python tuple of literal values a line, and nothing else. Begin with usual inputs, then unusual ones."
+    "Write a Python list `inputs` of {most} different tuples of arguments to test `{signature}` with, one tuple"
+    " a line. Do not write the results."
 )
-_SUCH_AS = " A line is like this:\n{example}"
+_SUCH_AS = " A tuple looks like {example}, but write others."
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class BehaviourVote(Method):
                 "add --allow-code (in Python allow_code=True, in a chat :allow-code=true after the name);"
                 " docs/evaluation.md says how it is contained",
             )
-        from emlocal.evaluation.sandbox.run import check_containment
+        from emlocal.sandbox.run import check_containment
 
         check_containment()
 
@@ -186,7 +186,7 @@ def _returns(result: str) -> bool:
 
 def _contradicts(result: str, expected: tuple[object] | None) -> bool:
     """Whether this is not what the prompt says. A float need be right to as many places as are printed."""
-    from emlocal.evaluation.sandbox.canonical import canonical, shortened
+    from emlocal.sandbox.canonical import canonical, shortened
 
     if expected is None:
         return False
@@ -248,7 +248,7 @@ def _ask_inputs(question: "Question", answer: str, signature: str, such_as: str 
 
 def _run(programs: Mapping[int, str], name: str, inputs: Sequence[str]) -> dict[int, list[str]]:
     """What each program does on each input; the same program is run once."""
-    from emlocal.evaluation.sandbox.run import Calls, Limits, results
+    from emlocal.sandbox.run import Calls, Limits, results
 
     if not inputs:
         return {sample: [] for sample in programs}

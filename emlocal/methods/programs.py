@@ -49,6 +49,10 @@ class Function:
     head: str = ""
     """The program of the prompt that goes before answers."""
 
+    def takes(self, arguments: int) -> bool:
+        """Whether it can be called with so many."""
+        return self.least <= arguments <= self.most
+
 
 def asked_for(prompt: str, answers: Sequence[str]) -> Function | None:
     """The function that a prompt asks for: the last that it begins, else the one that most answers define.
@@ -154,21 +158,16 @@ def printed(prompt: str, name: str) -> list[Example]:
 
 
 def written(text: str, function: Function, most: int) -> list[tuple[object, ...]]:
-    """The arguments that a model wrote, one tuple or call of the function a line; each once, at most so many.
-
-    Lines that are something else are passed over, as are numbers of a list, marks and comments.
-    """
+    """The arguments that a model wrote: one tuple, or call of the function, a line, or a list of tuples in
+    one. Each once, at most so many; lines that are something else are passed over."""
     found: dict[str, tuple[object, ...]] = {}
     for line in text.splitlines():
-        arguments = _line(line, function)
-        if arguments is not None:
+        for arguments in _line(line, function):
             found.setdefault(repr(arguments), arguments)
-        if len(found) == most:
-            break
-    return list(found.values())
+    return list(found.values())[:most]
 
 
-def _line(line: str, function: Function) -> tuple[object, ...] | None:
+def _line(line: str, function: Function) -> list[tuple[object, ...]]:
     line = re.sub(r"^(?:[-*•]|\(?\d+[.):])\s+|^[`>]+\s*", "", line.strip()).rstrip(" `,;")
     call = re.match(rf"(?:\w+\s*=\s*|print\(|assert\s+)?{re.escape(function.name)}\s*(?=\()", line)
     if call:
@@ -178,12 +177,15 @@ def _line(line: str, function: Function) -> tuple[object, ...] | None:
         end = _closing(line, 0)
         found = _arguments(line[:end]) if end and re.match(r"\s*(?:#|$|[-=]+>|➞|→)", line[end:]) else None
     else:
-        value = _literal(line.partition(" #")[0])
-        found = None if value is None else (value[0],)
-    if found is not None and function.least <= len(found) <= function.most:
-        return found
+        value = _literal(re.sub(r"^\w+\s*=\s*", "", line.partition(" #")[0]))
+        listed = value[0] if value is not None else None
+        if isinstance(listed, list) and listed and all(isinstance(each, tuple) for each in listed):
+            return [each for each in listed if function.takes(len(each))]
+        found = value
+    if found is None or function.takes(len(found)):
+        return [] if found is None else [found]
     # one argument that is a tuple itself
-    return (found,) if found and not call and function.least <= 1 <= function.most else None
+    return [(found,)] if not call and found and function.takes(1) else []
 
 
 def _arguments(source: str) -> tuple[object, ...] | None:

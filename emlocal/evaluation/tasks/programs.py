@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
-from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task
 from emlocal.methods.programs import head_of, joined
+from emlocal.sandbox.run import Limits, run
 
 ASK = (
     "Complete this Python function. Answer with the whole function, imports included, in one code block.\n\n"

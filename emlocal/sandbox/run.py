@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from emlocal.errors import EmlocalError
-from emlocal.evaluation.sandbox import landlock, seccomp
+from emlocal.sandbox import landlock, seccomp
 from emlocal.text import parse_json
 
 Ending = Literal["passed", "failed", "time", "killed"]

@@ -27,10 +27,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from emlocal.evaluation.sandbox import landlock, seccomp
-from emlocal.evaluation.sandbox.canonical import canonical, shortened
+from emlocal.sandbox import landlock, seccomp
+from emlocal.sandbox.canonical import canonical, shortened
 
 sys.path.pop(0)  # the program is not to find what is beside emlocal in a checkout
 
