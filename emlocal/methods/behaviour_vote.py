@@ -28,8 +28,8 @@ SECONDS_A_CALL, SECONDS_A_PROGRAM = 0.5, 4.0
 MEMORY = 1 << 30
 """Bytes of address space of a program."""
 ASK_INPUTS = (
-    "Write a Python list `inputs` of {most} different tuples of arguments to test `{signature}` with, one tuple"
-    " a line. Do not write the results."
+    "Write a Python list `inputs` of {most} different tuples of arguments to test `{signature}` with, one"
+    " tuple a line. Do not write the results."
 )
 _SUCH_AS = " A tuple looks like {example}, but write others."
 
@@ -42,6 +42,7 @@ class BehaviourVote(Method):
     collects: ClassVar[bool] = True
     runs_code: ClassVar[bool] = True
     value: ClassVar[str] = "samples"
+    sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.8, "min_p": 0.05}
 
     allow_code: bool = setting(
         False, "--allow-code", help="Run code that the model writes, contained (behaviour-vote)."

@@ -7,6 +7,7 @@ only short ones.
 import ast
 import re
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ def _function(name: str, head: str, codes: Sequence[str]) -> Function:
 
 def _parsed(code: str) -> ast.Module | None:
     try:
-        return ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\\d": it is not our code
+            return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -168,14 +171,15 @@ def written(text: str, function: Function, most: int) -> list[tuple[object, ...]
 
 
 def _line(line: str, function: Function) -> list[tuple[object, ...]]:
-    line = re.sub(r"^(?:[-*•]|\(?\d+[.):])\s+|^[`>]+\s*", "", line.strip()).rstrip(" `,;")
+    line = re.sub(r"^(?:(?:[-*•>]|\(?\d+[.):])\s+)?`*\s*", "", line.strip()).rstrip(" `,;")
     call = re.match(rf"(?:\w+\s*=\s*|print\(|assert\s+)?{re.escape(function.name)}\s*(?=\()", line)
     if call:
         end = _closing(line, call.end())
         found = _arguments(line[call.end() : end]) if end else None
     elif line[:1] == "(":
         end = _closing(line, 0)
-        found = _arguments(line[:end]) if end and re.match(r"\s*(?:#|$|[-=]+>|➞|→)", line[end:]) else None
+        alone = end and re.match(r"\s*,?\s*(?:#|$|[-=]+>|➞|→)", line[end:])
+        found = _arguments(line[:end]) if alone else None
     else:
         value = _literal(re.sub(r"^\w+\s*=\s*", "", line.partition(" #")[0]))
         listed = value[0] if value is not None else None
@@ -190,33 +194,35 @@ def _line(line: str, function: Function) -> list[tuple[object, ...]]:
 
 def _arguments(source: str) -> tuple[object, ...] | None:
     """What stands in these parentheses, where all of it is literals."""
-    if len(source) > LONGEST:
+    call = _expression(f"f{source}")
+    if not isinstance(call, ast.Call) or call.keywords:
         return None
-    try:
-        call = ast.parse(f"f{source}", mode="eval").body
-        if isinstance(call, ast.Call) and not call.keywords:
-            return _rewritten(tuple(ast.literal_eval(each) for each in call.args))
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        pass
-    return None
-
-
-def _rewritten(values: tuple[object, ...]) -> tuple[object, ...]:
-    """The same, read from how they are written. Raises ValueError for 1e999, which has no literal."""
-    found: tuple[object, ...] = ast.literal_eval(repr(values))
-    return found
+    return _value(ast.Tuple(call.args))
 
 
 def _literal(text: str) -> tuple[object] | None:
     """The value, in a tuple; true and null as JSON has them."""
     text = {"true": "True", "false": "False", "null": "None", "none": "None"}.get(text, text).strip()
-    if not text or len(text) > LONGEST:
-        return None
+    found = _expression(text) if text else None
+    value = None if found is None else _value(ast.Tuple([found]))
+    return None if value is None else (value[0],)
+
+
+def _value(node: ast.Tuple) -> tuple[object, ...] | None:
+    """The values; None where they are no literals, or cannot be written as such (1e999 is infinite)."""
     try:
-        [value] = _rewritten((ast.literal_eval(text),))
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        found: tuple[object, ...] = ast.literal_eval(repr(ast.literal_eval(node)))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
-    return (value,)
+    return found
+
+
+def _expression(source: str) -> ast.expr | None:
+    if len(source) > LONGEST:
+        return None
+    module = _parsed(source)
+    line = module.body[0] if module and len(module.body) == 1 else None
+    return line.value if isinstance(line, ast.Expr) else None
 
 
 _OPENING, _CLOSING = "([{", ")]}"
@@ -274,7 +280,7 @@ def _first_literal(text: str) -> tuple[object] | None:
     elif text[:1] in ('"', "'"):
         end = next((i + 1 for i in range(1, len(text)) if text[i] == text[0] and text[i - 1] != "\\"), None)
     else:
-        word = re.match(r"[-+]?[\w.]+", text)
+        word = re.match(r"[-+]?(?:[\d.]+[eE][-+]?\d+|[\w.]+)", text)
         end = word.end() - word[0].endswith(".") if word else None
     if end is None or "\\" in text[:end] or _GOES_ON.match(text[end:]):
         return None
