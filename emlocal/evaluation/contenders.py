@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal.errors import UsageError
-from emlocal.methods import Chosen
+from emlocal.methods import Chosen, with_leave
 from emlocal.settings import Plan, describe_em
 from emlocal.settings.table import setting
 from emlocal.text import counted
@@ -46,12 +46,7 @@ def read_contenders(text: str, allow_code: bool = False) -> list[Contender]:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--methods has {name} twice")
-    return [Contender(name, _chosen(name, allow_code)) for name in names]
-
-
-def _chosen(name: str, allow_code: bool) -> Chosen:
-    chosen = Chosen(name)
-    return Chosen(name, allow_code=True) if allow_code and chosen.collecting.runs_code else chosen
+    return [Contender(name, with_leave(name, allow_code)) for name in names]
 
 
 def describe(contender: Contender, plan: Plan, base: Plan) -> str:

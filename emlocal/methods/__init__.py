@@ -36,7 +36,7 @@ from emlocal.settings.resolve import LINE, names_in
 from emlocal.settings.table import FLAGS
 from emlocal.text import parse_json
 
-__all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of"]
+__all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of", "with_leave"]
 
 _ALL: Sequence[type[Method]] = (
     Sample,
@@ -178,6 +178,12 @@ def chosen_by(how: Given) -> Chosen:
     """The method that flags choose; see `HOW`."""
     own = {known: value for known, value in how.items() if known not in ("method", _SAMPLES.name)}
     return Chosen(how.get("method"), how.get(_SAMPLES.name), **own)
+
+
+def with_leave(name: str | None, allow_code: bool) -> Chosen:
+    """The method of this name, which has leave to run code where it does and `allow_code` says so."""
+    chosen = Chosen(name)
+    return Chosen(name, allow_code=True) if allow_code and chosen.collecting.runs_code else chosen
 
 
 def name_of(params: SamplingParams) -> str:

@@ -62,8 +62,7 @@ class BehaviourVote(Method):
         if not self.allow_code:
             raise UsageError(
                 f"{self.name} runs code that the model writes",
-                "add --allow-code (in Python allow_code=True, in a chat :allow-code=true after the name);"
-                " docs/evaluation.md says how it is contained",
+                "add --allow-code (in Python allow_code=True); docs/evaluation.md says how it is contained",
             )
         from emlocal.sandbox.run import check_containment
 

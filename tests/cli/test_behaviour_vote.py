@@ -62,10 +62,11 @@ def test_with_leave_it_answers(emlocal: Emlocal, tiny: str, tmp_path: Path) -> N
     assert emlocal(*made["batch"], "--allow-code").code == 0
     [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines())
     assert {name: row[name] for name in FIELDS} == FIELDS
-    talk = "Write f.\n/method behaviour-vote:2\n/method behaviour-vote:2:allow-code=true\nWrite f.\n"
+    talk = "Write f.\n/method off\nWrite f.\n/method behaviour-vote:2\nWrite f.\n"
     talked = emlocal(*made["chat"], "--allow-code", stdin=talk)
     assert talked.err.count("programs 0") == 2, talked.err
-    assert "runs code" in talked.err
+    refused = emlocal("chat", "-m", tiny, "-t", "1", stdin="/method behaviour-vote:2\n")
+    assert "runs code that the model writes" in refused.err
     assert emlocal(*made["eval"], "--allow-code", "--parallel", "2").code == 0
     methods = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))["methods"]
     assert [method["name"] for method in methods] == ["greedy", "behaviour-vote:3"]
