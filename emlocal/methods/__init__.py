@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
+from emlocal.methods.behaviour_vote import BehaviourVote
 from emlocal.methods.dynamic_temperature import DynamicTemperature
 from emlocal.methods.em import EM_METHODS
 from emlocal.methods.em_best import EMBest
@@ -39,7 +40,7 @@ from emlocal.settings.resolve import LINE, names_in
 from emlocal.settings.table import FLAGS
 from emlocal.text import parse_json
 
-__all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of"]
+__all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of", "with_leave"]
 
 _ALL: Sequence[type[Method]] = (
     Sample,
@@ -51,6 +52,7 @@ _ALL: Sequence[type[Method]] = (
     SequentialRefinement,
     ThinkEM,
     Power,
+    BehaviourVote,
     MinP,
     DynamicTemperature,
 )
@@ -149,8 +151,10 @@ class Chosen:
             base: what flags, config file and model say.
             chosen: the settings that were given on purpose, which a method does not override.
         Raises:
-            UsageError: the settings say what the method denies.
+            UsageError: the settings say what the method denies; it has no leave to do what it does.
+            EmlocalError: it cannot do it on this machine.
         """
+        self.collecting.check_leave()
         plan = replace(base, params=self._sampler.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
@@ -199,6 +203,12 @@ def chosen_by(how: Given) -> Chosen:
     """The method that flags choose; see `HOW`."""
     own = {known: value for known, value in how.items() if known not in ("method", _SAMPLES.name)}
     return Chosen(how.get("method"), how.get(_SAMPLES.name), **own)
+
+
+def with_leave(name: str | None, allow_code: bool) -> Chosen:
+    """The method of this name, which has leave to run code where it does and `allow_code` says so."""
+    chosen = Chosen(name)
+    return Chosen(name, allow_code=True) if allow_code and chosen.collecting.runs_code else chosen
 
 
 def name_of(params: SamplingParams) -> str:

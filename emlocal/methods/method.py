@@ -86,6 +86,8 @@ class Method:
     collects: ClassVar[bool] = False
     votes: ClassVar[bool] = False
     """It compares the answers in several texts, so they must have some: programs do not."""
+    runs_code: ClassVar[bool] = False
+    """It runs programs in the answers, so that these must be programs."""
     sampling: ClassVar[Mapping[str, float]] = {}
     """Sampling settings, where nobody has chosen others."""
     fixed: ClassVar[frozenset[str]] = frozenset()
@@ -137,3 +139,7 @@ class Method:
 
     def check(self, params: SamplingParams) -> None:
         """Raise UsageError for sampling settings with which it can do nothing."""
+
+    def check_leave(self) -> None:
+        """Raise where it may not do what it does here: UsageError without the user's leave, EmlocalError
+        where programs cannot be contained."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock
+from emlocal.sandbox import landlock
 from tests.cli.conftest import Outcome
 from tests.evaluation.data import HUMANEVAL_ROW, write
 

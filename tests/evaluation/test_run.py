@@ -19,11 +19,11 @@ from emlocal.evaluation.answering import Answer, Judge, Judged, takes_system
 from emlocal.evaluation.contenders import describe, read_contenders
 from emlocal.evaluation.report.document import answered_with
 from emlocal.evaluation.results import compare, summarize
-from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.sandbox import landlock
 from emlocal.settings import Plan, SamplingParams
 from tests.evaluation.data import SCICODE_ROW, rows
 

@@ -428,6 +428,6 @@ def test_verdicts_are_known_by_answer_problem_and_judge() -> None:
 
 
 def _limits(seconds: float) -> Any:
-    from emlocal.evaluation.sandbox.run import Limits
+    from emlocal.sandbox.run import Limits
 
     return Limits(seconds=seconds)

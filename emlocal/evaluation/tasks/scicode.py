@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
-from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Problem, Rows, Task
+from emlocal.sandbox.run import Limits, run
 
 SYSTEM = "You are a scientist who writes correct Python."
 _ASK = (
