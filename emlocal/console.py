@@ -150,11 +150,14 @@ def no_echo() -> Iterator[None]:
 
 
 @contextmanager
-def working(label: str) -> Iterator[Callable[[], None]]:
-    """A spinner that counts tokens, on a terminal; nothing elsewhere."""
+def working(label: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """A callback that counts tokens: a spinner on a terminal, a line now and then elsewhere."""
     count = 0
-    if not err().is_terminal:
+    if quiet:
         yield lambda: None
+        return
+    if not err().is_terminal:
+        yield _ticking_lines(label)
         return
     with err().status(label) as status:
 
@@ -248,6 +251,20 @@ def _counting_lines(total: int | None) -> Callable[[int, str], None]:
             err().print(f"{done:,}{of}, {text}", markup=False)
 
     return show
+
+
+def _ticking_lines(label: str) -> Callable[[], None]:
+    count, last = 0, time.monotonic()
+
+    def tick() -> None:
+        nonlocal count, last
+        count += 1
+        now = time.monotonic()
+        if now - last >= _PLAIN_SECONDS:
+            last = now
+            err().print(f"{label}: {counted(count, 'token')}", markup=False)
+
+    return tick
 
 
 def _plain_lines() -> Progress:

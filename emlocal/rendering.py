@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,9 @@ def stats_line(
         parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
     endings = Counter(_ending(c, context) for c in outcome.completions)
     parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
-    parts += [f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()]
+    parts += outcome.said or [
+        f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()
+    ]
     if confidence is not None and (confidence.calibrated or confidence.source == METHOD):
         parts.append(confidence_text(confidence))
     parts.append(f"seed {seed}")
@@ -168,6 +170,12 @@ class Trace:
         text = self._backend.token_bytes(draw.token).decode(errors="replace")
         line = {"sample": sample, "index": index, "text": text, **draw._asdict()}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def add_all(self, answers: Sequence[Completion]) -> None:
+        """All tokens of whole answers."""
+        for answer in answers:
+            for draw in answer.draws:
+                self.add(answer.sample, draw)
 
 
 @contextmanager

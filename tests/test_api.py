@@ -69,6 +69,11 @@ def test_methods_answer_one_prompt(model: emlocal.Model) -> None:
     assert len({completion.text for completion in vote.completions}) > 1
     pieces = list(model.stream("a", method="self-consistency:4", **settings))
     assert pieces == [model.generate("a", method="self-consistency:4", **settings).text]
+    asked = emlocal.Method("vote", samples=3, extraction="none", beta=0, sure=1.0)
+    waves = model.generate("a", method=asked, **settings)
+    assert waves.fields["drawn"] == len(waves.completions)
+    (row,) = model.batch(["a"], method="em-best:2", **settings)
+    assert row["chosen_by"] == "mean-entropy"
     revised = model.generate("a", method="sequential-refinement:1", **settings)
     assert revised.timings.generated_tokens == 12
     assert (

@@ -1,29 +1,207 @@
-"""Where the answer of a text is: in its last box, else its last number."""
+r"""Where the answer of a text is: in its last boxes, else its last number; never among its thoughts.
+
+Every search takes time in proportion to the text, however hostile it is.
+"""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from emlocal.answers import Extraction
+from emlocal.answers.meaning import canonical
 from emlocal.errors import UsageError
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+@dataclass(frozen=True)
+class Found:
+    """An answer in a text."""
+
+    text: str
+    """The answer: text[start:end], but for several boxes, whose contents stand here with commas between."""
+    how: Extraction
+    start: int
+    end: int
+
+
+# ------------------------------------------------------------------------------------------------- thoughts
+
+_OPENS = re.compile(r"<think(?:ing)?>|\[THINK\]|<\|channel\|>(?:analysis|commentary)|<\|channel>thought")
+_CLOSES = re.compile(r"</think(?:ing)?>|\[/THINK\]|<\|channel\|>final[^<\n]{0,40}<\|message\|>|<channel\|>")
+"""Of most models; Magistral; gpt-oss (harmony), whose answer is a channel of its own; Gemma 4."""
+
+
+def answer_start(text: str) -> int | None:
+    """Where a model's thoughts end and its answer begins; None where the thoughts have no end.
+
+    A prompt may have opened the thoughts, so that the text only closes them.
+    """
+    closed = last(_CLOSES.finditer(text))
+    start = closed.end() if closed else 0
+    return None if _OPENS.search(text, start) else start
+
+
+# -------------------------------------------------------------------------------------------------- numbers
 
 # Bounded and atomic: each run of digits is read a fixed number of times, however hostile the text.
 _DIGITS = r"(?>[0-9]{1,3}(?:(?:,|\{,\}|,\\!)[0-9]{3}){1,12}(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?>{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-_LATEX_FRACTION = r"\\[dt]?frac\{[0-9]{1,99}\}\{[0-9]{1,99}\}"
-_NUMERAL = (
-    r"(?>(?:(?<![\w)}\]])[-−+])?(?:\\?\$)?(?<![A-Za-z0-9_])"
-    rf"(?>{_LATEX_FRACTION}|{_DECIMAL}(?:[eE][-+]?[0-9]+)?(?:/{_DECIMAL})?)(?:\\?%)?)"
+_SUPERSCRIPT = "[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,9}"
+_EXPONENT = (
+    rf"(?> ?\^ ?(?>\{{ ?[-+−]?[0-9]{{1,9}} ?\}}|\([-+−]?[0-9]{{1,9}}\)|[-+−]?[0-9]{{1,9}})|{_SUPERSCRIPT})"
 )
-_NUMBER = re.compile(_NUMERAL)
+_HALF = "[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
+_OVER = r"(?>\{ ?-?[0-9.,]{1,99} ?\}|[0-9])"
+_LATEX_FRACTION = rf"\\[dtc]?frac ?{_OVER} ?{_OVER}"
+_PART = rf"(?>{_LATEX_FRACTION}|{_HALF}|(?<= )[0-9]{{1,9}}/[0-9]{{1,9}}(?![0-9/]|\.[0-9]))"
+_TIMES = r"(?> ?(?>[×xX*·⋅]|\\times|\\cdot) ?)"
+_NUMERAL = (
+    r"(?>(?:(?<![\w)}\]])[-−+])?(?:\\?\$|[€£¥₹₩])?(?<![A-Za-z0-9_])"
+    rf"(?>{_LATEX_FRACTION}|{_HALF}|[0-9]{{1,15}}(?: | ?(?=\\[dtc]?frac)|(?=[^ -~])){_PART}"
+    rf"|{_DECIMAL}(?>{_TIMES}10{_EXPONENT}|{_EXPONENT}|[eE][-+]?[0-9]+(?:/{_DECIMAL})?|/{_DECIMAL}|"
+    r"_(?>\{[0-9]{1,2}\}|[0-9]{1,2}))?)"
+    r"(?: (?:hundred|thousand|million|billion|trillion)(?![A-Za-z]))?(?:\\?%)?)"
+)
+_SKIPPED = r"(?:_|\^ ?)(?>\{[^{}]{0,99}\}|\([^()]{0,99}\)|[-+−]?[0-9]+)"
+"""Exponents and indices of what is no number: x^2 has no number in it."""
+_NUMBER = re.compile(rf"{_SKIPPED}|({_NUMERAL})")
 _GSM8K = re.compile(rf"####[ \t]*({_NUMERAL})(?![ \t]*[.):][ \t]*\w)")  # not a heading's own number
 
 
-def check_pattern(how: "Extraction", pattern: str | None) -> None:
+# ---------------------------------------------------------------------------------------------------- boxes
+
+# \\. takes an escaped brace, which is none.
+_TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL)
+_UNBRACED = re.compile(r"[^\s$]*")
+_JUNK = (
+    r"(?:[\s$,;&*}]|\\[,;:!\\()\[\] ]|\\q?quad(?![A-Za-z])|(?:and|or)(?![A-Za-z])|[A-Za-z](?:_\{?\w\}?)? ?="
+    r"|\\(?:text|mbox|textrm|mathrm) ?\{\s*,?\s*(?:and|or)?,?\s*\})*"
+)
+_JOINT = re.compile(rf"{_JUNK}|([A-Za-z()'\s$\\{{}}-]*)(?:[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])){_JUNK}")
+_CORRECTION = re.compile(
+    r"\b(?:wait|no|not|but|actually|instead|rather|so|then|thus|hence|therefore|is)\b", re.I
+)
+"""What may stand between boxes that are one answer: "and", or as in "\\boxed{1} red and \\boxed{2} blue"."""
+_LONGEST_JOINT = 60
+_MOST_BOXES = 32
+
+
+class _Box(NamedTuple):
+    """Where \\boxed stands, and where its content begins and ends (-1: it was cut off)."""
+
+    at: int
+    start: int
+    end: int
+
+
+def _boxes(text: str) -> list[_Box]:
+    boxes: list[_Box] = []
+    opened: list[int | None] = []  # for each open brace, the box that it belongs to
+    for token in _TOKEN.finditer(text):
+        if token[0][-1] == "}" and len(token[0]) == 1:
+            box = opened.pop() if opened else None
+            if box is not None:
+                boxes[box] = boxes[box]._replace(end=token.start())
+        elif token[0] == "{":
+            opened.append(None)
+        elif "box" in token[0]:
+            start = token.end()
+            if token[0][-1] == "{":
+                opened.append(len(boxes))
+                boxes.append(_Box(token.start(), start, -1))
+            elif content := _UNBRACED.match(text, start):  # \boxed 5
+                boxes.append(_Box(token.start(), start, start + len(content[0].rstrip(".,;"))))
+    return boxes
+
+
+def _boxed(text: str, boxes: Sequence[_Box]) -> Found | None:
+    """What the last box holds, with those before it that stand with it: "\\boxed{1} and \\boxed{2}"."""
+    if not boxes or boxes[-1].end < 0:
+        return None
+    group = [boxes[-1]]
+    for box in reversed(boxes[-_MOST_BOXES:-1]):
+        if not 0 <= box.end <= group[0].at <= box.end + _LONGEST_JOINT:
+            break
+        joint = _JOINT.fullmatch(text, box.end, group[0].at)
+        if joint is None or _CORRECTION.search(joint[1] or ""):
+            break
+        group.insert(0, box)
+    contents: dict[Hashable, str] = {}
+    for box in group:
+        content = text[box.start : box.end].strip()
+        if content:
+            contents.setdefault(canonical(content), content)
+    return _found(text, ", ".join(contents.values()), "boxed", group[0].start, group[-1].end)
+
+
+# ---------------------------------------------------------------------------------------------------- texts
+
+
+def find(text: str, how: Extraction | None = None, pattern: str | None = None) -> Found | None:
+    """The answer of a text; None where there is none, or an empty one.
+
+    It is looked for in what follows the model's thoughts (`answer_start`), and is
+
+    - None, as in a text that was asked for a box: what the last box holds; without a box the last number. A
+      box that was cut off holds no answer, and no number in it is one.
+    - `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
+      not stand in for it. Boxes that a comma, "and" or "or" joins count together.
+    - `last-number`: the number of the last "#### 18", else the last number, with $ or %, its power of ten or
+      its fraction. No exponent or index counts.
+    - `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
+
+    Raises UsageError for a pattern that `check_pattern` refuses.
+    """
+    start = answer_start(text)
+    if start is None:
+        return None
+    found = _find(text[start:], how, pattern)
+    return found and replace(found, start=found.start + start, end=found.end + start)
+
+
+def extract(text: str, how: Extraction, pattern: str | None = None) -> str | None:
+    """The text of what `find` finds."""
+    found = find(text, how, pattern)
+    return found.text if found else None
+
+
+def _find(text: str, how: Extraction | None, pattern: str | None) -> Found | None:
+    if how is None or how == "boxed":
+        boxes = _boxes(text)
+        found = _boxed(text, boxes)
+        if found is not None or how == "boxed" or (boxes and boxes[-1].end < 0):
+            return found
+        how = "last-number"
+    if how == "last-number":
+        number = last(_GSM8K.finditer(text))
+        number = number or last(match for match in _NUMBER.finditer(text) if match[1])
+        return number and _found(text, number[1], how, *number.span(1))
+    if how == "regex":
+        check_pattern(how, pattern)
+        match = last(re.finditer(pattern or "", text))
+        if match is None:
+            return None
+        group = next((i for i, one in enumerate(match.groups(), 1) if one is not None), 0)
+        return _found(text, match[group].strip(), how, *match.span(group))
+    return _found(text, text.strip(), how, 0, len(text))
+
+
+def _found(text: str, answer: str, how: Extraction, start: int, end: int) -> Found | None:
+    """The answer, with its place where the spaces around it are left out."""
+    inside = text[start:end]
+    start, end = end - len(inside.lstrip()), start + len(inside.rstrip())
+    return Found(answer, how, start, end) if answer else None
+
+
+def last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    """The last of the matches."""
+    found = None
+    for match in matches:
+        found = match
+    return found
+
+
+def check_pattern(how: Extraction, pattern: str | None) -> None:
     """Raise `UsageError` unless there is a pattern exactly where one is used, and it compiles."""
     if how != "regex":
         if pattern is not None:
@@ -36,97 +214,3 @@ def check_pattern(how: "Extraction", pattern: str | None) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"--extract-pattern {pattern!r} is no regular expression: {error}") from error
-
-
-def extract(text: str, how: "Extraction", pattern: str | None = None) -> str | None:
-    """The answer in a completion, stripped; None where there is none, or an empty one.
-
-    `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
-    not stand in for it. `last-number`: the number of the last "#### 18", else the last number, with $ or %.
-    `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
-    """
-    if how == "boxed":
-        found = _boxed(text)
-    elif how == "last-number":
-        found = _last_number(text)
-    elif how == "regex":
-        check_pattern(how, pattern)
-        found = _matched(text, pattern or "")
-    else:
-        found = text
-    return (found or "").strip() or None
-
-
-How = Literal["boxed", "last-number"]
-
-
-@dataclass(frozen=True)
-class Found:
-    """An answer in a text."""
-
-    text: str
-    """What the answer is."""
-    how: How
-    start: int
-    """Where it stands: text[start:end]."""
-    end: int
-
-
-def find(text: str) -> Found | None:
-    """The answer of a text that was asked for a box, and how it was found: what the last \\boxed holds; where
-    there is no box the last number. A box that was cut off holds no answer, and no number in it is one.
-    """
-    boxed, box = extract(text, "boxed"), _last_box(text)
-    if boxed is not None:
-        start = text.index(boxed, box)
-        return Found(boxed, "boxed", start, start + len(boxed))
-    if box is not None and text[box : box + 1] == "{" and _boxed(text) is None:
-        return None
-    number = extract(text, "last-number")
-    if number is None:
-        return None
-    start = text.rindex(number)
-    return Found(number, "last-number", start, start + len(number))
-
-
-def _last_box(text: str) -> int | None:
-    """Where the last box's content begins, its brace included."""
-    start = None
-    for box in _BOX.finditer(text):
-        start = box.end()
-    return start
-
-
-def _boxed(text: str) -> str | None:
-    start = _last_box(text)
-    if start is None:
-        return None
-    if text[start : start + 1] != "{":
-        return re.split(r"[\s$]", text[start:], maxsplit=1)[0].rstrip(".,;")
-    depth = 0
-    for brace in _BRACES.finditer(text, start):  # an escaped brace opens nothing
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start + 1 : brace.start()]
-    return None
-
-
-def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
-    last = None
-    for match in matches:
-        last = match
-    return last
-
-
-def _last_number(text: str) -> str | None:
-    if marked := _last(_GSM8K.finditer(text)):
-        return marked[1]
-    last = _last(_NUMBER.finditer(text))
-    return last[0] if last else None
-
-
-def _matched(text: str, pattern: str) -> str | None:
-    last = _last(re.finditer(pattern, text))
-    if last is None:
-        return None
-    return next((group for group in last.groups() if group is not None), last[0])

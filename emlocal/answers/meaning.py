@@ -19,7 +19,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 
-from emlocal.answers.notation import plain
+from emlocal.answers.notation import plain, without_unit
 
 LONGEST_ANSWER = 1000
 LONGEST_NUMERAL = 200
@@ -59,6 +59,7 @@ def canonical(answer: str) -> Hashable:
 _DEC = r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _POWER = re.compile(rf"([-+]?) ?(?:{_DEC} ?\* ?)?10\^([-+]?[0-9]+)")
 _RATIONAL = re.compile(rf"([-+]?) ?(?:([0-9]+) )?{_DEC}(?:[eE]([-+]?[0-9]+))?(?: ?/ ?([-+]?){_DEC})?")
+_TWICE_NEGATIVE = re.compile(r"^- ?- ?")
 _COMMA = re.compile(r",")
 _LIST_COMMA = re.compile(  # or a number with commas in it, to be stepped over
     r"(?<![0-9.])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|,"
@@ -91,6 +92,8 @@ def _element(text: str, depth: int) -> Hashable:
         if _is_balanced(inside):
             return _bracketed(opening[0], inside, text[-1], depth + 1)
     number = _number(text)
+    if number is None:
+        number = _number(without_unit(text))  # of an element: 3 m, 4 m
     if number is not None:
         return "number", number
     if _WORDS.fullmatch(text):
@@ -104,7 +107,7 @@ def _bracketed(opening: str, inside: str, closing: str, depth: int) -> Hashable:
         return "matrix", tuple(tuple(_element(cell, depth) for cell in row.split("&")) for row in rows)
     parts = list(_parts(inside, _COMMA))
     if opening == "⟦" and closing == "⟧":
-        return "set", frozenset(_element(part, depth) for part in _both_signs(parts))
+        return "list", _unordered({_element(part, depth) for part in _both_signs(parts)})
     if len(parts) == 1 and (opening, closing) == ("(", ")"):
         return _element(inside, depth)
     return opening, tuple(_element(part, depth) for part in parts), closing
@@ -126,6 +129,7 @@ def _number(text: str) -> Fraction | None:
     """The rational that the text writes, None where it writes none or one too long to build."""
     if len(text) > LONGEST_NUMERAL:
         return None
+    text = _TWICE_NEGATIVE.sub("", text)
     if power := _POWER.fullmatch(text):
         sign, decimal, exponent = power.groups()
         return _scaled(sign + (decimal or "1"), exponent)

@@ -1,33 +1,185 @@
-"""The program in a model's text."""
+"""The program in a model's text: in its fences wherever they stand, among prose, after the thoughts."""
 
+import ast
 import re
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator
 
-_FENCED = re.compile(
-    r"^[ \t]*(```|~~~)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE
-)
+from emlocal.answers.finding import answer_start, last
+
+_FENCE = re.compile(r"(?:```+|~~~+)([^\n`~]*)|\[(/?)PYTHON\]", re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py", "py3")
+_ANY = re.compile(r"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+\w", re.MULTILINE)
+_MOST_FENCES = 64
+_TRIES = 64
+_LINES_BEFORE = 200
+"""Bounds on how often is compiled, for hostile texts."""
+_GIVES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def code_of(text: str, definition: str) -> str | None:
-    """The code in a model's text that has this definition ("def f"): the last such block, else all of it.
+def code_of(text: str, definition: str | None = None) -> str | None:
+    """The program in a model's text that has this definition ("def f", "class Solution").
 
-    A block that is not closed was cut off, but may hold a whole function; one in a list is
-    indented. None where none has it.
+    The last block of code that has it and compiles, with what earlier blocks import and define; without such
+    a block the longest part of the text that compiles; else the last block that has it, or the text, which
+    is then no right program. A block that is not closed was cut off, but may hold a whole function; one in a
+    list is indented. None where nothing has the definition.
+
+    Args:
+        definition: None: any function or class, in the longest block that has one.
     """
-    text = text.replace("\r\n", "\n")
-    kind, _, name = definition.partition(" ")
-    other = rf"|async[ \t]+def[ \t]+{re.escape(name)}\b|{re.escape(name)}[ \t]*=" if kind == "def" else ""
-    wanted = re.compile(rf"^[ \t]*(?:{re.escape(definition)}\b{other})", re.MULTILINE)
-    blocks: Sequence[re.Match[str]] = list(_FENCED.finditer(text))
-    for block in reversed(blocks):
-        if block[2].lower() in _PYTHON and wanted.search(block[3]):
-            return textwrap.dedent(block[3])
-    return text if not blocks and wanted.search(text) else None
+    start = answer_start(text)
+    if start is None:
+        return None
+    text = text[start:].replace("\r\n", "\n")
+    wanted = _wanted(definition)
+    blocks = [block for block in _blocks(text, wanted) if wanted.search(block)]
+    compiled = [block for block in blocks if _parsed(block) is not None]
+    if compiled:
+        return _with_earlier(text, max(compiled, key=len) if definition is None else compiled[0], wanted)
+    for part in (*blocks, text):
+        if wanted.search(part) and (longest := _longest(part, wanted)):
+            return longest
+    if blocks:
+        return blocks[0]
+    return text if wanted.search(text) and not _FENCE.search(text) else None
 
 
 def last_block(text: str) -> tuple[int, int] | None:
-    """Where the last block of code stands that is not empty, without its fences."""
-    blocks = [block.span(3) for block in _FENCED.finditer(text) if block[3].strip()]
-    return blocks[-1] if blocks else None
+    """Where the last block of code stands that is not empty, without its fences; one may be unclosed."""
+    fences = list(_FENCE.finditer(text))
+    spans = [
+        (fence.end() + 1, fences[i + 1].start() if i + 1 < len(fences) else len(text))
+        for i, fence in enumerate(fences)
+        if i % 2 == 0
+    ]
+    return next((span for span in reversed(spans) if text[slice(*span)].strip()), None)
+
+
+def _wanted(definition: str | None) -> re.Pattern[str]:
+    if definition is None:
+        return _ANY
+    kind, _, name = definition.partition(" ")
+    other = rf"|async[ \t]+def[ \t]+{re.escape(name)}\b|{re.escape(name)}[ \t]*=" if kind == "def" else ""
+    return re.compile(rf"^[ \t]*(?:{re.escape(definition)}\b{other})", re.MULTILINE)
+
+
+def _blocks(text: str, wanted: re.Pattern[str] | None) -> Iterator[str]:
+    """What stands in fences, the last first. A block ends with the nearest fence with which it compiles:
+    fences stand in docstrings too.
+
+    Args:
+        wanted: what a block must have for further fences to be tried; None: only the nearest is.
+    """
+    fences = list(_FENCE.finditer(text))[-_MOST_FENCES:]
+    tries = _TRIES
+    for i in reversed(range(len(fences))):
+        info = (fences[i][1] or "").split()
+        if (info and info[0].lower() not in _PYTHON) or fences[i][2] or not _starts_block(text, fences[i]):
+            continue
+        ends = [fence.start() for fence in fences[i + 1 :]] or [len(text)]
+        nearest = textwrap.dedent(text[fences[i].end() : ends[0]]).lstrip("\n")
+        if len(ends) > 1 and wanted is not None and wanted.search(nearest) and _parsed(nearest) is None:
+            for end in ends[1:tries]:
+                longer = textwrap.dedent(text[fences[i].end() : end]).lstrip("\n")
+                tries -= 1
+                if _parsed(longer) is not None:
+                    nearest = longer
+                    break
+        yield nearest
+
+
+def _starts_block(text: str, fence: re.Match[str]) -> bool:
+    return text[fence.end() : fence.end() + 1] == "\n" or fence[0][-1] == "]"
+
+
+def _parsed(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes such as "\d"
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _with_earlier(text: str, block: str, wanted: re.Pattern[str]) -> str:
+    """A block after what the blocks before it import and define."""
+    earlier: list[str] = []
+    for other in _blocks(text, None):
+        parsed = None if other == block or wanted.search(other) else _parsed(other)
+        if parsed is not None and parsed.body and all(isinstance(one, _GIVES) for one in parsed.body):
+            earlier.insert(0, other)
+    return "\n".join([*earlier, block])
+
+
+def _longest(text: str, wanted: re.Pattern[str]) -> str | None:
+    """The longest part, in lines, that compiles around the last definition, with what is imported, defined
+    and assigned before it.
+    """
+    found = last(wanted.finditer(text))
+    if found is None:
+        return None
+    before, after = text[: found.start()].splitlines(), text[found.start() :].splitlines()
+    indent = len(after[0]) - len(after[0].lstrip())
+    for n, line in enumerate(after):
+        if line.strip() and len(line) - len(line.lstrip()) < indent:
+            after = after[:n]
+            break
+    while before and before[-1].lstrip().startswith("@"):  # a decorator
+        after.insert(0, before.pop())
+    body = _compiling([line[indent:] for line in after])
+    if body is None:
+        return None
+    kept: list[str] = []
+    before = before[-_LINES_BEFORE:]
+    for _ in range(_LINES_BEFORE):
+        fault = _fault("\n".join(before))
+        if fault is None:
+            break
+        kept += _given("\n".join(before[: fault - 1]))
+        before = before[fault:]
+    return "\n".join([*kept, *_given("\n".join(before)), body])
+
+
+def _compiling(lines: list[str]) -> str | None:
+    """The lines from the first that compile, up to where prose begins."""
+    for _ in range(_TRIES):
+        code = "\n".join(lines)
+        fault = _fault(code)
+        if fault is None:
+            parsed = _parsed(code)
+            prose = next((one for one in parsed.body if _is_prose(one)), None) if parsed else None
+            return "\n".join(lines[: prose.lineno - 1]) if prose else code
+        if fault <= 1 or len(lines) <= 1:
+            return None
+        lines = lines[: min(fault, len(lines)) - 1]
+    return None
+
+
+def _given(code: str) -> list[str]:
+    """What a text before a function imports, defines and assigns; nothing of one that does not compile."""
+    parsed = _parsed(textwrap.dedent(code))
+    if parsed is None:
+        return []
+    return [ast.unparse(one) for one in parsed.body if isinstance(one, (*_GIVES, ast.Assign, ast.AnnAssign))]
+
+
+def _is_prose(statement: ast.stmt) -> bool:
+    """A line of words that is Python by chance, `Explanation`, and would fail when it runs."""
+    return isinstance(statement, ast.Expr) and not isinstance(
+        statement.value, ast.Call | ast.Constant | ast.Await
+    )
+
+
+def _fault(code: str) -> int | None:
+    """The line, from 1, at which code does not compile; None where it does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(code)
+    except SyntaxError as error:
+        return max(1, error.lineno or 1)
+    except (ValueError, RecursionError, MemoryError):
+        return 1
+    return None

@@ -23,7 +23,8 @@ HELP = """\
 /stats             figures of the last answer and of the chat
 /entropy [on|off]  the last answer's entropy; on colours every answer
 /em [on|off|NAME]  entropy minimization, or a preset: default, paper, em-pt
-/method [NAME|off] how to answer: self-consistency:4, em-inf:paper; as sampling and EM are set
+/method [NAME|off] how to answer: vote:8, em-inf:paper; as sampling and EM are set
+/vote [N]          the last question again, by a vote of N answers (8)
 /compare           the last question again, EM off and on, from the same draws
 /regen             another answer to the last question
 /undo              take back the last question and answer
@@ -37,8 +38,8 @@ a message that begins with a slash is written with two."""
 class Settings(Protocol):
     """The settings of a chat, as the command line keeps them."""
 
-    def turn(self) -> Turn:
-        """The settings for the next answer."""
+    def turn(self, method: str | None = None) -> Turn:
+        """The settings for the next answer, or for one by another method. Raises UsageError."""
 
     def set(self, name: str, value: str) -> None:
         """Change one, named like its flag. Raises UsageError."""
@@ -94,6 +95,7 @@ class Repl:
             "entropy": self._entropy,
             "em": self._em,
             "method": self._method,
+            "vote": self._vote,
             "compare": self._compare,
             "regen": self._regen,
             "undo": self._undo,
@@ -173,9 +175,16 @@ class Repl:
             raise UsageError(f"there is no command /{name}", hint)
         return command
 
-    def _answer(self, ask: Callable[[Turn, Callable[[], bool]], Iterator[AnswerEvent]]) -> None:
-        """Stream an answer and say how it went; where a method comes to it in the end, show it then."""
-        turn = self.settings.turn()
+    def _answer(
+        self,
+        ask: Callable[[Turn, Callable[[], bool]], Iterator[AnswerEvent]],
+        method: str | None = None,
+    ) -> None:
+        """Stream an answer and say how it went; where a method comes to it in the end, show it then.
+
+        `method`: another than the chat's, for this answer.
+        """
+        turn = self.settings.turn(method)
         show = self._show_events if turn.method.streams else self._show_result
         with interruptible() as cancelled, console.no_echo():
             try:
@@ -195,7 +204,7 @@ class Repl:
                 self.writer.piece(event.completion.tail, 0.0)
 
     def _show_result(self, events: Iterator[AnswerEvent]) -> None:
-        with console.working("answering") as tick:
+        with console.working("answering", self.quiet) as tick:
             for event in events:
                 if isinstance(event, Token):
                     tick()
@@ -313,10 +322,13 @@ class Repl:
             self.settings.method(choice)
         console.note(f"method: {self.settings.method_text()}")
 
+    def _vote(self, argument: str) -> None:
+        self._answer(self.session.ask_again, f"vote:{argument}" if argument else "vote")
+
     def _compare(self, _: str) -> None:
         turn = self.settings.turn()
         done: list[Completion] = []
-        with interruptible() as cancelled, console.working("comparing") as tick:
+        with interruptible() as cancelled, console.working("comparing", self.quiet) as tick:
             try:
                 for event in self.session.compare(turn, cancelled):
                     if isinstance(event, Completed):

@@ -12,7 +12,7 @@ from emlocal import console
 from emlocal.cli.options import OutputOptions, with_options
 from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
-from emlocal.methods import HOW, Chosen, chosen_by
+from emlocal.methods import HOW, Chosen, with_leave
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM, em_numbers
@@ -40,7 +40,7 @@ def chat(
         bool, typer.Option("--resume", help="Go on with the last chat that ended unforeseen.")
     ] = False,
     output: OutputOptions = OutputOptions(),
-    how: Annotated[Given, HOW.only("method")] = NOTHING,
+    how: Annotated[Given, HOW.only("method", "allow_code")] = NOTHING,
     given: Annotated[Given, CALIBRATION, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
@@ -59,7 +59,8 @@ def chat(
     if resume and load:
         raise UsageError("--resume and --load contradict each other", "leave one of them out")
     config = read_config()
-    settings = ChatSettings(given, config, chosen_by(how))
+    allow_code = how.get("allow_code", False)
+    settings = ChatSettings(given, config, with_leave(how.get("method"), allow_code), allow_code)
     saved = newest_kept() if resume else chat_file(load) if load else None
     conversation = Conversation.load(saved) if saved else Conversation()
     if system is not None:
@@ -79,7 +80,7 @@ def chat(
 
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em", "method"]
-        commands += ["compare", "regen", "undo", "edit", "save", "load"]
+        commands += ["vote", "compare", "regen", "undo", "edit", "save", "load"]
         reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
         repl = Repl(session, settings, reader, show_entropy=output.show_entropy, quiet=output.quiet)
         if resume and not output.quiet:
@@ -108,8 +109,9 @@ def _ended_like_sigterm() -> Iterator[None]:
 class ChatSettings:
     """The flags, as /set and /em change them."""
 
-    def __init__(self, given: Given, config: Given, method: Chosen) -> None:
-        """Raises UsageError where the flags contradict each other."""
+    def __init__(self, given: Given, config: Given, method: Chosen, allow_code: bool = False) -> None:
+        """`allow_code`: methods may run code. Raises UsageError where the flags contradict each other."""
+        self._allow_code = allow_code
         self.model: Mapping[str, float] = {}
         """The loaded model's own settings."""
         self._config = config
@@ -118,13 +120,14 @@ class ChatSettings:
         self._resolved = resolve_settings(("flag", given), ("config", config), base=self._base)
         self._planned(self._resolved, method)
 
-    def turn(self) -> "Turn":
+    def turn(self, method: str | None = None) -> "Turn":
         from emlocal.chat.session import Turn
 
-        return Turn(self._planned(self._now(), self._method), self._method)
+        chosen = self._method if method is None else with_leave(method, self._allow_code)
+        return Turn(self._planned(self._now(), chosen), chosen)
 
     def method(self, choice: str) -> None:
-        method = Chosen(None if choice == "off" else choice)
+        method = with_leave(None if choice == "off" else choice, self._allow_code)
         self._planned(self._resolved, method)
         self._method = method
 

@@ -88,12 +88,13 @@ def run(
     subject = subject_of(backend.info.name, method, plan)
     warn_of_mismatch(calibration, subject)
     sure = partial(confidence_of, subject=subject, calibration=calibration)
-    streams = method.streams and not as_json
+    collects, streams = method.collecting.collects, method.streams and not as_json
     writer = rendering.AnswerWriter(output.show_entropy and streams)
     with (
         interruptible() as cancelled,
         rendering.trace_to(output.trace, backend) as trace,
         Scheduler(backend, plan.samples) as runner,
+        console.working("answering", quiet=streams or as_json or output.quiet) as tick,
     ):
         encode = partial(prompt_tokens, backend, cancelled=cancelled)
         question = Question(asked, plan, encode, at_once=True)
@@ -101,8 +102,11 @@ def run(
             for event in ask_one(runner, method.collecting, question, cancelled):
                 if isinstance(event, Answered):
                     outcome = event.asking.result()
+                    if trace and collects:  # the answers, not all that was drawn on the way
+                        trace.add_all(outcome.completions)
                 elif isinstance(event, Token):
-                    if trace:
+                    tick()
+                    if trace and not collects:
                         trace.add(event.sample, event.draw)
                     if streams:
                         writer.piece(event.text, event.draw.entropy_before)
@@ -112,9 +116,9 @@ def run(
             if not output.quiet:
                 console.note("stopped while the prompt was read")
             return 130
-    completions = [outcome.completion] if method.collecting.collects else outcome.completions
+    completions = [outcome.completion] if collects else outcome.completions
     if as_json:
-        console.print_json(rendering.as_json(backend, outcome, plan.seed, method.collecting.collects, sure))
+        console.print_json(rendering.as_json(backend, outcome, plan.seed, collects, sure))
     else:
         if not streams:
             writer.piece("\n---\n".join(c.text.strip("\n") for c in completions), 0.0)

@@ -83,6 +83,7 @@ from emlocal.em.entropy import Float64
 from emlocal.em.split import HIGHEST, ROUNDING, ROUNDING64, TOLERANCE, Sharpened, Split, SquaredTail
 from emlocal.em.steps.adaptive_temperature import COLDEST, AdaptiveTemperature
 from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON, Adam, EMInf
+from emlocal.em.steps.power import Power
 
 DOUBT = 1e-5
 """More than the float32 sweep can put the entropy off by."""
@@ -324,6 +325,14 @@ def sharpen_adaptive_temperature(split: Split, settings: AdaptiveTemperature) ->
     return Sharpened(split.head * beta, 1.0, beta, tail, S, before, H, 1)
 
 
+def raise_to_power(split: Split, settings: Power) -> Sharpened | None:
+    """A power of a split row, which is a temperature that is known; None as for that one."""
+    H, _, tail, S, bound = _tempered(split, settings.alpha)
+    if bound > TOLERANCE:
+        return None
+    return Sharpened(split.head * settings.alpha, 1.0, settings.alpha, tail, S, split.entropy, H, 1)
+
+
 def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, float]:
     """H of w^β, the variance of β·s, the tail's mass, the partition, and the bound."""
     scaled = split.head * beta
@@ -343,6 +352,6 @@ def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, fl
     return H, max(variance, 0.0), tail, S, width + delta_H / (2 * spread)
 
 
-def hottest_adaptive_temperature(settings: AdaptiveTemperature) -> float:
+def hottest_adaptive_temperature(settings: AdaptiveTemperature | Power) -> float:
     """The highest temperature that may follow adaptive temperature: any."""
     return math.inf

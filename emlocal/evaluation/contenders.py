@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal.errors import UsageError
-from emlocal.methods import Chosen
+from emlocal.methods import Chosen, with_leave
 from emlocal.settings import Plan, describe_em
 from emlocal.settings.table import setting
 from emlocal.text import counted
@@ -27,7 +27,8 @@ class Contender:
         Raises UsageError where the settings contradict each other.
         """
         # --temp is for those that sample; greedy stands beside them
-        plan = self.method.plan(base, chosen - self.method.drawing.fixed)
+        method = self.method
+        plan = method.plan(base, chosen - method.drawing.fixed - method.collecting.fixed)
         try:
             self.method.collecting.check(plan.params)
         except UsageError as error:
@@ -35,15 +36,18 @@ class Contender:
         return plan
 
 
-def read_contenders(text: str) -> list[Contender]:
-    """The contenders of a comma-separated list. Raises UsageError for one that is unknown, or given twice."""
+def read_contenders(text: str, allow_code: bool = False) -> list[Contender]:
+    """The contenders of a comma-separated list; with `allow_code`, methods that run code have leave to.
+
+    Raises UsageError for one that is unknown, or given twice.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods names none", "name some, such as greedy,sample:1,em-inf:paper")
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--methods has {name} twice")
-    return [Contender(name, Chosen(name)) for name in names]
+    return [Contender(name, with_leave(name, allow_code)) for name in names]
 
 
 def describe(contender: Contender, plan: Plan, base: Plan) -> str:

@@ -31,13 +31,13 @@ from emlocal.evaluation.report.document import Document, answered_with, note_ans
 from emlocal.evaluation.report.page import write_page
 from emlocal.evaluation.report.texts import write_markdown
 from emlocal.evaluation.results import Comparison, MethodResult, compare, summarize
-from emlocal.evaluation.sandbox.run import check_containment
 from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
 from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
 from emlocal.methods.confidence import Calibration, read_calibration, subject_of
+from emlocal.sandbox.run import check_containment
 from emlocal.settings import Resolved, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.engine import EngineOptions
@@ -397,7 +397,7 @@ def prepare(
 
     Raises UsageError for what cannot be used, EmlocalError for what would fail at the end.
     """
-    contenders = read_contenders(methods)
+    contenders = read_contenders(methods, asked.allow_code)
     for contender in contenders:  # what contradicts itself fails before a model is loaded
         contender.plan(settings.plan, settings.chosen)
     found = open_task(task, asked.data, asked.limit, asked.code_seconds, asked.targets)
@@ -423,6 +423,11 @@ def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> N
     if voting and not task.votes:
         raise UsageError(
             f"{voting[0]} votes on answers; those of {task.name} are programs", "leave it out of --methods"
+        )
+    running = [c.name for c in contenders if c.method.collecting.runs_code]
+    if running and not task.runs_code:
+        raise UsageError(
+            f"{running[0]} runs programs; the answers of {task.name} are none", "leave it out of --methods"
         )
 
 

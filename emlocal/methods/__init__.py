@@ -11,15 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emlocal.errors import UsageError
+from emlocal.methods.behaviour_vote import BehaviourVote
 from emlocal.methods.dynamic_temperature import DynamicTemperature
 from emlocal.methods.em import EM_METHODS
+from emlocal.methods.em_best import EMBest
 from emlocal.methods.greedy import Greedy
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.methods.min_p import MinP
+from emlocal.methods.power import Power
 from emlocal.methods.sample import Sample
 from emlocal.methods.self_consistency import SelfConsistency
 from emlocal.methods.sequential_refinement import SequentialRefinement
 from emlocal.methods.think_em import ThinkEM
+from emlocal.methods.vote import Vote
 from emlocal.settings import (
     EM_PRESETS,
     Given,
@@ -36,15 +40,19 @@ from emlocal.settings.resolve import LINE, names_in
 from emlocal.settings.table import FLAGS
 from emlocal.text import parse_json
 
-__all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of"]
+__all__ = ["HOW", "METHODS", "Answering", "Chosen", "Method", "Outcome", "chosen_by", "name_of", "with_leave"]
 
 _ALL: Sequence[type[Method]] = (
     Sample,
     Greedy,
     *EM_METHODS,
     SelfConsistency,
+    Vote,
+    EMBest,
     SequentialRefinement,
     ThinkEM,
+    Power,
+    BehaviourVote,
     MinP,
     DynamicTemperature,
 )
@@ -121,8 +129,8 @@ class Chosen:
         self._asked: int | None = given.pop(_SAMPLES.name, None)
         self.drawing, self.collecting = (_made(kinds.get(kind), given) for kind in (False, True))
         for left in given:
-            owner = next(method for method in _ALL if left in Table.of(method).settings)
-            raise UsageError(f"{_OWN.settings[left].flag} belongs to --method {owner.name}")
+            owners = [method.name for method in _ALL if left in Table.of(method).settings]
+            raise UsageError(f"{_OWN.settings[left].flag} belongs to --method {' or '.join(owners)}")
         self.samples = self.collecting.samples(self._asked)
         """How many are drawn for each prompt."""
 
@@ -143,8 +151,10 @@ class Chosen:
             base: what flags, config file and model say.
             chosen: the settings that were given on purpose, which a method does not override.
         Raises:
-            UsageError: the settings say what the method denies.
+            UsageError: the settings say what the method denies; it has no leave to do what it does.
+            EmlocalError: it cannot do it on this machine.
         """
+        self.collecting.check_leave()
         plan = replace(base, params=self._sampler.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
@@ -174,13 +184,31 @@ class Chosen:
         """The same samples' use, drawn with the sampling settings as they are."""
         other = Chosen()
         other.collecting, other.samples = self.collecting, self.samples
+        if self.collecting.name:  # which would say again how tokens are drawn
+            other.drawing = _Settled()
         return other
+
+
+@dataclass(frozen=True)
+class _Settled(Method):
+    """The sampling settings as they are: who was to say something about them has."""
+
+    name = "settled"
+
+    def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
+        return given
 
 
 def chosen_by(how: Given) -> Chosen:
     """The method that flags choose; see `HOW`."""
     own = {known: value for known, value in how.items() if known not in ("method", _SAMPLES.name)}
     return Chosen(how.get("method"), how.get(_SAMPLES.name), **own)
+
+
+def with_leave(name: str | None, allow_code: bool) -> Chosen:
+    """The method of this name, which has leave to run code where it does and `allow_code` says so."""
+    chosen = Chosen(name)
+    return Chosen(name, allow_code=True) if allow_code and chosen.collecting.runs_code else chosen
 
 
 def name_of(params: SamplingParams) -> str:

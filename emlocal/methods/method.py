@@ -50,6 +50,8 @@ class Outcome:
     know more than the scores of the answer say."""
     undecided: bool = False
     """The method could not choose: the answer is the first completion."""
+    said: Sequence[str] = ()
+    """What it has to say for people, in a few words each; where there is nothing, they are shown `fields`."""
 
     @property
     def timings(self) -> "Timings":
@@ -84,6 +86,8 @@ class Method:
     collects: ClassVar[bool] = False
     votes: ClassVar[bool] = False
     """It compares the answers in several texts, so they must have some: programs do not."""
+    runs_code: ClassVar[bool] = False
+    """It runs programs in the answers, so that these must be programs."""
     sampling: ClassVar[Mapping[str, float]] = {}
     """Sampling settings, where nobody has chosen others."""
     fixed: ClassVar[frozenset[str]] = frozenset()
@@ -104,13 +108,15 @@ class Method:
         Raises:
             UsageError: the settings say what the method denies.
         """
-        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
-        if not self.name or self.collects:
-            return replace(given, **own) if own else given
+        if not self.name:
+            return given
         for name in sorted(self.fixed & chosen):
             if vars(given)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag
                 raise UsageError(f"--method {self.name} and {flag} contradict each other")
+        own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
+        if self.collects:
+            return replace(given, **own) if own else given
         em = given.em
         if self.step is not None and em is None and not chosen & _SWITCHES:
             em = self.step()
@@ -133,3 +139,7 @@ class Method:
 
     def check(self, params: SamplingParams) -> None:
         """Raise UsageError for sampling settings with which it can do nothing."""
+
+    def check_leave(self) -> None:
+        """Raise where it may not do what it does here: UsageError without the user's leave, EmlocalError
+        where programs cannot be contained."""

@@ -23,7 +23,7 @@ class SelfConsistency(Method):
     votes: ClassVar[bool] = True
     value: ClassVar[str] = "samples"
 
-    extraction: Extraction | None = setting(None, "--extract", help="What self-consistency votes on.")
+    extraction: Extraction | None = setting(None, "--extract", help="Vote on this part of each answer.")
     """None: "boxed", or the last number."""
     pattern: str | None = setting(
         None, "--extract-pattern", help="For --extract regex; its first group.", metavar="REGEX"

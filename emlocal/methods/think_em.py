@@ -138,7 +138,8 @@ class ThinkEM(Method):
 
     def describe(self, samples: int) -> list[str]:
         score = "" if self.choice == "random" else f" by {self.score}"
-        return [f"{counted(self.steps, 'step')}, the {self.choice} of {samples}{score}, then greedy"]
+        which = {"surest": "the surest", "random": "one at random", "least-sure": "the least sure"}
+        return [f"{counted(self.steps, 'step')}, {which[self.choice]} of {samples}{score}, then greedy"]
 
     def check(self, params: SamplingParams) -> None:
         if params.temperature == 0:

@@ -19,6 +19,7 @@ from emlocal.em import EMStep, Outcome, fast
 from emlocal.em.entropy import Float64, checked, entropy, log_softmax
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.em.steps import AdaptiveTemperature, EMInf
+from emlocal.em.steps.power import Power
 from emlocal.sampling.draw import Draw
 from emlocal.sampling.fused import Fused
 from emlocal.sampling.reference import COLDEST, adjust, inverse_cdf, nucleus, probabilities
@@ -40,6 +41,7 @@ class FastWay(NamedTuple):
 FAST_WAYS: dict[type[EMStep], FastWay] = {
     EMInf: FastWay(fast.sharpen_em_inf, fast.hottest_em_inf),
     AdaptiveTemperature: FastWay(fast.sharpen_adaptive_temperature, fast.hottest_adaptive_temperature),
+    Power: FastWay(fast.raise_to_power, fast.hottest_adaptive_temperature),
 }
 """By the step's type; a step that is not here is taken by its reference."""
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock, run, seccomp
-from emlocal.evaluation.sandbox.run import Limits
+from emlocal.sandbox import landlock, run, seccomp
+from emlocal.sandbox.run import Limits
 from tests.attack.calls import numbers
 from tests.attack.sandbox.victims import SECRET, Victims, victims
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock, run, seccomp
-from emlocal.evaluation.sandbox.run import Limits
+from emlocal.sandbox import landlock, run, seccomp
+from emlocal.sandbox.run import Limits
 from tests.attack.calls import ALLOW, ENOSYS, EPERM, KILL, MACHINES, numbers, table, verdict
 
 contained = pytest.mark.skipif(
@@ -201,7 +201,7 @@ def test_a_call_of_32_bit_code_ends_the_process() -> None:
     """Memory with such code is made before the locks are turned: behind them there is no way to have any."""
     code = (
         "import ctypes, mmap, sys\n"
-        "from emlocal.evaluation.sandbox import seccomp\n"
+        "from emlocal.sandbox import seccomp\n"
         "page = mmap.mmap(-1, 4096, prot=7)\n"
         "page.write(bytes([0xB8, 20, 0, 0, 0, 0xCD, 0x80, 0xC3]))  # mov eax, 20 (getpid); int 0x80; ret\n"
         "getpid = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock, run, seccomp
-from emlocal.evaluation.sandbox.run import Limits
+from emlocal.sandbox import landlock, run, seccomp
+from emlocal.sandbox.run import Limits
 
 pytestmark = pytest.mark.skipif(
     landlock.abi() < landlock.OLDEST_ABI or not seccomp.known(), reason="needs Landlock (Linux 6.2)"
@@ -58,7 +58,7 @@ def alive(parent: int) -> list[int]:
 def running(program: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that runs a program in the sandbox."""
     code = (
-        "import sys\nfrom emlocal.evaluation.sandbox.run import Limits, run\n"
+        "import sys\nfrom emlocal.sandbox.run import Limits, run\n"
         "print('started', flush=True)\nrun(sys.argv[1], Limits(seconds=40))"
     )
     process = subprocess.Popen(
@@ -139,7 +139,7 @@ def said_in(project: Path, program: str) -> str:
     """What comes of a program that a venv's interpreter runs."""
     code = (
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from emlocal.errors import EmlocalError\nfrom emlocal.evaluation.sandbox.run import run\n"
+        "from emlocal.errors import EmlocalError\nfrom emlocal.sandbox.run import run\n"
         "try:\n    print(run(sys.argv[1]))\nexcept EmlocalError as error:\n    print(error)"
     )
     done = subprocess.run(

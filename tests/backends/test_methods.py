@@ -8,6 +8,7 @@ from emlocal.backends.base import Backend
 from emlocal.generation import Completion, Scheduler
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
+from emlocal.methods.power import log_weight
 from emlocal.settings import Plan
 from tests.backends.contract import tokens
 
@@ -45,3 +46,16 @@ def test_think_em_chooses_the_surest_way_to_go_on(backend: Backend) -> None:
     assert found.generated_tokens > len(found.completion.tokens)
     read = found.timings.prompt_tokens - found.timings.cached_tokens
     assert read <= found.jobs[0].timings.prompt_tokens + 2 * len(found.jobs)  # nothing is read twice
+
+
+def test_a_particles_weight_depends_on_its_prefix_alone(backend: Backend) -> None:
+    """α·log p − log q is log Σ p^α of the row, whichever token was drawn from it."""
+    found = outcome(backend, "power:3:power-block=8", seed=2)
+    assert len(found.completions) == 3
+    assert all(len(c.draws) - len(c.tokens) == (c.finish_reason == "stop") for c in found.completions)
+    first = [log_weight(c.draws[:1], 2.0) for handle in found.jobs[:1] for c in handle.completions]
+    assert len(first) == 3
+    assert first == pytest.approx([first[0]] * 3, abs=1e-3)
+    assert first[0] < 0
+    for draw in found.completion.draws:
+        assert draw.entropy_after <= draw.entropy_before + 1e-6

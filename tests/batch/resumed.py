@@ -1,6 +1,6 @@
 """A process that runs a batch into an output, and kills itself where it is told to.
 
-    python -m tests.batch.resumed INPUT OUTPUT [PLACE COUNT]...
+    python -m tests.batch.resumed METHOD INPUT OUTPUT [PLACE COUNT]...
 
 For each PLACE and COUNT a child of this process resumes the run and is killed with SIGKILL at the COUNT-th
 time that it comes to this place; without them, or after them, the run goes on to its end. Children are
@@ -39,7 +39,7 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(source: Path, output: Path, killer: Killer) -> None:
+def run(method: str, source: Path, output: Path, killer: Killer) -> None:
     """Resume it, dying on the way or not."""
     write, fsync = os.write, os.fsync
 
@@ -57,7 +57,7 @@ def run(source: Path, output: Path, killer: Killer) -> None:
 
     os.write, os.fsync = watched_write, watched_fsync  # type: ignore[assignment]
     journal_module._SECONDS_BETWEEN_SYNCS = 0.0  # each row is synced, so that there is a between
-    how = settings(Chosen("self-consistency", samples=2), keep=True, fingerprint="x")
+    how = settings(Chosen(method), keep=True, fingerprint="x")
     with (
         source.open("rb") as lines,
         Journal.open(output, {"seed": 0}, key_of=key_of, is_error=is_error) as journal,
@@ -73,12 +73,12 @@ def run(source: Path, output: Path, killer: Killer) -> None:
             journal.append(row)
 
 
-def killed(source: Path, output: Path, place: str, count: int) -> bool:
+def killed(method: str, source: Path, output: Path, place: str, count: int) -> bool:
     """Whether a child of this process died as it should; it may have come to the end before."""
     child = os.fork()
     if child == 0:
         try:
-            run(source, output, Killer(place, count))
+            run(method, source, output, Killer(place, count))
         except BaseException as error:  # noqa: BLE001
             print(f"{place} {count}: {error!r}", file=sys.stderr, flush=True)
             os._exit(3)
@@ -91,15 +91,15 @@ def killed(source: Path, output: Path, place: str, count: int) -> bool:
     return False
 
 
-def main(source: Path, output: Path, *moments: str) -> None:
+def main(method: str, source: Path, output: Path, *moments: str) -> None:
     deaths = sum(
-        killed(source, output, place, int(count))
+        killed(method, source, output, place, int(count))
         for place, count in zip(moments[::2], moments[1::2], strict=True)
     )
     print("killed", deaths, flush=True)
-    run(source, output, Killer("", 0))
+    run(method, source, output, Killer("", 0))
     print("end", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

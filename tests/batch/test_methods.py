@@ -42,7 +42,8 @@ def test_the_command_line_offers_all_methods() -> None:
     assert offered["extraction"].choices == ("boxed", "last-number", "regex", "none")
     assert {known.flag for known in offered.values()} == {
         "--method", "--samples", "--rounds", "--extract", "--extract-pattern",
-        "--think-steps", "--think-score", "--think-choice",
+        "--think-steps", "--think-score", "--think-choice", "--power-alpha", "--power-block",
+        "--score", "--vote-beta", "--vote-alpha", "--wave", "--vote-sure",
     }  # fmt: skip
 
 

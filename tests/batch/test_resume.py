@@ -49,13 +49,20 @@ def undisturbed(source: Path) -> list[dict[str, Any]]:
     return _read(output)
 
 
-def _command(source: Path, output: Path, *moments: str) -> list[str]:
-    return [sys.executable, "-m", "tests.batch.resumed", str(source), str(output), *moments]
+METHOD = "self-consistency:2"
 
 
-def _go(source: Path, output: Path, *moments: str) -> str:
+def _command(source: Path, output: Path, *moments: str, method: str = METHOD) -> list[str]:
+    return [sys.executable, "-m", "tests.batch.resumed", method, str(source), str(output), *moments]
+
+
+def _go(source: Path, output: Path, *moments: str, method: str = METHOD) -> str:
     done = subprocess.run(
-        _command(source, output, *moments), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        _command(source, output, *moments, method=method),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -102,6 +109,21 @@ def test_killed_anywhere(source: Path, undisturbed: Any, tmp_path: Path) -> None
     said = _go(source, output, *(str(part) for moment in drawn for part in moment))
     assert int(said.split()[1]) >= 10
     _check(output, undisturbed)
+
+
+def test_a_method_of_several_rounds_killed_anywhere(tmp_path: Path) -> None:
+    """Votes that end after one, two or three waves; a likely end token makes texts whole."""
+    source, whole, output = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "out.jsonl"))
+    lines = [{"custom_id": f"q{i}", "prompt": "x" * (i * 37 % 90), "max_tokens": 30} for i in range(1, 61)]
+    source.write_text("".join(json.dumps(line | {"logit_bias": {"256": 9}}) + "\n" for line in lines))
+    method = "vote:5:wave=2:sure=0.5:extract=none"
+    _go(source, whole, method=method)
+    moments = random.Random(4)
+    drawn = [(moments.choice(PLACES), moments.randint(1, 5)) for _ in range(30)]
+    said = _go(source, output, *(str(part) for moment in drawn for part in moment), method=method)
+    assert int(said.split()[1]) >= 10
+    _check(output, _read(whole))
+    assert {row["drawn"] for row in _read(output)} == {2, 4, 5}
 
 
 def test_killed_from_outside_at_random_moments(source: Path, undisturbed: Any, tmp_path: Path) -> None:

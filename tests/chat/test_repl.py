@@ -237,6 +237,21 @@ def test_methods_are_chosen_and_left(chat) -> None:  # type: ignore[no-untyped-d
     assert done.repl.failures == 0
 
 
+def test_the_last_question_again_by_a_vote(chat) -> None:  # type: ignore[no-untyped-def]
+    done = chat(
+        "/vote\nhow many?\n/vote\n/vote 6:wave=6\n/vote x\n/method\n/set temp 0\n/vote\n", saying("it is 7")
+    )
+    assert done.out == "it is 7\n" * 3
+    assert "answer 7 · 4 of 4 agree · 4 more samples not needed" in done.err
+    assert "answer 7 · 6 of 6 agree · seed 3" in done.err
+    assert "nothing has been asked yet" in done.err
+    assert "after vote: comes one number" in done.err
+    assert "method: off" in done.err
+    assert "greedy samples are all alike, and cannot vote" in done.err
+    assert done.repl.failures == 3
+    assert done.repl.session.conversation.exchanges == [("how many?", "it is 7")]
+
+
 def test_a_method_that_contradicts_the_settings_is_refused(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("/method greedy\n/method sample:9999\n/method\n")  # EM is on
     assert "--method greedy and the EM flags contradict each other" in done.err

@@ -182,6 +182,32 @@ def test_methods_that_draw_several_and_ask_again() -> None:
     assert session.conversation.exchanges == [("2+3?", "really 5")]
 
 
+def test_a_vote_asked_again_has_other_draws_but_greedys() -> None:
+    session = chat(FakeBackend(hashed))
+    vote = Chosen("vote:3")
+    turn = Turn(vote.plan(Plan(SamplingParams(), seed=5, max_tokens=12)), vote)
+    drawn = []
+    for events in (session.ask("hm", turn, never), session.ask_again(turn, never)):
+        answer(events)
+        assert session.last is not None
+        drawn.append([completion.tokens for completion in session.last.completions])
+    assert drawn[0][0] == drawn[1][0]
+    assert len({tuple(tokens) for tokens in (*drawn[0][1:], *drawn[1][1:])}) == 4
+    assert len(session.conversation.exchanges) == 1
+
+
+def test_a_vote_that_was_stopped_joins_the_conversation() -> None:
+    session = chat(FakeBackend(saying("it is 5", "or 6")))
+    vote = Chosen("vote:8:wave=2:sure=1")
+    turn = Turn(vote.plan(Plan(SamplingParams(), max_tokens=30)), vote)
+    looks = iter(range(100))
+    assert answer(session.ask("2+3?", turn, lambda: next(looks) > 12)).text == "it is 5"
+    assert session.last is not None
+    assert session.last.fields["stopped"] == "cancelled"
+    assert session.last.said[:2] == ["answer 5", "2 of 2 agree"]
+    assert session.conversation.exchanges == [("2+3?", "it is 5")]
+
+
 def test_stopping_a_revision_keeps_the_answer() -> None:
     session = chat(FakeBackend(saying("it is 5", "no, it is 6")))
     method = Chosen("sequential-refinement:2")

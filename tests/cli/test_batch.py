@@ -231,6 +231,23 @@ def test_self_consistency(batch: Emlocal, good: str) -> None:
     assert all(row["votes"] >= 1 for row in rows if row["answer"])
 
 
+def test_votes_go_on_where_they_were(batch: Emlocal, good: str, out: Path) -> None:
+    vote = ("--method", "vote:3", "--wave", "2", "--extract", "none", "-o", str(out))
+    assert batch(good, *vote, "-q").code == 0
+    rows = read(out)
+    assert {row["method"] for row in rows} == {"vote"}
+    assert all(row["drawn"] == len(row["samples"]) for row in rows)
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:2]))
+    done = batch(good, *vote)
+    assert "2 rows" in done.err
+    assert [row["text"] for row in sorted(read(out), key=lambda row: row["custom_id"])] == [
+        row["text"] for row in sorted(rows, key=lambda row: row["custom_id"])
+    ]
+    refused = batch(good, *vote[:-2], "-o", str(out), "--vote-sure", "1")
+    assert refused.code == 2
+    assert "vote-sure: 0.95 -> 1" in refused.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

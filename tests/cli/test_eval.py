@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock
+from emlocal.sandbox import landlock
 from tests.cli.conftest import Outcome
 from tests.evaluation.data import HUMANEVAL_ROW, write
 
 Emlocal = Callable[..., Outcome]
-METHODS = "greedy,sample,em-inf,em-inf+self-consistency:2,sequential-refinement:1"
+METHODS = "greedy,sample,em-inf,em-inf+self-consistency:2,sequential-refinement:1,vote:3:wave=2,em-best:2"
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def test_methods_are_compared_and_reported(evaluate: Emlocal, tmp_path: Path) ->
     assert done.code == 0, done.err
     table = done.out.splitlines()
     assert table[0].split()[:2] == ["method", "mean@2"]
-    assert [line.split()[0] for line in table[1:6]] == METHODS.split(",")
+    assert [line.split()[0] for line in table[1:8]] == METHODS.split(",")
     found = results(tmp_path)
     assert [m["name"] for m in found["methods"]] == METHODS.split(",")
-    assert [m["repetitions"] for m in found["methods"]] == [1, 2, 2, 2, 2]
-    assert len(found["comparisons"]) == 4
+    assert [m["repetitions"] for m in found["methods"]] == [1, 2, 2, 2, 2, 2, 2]
+    assert len(found["comparisons"]) == 6
     assert found["settings"]["seed"] == 0
     assert len(found["model"]["sha256"]) == 64
     assert found["made_with"]["packages"]["llama-cpp-python"]

@@ -61,6 +61,48 @@ def test_samples_differ_and_the_first_is_what_one_sample_gives(emlocal: Emlocal,
     assert plain.count("\n---\n") == 2
 
 
+def test_a_vote_prints_the_answer_alone_and_says_who_agrees(emlocal: Emlocal, tiny: str) -> None:
+    vote = (
+        "generate",
+        "-m",
+        tiny,
+        "--method",
+        "vote:3",
+        "--wave",
+        "2",
+        "--logit-bias",
+        "40=20",
+        "--stop",
+        "A",
+    )
+    vote = (*vote, "--extract", "none", *SHORT, "hello")
+    value = json.loads(emlocal(*vote, "--json").out)
+    assert value["drawn"] == len(value["samples"])
+    assert value["stopped"] in ("decided", "sure", "budget")
+    assert 0 <= value["agreement"] <= 1
+    assert value["text"] in [sample["text"] for sample in value["samples"]]
+    plain = emlocal(*vote)
+    assert plain.out == value["text"].strip("\n") + "\n"
+    if value["answer"]:
+        assert f"{value['votes']} of {value['drawn']} agree" in plain.err
+    else:
+        assert f"none of {value['drawn']} has an answer to vote on" in plain.err
+    assert "semantic_entropy" not in plain.err  # words, no dump
+    assert emlocal(*vote, "-q").err == ""
+    greedy = emlocal("generate", "-m", tiny, "--method", "greedy", *vote[7:11], *SHORT, "-q", "hello").out
+    assert value["samples"][0]["text"].strip("\n") + "\n" == greedy
+
+
+def test_em_best_prints_one_of_its_texts(emlocal: Emlocal, tiny: str) -> None:
+    done = emlocal("generate", "-m", tiny, "--method", "em-best:3", "--score", "unsure", *SHORT, "hello")
+    value = json.loads(
+        emlocal("generate", "-m", tiny, "--method", "em-best:3:score=unsure", "--json", *SHORT, "hello").out
+    )
+    assert done.out == value["text"].strip("\n") + "\n"
+    assert "the surest of 3 by unsure" in done.err
+    assert len(value["samples"]) == value["drawn"] == 3
+
+
 def test_prompt_from_argument_file_and_stdin_together(emlocal: Emlocal, tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_text("from the file\n")
@@ -89,6 +131,19 @@ def test_trace_has_a_line_per_token(emlocal: Emlocal, tiny: str, tmp_path: Path)
     assert json.loads(done.out)["entropy"]["mean_before"] == pytest.approx(mean, abs=1e-5)
     assert all(line["p_before"] > 0 for line in lines)
     assert [p.name for p in tmp_path.iterdir() if "trace" in p.name] == ["trace.jsonl"]
+
+
+def test_think_em_with_json_and_trace(emlocal: Emlocal, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    how = ("--method", "think-em:3:think-steps=2", "--max-tokens", "60", "--seed", "7")
+    done = json.loads(emlocal("generate", "-m", tiny, "--json", "--trace", str(path), *how, "hello").out)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    ended = done["finish_reason"] == "stop"
+    assert len(lines) == done["completion_tokens"] + ended  # of the answer, not of what was considered
+    assert done["steps"] in (1, 2)
+    assert done["timings"]["generated_tokens"] >= done["considered_tokens"] > len(lines) / 2
+    shown = emlocal("generate", "-m", tiny, *how, "hello")
+    assert f"steps {done['steps']} · changed_steps {done['changed_steps']}" in shown.err
 
 
 def test_show_entropy_without_terminal_is_plain_and_says_so(emlocal: Emlocal, tiny: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.task import Rows, Task
+from emlocal.sandbox import landlock
 
 HUMANEVAL_ROW = {
     "task_id": "T/0",

@@ -97,6 +97,7 @@ def test_what_cannot_be_read_is_said(text: str, said: str) -> None:
         ("sample:warm", "must be a number"),
         ("em-inf:em_ratio=0.5", "does nothing without adaptive_temp"),
         ("greedy+self-consistency:3", "all alike"),
+        ("greedy+think-em:3", "cannot choose"),
     ],
 )
 def test_what_cannot_be_meant_is_said(text: str, said: str) -> None:
@@ -114,5 +115,9 @@ def test_settings_in_words() -> None:
     assert "EM δ 0.3" in words["em-inf+self-consistency:3"]
     assert words["em-inf+self-consistency:3"].endswith("majority of 3")
     assert words["sequential-refinement:2"].endswith("2 revisions")
+    (steps,) = read_contenders("think-em:3:think_choice=random")
+    ours = describe(steps, steps.plan(BASE, frozenset()), BASE)
+    assert ours.startswith("T 0.8, min-p 0.05")
+    assert ours.endswith("4 steps, one at random of 3, then greedy")
     (short,) = read_contenders("sample:1:max_tokens=4")
     assert describe(short, short.plan(BASE, frozenset()), BASE) == "T 1, at most 4 tokens"

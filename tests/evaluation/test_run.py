@@ -19,11 +19,11 @@ from emlocal.evaluation.answering import Answer, Judge, Judged, takes_system
 from emlocal.evaluation.contenders import describe, read_contenders
 from emlocal.evaluation.report.document import answered_with
 from emlocal.evaluation.results import compare, summarize
-from emlocal.evaluation.sandbox import landlock
 from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.scicode import SciCodeTask
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.sandbox import landlock
 from emlocal.settings import Plan, SamplingParams
 from tests.evaluation.data import SCICODE_ROW, rows
 
@@ -129,6 +129,10 @@ def test_all_methods_share_their_draws(tmp_path: Path) -> None:
     voting = answered(tmp_path, math(), "self-consistency:3")["self-consistency:3"]
     assert [v.row["samples"][0]["text"] for v in voting] == found["sample"]
     assert texts(answered(tmp_path / "other", math(), "sample", seed=1)) != {"sample": found["sample"]}
+    both = answered(tmp_path / "vote", math(), "greedy,vote:3:wave=3:temperature=1.0")
+    (greedy, waves) = both.values()
+    assert [v.row["samples"][0]["text"] for v in waves] == [g.text for g in greedy]
+    assert {v.row["drawn"] for v in waves} == {3}
 
 
 def test_repetitions_are_different_draws_and_greedy_has_one(tmp_path: Path) -> None:

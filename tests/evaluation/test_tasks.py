@@ -23,11 +23,9 @@ from tests.evaluation.data import HUMANEVAL_ROW, SCICODE_ROW, contained, mark, r
 LABELLED = Path(__file__).parents[1] / "data" / "judged_answers.jsonl"
 DISAGREEMENTS = {  # docs/evaluation.md lists them, with the reasons
     ("#### 20", "right", "\\boxed{0.2}"),
-    ("\\frac{14}{3}", "right", "\\boxed{4.\\overline{6}}"),
     ("90^\\circ", "right", "\\boxed{\\frac{\\pi}{2}}"),
     ("(a+5)(b+2)", "wrong", "\\boxed{ab+2a+5b+10}"),
     ("(2,\\infty)", "right", "\\boxed{x > 2}"),
-    ("2516_8", "wrong", "\\boxed{2516_9}"),
 }
 
 
@@ -290,7 +288,7 @@ def test_hostile_answers_are_wrong_in_time(judge: MathJudge, hostile: str) -> No
 
 
 def test_long_answers_are_wrong(judge: MathJudge) -> None:
-    assert not judge.equal("5", "5" + " " * 2000)
+    assert not judge.equal("5", "5+0" + " " * 2000)
 
 
 BOUNDS = [
@@ -350,6 +348,8 @@ def test_relations_are_compared_with_relations(judge: MathJudge, gold: str, answ
         ("5", "x = 4 = 5", False),
         ("5", "5 = 5.0", True),
         ("0.33", "0.333 = 0.33", True),  # rounded
+        ("0.5", "50 \\text{ percent}", True),
+        ("50", "50 percent", True),
         ("50", "0.5 = 50\\%", True),  # a side with a label is not looked at
         ("5", "2+3=5", True),
         ("5", "2+2=5", True),  # the last side counts, as math-verify has it
@@ -428,6 +428,6 @@ def test_verdicts_are_known_by_answer_problem_and_judge() -> None:
 
 
 def _limits(seconds: float) -> Any:
-    from emlocal.evaluation.sandbox.run import Limits
+    from emlocal.sandbox.run import Limits
 
     return Limits(seconds=seconds)

@@ -389,7 +389,7 @@ def test_what_it_says_of_itself_and_refuses() -> None:
     how = Chosen("think-em:3:think-steps=2:think-score=log-probability")
     assert how.collecting.describe(3) == ["2 steps, the surest of 3 by log-probability, then greedy"]
     random = Chosen("think-em", think_choice="random").collecting
-    assert random.describe(4) == ["4 steps, the random of 4, then greedy"]
+    assert random.describe(4) == ["4 steps, one at random of 4, then greedy"]
     assert how.identity()["think-score"] == "log-probability"
     with pytest.raises(UsageError, match="at temperature 0"):
         how.collecting.check(SamplingParams(temperature=0.0))

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.evaluation.sandbox.run import Limits
 from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.programs import ProgramTask
 from emlocal.evaluation.tasks.scicode import LIMITS as SCICODE_LIMITS
 from emlocal.evaluation.tasks.scicode import SciCodeTask, given_code
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Rows, Task, hub, read_rows
+from emlocal.sandbox.run import Limits
 
 TaskName = Literal[
     "gsm8k",

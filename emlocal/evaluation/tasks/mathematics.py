@@ -3,9 +3,9 @@
 What the sets call question and answer differs; `QUESTION` and `ANSWER` are the names that are known. The
 prompt is the one most published figures use (notes of the paper's code: eval/…/system_prompt.md).
 
-Two answers are equal by their notation, else by math-verify. That computes with sympy what models write, and
-9^{9^{9^9}} has no end and no room: it works in a process of its own, which is ended and replaced when an
-answer takes too long.
+Two answers are equal by their notation, as votes and rewards have it, else by math-verify. That computes with
+sympy what models write, and 9^{9^{9^9}} has no end and no room: it works in a process of its own, which is
+ended and replaced when an answer takes too long.
 """
 
 import json
@@ -25,6 +25,7 @@ from typing import Self
 from emlocal.answers.finding import extract, find
 from emlocal.answers.gold import gold
 from emlocal.answers.meaning import canonical
+from emlocal.answers.notation import latex, plain
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task, text_of
 
@@ -33,7 +34,8 @@ SECONDS = 20.0
 LONGEST = 1000
 """Characters of an answer that is still compared by meaning."""
 _LONGEST_PRODUCT = 2
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DATE_OR_TIME = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$|[0-9] ?[ap]\.?m\.?$", re.IGNORECASE)
+_BASED = re.compile(r"[0-9A-Z]+_\(?([0-9]+)\)?")
 _START_SECONDS = 60.0  # sympy is imported
 _ARROW = re.compile(r"[-=]+>")
 _ORDER = re.compile(r"[<>≤≥≠]|\\(?:leq?(?:slant)?|geq?(?:slant)?|lt|gt|neq?)(?![A-Za-z])")
@@ -59,18 +61,16 @@ class MathJudge:
     def equal(self, gold: str, answer: str) -> bool:
         """Whether the answer means what the gold answer does (docs/evaluation.md lists where people differ).
 
-        An answer that says more than a value is not that value: a bound (\\leq 5), or two numbers (4 = 5).
-        Raises EmlocalError where math-verify cannot be run.
+        What votes call equal is equal. An answer that says more than a value is not that value: a bound
+        (\\leq 5), or two numbers (4 = 5). Raises EmlocalError where math-verify cannot be run.
         """
-        if max(len(gold), len(answer)) > LONGEST:
+        if canonical(gold) == canonical(answer):
+            return True
+        if max(len(gold), len(answer)) > LONGEST or _other_base(gold, answer):
             return False
         if _contradicts_itself(answer) or (_is_bound(answer) and not _is_bound(gold)):
             return False
-        if _same_number(gold, answer):
-            return True
-        if _is_text(gold) or _is_unread(gold):
-            return canonical(gold) == canonical(answer)
-        return self._ask(gold, answer)
+        return not _is_text(gold) and not _is_unread(gold) and self._ask(latex(gold), latex(answer))
 
     def _ask(self, gold: str, answer: str) -> bool:
         worker = self._started()
@@ -128,13 +128,13 @@ class MathJudge:
 
 
 def _is_text(gold: str) -> bool:
-    """Words or a date, in which math-verify sees products of letters, "Mary" = "Army", and a difference.
+    """Words, a date or a time: math-verify sees products of letters in them, "Mary" = "Army", or differences.
 
     Words of one or two letters may be products, xy = yx.
     """
     key = canonical(gold)
     words = isinstance(key, tuple) and key[0] == "words" and len(key[1]) > _LONGEST_PRODUCT
-    return words or _DATE.fullmatch(gold.strip()) is not None
+    return words or _DATE_OR_TIME.search(plain(gold)) is not None
 
 
 def _is_bound(text: str) -> bool:
@@ -159,10 +159,10 @@ def _contradicts_itself(answer: str) -> bool:
     return any(abs(a - b) * 10 ** min(m, n) >= 1 for (a, m), (b, n) in combinations(numbers, 2))
 
 
-def _same_number(gold: str, answer: str) -> bool:
-    """Both write the same rational number: most answers do, and need no algebra."""
-    key = canonical(gold)
-    return isinstance(key, tuple) and key[0] == "number" and key == canonical(answer)
+def _other_base(gold: str, answer: str) -> bool:
+    """Numerals of two bases, 2516_8 and 2516_9: math-verify leaves the base out."""
+    bases = [_BASED.fullmatch(plain(text)) for text in (gold, answer)]
+    return all(bases) and len({based[1] for based in bases if based}) > 1
 
 
 QUESTION = ("prompt", "question", "problem", "Problem", "Question")
@@ -170,7 +170,7 @@ ANSWER = ("answer", "final_answer", "expected_answer", "target", "Answer")
 SOLUTION = ("solution",)
 """A worked one, whose \\boxed is the answer where a row has no answer by itself (Minerva)."""
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
-_FIRST_JUDGE = 3
+_FIRST_JUDGE = 4
 
 
 class MathTask(Task):

@@ -8,23 +8,21 @@
 A program passes when nothing is raised.
 """
 
-import ast
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
-from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.task import Problem, Row, Rows, Task
+from emlocal.methods.programs import head_of, joined
+from emlocal.sandbox.run import Limits, run
 
 ASK = (
     "Complete this Python function. Answer with the whole function, imports included, in one code block.\n\n"
 )
 _ASK_CLASS = "\n\nAnswer with the whole class, imports included, in one code block."
-_FIRST_JUDGE = 2
-_FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
+_FIRST_JUDGE = 3
 _LEETCODE = "\n".join(
     (
         *(f"from {module} import *" for module in ("typing", "functools", "collections", "itertools")),
@@ -78,25 +76,11 @@ class ProgramTask(Task):
         code = code_of(text, asked.definition)
         if code is None:
             return None
-        program = f"{asked.head}\n{code}\n\n{asked.tests}\n"
-        futures = "".join(line.rstrip("\n") + "\n" for line in _FUTURE.findall(program))
-        return futures + _FUTURE.sub("", program), "program"  # they must come first
+        return joined(asked.head, code, "", asked.tests, ""), "program"
 
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
         outcome = run(found, self.limits)
         return outcome.passed, "" if outcome.passed else outcome.detail
-
-
-def _head(prompt: str) -> str:
-    """The prompt as a program: its imports and the functions that it gives, which an answer may leave out."""
-    started = [line for line in prompt.splitlines() if line.lstrip().startswith("def ")]
-    indent = len(started[-1]) - len(started[-1].lstrip()) if started else 0
-    program = f"{prompt.rstrip()}\n{' ' * (indent + 4)}pass\n" if started else prompt
-    try:
-        ast.parse(program)
-    except SyntaxError:  # a description in words
-        return ""
-    return program
 
 
 def definition_of(entry: str) -> str:
@@ -120,7 +104,7 @@ def _understood(row: Row, where: str) -> _Asked:
         definition = definition_of(entry)
         question = f"{ASK}```python\n{prompt.strip()}\n```"
         title = prompt[max(0, prompt.rfind(definition)) :]
-        return _Asked(question, title, _head(prompt), definition, f"{test}\n\ncheck({entry})")
+        return _Asked(question, title, head_of(prompt), definition, f"{test}\n\ncheck({entry})")
     if test and "prompt_sft" in texts:
         question = texts["prompt_sft"].strip()
         return _Asked(question + _ASK_CLASS, question, _LEETCODE, "class Solution", test)

@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 
 from emlocal.answers.programs import code_of
 from emlocal.errors import UsageError
-from emlocal.evaluation.sandbox.run import Limits, run
 from emlocal.evaluation.tasks.scicode_h5 import TargetFile
 from emlocal.evaluation.tasks.task import Problem, Rows, Task
+from emlocal.sandbox.run import Limits, run
 
 SYSTEM = "You are a scientist who writes correct Python."
 _ASK = (
     "Now write the function of this step: complete the header below. Use no other packages than those listed."
     " Do not repeat the functions above, and write no tests. Answer with one code block."
 )
-_FIRST_JUDGE = 1
+_FIRST_JUDGE = 2
 _DEFINED = re.compile(r"^(?:def|class)\s+\w+", re.MULTILINE)
 _TARGETS = Path(__file__).with_name("scicode_targets.py")
 _OFFICIAL = Path(__file__).with_name("scicode_official.py")

@@ -6,13 +6,15 @@ import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Literal
 
 from emlocal.errors import EmlocalError
-from emlocal.evaluation.sandbox import landlock, seccomp
+from emlocal.sandbox import landlock, seccomp
+from emlocal.text import parse_json
 
 Ending = Literal["passed", "failed", "time", "killed"]
 _INSIDE = Path(__file__).with_name("inside.py")
@@ -61,13 +63,55 @@ def check_containment() -> None:
         )
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What a program is called with."""
+
+    function: str
+    inputs: Sequence[str]
+    """Literals of tuples, each the arguments of one call."""
+    seconds: float = 1.0
+    """Of the processor, for each call."""
+
+
 def run(program: str, limits: Limits = Limits()) -> Outcome:
     """Run a Python program, contained. It can read Python and its packages, and write nothing.
 
     Raises EmlocalError where it cannot be contained, or the interpreter does not start.
     """
-    check_containment()
     secret = secrets.token_hex(16)
+    code, report, clock = _run({"secret": secret, "program": program}, limits)
+    if clock:
+        return Outcome("time", f"ended after {_on_the_clock(limits):g} s")
+    return _outcome(code, report, secret, limits)
+
+
+def results(program: str, calls: Calls, limits: Limits = Limits()) -> list[str]:
+    """Run a Python program, contained, and call its function; what came of each call.
+
+    "returns " with the value as `canonical` writes it, "raises " with the exception's type, "out of time", or
+    "ended" for the call at which the program came to its end, and all after it. Strings hash the same each
+    time, and `random` begins the same. Raises EmlocalError as `run` does.
+    """
+    secret = secrets.token_hex(16)
+    asked = {
+        "secret": secret,
+        "program": program,
+        "calls": {"function": calls.function, "inputs": [*calls.inputs], "seconds": calls.seconds},
+    }
+    code, report, clock = _run(asked, limits)
+    found = [str(said["result"]) for said in _own(report, secret) if "result" in said][: len(calls.inputs)]
+    end = "out of time" if clock or code == -signal.SIGXCPU else "ended"
+    return found + [end] * (len(calls.inputs) - len(found))
+
+
+def _on_the_clock(limits: Limits) -> float:
+    return 2 * limits.seconds + _START_SECONDS
+
+
+def _run(asked: Mapping[str, object], limits: Limits) -> tuple[int, bytes, bool]:
+    """The interpreter's exit code, what it reported, and whether it was ended by the clock."""
+    check_containment()
     reading, writing = os.pipe()
     try:
         arguments = [
@@ -77,34 +121,34 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
             str(limits.memory),
             str(os.getpid()),
         ]
+        clock = False
         with subprocess.Popen(
-            [sys.executable, "-I", *arguments],
+            [sys.executable, "-s", "-P", *arguments],  # -I but for the variables, which are all ours
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,  # of what comes before the program, which has none
             pass_fds=(writing,),
-            env=_ENVIRONMENT,
+            env=_ENVIRONMENT | ({"PYTHONHASHSEED": "0"} if "calls" in asked else {}),
             cwd="/",
             start_new_session=True,
         ) as process:
-            asked = json.dumps({"secret": secret, "program": program}).encode()
+            said = b""
             try:
-                _, said = process.communicate(asked, timeout=2 * limits.seconds + _START_SECONDS)
+                _, said = process.communicate(json.dumps(asked).encode(), timeout=_on_the_clock(limits))
             except subprocess.TimeoutExpired:
-                process.kill()
-                return Outcome("time", f"ended after {2 * limits.seconds + _START_SECONDS:g} s")
+                clock = True
             finally:
-                if process.poll() is None:  # Ctrl-C
+                if process.poll() is None:  # Ctrl-C, too
                     process.kill()
         os.close(writing)
         writing = -1
         ready, _, report = os.read(reading, _REPORT_BYTES).partition(b"\n")
-        if ready != b"ready":
+        if ready != b"ready" and not clock:
             raise EmlocalError(
                 "the interpreter for generated code did not start:"
                 f" {_last_line(said) or f'exit code {process.returncode}'}"
             )
-        return _outcome(process.returncode, report, secret, limits)
+        return process.returncode, report, clock
     finally:
         os.close(reading)
         if writing >= 0:
@@ -127,3 +171,14 @@ def _outcome(code: int, report: bytes, secret: str, limits: Limits) -> Outcome:
         return Outcome("passed") if said["error"] is None else Outcome("failed", str(said["error"]))
     except (ValueError, KeyError, TypeError):
         return Outcome("failed", f"left before its end, with exit code {code}")
+
+
+def _own(report: bytes, secret: str) -> Iterator[dict[str, object]]:
+    """What was said with the secret: the program can write there, too."""
+    for line in report.split(b"\n"):
+        try:
+            said = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and said.get("secret") == secret:
+            yield said

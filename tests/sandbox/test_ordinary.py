@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from emlocal.evaluation.sandbox import landlock, run, seccomp
-from emlocal.evaluation.sandbox.run import Limits
+from emlocal.sandbox import landlock, run, seccomp
+from emlocal.sandbox.run import Limits
 
 pytestmark = pytest.mark.skipif(
     landlock.abi() < landlock.OLDEST_ABI or not seccomp.known(), reason="needs Landlock (Linux 6.2)"

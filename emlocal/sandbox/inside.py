@@ -6,8 +6,12 @@ takes {"secret": …, "program": …} on stdin. It writes a line to the descript
 {"secret": …, "error": null or text} when the program has come to its end. A program that leaves early
 (os._exit, a signal) reports nothing and has not passed. It shares the interpreter with what tests it: one
 that sets out to cheat can.
+
+With "calls" ({"function": name, "inputs": literals of tuples of arguments, "seconds": number}) it then calls
+that function of the program, and writes {"secret": …, "result": text} for each.
 """
 
+import ast
 import ctypes
 import errno
 import json
@@ -18,18 +22,22 @@ import struct
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from emlocal.evaluation.sandbox import landlock, seccomp
+from emlocal.sandbox import landlock, seccomp
+from emlocal.sandbox.canonical import canonical, shortened
 
 sys.path.pop(0)  # the program is not to find what is beside emlocal in a checkout
 
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo")
 _SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
 _LONGEST = 2000
+_LONGEST_NAME = 200
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 1, 4, 38  # for prctl
 _CAPABILITIES_VERSION = 0x20080522
 
@@ -86,16 +94,20 @@ def _drop_capabilities() -> None:
         raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
 
 
-def _error_of(program: str) -> str | None:
-    """Run it; what it raised, last lines first to survive."""
-    module = types.ModuleType("answer")  # no main program: its tests are not to run or to read input
-    sys.modules["answer"] = module
+def _error_of(program: str, module: types.ModuleType) -> BaseException | None:
+    """Run it, in this module; what it raised."""
+    sys.modules[module.__name__] = module
     try:
         exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 (that is what it is for)
     except BaseException as error:  # noqa: BLE001 (sys.exit() is no way to pass)
-        said = "".join(traceback.format_exception_only(error)).strip()
-        return (said[-_LONGEST:] or type(error).__name__) + _why(error)
+        return error
     return None
+
+
+def _said(error: BaseException) -> str:
+    """What was raised, last lines first to survive."""
+    said = "".join(traceback.format_exception_only(error)).strip()
+    return (said[-_LONGEST:] or type(error).__name__) + _why(error)
 
 
 def _why(error: BaseException) -> str:
@@ -105,6 +117,45 @@ def _why(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return " (a program has one thread in the sandbox)"
     return ""
+
+
+class _OutOfTimeError(BaseException):
+    """A call took too long. No Exception, which programs catch."""
+
+
+def _out_of_time(number: int, frame: object) -> None:
+    raise _OutOfTimeError
+
+
+def _result(function: Callable[..., object] | None, text: str, seconds: float) -> str:
+    """What comes of one call: "returns …", "raises TypeError", "out of time"."""
+    arguments = ast.literal_eval(text)
+    if "random" in sys.modules:  # so that it is the same each time
+        sys.modules["random"].seed(0)
+    try:
+        signal.signal(signal.SIGPROF, _out_of_time)
+        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again and again: a program may catch it
+        return _returned(function, arguments)
+    except _OutOfTimeError:
+        return "out of time"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _returned(function: Callable[..., object] | None, arguments: tuple[object, ...]) -> str:
+    try:
+        if function is None:
+            raise NameError
+        returned = shortened(canonical(function(*arguments)))
+    except _OutOfTimeError:
+        raise
+    except BaseException as error:  # noqa: BLE001 (exit() is a behaviour like others)
+        return _raises(error)
+    return f"returns {returned}"
+
+
+def _raises(error: BaseException) -> str:
+    return f"raises {type(error).__name__[:_LONGEST_NAME]}"
 
 
 def _die_with(parent: int) -> None:
@@ -130,8 +181,17 @@ def _main() -> None:
         os.dup2(null, standard)
     os.close(null)
     os.write(report, b"ready\n")
-    error = _error_of(asked["program"])
-    os.write(report, json.dumps({"secret": asked["secret"], "error": error}).encode())
+
+    def say(**said: Any) -> None:
+        os.write(report, json.dumps({"secret": asked["secret"], **said}).encode() + b"\n")
+
+    module = types.ModuleType("answer")  # no main program: its tests are not to run or to read input
+    error = _error_of(asked["program"], module)
+    if calls := asked.get("calls"):
+        function = vars(module).get(calls["function"])
+        for text in calls["inputs"]:
+            say(result=_result(function, text, calls["seconds"]) if error is None else _raises(error))
+    say(error=None if error is None else _said(error))
     os._exit(0)  # what the program left to be done at exit is not done
 
 

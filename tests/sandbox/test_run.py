@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import EmlocalError
-from emlocal.evaluation.sandbox import landlock, run, seccomp
-from emlocal.evaluation.sandbox.run import Limits
+from emlocal.sandbox import landlock, run, seccomp
+from emlocal.sandbox.run import Limits
 
 pytestmark = pytest.mark.skipif(
     landlock.abi() < landlock.OLDEST_ABI or not seccomp.known(), reason="needs Landlock (Linux 6.2)"
@@ -74,7 +74,7 @@ def test_the_kernel_sends_no_signals_for_it(call: str) -> None:
 
 def test_a_program_ends_with_the_process_that_runs_it() -> None:
     code = (
-        "from emlocal.evaluation.sandbox.run import run\n"
+        "from emlocal.sandbox.run import run\n"
         "print('started', flush=True)\nrun('import time; time.sleep(60)')"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY)
@@ -267,7 +267,7 @@ def test_it_holds_for_a_user_without_privileges() -> None:
         path.chmod(0o755)
     code = (
         f"import sys; sys.path[:0] = [{str(folder)!r}]\n"
-        "from emlocal.evaluation.sandbox.run import run\n"
+        "from emlocal.sandbox.run import run\n"
         "assert run('assert True').passed\n"
         "for bad in ('import os; os.fork()', 'import socket; socket.socket()', 'open(\"/tmp/x\", \"w\")'):\n"
         "    assert 'Errno' in run(bad).detail"

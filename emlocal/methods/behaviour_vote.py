@@ -1,0 +1,257 @@
+"""Behaviour vote: several programs are run on inputs that the model writes, and the most alike win.
+
+Programs that do the same are one cluster, whatever they look like (SemanticVote, arXiv 2605.08680; FMV,
+2604.15618). What the prompt prints as examples may rule programs out.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from emlocal.em.scores import scores
+from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
+from emlocal.methods.method import Answering, Method, Outcome
+from emlocal.settings import SamplingParams, setting
+
+if TYPE_CHECKING:
+    from emlocal.generation import Completion, Handle, Job
+    from emlocal.methods.asking import Question
+
+_SAMPLES = 8  # where nobody says how many
+INPUTS = 8
+"""The most that the model writes."""
+_EXAMPLES = 8  # the most of the prompt's that are used
+_INPUT_TOKENS = 400
+SECONDS_A_CALL, SECONDS_A_PROGRAM = 0.5, 4.0
+"""Of the processor; on the clock a program has twice its own and five more."""
+MEMORY = 1 << 30
+"""Bytes of address space of a program."""
+ASK_INPUTS = (
+    "Write a Python list `inputs` of {most} different tuples of arguments to test `{signature}` with, one"
+    " tuple a line. Do not write the results."
+)
+_SUCH_AS = " A tuple looks like {example}, but write others."
+
+
+@dataclass(frozen=True)
+class BehaviourVote(Method):
+    """`behaviour-vote:N` runs N programs; it needs leave to run code."""
+
+    name: ClassVar[str] = "behaviour-vote"
+    collects: ClassVar[bool] = True
+    runs_code: ClassVar[bool] = True
+    value: ClassVar[str] = "samples"
+    sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.8, "min_p": 0.05}
+
+    allow_code: bool = setting(
+        False, "--allow-code", help="Run code that the model writes, contained (behaviour-vote)."
+    )
+    use_examples: bool = setting(
+        True,
+        "--use-examples/--no-use-examples",
+        help="Results that the prompt prints rule programs out (behaviour-vote).",
+    )
+
+    def samples(self, asked: int | None) -> int:
+        if asked == 1:
+            raise UsageError("--samples is 1; behaviour-vote needs at least 2 programs")
+        return asked or _SAMPLES
+
+    def check_leave(self) -> None:
+        if not self.allow_code:
+            raise UsageError(
+                f"{self.name} runs code that the model writes",
+                "add --allow-code (in Python allow_code=True); docs/evaluation.md says how it is contained",
+            )
+        from emlocal.sandbox.run import check_containment
+
+        check_containment()
+
+    def check(self, params: SamplingParams) -> None:
+        if params.temperature == 0:
+            raise UsageError("greedy samples are all alike, and cannot vote")
+
+    def describe(self, samples: int) -> list[str]:
+        without = "" if self.use_examples else ", whatever the examples say"
+        return [f"the most alike in behaviour of {samples}, one of them greedy{without}"]
+
+    def answer(self, question: "Question") -> Answering:
+        from emlocal.answers.programs import code_of
+        from emlocal.methods.programs import Example, asked_for, joined, printed, written
+
+        inputs: Sequence[Handle] = ()
+        [drawn] = yield [_one_greedy(question.job())]
+        completions = drawn.completions
+        prompt = _said_last(question)
+        function = asked_for(prompt, [completion.text for completion in completions])
+        cancelled = any(completion.finish_reason == "cancelled" for completion in completions)
+        if function is None or cancelled:
+            return Outcome([drawn], completions, fields=_NONE.fields(0), undecided=True)
+        found = [code_of(completion.text, f"def {function.name}") for completion in completions]
+        programs = {i: joined(function.head, code) for i, code in enumerate(found) if code is not None}
+        if len(set(programs.values())) < 2:  # there is nothing to choose
+            index = 0 if 0 in programs or not programs else min(programs)
+            decided = Decision(index, len(programs), 1, 0, 0, undecided=not programs)
+        else:
+            examples = {repr(each.arguments): each for each in printed(prompt, function.name)[:_EXAMPLES]}
+            try:
+                such_as = next(iter(examples), None)
+                inputs = yield [_ask_inputs(question, completions[0].text, function.signature, such_as)]
+            except (ContextFullError, CancelledError, _NoQuestionError):
+                pass  # the examples are what there is
+            for completion in (completion for handle in inputs for completion in handle.completions):
+                for arguments in written(completion.text, function, INPUTS):
+                    examples.setdefault(repr(arguments), Example(arguments))
+            results = _run(programs, function.name, [*examples])
+            expected = [each.expected if self.use_examples else None for each in examples.values()]
+            decided = decide(results, expected, [_certainty(completion) for completion in completions])
+        return Outcome(
+            [drawn, *inputs],
+            completions,
+            decided.index,
+            decided.fields(len(programs)),
+            confidence=None if decided.undecided else decided.cluster / len(completions),
+            undecided=decided.undecided,
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What came of a vote."""
+
+    index: int
+    """The sample that is the answer."""
+    cluster: int
+    """How many programs do as it does, itself included."""
+    behaviours: int
+    """Different ones, of the programs that were not ruled out."""
+    inputs: int
+    """On which at least one program returned something; the others are not looked at."""
+    ruled_out: int
+    """Programs that met fewer of the expected results than others did."""
+    undecided: bool = False
+
+    def fields(self, programs: int) -> Mapping[str, int]:
+        """For output rows. `programs`: how many answers had one."""
+        return {
+            "programs": programs,
+            "cluster": self.cluster,
+            "behaviours": self.behaviours,
+            "inputs": self.inputs,
+            "ruled_out": self.ruled_out,
+        }
+
+
+def decide(
+    results: Mapping[int, Sequence[str]],
+    expected: Sequence[tuple[object] | None],
+    certainty: Sequence[float],
+) -> Decision:
+    """The vote of programs.
+
+    Args:
+        results: of each sample that has a program, what came of it on each input, as the sandbox says it.
+        expected: for each input what should be returned, in a tuple; None where that is not known.
+        certainty: of each sample: the greater, the surer was the model. Sample 0 is the greedy one.
+    """
+    returning = [i for i in range(len(expected)) if any(_returns(each[i]) for each in results.values())]
+    wrong = {
+        sample: sum(_contradicts(each[i], expected[i]) for i in returning) for sample, each in results.items()
+    }
+    least = min(wrong.values(), default=0)
+    left = [sample for sample in sorted(results) if wrong[sample] == least]
+    clusters: dict[tuple[str, ...], list[int]] = {}
+    for sample in left:
+        signature = tuple(results[sample][i] for i in returning)
+        if any(map(_returns, signature)):  # one that fails everywhere is right about nothing
+            clusters.setdefault(signature, []).append(sample)
+    undecided = not clusters
+    best = max(
+        clusters.values(),
+        key=lambda samples: (len(samples), 0 in samples, max(certainty[sample] for sample in samples)),
+        default=sorted(results),
+    )
+    index = 0 if 0 in best or not best else max(best, key=lambda sample: certainty[sample])
+    ruled_out = len(results) - len(left)
+    return Decision(index, 0 if undecided else len(best), len(clusters), len(returning), ruled_out, undecided)
+
+
+_NONE = Decision(0, 0, 0, 0, 0, undecided=True)
+
+
+def _returns(result: str) -> bool:
+    return result.startswith("returns ")
+
+
+def _contradicts(result: str, expected: tuple[object] | None) -> bool:
+    """Whether this is not what the prompt says. A float need be right to as many places as are printed."""
+    from emlocal.sandbox.canonical import canonical, shortened
+
+    if expected is None:
+        return False
+    wanted, said = expected[0], result.removeprefix("returns ")
+    if not _returns(result):
+        return True
+    if isinstance(wanted, float) and (places := _places(wanted)) is not None:
+        try:
+            return abs(float(said) - wanted) > 0.5001 * 10.0**-places
+        except ValueError:
+            return True
+    return said != shortened(canonical(wanted))
+
+
+def _places(value: float) -> int | None:
+    """Of a float with at least two places behind the point; others are meant as they stand."""
+    places = len(repr(value).partition(".")[2])
+    return places if places >= 2 and "e" not in repr(value) else None
+
+
+def _certainty(completion: "Completion") -> float:
+    """Mean log-probability of its tokens, nats."""
+    if not completion.draws:
+        return -math.inf
+    entropies, probabilities = zip(*((d.entropy_before, d.p_before) for d in completion.draws), strict=True)
+    return scores(entropies, probabilities).mean_log_probability
+
+
+def _one_greedy(job: "Job") -> "Job":
+    """The same, with the first sample greedy."""
+    first, *others = job.requests
+    greedy = replace(first, params=replace(first.params, temperature=0.0, em=None))
+    return replace(job, requests=[greedy, *others])
+
+
+def _said_last(question: "Question") -> str:
+    """What the person asks for."""
+    asked = question.asked
+    return asked if isinstance(asked, str) else asked[-1]["content"]
+
+
+class _NoQuestionError(EmlocalError):
+    """The inputs cannot be asked for."""
+
+
+def _ask_inputs(question: "Question", answer: str, signature: str, such_as: str | None) -> "Job":
+    """The job that asks for inputs; `such_as`: one that the prompt has. Raises _NoQuestionError where the
+    template does not take a longer conversation."""
+    said = ASK_INPUTS.format(most=INPUTS, signature=signature)
+    if such_as is not None:
+        said += _SUCH_AS.format(example=such_as)
+    greedy = replace(question.plan.params, temperature=0.0, em=None)
+    try:
+        job = question.then(answer, said).job(1, samples=range(1), params=greedy, max_tokens=_INPUT_TOKENS)
+    except EmlocalError as why:
+        raise _NoQuestionError(why.message) from why
+    return job
+
+
+def _run(programs: Mapping[int, str], name: str, inputs: Sequence[str]) -> dict[int, list[str]]:
+    """What each program does on each input; the same program is run once."""
+    from emlocal.sandbox.run import Calls, Limits, results
+
+    if not inputs:
+        return {sample: [] for sample in programs}
+    calls, limits = Calls(name, inputs, SECONDS_A_CALL), Limits(SECONDS_A_PROGRAM, MEMORY)
+    found = {program: results(program, calls, limits) for program in dict.fromkeys(programs.values())}
+    return {sample: found[program] for sample, program in programs.items()}

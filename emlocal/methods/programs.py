@@ -1,0 +1,289 @@
+"""Programs in texts: where an answer has its code, which function is asked for, what it may be called with.
+
+Texts of models and of people; nothing of them is run here. Values are read by `ast.literal_eval` alone, and
+only short ones.
+"""
+
+import ast
+import re
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_FENCED = re.compile(
+    r"^[ \t]*(```|~~~)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE
+)
+_PYTHON = ("", "python", "python3", "py", "py3")
+_FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
+_DEFINED = re.compile(r"^(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
+LONGEST = 1000
+"""Characters of the arguments of a call, and of an expected value, that are still read."""
+
+
+def head_of(prompt: str) -> str:
+    """The prompt as a program: its imports and the functions that it gives, which an answer may leave out."""
+    started = [line for line in prompt.splitlines() if line.lstrip().startswith("def ")]
+    indent = len(started[-1]) - len(started[-1].lstrip()) if started else 0
+    program = f"{prompt.rstrip()}\n{' ' * (indent + 4)}pass\n" if started else prompt
+    return "" if _parsed(program) is None else program  # "": a description in words
+
+
+def joined(*parts: str) -> str:
+    """One program of several; imports from __future__ must come first."""
+    program = "\n".join(parts)
+    futures = "".join(line.rstrip("\n") + "\n" for line in _FUTURE.findall(program))
+    return futures + _FUTURE.sub("", program)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that is asked for."""
+
+    name: str
+    signature: str
+    """As it is defined: "def f(a, b=1)"; nothing is known of it where this has no parentheses."""
+    least: int = 0
+    most: float = 0
+    """Positional arguments that it must be given, and that it takes."""
+    head: str = ""
+    """The program of the prompt that goes before answers."""
+
+    def takes(self, arguments: int) -> bool:
+        """Whether it can be called with so many."""
+        return self.least <= arguments <= self.most
+
+
+def asked_for(prompt: str, answers: Sequence[str]) -> Function | None:
+    """The function that a prompt asks for: the last that it begins, else the one that most answers define.
+
+    Where several are defined as often: one that the prompt names, then the last of the first answer. None
+    where no answer defines any.
+    """
+    head = next((found for code in _blocks(prompt) if (found := head_of(code))), "")
+    begun = _begun(head)
+    defined = [_names(answer) for answer in answers]
+    counts = Counter(name for names in defined for name in dict.fromkeys(names))
+    if begun is not None and begun in counts:
+        return _function(begun, head, [head])
+    if not counts:
+        return None
+    places = {name: place for names in reversed(defined) for place, name in enumerate(names)}
+    name = max(
+        counts, key=lambda name: (counts[name], bool(re.search(rf"\b{name}\b", prompt)), places[name], name)
+    )
+    return _function(name, head, [code for answer in answers for code in _blocks(answer)])
+
+
+def _blocks(text: str) -> list[str]:
+    """The code of a text: its blocks, else all of it."""
+    blocks = list(_FENCED.finditer(text.replace("\r\n", "\n")))
+    code = [textwrap.dedent(block[3]) for block in blocks if block[2].lower() in _PYTHON]
+    return code if blocks else [text]
+
+
+def _names(answer: str) -> list[str]:
+    """The functions that an answer defines by themselves, in their order."""
+    return [match[1] for code in _blocks(answer) for match in _DEFINED.finditer(code)]
+
+
+def _begun(head: str) -> str | None:
+    """The last function of a program, where it has no body but a description."""
+    tree = _parsed(head)
+    last = tree.body[-1] if tree and tree.body else None
+    if not isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
+    empty = all(
+        isinstance(line, ast.Pass) or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+        for line in last.body
+    )
+    return last.name if empty else None
+
+
+def _function(name: str, head: str, codes: Sequence[str]) -> Function:
+    """The function as the first of these programs that defines it does."""
+    for code in codes:
+        tree = _parsed(code)
+        for each in tree.body if tree else ():
+            if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) and each.name == name:
+                given = each.args
+                positional = len(given.posonlyargs) + len(given.args)
+                returns = f" -> {ast.unparse(each.returns)}" if each.returns else ""
+                return Function(
+                    name,
+                    f"def {name}({ast.unparse(given)}){returns}",
+                    positional - len(given.defaults),
+                    float("inf") if given.vararg else positional,
+                    head,
+                )
+    return Function(name, f"def {name}", 0, float("inf"), head)
+
+
+def _parsed(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\\d": it is not our code
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call, and what it should return where that is known."""
+
+    arguments: tuple[object, ...]
+    expected: tuple[object] | None = None
+    """In a tuple, since it may be None."""
+
+
+def printed(prompt: str, name: str) -> list[Example]:
+    """The examples of a function that a prompt prints: `>>> f(1)` with the line below it, f(1) == 2,
+    f(1) ➞ 2, "f(1) returns 2". Each call once, where its arguments are literals; what is not read for sure
+    is not expected.
+    """
+    found: dict[str, Example] = {}
+    for match in re.finditer(rf"(?<![\w.]){re.escape(name)}[ ]?(?=\()", prompt):
+        before = prompt[prompt.rfind("\n", 0, match.start()) + 1 : match.start()]
+        end = _closing(prompt, match.end())
+        if end is None or before.rstrip().endswith("def"):
+            continue
+        arguments = _arguments(prompt[match.end() : end])
+        if arguments is None:
+            continue
+        said = None if "\\" in prompt[match.end() : end] else _said(before, prompt[end:])
+        example = Example(arguments, said)
+        known = found.setdefault(repr(arguments), example)
+        if known.expected is None:
+            found[repr(arguments)] = example
+    return list(found.values())
+
+
+def written(text: str, function: Function, most: int) -> list[tuple[object, ...]]:
+    """The arguments that a model wrote: one tuple, or call of the function, a line, or a list of tuples in
+    one. Each once, at most so many; lines that are something else are passed over."""
+    found: dict[str, tuple[object, ...]] = {}
+    for line in text.splitlines():
+        for arguments in _line(line, function):
+            found.setdefault(repr(arguments), arguments)
+    return list(found.values())[:most]
+
+
+def _line(line: str, function: Function) -> list[tuple[object, ...]]:
+    line = re.sub(r"^(?:(?:[-*•>]|\(?\d+[.):])\s+)?`*\s*", "", line.strip()).rstrip(" `,;")
+    call = re.match(rf"(?:\w+\s*=\s*|print\(|assert\s+)?{re.escape(function.name)}\s*(?=\()", line)
+    if call:
+        end = _closing(line, call.end())
+        found = _arguments(line[call.end() : end]) if end else None
+    elif line[:1] == "(":
+        end = _closing(line, 0)
+        alone = end and re.match(r"\s*,?\s*(?:#|$|[-=]+>|➞|→)", line[end:])
+        found = _arguments(line[:end]) if alone else None
+    else:
+        value = _literal(re.sub(r"^\w+\s*=\s*", "", line.partition(" #")[0]))
+        listed = value[0] if value is not None else None
+        if isinstance(listed, list) and listed and all(isinstance(each, tuple) for each in listed):
+            return [each for each in listed if function.takes(len(each))]
+        found = value
+    if found is None or function.takes(len(found)):
+        return [] if found is None else [found]
+    # one argument that is a tuple itself
+    return [(found,)] if not call and found and function.takes(1) else []
+
+
+def _arguments(source: str) -> tuple[object, ...] | None:
+    """What stands in these parentheses, where all of it is literals."""
+    call = _expression(f"f{source}")
+    if not isinstance(call, ast.Call) or call.keywords:
+        return None
+    return _value(ast.Tuple(call.args))
+
+
+def _literal(text: str) -> tuple[object] | None:
+    """The value, in a tuple; true and null as JSON has them."""
+    text = {"true": "True", "false": "False", "null": "None", "none": "None"}.get(text, text).strip()
+    found = _expression(text) if text else None
+    value = None if found is None else _value(ast.Tuple([found]))
+    return None if value is None else (value[0],)
+
+
+def _value(node: ast.Tuple) -> tuple[object, ...] | None:
+    """The values; None where they are no literals, or cannot be written as such (1e999 is infinite)."""
+    try:
+        found: tuple[object, ...] = ast.literal_eval(repr(ast.literal_eval(node)))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return found
+
+
+def _expression(source: str) -> ast.expr | None:
+    if len(source) > LONGEST:
+        return None
+    module = _parsed(source)
+    line = module.body[0] if module and len(module.body) == 1 else None
+    return line.value if isinstance(line, ast.Expr) else None
+
+
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Behind the bracket that closes the one at `start`; None where none does, or it is far away."""
+    depth, quote, at = 0, "", start
+    while at < min(len(text), start + LONGEST + 2):
+        char = text[at]
+        if quote:
+            if char == "\\":
+                at += 1
+            elif char == quote or char == "\n":
+                quote = ""
+        elif char in "\"'":
+            quote = char
+        elif char in _OPENING:
+            depth += 1
+        elif char in _CLOSING:
+            depth -= 1
+            if depth == 0:
+                return at + 1
+        at += 1
+    return None
+
+
+_SAYS = re.compile(
+    r"\s*(?:(?:#|//)\s*)?(?:[-=]*[-=]>|==?|➞|→|⇒|⟹|(?:returns?|gives|is|evaluates to|"
+    r"should (?:return|be|equal|give))\b):?[ \t]*"
+)
+_COMMENT = re.compile(r"\s*(?:#|//)[ \t]*")
+_GOES_ON = re.compile(r"[\w\"'\[({]|\s*(?:[-+*/%|&^<>=]|(?:or|if|else|in|not|is)\b|,\s*[-+\d\"'\[({]|\.\d)")
+
+
+def _said(before: str, after: str) -> tuple[object] | None:
+    """What a call should return, from the text before it in its line, and that after it."""
+    line, _, below = after.partition("\n")
+    prompted = before.strip() == ">>>"
+    if before.rstrip().endswith("print(") and line.startswith(")"):
+        line = line[1:]
+    below = re.split(r"^[ \t]*(?:>>>|$)|\"\"\"|'''|```", below, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    if prompted and not re.sub(r"#.*", "", line).strip():
+        return _first_literal(below) if len(below) <= LONGEST else None
+    arrow = _SAYS.match(line) or _COMMENT.match(line)
+    if arrow is None or (prompted and below == "False"):
+        return None
+    return _first_literal(line[arrow.end() :])
+
+
+def _first_literal(text: str) -> tuple[object] | None:
+    """The literal that a text begins with, where what follows is no more of the expression."""
+    if text[:1] in _OPENING:
+        end = _closing(text, 0) if text else None
+    elif text[:1] in ('"', "'"):
+        end = next((i + 1 for i in range(1, len(text)) if text[i] == text[0] and text[i - 1] != "\\"), None)
+    else:
+        word = re.match(r"[-+]?(?:[\d.]+[eE][-+]?\d+|[\w.]+)", text)
+        end = word.end() - word[0].endswith(".") if word else None
+    if end is None or "\\" in text[:end] or _GOES_ON.match(text[end:]):
+        return None
+    found = _literal(text[:end])
+    in_parentheses = text[:1] == "(" and found is not None and not isinstance(found[0], tuple)
+    return None if in_parentheses else found  # ("a") was meant as a tuple by some
