@@ -25,8 +25,9 @@ HEAD = """\
 
 - Every verb takes `-h` or `--help`. `--debug`, before or after the verb, shows the traceback of an error;
   `emlocal --version` says which version this is.
-- Flags of model, sampling and entropy minimization may stand in `config.toml`, without their dashes
-  ([tour.md](tour.md#settings-that-stay)). Other programs' names of flags work, too ([list](#other-names)).
+- Flags of model, sampling, entropy minimization and confidence may stand in `config.toml`, without their
+  dashes ([tour.md](tour.md#settings-that-stay)). Other programs' names of flags work, too
+  ([list](#other-names)).
 - Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 - [Short names of models, files and the hub](models.md), [sampling flags in their order](sampling.md),
   [training flags](finetune.md), [error messages](troubleshooting.md).
