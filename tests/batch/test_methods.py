@@ -41,13 +41,10 @@ def test_the_command_line_offers_all_methods() -> None:
     assert all(name in offered["method"].help for name in METHODS)
     assert offered["extraction"].choices == ("boxed", "last-number", "regex", "none")
     assert {known.flag for known in offered.values()} == {
-<<<<<<< HEAD
         "--method", "--samples", "--rounds", "--extract", "--extract-pattern",
         "--think-steps", "--think-score", "--think-choice", "--power-alpha", "--power-block",
         "--score", "--vote-beta", "--vote-alpha", "--wave", "--vote-sure",
-=======
-        "--method", "--samples", "--rounds", "--extract", "--extract-pattern", "--allow-code", "--use-examples",
->>>>>>> wt-code
+        "--allow-code", "--use-examples",
     }  # fmt: skip
 
 
