@@ -1,6 +1,6 @@
 """Confidence: one number from 0 to 1 for an answer, and what it means.
 
-A method that knows more than one text says gives its own: of a vote, the share that agrees. Else it is
+A method that knows more than one text says gives its own: of a vote, the winner's share. Else it is
 exp(mean log-probability): the geometric mean of the probabilities of the answer's tokens, which is a number
 between 0 and 1 and rises with how sure the model was, but is no chance of being right. Calibrated, by a file
 that `emlocal eval --calibrate` wrote, it is such a chance: of answers with 0.8, eight in ten were right on
@@ -63,7 +63,7 @@ class Subject:
     method: str
     samples: int
     drawn: str
-    """Temperature and EM, in words."""
+    """Temperature, EM, and what is done with several samples, in words."""
 
     def differences(self, other: "Subject") -> str:
         """ "method vote, not greedy; samples 8, not 1"; nothing where they are alike."""
@@ -76,8 +76,9 @@ class Subject:
 def subject_of(model: str, method: Chosen, plan: Plan) -> Subject:
     """Of answers by this method, drawn with these settings."""
     params = plan.params
-    drawn = f"T {params.temperature:g}, EM {describe_em(params.em)}"
-    return Subject(model, method.name or name_of(params), plan.samples, drawn)
+    drawn = [f"T {params.temperature:g}", f"EM {describe_em(params.em)}"]
+    words = ", ".join([*drawn, *method.collecting.describe(plan.samples)])
+    return Subject(model, method.name or name_of(params), plan.samples, words)
 
 
 # -------------------------------------------------------------------------------------------- calibrations

@@ -121,7 +121,7 @@ def test_a_mismatch_names_what_differs(tmp_path: Path) -> None:
     text = made.mismatch(subject_of("model b", other.method, other.plan))
     assert text == (
         "votes.json was made for other answers (model fake, not model b; method self-consistency, not greedy;"
-        " samples 6, not 1; drawn T 1, EM off, not T 0, EM off): rows say calibrated false"
+        " samples 6, not 1; drawn T 1, EM off, majority of 6, not T 0, EM off): rows say calibrated false"
     )
     made.write(tmp_path / "votes.json")
     assert json.loads((tmp_path / "votes.json").read_text())["method"] == "self-consistency"
