@@ -41,7 +41,8 @@ def test_the_command_line_offers_all_methods() -> None:
     assert all(name in offered["method"].help for name in METHODS)
     assert offered["extraction"].choices == ("boxed", "last-number", "regex", "none")
     assert {known.flag for known in offered.values()} == {
-        "--method", "--samples", "--rounds", "--extract", "--extract-pattern", "--allow-code", "--use-examples",
+        "--method", "--samples", "--rounds", "--extract", "--extract-pattern", "--allow-code",
+        "--use-examples",
     }  # fmt: skip
 
 
