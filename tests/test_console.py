@@ -113,3 +113,17 @@ def test_a_bar_carries_no_escape_code_of_a_label(
     drawn = capsys.readouterr().err
     assert "fetching �]0;tit" in drawn
     assert "\x1b]" not in drawn
+
+
+def test_tokens_are_counted_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.working("answering") as tick:
+        tick()  # at once there is nothing to say
+    monkeypatch.setattr(console, "_PLAIN_SECONDS", 0.0)
+    with console.working("answering") as tick:
+        for _ in range(2):
+            tick()
+    with console.working("answering", quiet=True) as tick:
+        tick()
+    assert capsys.readouterr().err == "answering: 1 token\nanswering: 2 tokens\n"

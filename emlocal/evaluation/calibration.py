@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 from emlocal.em.scores import RANKED
-from emlocal.errors import EmlocalError
+from emlocal.errors import EmlocalError, UsageError
 from emlocal.evaluation.confidence import Cases
 from emlocal.evaluation.selective import auroc, brier, calibration_error
 from emlocal.methods.confidence import FREE, METHOD, Curve, Isotonic, Platt
@@ -47,6 +48,19 @@ class Fitted:
     calibration_error: float
     brier: float
     """… and so are these two."""
+
+
+def check_target(path: Path | None, methods: int) -> None:
+    """Raise UsageError where --calibrate cannot write its file, or there are several methods."""
+    if path is None:
+        return
+    if methods > 1:
+        raise UsageError(
+            f"--calibrate is for one method; --methods names {methods}",
+            "name one: answers that are there are not made again",
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"--calibrate {path}: no file can be there", "name a file in a folder that exists")
 
 
 def fit(cases: Cases, seed: int) -> Fitted:

@@ -7,7 +7,6 @@ and contenders can be added to one that is finished.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +23,17 @@ from emlocal.batch.run import BatchSettings
 from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, UsageError
 from emlocal.evaluation.answering import Answer, Answering, Judge, Judged
-from emlocal.evaluation.calibration import FOLDS, fit
+from emlocal.evaluation.calibration import FOLDS, check_target, fit
 from emlocal.evaluation.confidence import Cases, score_results
 from emlocal.evaluation.contenders import Contender, EvalOptions, describe, read_contenders
-from emlocal.evaluation.report.document import Document, answered_with, note_answering, provenance, write_json
+from emlocal.evaluation.report.document import (
+    Document,
+    answered_otherwise,
+    check_folder,
+    note_answering,
+    provenance,
+    write_json,
+)
 from emlocal.evaluation.report.page import write_page
 from emlocal.evaluation.report.texts import write_markdown
 from emlocal.evaluation.results import Comparison, MethodResult, compare, summarize
@@ -257,7 +263,7 @@ class Prepared:
                 progress=progress,
             )
             judged = judge(task, answers, folder, restart=restart, cancelled=cancelled, progress=progress)
-        if others := _answered(folder, entries, made_with):
+        if others := answered_otherwise(folder, [entry.name for entry in entries], made_with):
             made_with["answered with"] = others
         document = self._document(entries, loaded, judged, parallel, made_with)
         write_json(document, folder / "results.json")
@@ -402,8 +408,8 @@ def prepare(
         contender.plan(settings.plan, settings.chosen)
     found = open_task(task, asked.data, asked.limit, asked.code_seconds, asked.targets)
     _check(found, contenders, asked)
-    _check_folder(asked.output)
-    _check_calibrate(asked.calibrate, contenders)
+    check_folder(asked.output)
+    check_target(asked.calibrate, len(contenders))
     known = None if calibration is None else read_calibration(calibration)
     return Prepared(asked, found, contenders, settings, known)
 
@@ -431,43 +437,6 @@ def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> N
         )
 
 
-def _check_calibrate(path: Path | None, contenders: Sequence[Contender]) -> None:
-    if path is None:
-        return
-    if len(contenders) > 1:
-        raise UsageError(
-            f"--calibrate is for one method; --methods names {len(contenders)}",
-            "name one: answers that are there are not made again",
-        )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"--calibrate {path}: no file can be there", "name a file in a folder that exists")
-
-
-def _check_folder(output: Path | None) -> None:
-    """Raise UsageError where no folder can be: before a model is loaded."""
-    if output is None:
-        return
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UsageError(f"{there} is a file, and -o names a folder", "use another -o")
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"nothing can be written into {there}", "use another -o")
-
-
 def _digest(text: str) -> str:
     """Of the first question as it is asked: a sign of the words that this version asks with."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _answered(folder: Path, entries: Sequence[Entry], now: Mapping[str, object]) -> dict[str, list[str]]:
-    """By method, what its answers were made with where that is not what this run has: versions, commit."""
-    before = answered_with(folder)
-    found = {}
-    for entry in entries:
-        others = [made for made in before.get(entry.name, []) if made != now]
-        if others:
-            found[entry.name] = [
-                ", ".join(f"{name} {value}" for name, value in made.items() if value != now.get(name))
-                for made in others
-            ]
-    return found

@@ -44,6 +44,7 @@ def test_the_command_line_offers_all_methods() -> None:
         "--method", "--samples", "--rounds", "--extract", "--extract-pattern",
         "--think-steps", "--think-score", "--think-choice", "--power-alpha", "--power-block",
         "--score", "--vote-beta", "--vote-alpha", "--wave", "--vote-sure",
+        "--allow-code", "--use-examples",
     }  # fmt: skip
 
 

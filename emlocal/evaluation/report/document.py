@@ -4,6 +4,7 @@ With it goes what a result was made with: versions, commit, machine.
 """
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -272,6 +273,33 @@ def answered_with(folder: Path) -> dict[str, list[dict[str, object]]]:
         except (ValueError, KeyError, TypeError):
             continue  # torn by a crash
     return found
+
+
+def answered_otherwise(
+    folder: Path, methods: Sequence[str], now: Mapping[str, object]
+) -> dict[str, list[str]]:
+    """By method, what its answers were made with where that is not what this run has: versions, commit."""
+    before = answered_with(folder)
+    found = {}
+    for method in methods:
+        others = [made for made in before.get(method, []) if made != now]
+        if others:
+            found[method] = [
+                ", ".join(f"{name} {value}" for name, value in made.items() if value != now.get(name))
+                for made in others
+            ]
+    return found
+
+
+def check_folder(output: Path | None) -> None:
+    """Raise UsageError where no folder can be: before a model is loaded."""
+    if output is None:
+        return
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there} is a file, and -o names a folder", "use another -o")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"nothing can be written into {there}", "use another -o")
 
 
 def commit() -> str | None:
