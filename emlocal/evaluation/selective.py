@@ -50,8 +50,8 @@ def select(
     """
     groups = _Groups(scores, right)
     once = np.ones((1, len(groups.right)))
-    auroc, risks = groups.auroc(once)[0], groups.risks(once)[0]
-    drawn = [(groups.auroc(w), groups.risks(w)) for w in _resamples(groups.order, problems, seed)]
+    auroc, risks = (figure[0] for figure in groups.figures(once))
+    drawn = [groups.figures(weights) for weights in _resamples(groups.order, problems, seed)]
     aurocs, many = (np.concatenate(each) for each in zip(*drawn, strict=True))
     ends = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     known = aurocs[~np.isnan(aurocs)]
@@ -73,7 +73,7 @@ def auroc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
     None where all are right, or none is. Raises ValueError for no answers.
     """
     groups = _Groups(scores, right)
-    value = groups.auroc(np.ones((1, len(groups.right))))[0]
+    value = groups.figures(np.ones((1, len(groups.right))))[0][0]
     return None if np.isnan(value) else float(value)
 
 
@@ -81,7 +81,7 @@ def risks(scores: Sequence[float], right: Sequence[bool]) -> tuple[float, ...]:
     """By `COVERAGES`, the share of wrong answers among so many of the surest; of the last of them a fraction
     counts where the share of answers is no whole number. Raises ValueError for no answers."""
     groups = _Groups(scores, right)
-    return tuple(map(float, groups.risks(np.ones((1, len(groups.right))))[0]))
+    return tuple(map(float, groups.figures(np.ones((1, len(groups.right))))[1][0]))
 
 
 def calibration_error(p: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
@@ -129,9 +129,14 @@ class _Groups:
         ordered = x[self.order]
         self._starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
 
-    def auroc(self, weights: Array) -> Array:
-        """Of each row of weights (rows, answers in `order`); NaN where all are right, or none is."""
-        hits, misses = self._sums(weights)
+    def figures(self, weights: Array) -> tuple[Array, Array]:
+        """(AUROCs, risks by coverage) of each row of weights (rows, answers in `order`)."""
+        hits = np.add.reduceat(weights * self.right, self._starts, axis=1)
+        misses = np.add.reduceat(weights, self._starts, axis=1) - hits
+        return self._aurocs(hits, misses), self._risks(hits, misses)
+
+    def _aurocs(self, hits: Array, misses: Array) -> Array:
+        """NaN where all are right, or none is."""
         below = misses.sum(axis=1, keepdims=True) - np.cumsum(misses, axis=1)
         pairs = hits.sum(axis=1) * misses.sum(axis=1)
         won = np.sum(hits * (below + misses / 2), axis=1)
@@ -139,9 +144,8 @@ class _Groups:
         np.divide(won, pairs, out=found, where=pairs > 0)
         return found
 
-    def risks(self, weights: Array) -> Array:
+    def _risks(self, hits: Array, misses: Array) -> Array:
         """(rows, coverages). Within a group the right ones come evenly, as they do on average over lots."""
-        hits, misses = self._sums(weights)
         mass = np.cumsum(hits + misses, axis=1)
         wrong = np.cumsum(misses, axis=1)
         found = []
@@ -152,11 +156,6 @@ class _Groups:
             )
         return np.array(found)
 
-    def _sums(self, weights: Array) -> tuple[Array, Array]:
-        """The weights of right and of wrong answers: (rows, groups)."""
-        hits = np.add.reduceat(weights * self.right, self._starts, axis=1)
-        return hits, np.add.reduceat(weights * (1 - self.right), self._starts, axis=1)
-
 
 def _resamples(order: NDArray[np.intp], problems: Sequence[Hashable], seed: int) -> Iterator[Array]:
     """How often each answer is drawn, in `order`: rows of weights, in chunks."""
@@ -166,5 +165,7 @@ def _resamples(order: NDArray[np.intp], problems: Sequence[Hashable], seed: int)
     rows = max(1, _CHUNK // len(owner))
     n = len(names)
     for start in range(0, RESAMPLES, rows):
-        drawn = random.multinomial(n, np.full(n, 1 / n), size=min(rows, RESAMPLES - start))
-        yield drawn[:, owner].astype(np.float64)
+        count = min(rows, RESAMPLES - start)
+        drawn = random.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
+        yield times[:, owner].astype(np.float64)
