@@ -42,8 +42,7 @@ def difference(before: list[bool], after: list[bool]) -> tuple[float, float, flo
 
 def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: float) -> list[dict[str, Any]]:
     """A row a question."""
-    from emlocal.backends.engine import engine
-    from emlocal.backends.options import LoadOptions
+    from emlocal.backends.engine import LoadOptions, engine
     from emlocal.generation.prompt import chat_tokens, with_system
     from emlocal.generation.scheduler import SPARE_SEQUENCES
     from emlocal.methods.extraction import equivalent, extract

@@ -248,7 +248,7 @@ def size_of(folder: Path) -> int:
 
 def model() -> Finding:
     """The model that is used when none is named."""
-    from emlocal.backends.options import context_length
+    from emlocal.backends.engine import context_length
     from emlocal.models import resolve, starter
     from emlocal.models.memory import check_memory
 

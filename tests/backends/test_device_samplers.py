@@ -17,10 +17,8 @@ from torch.compiler import config as compiler
 
 from emlocal.backends.base import Row
 from emlocal.backends.device_sampler import DeviceSampler
-from emlocal.backends.mlx.kernels import GROUP, first_above, fixed, part
-from emlocal.backends.mlx.sampler import EDGE, MLXSampler
-from emlocal.backends.torch.kernels import descend
-from emlocal.backends.torch.sampler import Compiled, TorchSampler
+from emlocal.backends.mlx.sampler import EDGE, GROUP, MLXSampler, first_above, fixed, part
+from emlocal.backends.torch.sampler import Compiled, TorchSampler, descend
 from emlocal.em.entropy import log_softmax
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError, UsageError

@@ -14,8 +14,7 @@ from typer.testing import CliRunner, Result
 
 from emlocal import diagnosis as checks
 from emlocal import install, machine
-from emlocal.backends import mlx
-from emlocal.backends.llama_cpp import doctor as llama_cpp
+from emlocal.backends import llama_cpp, mlx
 from emlocal.cli.app import build
 from emlocal.models import starter
 from tests.tiny_gguf import write_tiny_gguf

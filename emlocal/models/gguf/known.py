@@ -4,7 +4,7 @@ What is remembered is the header's own content (BLAKE2b of all its bytes), not a
 changed is another header, however quickly it changed. All checks but those of the vocabulary are made each
 time. Without this file, or with a damaged one, everything is checked.
 
-Beside it: the models that came through a trial in a process of their own (backends/llama_cpp/trial.py).
+Beside it: the models that came through a trial in a process of their own (backends/llama_cpp/loading.py).
 """
 
 import json
