@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("identity",),
     ("settings",),
     ("em",),
-    ("console", "install", "machine"),
+    ("console", "machine"),
     ("models",),
     ("cancel", "files", "text"),
     ("backends/__init__", "settings/table"),

@@ -43,10 +43,9 @@ def chat(
     given: Annotated[Given, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
-    from emlocal.chat.conversation import Conversation, chat_file, newest_kept
     from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
-    from emlocal.chat.session import ChatSession
+    from emlocal.chat.session import ChatSession, Conversation, chat_file, newest_kept
     from emlocal.cli.views import open_backend
     from emlocal.generation import Scheduler
     from emlocal.models.paths import data_dir

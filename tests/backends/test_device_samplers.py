@@ -23,7 +23,7 @@ from emlocal.em.entropy import log_softmax
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError, UsageError
 from emlocal.sampling import Draw, Sampler, SamplingParams
-from emlocal.sampling.reference import adjust, inverse_cdf, probabilities
+from emlocal.sampling.draw import adjust, inverse_cdf, probabilities
 from emlocal.settings import EM_PRESETS
 from tests.backends.precision import adam_in_float32
 from tests.em.fast_path import hard_rows

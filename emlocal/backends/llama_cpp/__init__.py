@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from emlocal import install, machine
+from emlocal import machine
 from emlocal.backends.engine import Engine, Probe, Verdict
 from emlocal.backends.llama_cpp.loading import REQUIREMENT
 
@@ -54,28 +54,28 @@ def unused_features(features: tuple[str, ...], system_info: str) -> list[str]:
 
 def install_lines() -> list[str]:
     """The two ways to get llama.cpp's bindings: built here, or a wheel that is built already."""
-    base = [*install.installer(), REQUIREMENT]
-    return [install.line(base), install.line([*base, "--extra-index-url", WHEEL_INDEX])]
+    base = [*machine.installer(), REQUIREMENT]
+    return [machine.line(base), machine.line([*base, "--extra-index-url", WHEEL_INDEX])]
 
 
 def rebuild_line(*, native: bool = False) -> str:
     """Rebuild the bindings for this processor."""
-    uv = install.installer()[0] == "uv"
+    uv = machine.installer()[0] == "uv"
     again = ["--reinstall", "--no-cache"] if uv else ["--force-reinstall", "--no-deps", "--no-cache-dir"]
-    line = install.line([*install.installer(), *again, "--no-binary", "llama-cpp-python", REQUIREMENT])
+    line = machine.line([*machine.installer(), *again, "--no-binary", "llama-cpp-python", REQUIREMENT])
     return f"CMAKE_ARGS=-DGGML_NATIVE=on {line}" if native and os.name == "posix" else line
 
 
 def _fix(why: str) -> tuple[str, ...]:
     """What to do about llama.cpp's bindings that cannot be imported."""
     if "No module named 'llama_cpp'" in why:
-        compiler = () if install.compilers() else tuple(install.compiler_lines())
+        compiler = () if machine.compilers() else tuple(machine.compiler_lines())
         built, wheel = install_lines()
         return (*compiler, built, f"or, without a compiler: {wheel}")
-    openmp = install.openmp_line()
+    openmp = machine.openmp_line()
     if "libgomp" in why and openmp:
         return (openmp,)
-    compiler = () if install.compilers() else tuple(install.compiler_lines())
+    compiler = () if machine.compilers() else tuple(machine.compiler_lines())
     return (*compiler, rebuild_line())
 
 

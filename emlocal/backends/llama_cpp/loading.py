@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Self
 from emlocal.backends.engine import KVType, LoadOptions, context_length, wait_briefly
 from emlocal.errors import BackendError, ModelError, UsageError
 from emlocal.machine import physical_cores
+from emlocal.models.gguf.file import came_through, remember_trial
 from emlocal.models.gguf.header import shown
 from emlocal.models.gguf.keys import CHECKED
-from emlocal.models.gguf.known import came_through, remember_trial
 from emlocal.models.resolve import GGUFModel
 
 _LOG: list[str] = []

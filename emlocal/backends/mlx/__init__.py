@@ -50,7 +50,7 @@ def _load(
 
 
 def _verdict(said: Mapping[str, str]) -> Verdict:
-    from emlocal.install import installer
+    from emlocal.machine import installer
 
     if "why" in said:
         line = f"{' '.join(installer())} --force-reinstall mlx mlx-lm"

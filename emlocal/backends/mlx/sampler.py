@@ -1,6 +1,6 @@
 """From rows of logits on a device to tokens: one compiled function, and one small transfer to the host.
 
-What emlocal.sampling.reference does row by row, on blocks of rows, in float32 and 64-bit integers, since
+What emlocal.sampling.draw does row by row, on blocks of rows, in float32 and 64-bit integers, since
 Apple's GPUs have no float64. Tokens are the reference's unless u lies within EDGE of a border of its CDF. The
 host's half is emlocal.backends.device_sampler.
 
@@ -31,7 +31,7 @@ from emlocal.em.steps.adaptive_temperature import COLDEST
 from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON
 from emlocal.errors import ModelError
 from emlocal.sampling import SamplingParams
-from emlocal.sampling.reference import COLDEST as COLDEST_DRAW
+from emlocal.sampling.draw import COLDEST as COLDEST_DRAW
 
 GROUP = 512
 """V is a multiple of it; so many numbers are summed up first."""

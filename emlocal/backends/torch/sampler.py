@@ -1,6 +1,6 @@
 """From rows of logits on a device to tokens, with one transfer to the host at the end.
 
-What emlocal.sampling.reference does row by row, on blocks of rows, in float64. The host's half is
+What emlocal.sampling.draw does row by row, on blocks of rows, in float64. The host's half is
 emlocal.backends.device_sampler.
 
 Rows are float64 [R, V], with FLOOR for masked tokens; settings are columns, [R, 1]. First the EM step, as
@@ -25,7 +25,7 @@ from emlocal.backends.device_sampler import INFINITE, MASKED, NAN, DeviceSampler
 from emlocal.em.steps.adaptive_temperature import COLDEST, TOLERANCE
 from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON
 from emlocal.sampling import SamplingParams
-from emlocal.sampling.reference import COLDEST as COLDEST_DRAW
+from emlocal.sampling.draw import COLDEST as COLDEST_DRAW
 
 FLOOR = -1e30
 """A masked token's logit: its probability is 0, and no product with it is NaN, as with -inf."""
