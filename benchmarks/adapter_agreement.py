@@ -68,9 +68,8 @@ def main() -> None:
     chosen = parser.parse_args()
     import numpy as np
 
-    from emlocal.backends.engine import engine
-    from emlocal.backends.options import LoadOptions
-    from emlocal.backends.torch.load import open_folder
+    from emlocal.backends.engine import LoadOptions, engine
+    from emlocal.backends.torch.backend import open_folder
     from emlocal.generation.prompt import chat_tokens
     from emlocal.models.adapters.merge import merge, open_model
     from emlocal.models.adapters.reading import read_adapter

@@ -44,8 +44,7 @@ def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: fl
     """A row a question."""
     from emlocal.answers.finding import extract
     from emlocal.answers.meaning import equivalent
-    from emlocal.backends.engine import engine
-    from emlocal.backends.options import LoadOptions
+    from emlocal.backends.engine import LoadOptions, engine
     from emlocal.generation.prompt import chat_tokens, with_system
     from emlocal.generation.scheduler import SPARE_SEQUENCES
     from emlocal.models.resolve import resolve

@@ -35,8 +35,8 @@ def sequences(steps: int, vocabulary: int) -> list[list[int]]:
 
 def emlocal(folder: Path, steps: int, threads: int) -> dict[str, float]:
     from emlocal.backends.learner import Descent, EntropyObjective
+    from emlocal.backends.torch.backend import open_model
     from emlocal.backends.torch.learner import TorchEntropyLearner
-    from emlocal.backends.torch.load import open_model
     from emlocal.backends.torch.model import linear_layers
     from emlocal.machine import peak_memory
     from emlocal.training.engines import new_adapter

@@ -69,7 +69,7 @@ def parting(backend: Any, one: tuple[list[int], list[Any]], other: tuple[list[in
 def compare(name: str, parts: list[str], tokens: int) -> dict[str, Any]:
     from emlocal.backends.base import LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
-    from emlocal.backends.mlx.load import open_folder
+    from emlocal.backends.mlx.backend import open_folder
     from emlocal.models.resolve import resolve
     from emlocal.models.unpacked import unpack
     from emlocal.sampling import SamplingParams

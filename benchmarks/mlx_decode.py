@@ -35,7 +35,7 @@ def opened(path: Path) -> tuple[Any, Any, Any]:
     from mlx_lm.utils import load
 
     from emlocal.backends.base import LoadOptions
-    from emlocal.backends.mlx.load import open_folder
+    from emlocal.backends.mlx.backend import open_folder
     from emlocal.models.resolve import resolve
     from emlocal.models.unpacked import unpack
 

@@ -40,8 +40,8 @@ def sequences(steps: int, tokens: int) -> list[list[int]]:
 def ours(folder: Path, rows: list[list[int]]) -> Iterator[float]:
     """Seconds of each step."""
     from emlocal.backends.learner import Descent, EntropyObjective
+    from emlocal.backends.mlx.backend import open_model
     from emlocal.backends.mlx.learner import MLXEntropyLearner
-    from emlocal.backends.mlx.load import open_model
     from emlocal.backends.mlx.model import linear_layers
     from emlocal.training.engines import new_adapter
     from emlocal.training.rollouts import Rollout
@@ -66,7 +66,7 @@ def mlx_lm(folder: Path, rows: list[list[int]], on_gpu: bool) -> list[float]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    from emlocal.backends.mlx.load import choose_place
+    from emlocal.backends.mlx.backend import choose_place
     from emlocal.models.folder import read_folder_header
 
     model, _ = load_model(folder)

@@ -38,11 +38,11 @@ _ENGINE = """
 import json, os, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from emlocal.backends.base import Feed
-from emlocal.backends.options import context_length
+from emlocal.backends.engine import context_length
 from emlocal.backends.llama_cpp.backend import LlamaCppBackend
 from emlocal.backends.llama_cpp.loading import load_library
 from emlocal.backends.llama_cpp.loading import Loading
-from emlocal.backends.options import LoadOptions
+from emlocal.backends.engine import LoadOptions
 from emlocal.generation.prompt import chat_tokens
 from emlocal.models.resolve import resolve
 load_library()

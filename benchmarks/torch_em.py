@@ -21,8 +21,7 @@ def main() -> None:
     import torch
     from torch import Tensor
 
-    from emlocal.backends.torch.kernels import Descent, descend, gradient_descent
-    from emlocal.backends.torch.sampler import Compiled
+    from emlocal.backends.torch.sampler import Compiled, Descent, descend, gradient_descent
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")

@@ -21,8 +21,7 @@ def main() -> None:
     import torch
 
     from emlocal.backends.base import Feed, LoadOptions
-    from emlocal.backends.torch.backend import TorchBackend
-    from emlocal.backends.torch.load import open_folder, open_model
+    from emlocal.backends.torch.backend import TorchBackend, open_folder, open_model
     from emlocal.backends.torch.model import can_pack
     from emlocal.models.resolve import GGUFModel, resolve
     from emlocal.models.unpacked import unpack

@@ -21,8 +21,7 @@ from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 from emlocal.backends.base import Backend
-from emlocal.batch.lines import parse_object
-from emlocal.batch.rows import Row
+from emlocal.batch.lines import Row, parse_object
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.em.scores import Scores
 from emlocal.errors import UsageError

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import emlocal
-from emlocal import install, machine
+from emlocal import machine
 from emlocal.backends import ENGINES
 from emlocal.backends.engine import Engine, engine, select_backend
 from emlocal.models.paths import nearest
@@ -96,7 +96,7 @@ def memory() -> Finding:
 
 def python() -> Finding:
     """The Python that runs emlocal, and where emlocal lies."""
-    kind, version = install.environment(), platform.python_version()
+    kind, version = machine.environment(), platform.python_version()
     home = Path(emlocal.__file__).parent
     text = f"{version} ({kind}: {sys.prefix}); emlocal {emlocal.__version__} in {home}"
     facts = {"version": version, "environment": kind, "prefix": sys.prefix, "executable": sys.executable}
@@ -115,7 +115,7 @@ def numpy() -> Finding:
     said = probe("numpy", "''")
     if "why" not in said:
         return Finding("numpy", "ok", said["version"], facts=said)
-    fix = f"{' '.join(install.installer())} --force-reinstall numpy"
+    fix = f"{' '.join(machine.installer())} --force-reinstall numpy"
     return Finding("numpy", "fail", f"cannot be imported: {said['why']}", (fix,), said)
 
 
@@ -126,8 +126,8 @@ def sampler() -> Finding:
         bits = 8 * int(said["info"])
         return Finding("sampler", "ok", f"compiled, with vectors of {bits} bits", facts={"vector_bits": bits})
     text = f"numpy does its work, more slowly: it could not be compiled ({said['why']})"
-    again = f"{' '.join(install.installer())} --force-reinstall --no-deps --no-cache-dir emlocal"
-    return Finding("sampler", "warn", text, (*install.compiler_lines(), again), said)
+    again = f"{' '.join(machine.installer())} --force-reinstall --no-deps --no-cache-dir emlocal"
+    return Finding("sampler", "warn", text, (*machine.compiler_lines(), again), said)
 
 
 def engines() -> Iterator[Finding]:
@@ -185,11 +185,11 @@ def _death(code: int) -> str:
 
 def compiler() -> Finding:
     """A C++ compiler, which only building the engine needs."""
-    found = install.compilers()
+    found = machine.compilers()
     if found:
         return Finding("compiler", "info", ", ".join(found), facts={"found": found})
     text = "none found; needed only to build llama-cpp-python from source"
-    return Finding("compiler", "info", text, tuple(install.compiler_lines()), {"found": []})
+    return Finding("compiler", "info", text, tuple(machine.compiler_lines()), {"found": []})
 
 
 def place(name: str, path: Path, variable: str, purpose: str) -> Finding:
@@ -248,7 +248,7 @@ def size_of(folder: Path) -> int:
 
 def model() -> Finding:
     """The model that is used when none is named."""
-    from emlocal.backends.options import context_length
+    from emlocal.backends.engine import context_length
     from emlocal.models import resolve, starter
     from emlocal.models.memory import check_memory
 

@@ -56,7 +56,7 @@ def gguf_digest(header: "GGUFHeader") -> str:
     or most rows of the tensors they touch, so this tells them apart, in milliseconds; a hash of every byte
     would take seconds a gigabyte, at each start. What it does not see is a patch of single rows in place.
     """
-    from emlocal.models.regular import open_regular
+    from emlocal.files import open_regular
 
     digest = hashlib.sha256(f"emlocal unpacked {UNPACKED_FORMAT}".encode())
     for path in header.files:

@@ -10,8 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emlocal.backends.engine import Engine, engine, select_backend
-from emlocal.backends.options import BATCH_CONTEXT, LoadOptions, context_length
+from emlocal.backends.engine import BATCH_CONTEXT, Engine, LoadOptions, context_length, engine, select_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import UsageError
 from emlocal.models.header import ModelHeader

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("identity",),
     ("settings",),
     ("answers", "em"),
-    ("console", "install", "machine", "sandbox"),
+    ("console", "machine", "sandbox"),
     ("models",),
     ("cancel", "files", "text"),
     ("backends/__init__", "settings/table"),

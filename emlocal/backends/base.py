@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.options import LoadOptions as LoadOptions
-from emlocal.backends.options import context_length
+from emlocal.backends.engine import LoadOptions as LoadOptions
+from emlocal.backends.engine import context_length
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
 from emlocal.sampling import Draw, Sampler, SamplingParams
 

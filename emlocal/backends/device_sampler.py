@@ -21,7 +21,7 @@ from emlocal.em import EMStep
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError, UsageError
 from emlocal.sampling import Draw, SamplingParams
-from emlocal.sampling.reference import counted_tokens
+from emlocal.sampling.draw import counted_tokens
 
 NAN, INFINITE, MASKED = -1, -2, -3
 """What a kernel writes in place of the token for a row that is no distribution."""

@@ -1,14 +1,13 @@
-"""What the rest of emlocal must know of an engine: one record in each engine's folder.
+"""What the rest of emlocal must know of an engine, which one runs and why, and how a model is to be loaded.
 
-`emlocal/backends/<name>/__init__.py` has it as ENGINE and imports nothing heavy: the command line, `doctor`
-and a result's provenance read the records of engines that are not installed. `emlocal.backends` has the
-table.
-
-Which engine runs, and why.
+Each engine has one record: `emlocal/backends/<name>/__init__.py` has it as ENGINE and imports nothing heavy.
+The command line, `doctor` and a result's provenance read the records of engines that are not installed.
+`emlocal.backends` has the table. No numpy here: a model is on its way into memory before that is imported.
 """
 
 import importlib.util
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,13 +22,61 @@ from emlocal.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend, ModelInfo
     from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner, Processes
-    from emlocal.backends.options import KVType, LoadOptions
     from emlocal.em.losses import PolicyObjective
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
     from emlocal.models.paths import Progress
     from emlocal.models.resolve import Format, Model
+
+
+KVType = Literal["f32", "f16", "q8_0", "q4_0"]
+DEFAULT_CONTEXT = 8192
+BATCH_CONTEXT = 2048
+"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
+
+
+def python_warning(message: str) -> None:
+    """Say it as Python says warnings."""
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model."""
+
+    context: int | None = None
+    """The most tokens of a sequence; None: the model's own length, at most `DEFAULT_CONTEXT`."""
+    sequences: int = 4
+    """The most sequences held at once."""
+    shared: bool = True
+    """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
+    their number times the memory, and decoding many at once is faster (docs/decisions.md). In torch and mlx
+    each has that room in any case; it is taken at once where it is not shared, else as it is needed."""
+    threads: int | None = None
+    """None: one per physical core. MLX chooses for itself."""
+    kv_type: KVType | None = None
+    """None: f16 in llama.cpp, the model's own in torch and mlx."""
+    adapters: tuple[tuple["Adapter | Path", float], ...] = ()
+    """(LoRA adapter: as it was read, or a GGUF file, a PEFT or an MLX folder; scale)."""
+    warn: Callable[[str], None] = python_warning
+    """Told what the user should know while the model runs. An engine does not print."""
+
+
+def context_length(asked: int | None, trained: int) -> int:
+    """The tokens asked for; else the model's own length, at most `DEFAULT_CONTEXT`.
+
+    Raises UsageError for more than the model was trained for.
+    """
+    if asked is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if asked > trained:
+        raise UsageError(
+            f"--context {asked:,} is longer than the {trained:,} tokens the model was trained for",
+            f"use at most --context {trained}",
+        )
+    return asked
+
 
 Training = Literal["em-ft", "em-rl"]
 

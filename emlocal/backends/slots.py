@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Feed, ModelInfo, Row, Tokenizer, Tokenizing, check_feeds, free_sequence
 from emlocal.backends.device_sampler import DeviceSampler, kernel_of
-from emlocal.backends.engine import Place
-from emlocal.backends.options import KVType, LoadOptions, context_length
+from emlocal.backends.engine import KVType, LoadOptions, Place, context_length
 from emlocal.errors import BackendError, ContextFullError, UsageError
 from emlocal.sampling import Draw, Sampler
 from emlocal.text import counted

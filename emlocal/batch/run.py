@@ -14,8 +14,7 @@ from functools import partial
 
 from emlocal.backends.base import Backend, Feed
 from emlocal.batch.keys import Keys, Places
-from emlocal.batch.lines import BadLine, Item, digest
-from emlocal.batch.rows import AnsweredLine, Row, error_row, openai_row, own_row
+from emlocal.batch.lines import AnsweredLine, BadLine, Item, Row, digest, error_row, openai_row, own_row
 from emlocal.cancel import never
 from emlocal.errors import ContextFullError, EmlocalError, UsageError
 from emlocal.generation import Runner, Scheduler

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from emlocal import console, rendering
-from emlocal.chat.conversation import Conversation, chat_file
-from emlocal.chat.session import AnswerEvent, ChatSession, Turn
+from emlocal.chat.session import AnswerEvent, ChatSession, Conversation, Turn, chat_file
 from emlocal.errors import EmlocalError, UsageError, explained
 from emlocal.generation import CancelledError, Completed, Completion, Token, interruptible
 from emlocal.sampling import Draw

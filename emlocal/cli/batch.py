@@ -173,7 +173,7 @@ def _dry_run(model: "Loaded", source: BinaryIO, settings: "BatchSettings", run: 
 def _journal(output: str, identity: Mapping[str, object], run: BatchOptions) -> "Journal":
     """The output file, with a word on what it holds already."""
     from emlocal.batch.journal import Journal
-    from emlocal.batch.rows import is_error, key_of
+    from emlocal.batch.lines import is_error, key_of
 
     journal = Journal.open(
         Path(output),
@@ -196,8 +196,7 @@ def _run(
 ) -> int:
     """Write the rows; the exit code: 1 where there are error rows, 130 where it was stopped."""
     from emlocal.batch.keys import Places
-    from emlocal.batch.lines import read_lines
-    from emlocal.batch.rows import is_error
+    from emlocal.batch.lines import is_error, read_lines
     from emlocal.batch.run import Batch
     from emlocal.generation import Scheduler, interruptible
 

@@ -44,10 +44,9 @@ def chat(
     given: Annotated[Given, CALIBRATION, EM, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
     """Talk with a model. /help inside lists the commands."""
-    from emlocal.chat.conversation import Conversation, chat_file, newest_kept
     from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
-    from emlocal.chat.session import ChatSession
+    from emlocal.chat.session import ChatSession, Conversation, chat_file, newest_kept
     from emlocal.cli.views import calibration_in, open_backend, warn_of_mismatch
     from emlocal.generation import Scheduler
     from emlocal.methods.confidence import subject_of

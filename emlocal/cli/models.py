@@ -8,10 +8,20 @@ import typer
 
 from emlocal import console
 from emlocal.errors import ModelError, UsageError
-from emlocal.models import catalog, hub, starter
+from emlocal.models import hub, starter
 from emlocal.models.folder import needed_files
 from emlocal.models.gguf.header import shown
-from emlocal.models.resolve import Format, HubName, Model, local_path, meaning, on_disk, resolve
+from emlocal.models.resolve import (
+    Format,
+    HubName,
+    Model,
+    catalog,
+    catalog_entry,
+    local_path,
+    meaning,
+    on_disk,
+    resolve,
+)
 from emlocal.text import human_size
 
 app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
@@ -53,7 +63,7 @@ def list_models(as_json: Json = False) -> None:
 
 
 def _catalog_rows() -> Iterator[dict[str, Any]]:
-    for entry in catalog.catalog().values():
+    for entry in catalog().values():
         files = on_disk(meaning(entry.alias))
         size = sum(f.stat().st_size for f in files) or entry.bytes
         yield {
@@ -67,7 +77,7 @@ def _catalog_rows() -> Iterator[dict[str, Any]]:
 
 def _cached_rows() -> Iterator[dict[str, Any]]:
     """Models in the cache that the catalog does not have, or has in another quantization."""
-    known = {meaning(alias) for alias in catalog.catalog()}
+    known = {meaning(alias) for alias in catalog()}
     for repo in hub.cached_repos():
         files = hub.cached_files(repo)
         for first, shards in hub.models_among(files).items():
@@ -93,7 +103,7 @@ def pull(name: Name) -> None:
 @app.command()
 def show(name: Name, as_json: Json = False) -> None:
     """Show what a model is and the sampling settings its authors give. Fetches nothing."""
-    entry = catalog.find(name)
+    entry = catalog_entry(name)
     if entry is not None and local_path(name, FORMATS) is None and not on_disk(meaning(name)):
         facts: dict[str, Any] = {
             "name": entry.alias,
@@ -144,7 +154,7 @@ def print_path(name: Name) -> None:
 
 
 def _facts(model: Model) -> dict[str, Any]:
-    header, entry = model.header, catalog.find(model.name)
+    header, entry = model.header, catalog_entry(model.name)
     return {
         "name": model.name,
         "on_disk": True,

@@ -17,8 +17,7 @@ from typing import Any, Self
 
 from emlocal.backends.base import Backend
 from emlocal.batch.journal import Journal
-from emlocal.batch.lines import Item
-from emlocal.batch.rows import is_error
+from emlocal.batch.lines import Item, is_error
 from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
 from emlocal.evaluation.tasks.task import Problem, Task, Verdict

@@ -17,8 +17,7 @@ from typing import Any
 
 from emlocal.backends.base import Backend
 from emlocal.batch.journal import Journal
-from emlocal.batch.lines import canonical
-from emlocal.batch.rows import is_error, key_of
+from emlocal.batch.lines import canonical, is_error, key_of
 from emlocal.batch.run import BatchSettings
 from emlocal.cancel import interruptible
 from emlocal.errors import CancelledError, EmlocalError, UsageError

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import ModelError
+from emlocal.files import read_chat_template, read_json
 from emlocal.models.gguf.header import shown
 from emlocal.models.header import Weights
-from emlocal.models.regular import read_chat_template, read_json
 from emlocal.models.safetensors import SafeTensor, read_safetensors_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -5,17 +5,20 @@
     resolve("Qwen/Qwen3-8B-GGUF:Q8_0")       a repository of the hub, and a quantization or a file of it
     resolve("Qwen/Qwen3-8B", formats=("safetensors", "gguf"))     for engines that run both
 
-Files come first, then names. Whatever is on this machine already is used without asking the network.
+Files come first, then names. Whatever is on this machine already is used without asking the network. The
+models that emlocal knows by a short name are in catalog.toml beside this file.
 """
 
 import re
+import tomllib
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
 from emlocal.errors import ModelError, UsageError
-from emlocal.models import catalog, hub, starter
-from emlocal.models.catalog import CatalogEntry
+from emlocal.models import hub, starter
 from emlocal.models.folder import (
     CONFIG,
     FolderHeader,
@@ -28,6 +31,40 @@ from emlocal.models.folder import (
 from emlocal.models.gguf import GGUFHeader, read_header
 from emlocal.models.gguf.header import shown
 from emlocal.models.paths import Progress, silent
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One model; `bytes` is the size of its default GGUF file, the rest are repositories on the hub."""
+
+    alias: str
+    parameters: str
+    license: str
+    gguf: str
+    quant: str
+    bytes: int
+    mlx: str
+    safetensors: str
+
+
+@cache
+def catalog() -> dict[str, CatalogEntry]:
+    """All entries by alias, in the order of the file."""
+    with Path(__file__).with_name("catalog.toml").open("rb") as file:
+        entries = [CatalogEntry(**entry) for entry in tomllib.load(file)["model"]]
+    return {entry.alias: entry for entry in entries}
+
+
+def catalog_entry(name: str) -> CatalogEntry | None:
+    """The entry of an alias, whatever its case."""
+    return catalog().get(name.lower())
+
+
+def close_aliases(name: str) -> list[str]:
+    """Up to three aliases that someone who typed `name` may have meant, the likeliest first."""
+    family = [alias for alias in catalog() if alias.split(":")[0] == name.lower()]
+    return family[:3] or get_close_matches(name.lower(), catalog(), n=3, cutoff=0.5)
+
 
 _HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?"
@@ -180,12 +217,12 @@ def is_safetensors_folder(name: str) -> bool:
 
 def meaning(name: str) -> CatalogEntry | HubName:
     """What a name that is no file means: the starter model's entry, or a repository of the hub."""
-    entry = catalog.find(name)
+    entry = catalog_entry(name)
     if entry is not None:
         return entry if entry.alias == starter.ALIAS else HubName(entry.gguf, entry.quant, entry.safetensors)
     match = _HUB_NAME.fullmatch(name)
     if match is None or ".." in name or (match["wanted"] or "").startswith("/"):
-        close = catalog.close_aliases(name)
+        close = close_aliases(name)
         maybe = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ModelError(
             f"there is no model {shown(name)}{maybe}", hint="see what there is: emlocal models list"

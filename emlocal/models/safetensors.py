@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from emlocal.errors import ModelError
+from emlocal.files import open_regular
 from emlocal.models.gguf.header import shown
-from emlocal.models.regular import open_regular
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import ModelError
+from emlocal.files import MAX_JSON_BYTES, read_chat_template, read_json, read_regular
 from emlocal.models.gguf.header import shown
-from emlocal.models.regular import MAX_JSON_BYTES, read_chat_template, read_json, read_regular
 from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.models.vocabulary import end_tokens
 

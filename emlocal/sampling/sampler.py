@@ -1,10 +1,14 @@
 """The sampler of the engines whose logits lie in main memory: one row in, one token and its statistics out.
 
-The usual row goes through `emlocal.sampling.fused`, compiled. This module takes all others, and every row
-on machines where nothing could be compiled. It splits the row into head and tail (emlocal.em.split); EM
-steps that have a fast way act on the head, and what follows acts on the head too wherever the head provably
-holds every token that can be drawn; otherwise on the full row. Rows are taken one at a time, each while it is
-in the processor's cache: that is faster than sweeps over [B, V], and a row cannot depend on its neighbours.
+The usual row goes through `Fused`, compiled code (`_fused.c`), in one call, several times faster. It needs
+GCC or clang when emlocal is installed; without them `Fused.where_built` gives None and numpy does the same
+work: same tokens, more time.
+
+`Sampler` takes all others, and every row on machines where nothing could be compiled. It splits the row into
+head and tail (emlocal.em.split); EM steps that have a fast way act on the head, and what follows acts on the
+head too wherever the head provably holds every token that can be drawn; otherwise on the full row. Rows are
+taken one at a time, each while it is in the processor's cache: that is faster than sweeps over [B, V], and a
+row cannot depend on its neighbours.
 """
 
 import math
@@ -20,10 +24,57 @@ from emlocal.em.entropy import Float64, checked, entropy, log_softmax
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.em.steps.power import Power
-from emlocal.sampling.draw import Draw
-from emlocal.sampling.fused import Fused
-from emlocal.sampling.reference import COLDEST, adjust, inverse_cdf, nucleus, probabilities
+from emlocal.sampling.draw import COLDEST, Draw, adjust, inverse_cdf, nucleus, probabilities
 from emlocal.settings import SamplingParams
+
+try:
+    from emlocal.sampling import _fused
+except ImportError:
+    BUILT = False
+else:
+    BUILT = True
+
+_NO_STEP = (math.inf, 0, 1.0)
+
+
+class Fused:
+    """Draws from rows of one vocabulary; owns the memory for it. Not for use from two threads at once."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._row_bytes = 4 * vocabulary
+        self._scratch = bytearray(_fused.scratch_bytes(vocabulary))
+
+    @classmethod
+    def where_built(cls, vocabulary: int) -> "Fused | None":
+        """One for this vocabulary; None where emlocal was installed without a compiler."""
+        return cls(vocabulary) if BUILT else None
+
+    def draw(self, row: Float32, params: SamplingParams, u: float) -> Draw | None:
+        """A token from `row`, float32 [V], after penalties; None where the row or the settings are not usual:
+        Adam, a KL term, other EM steps, flat or extreme rows, ranks that reach into the tail."""
+        em = params.em
+        if em is None:
+            step = _NO_STEP
+        elif type(em) is EMInf and em.optimizer == "sgd" and em.kl_weight == 0:
+            step = (em.threshold, em.steps, em.learning_rate)
+        else:
+            return None
+        if row.nbytes != self._row_bytes:  # not float32 [V]: let numpy say what is wrong
+            return None
+        drawn = _fused.draw(
+            row,
+            self._scratch,
+            *step,
+            params.temperature,
+            params.dynatemp_range,
+            params.dynatemp_exponent,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            u,
+        )
+        return None if drawn is None else Draw._make(drawn)
+
 
 NEGLIGIBLE = 1e-7
 """A tail with less than this share of the probability is left out of the draw."""

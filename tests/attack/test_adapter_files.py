@@ -12,6 +12,7 @@ from types import FrameType
 import pytest
 
 from emlocal.errors import ModelError
+from emlocal.files import open_regular, read_chat_template, read_regular
 from emlocal.models.adapters.folder import CONFIG
 from emlocal.models.adapters.merge import open_model
 from emlocal.models.adapters.names import WEIGHTS as MLX_WEIGHTS
@@ -21,8 +22,7 @@ from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import read_folder_header, sampling_settings
-from emlocal.models.gguf import known, read_adapter_header, read_header
-from emlocal.models.regular import open_regular, read_chat_template, read_regular
+from emlocal.models.gguf import file, read_adapter_header, read_header
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.tokenizer import Tokenizer
@@ -154,10 +154,10 @@ def test_the_base_that_an_adapter_names(peft: Path, put: Put) -> None:
 def test_gguf_files(tmp_path: Path, tiny_model: GGUFModel, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that was checked before, and in whose place there is a pipe now, too."""
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(known, "LARGE", 1)
+    monkeypatch.setattr(file, "LARGE", 1)
     path = write_tiny_gguf(tmp_path / "model.gguf")
     read_header(path)
-    assert known.recall(path) is not None
+    assert file.recall(path) is not None
     replaced(path, put)
     assert "is not a regular file" in complaint(lambda: read_header(path))
     assert "is not a regular file" in complaint(lambda: read_adapter_header(path, tiny_model.header))

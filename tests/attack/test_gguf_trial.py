@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.backends.engine import engine
-from emlocal.backends.llama_cpp import trial
-from emlocal.backends.options import LoadOptions
+from emlocal.backends.engine import LoadOptions, engine
+from emlocal.backends.llama_cpp import loading
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.gguf.keys import CHECKED
 from emlocal.models.resolve import GGUFModel, resolve
@@ -28,8 +27,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were tried in a child."""
     names: list[str] = []
-    real = trial._try
-    monkeypatch.setattr(trial, "_try", lambda model, n: (names.append(model.path.name), real(model, n))[1])
+    real = loading._try
+    monkeypatch.setattr(loading, "_try", lambda model, n: (names.append(model.path.name), real(model, n))[1])
     return names
 
 
@@ -72,14 +71,14 @@ def test_a_crash_is_one_line(tmp_path: Path, cache: Path, tries: list[str]) -> N
 
 
 def test_what_does_not_end_is_ended(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 0.02)
+    monkeypatch.setattr(loading, "SECONDS", 0.02)
     with pytest.raises(ModelError, match="did not finish within 0 s"):
         load(opened(cohere2(tmp_path / "model.gguf")))
     assert not cache.exists()
 
 
 def test_what_takes_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SPARE_BYTES", 1 << 20)
+    monkeypatch.setattr(loading, "SPARE_BYTES", 1 << 20)
     with pytest.raises((ModelError, BackendError)) as caught:
         load(opened(cohere2(tmp_path / "model.gguf")))
     assert caught.value.message.isprintable()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from emlocal.backends.engine import LoadOptions
 from emlocal.backends.llama_cpp.backend import LlamaCppBackend
-from emlocal.backends.options import LoadOptions
 from emlocal.errors import UsageError
 from emlocal.models.resolve import resolve
 from tests.tiny_architectures import architecture_metadata, architecture_tensors

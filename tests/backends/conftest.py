@@ -7,8 +7,8 @@ import pytest
 from emlocal.backends.base import Backend, LoadOptions
 from emlocal.backends.fake import FakeBackend
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.mlx import load as mlx
-from emlocal.backends.torch.load import open_folder
+from emlocal.backends.mlx import backend as mlx
+from emlocal.backends.torch.backend import open_folder
 from emlocal.models.resolve import resolve
 from emlocal.models.unpacked import unpack
 from tests.backends.contract import CONTEXT, LONG, SEQUENCES

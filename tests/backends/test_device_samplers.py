@@ -17,15 +17,13 @@ from torch.compiler import config as compiler
 
 from emlocal.backends.base import Row
 from emlocal.backends.device_sampler import DeviceSampler
-from emlocal.backends.mlx.kernels import GROUP, first_above, fixed, part
-from emlocal.backends.mlx.sampler import EDGE, MLXSampler
-from emlocal.backends.torch.kernels import descend
-from emlocal.backends.torch.sampler import Compiled, TorchSampler
+from emlocal.backends.mlx.sampler import EDGE, GROUP, MLXSampler, first_above, fixed, part
+from emlocal.backends.torch.sampler import Compiled, TorchSampler, descend
 from emlocal.em.entropy import log_softmax
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError, UsageError
 from emlocal.sampling import Draw, Sampler, SamplingParams
-from emlocal.sampling.reference import adjust, inverse_cdf, probabilities
+from emlocal.sampling.draw import adjust, inverse_cdf, probabilities
 from emlocal.settings import EM_PRESETS
 from tests.backends.precision import adam_in_float32
 from tests.em.fast_path import hard_rows

@@ -12,7 +12,7 @@ from emlocal.em import EMStep, Outcome, describe_em
 from emlocal.em.entropy import checked, entropy, log_softmax
 from emlocal.em.steps import STEPS, AdaptiveTemperature, EMInf
 from emlocal.sampling import Draw, SamplingParams, Uniforms
-from emlocal.sampling.reference import adjust, inverse_cdf, probabilities
+from emlocal.sampling.draw import adjust, inverse_cdf, probabilities
 from emlocal.settings import check_settings, setting
 from tests.backends.contract import read, tokens
 

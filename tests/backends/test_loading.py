@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.backends.engine import engine
+from emlocal.backends.engine import LoadOptions, engine
 from emlocal.backends.llama_cpp.loading import Loading, load_library
-from emlocal.backends.options import LoadOptions
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
 from emlocal.models.adapters.peft import write_peft

@@ -14,12 +14,10 @@ from mlx_lm.utils import quantize_model, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emlocal.backends.base import Backend, Feed, LoadOptions, Row
-from emlocal.backends.mlx.backend import MLXBackend
+from emlocal.backends.mlx.backend import MLXBackend, open_folder
 from emlocal.backends.mlx.cache import Decoder, MLXCache
-from emlocal.backends.mlx.device import choose_place
-from emlocal.backends.mlx.load import open_folder
-from emlocal.backends.mlx.model import check_config, context_of, old_names, windows
-from emlocal.backends.torch.load import open_folder as open_in_torch
+from emlocal.backends.mlx.model import check_config, choose_place, context_of, old_names, windows
+from emlocal.backends.torch.backend import open_folder as open_in_torch
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf

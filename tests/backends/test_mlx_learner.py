@@ -14,9 +14,8 @@ from mlx_lm.utils import load_model
 from transformers import AutoModelForCausalLM
 
 from emlocal.backends.learner import Descent, EntropyObjective
-from emlocal.backends.mlx.device import out_of_memory
 from emlocal.backends.mlx.learner import Head, MLXEntropyLearner, em_ft_terms
-from emlocal.backends.mlx.model import base_weights, linear_layers
+from emlocal.backends.mlx.model import base_weights, linear_layers, out_of_memory
 from emlocal.backends.torch.learner import TorchEntropyLearner
 from emlocal.backends.torch.model import linear_layers as layers_of_torch
 from emlocal.backends.torch.model import lora_layers

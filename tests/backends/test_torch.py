@@ -14,11 +14,16 @@ from emlocal.backends.base import Backend, Feed, LoadOptions, Row
 from emlocal.backends.engine import engine as record
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.backends.slots import Chunk, passes
-from emlocal.backends.torch.backend import TorchBackend
+from emlocal.backends.torch.backend import TorchBackend, open_folder
 from emlocal.backends.torch.cache import Decoder, TorchCache, Window, attention_windows
-from emlocal.backends.torch.device import Place, choose_place, out_of_memory
-from emlocal.backends.torch.load import open_folder
-from emlocal.backends.torch.model import check_architecture, load_model, trained_context
+from emlocal.backends.torch.model import (
+    Place,
+    check_architecture,
+    choose_place,
+    load_model,
+    out_of_memory,
+    trained_context,
+)
 from emlocal.errors import BackendError, CancelledError, ModelError, UsageError
 from emlocal.models.folder import sampling_settings
 from emlocal.models.memory import estimate, kv_bytes

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from emlocal.batch import journal as journal_module
 from emlocal.batch.journal import Journal
-from emlocal.batch.lines import read_lines
-from emlocal.batch.rows import is_error, key_of
+from emlocal.batch.lines import is_error, key_of, read_lines
 from emlocal.methods import Chosen
 from tests.batch.batches import batch_on, engine, settings
 

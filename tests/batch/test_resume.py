@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from emlocal.batch.rows import is_error
+from emlocal.batch.lines import is_error
 from tests.batch.batches import timeless
 from tests.batch.resumed import PLACES
 

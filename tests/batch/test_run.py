@@ -14,8 +14,7 @@ import pytest
 from emlocal.backends.fake import CHAT_TEMPLATE, END, VOCABULARY, FakeBackend, hashed, saying
 from emlocal.batch import run as run_module
 from emlocal.batch.keys import Keys
-from emlocal.batch.lines import Item, read_lines
-from emlocal.batch.rows import is_error, key_of
+from emlocal.batch.lines import Item, is_error, key_of, read_lines
 from emlocal.batch.run import Batch
 from emlocal.errors import CancelledError
 from emlocal.generation import Scheduler

@@ -13,9 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emlocal import diagnosis as checks
-from emlocal import install, machine
-from emlocal.backends import mlx
-from emlocal.backends.llama_cpp import doctor as llama_cpp
+from emlocal import machine
+from emlocal.backends import llama_cpp, mlx
 from emlocal.cli.app import build
 from emlocal.models import starter
 from tests.tiny_gguf import write_tiny_gguf
@@ -124,13 +123,13 @@ def test_mlx_that_cannot_be_loaded(apple: None, tmp_path: Path, monkeypatch: pyt
 def test_llama_cpp_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "raise ModuleNotFoundError(\"No module named 'llama_cpp'\", name='llama_cpp')"
     shadow(tmp_path, monkeypatch, "llama_cpp", body)
-    monkeypatch.setattr(install, "compilers", lambda: [])
+    monkeypatch.setattr(machine, "compilers", lambda: [])
     code, said = examined()
     engine = said["checks"]["llama.cpp"]
     assert (code, said["ok"], engine["status"]) == (1, False, "fail")
     assert "No module named 'llama_cpp'" in engine["text"]
     fixes = "\n".join(engine["fix"])
-    assert all(line in fixes for line in install.compiler_lines())
+    assert all(line in fixes for line in machine.compiler_lines())
     assert llama_cpp.REQUIREMENT in fixes
     assert f"--extra-index-url {llama_cpp.WHEEL_INDEX}" in fixes
     assert "chat does not work here yet: see llama.cpp" in run().stdout
@@ -159,7 +158,7 @@ def test_llama_cpp_cannot_be_loaded(
 
 def test_an_openmp_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shadow(tmp_path, monkeypatch, "llama_cpp", "raise OSError('libgomp.so.1: cannot open shared object')")
-    monkeypatch.setattr(install, "system_family", lambda: "Debian, Ubuntu")
+    monkeypatch.setattr(machine, "system_family", lambda: "Debian, Ubuntu")
     assert examined()[1]["checks"]["llama.cpp"]["fix"] == ["sudo apt-get install libgomp1"]
 
 
@@ -287,5 +286,5 @@ def test_which_packages_a_system_has(
 ) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("platform.freedesktop_os_release", lambda: release)
-    assert install.system_family() == family
-    assert len(install.compiler_lines()) == (1 if family else 6)
+    assert machine.system_family() == family
+    assert len(machine.compiler_lines()) == (1 if family else 6)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import EmlocalError, ModelError, UsageError
-from emlocal.models import catalog, starter
-from emlocal.models.resolve import HubName, default_model, meaning, resolve
+from emlocal.models import starter
+from emlocal.models.resolve import HubName, catalog, default_model, meaning, resolve
 from tests.models.gguf.test_shards import write_shards
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -126,26 +126,26 @@ def test_close_names_are_offered() -> None:
 
 def test_short_names_whatever_their_case() -> None:
     assert meaning("Qwen3:8B") == HubName("Qwen/Qwen3-8B-GGUF", "Q4_K_M")
-    assert meaning("smollm2:135m") == catalog.catalog()["smollm2:135m"]
+    assert meaning("smollm2:135m") == catalog()["smollm2:135m"]
 
 
 def test_the_default_is_the_starter_model() -> None:
     name, reason = default_model()
-    assert name == starter.ALIAS == next(iter(catalog.catalog()))
+    assert name == starter.ALIAS == next(iter(catalog()))
     assert "93 MB from the package index" in reason
     with pytest.raises(ModelError, match="smollm2:135m is not on this machine, and --offline is set"):
         resolve(offline=True)
 
 
 def test_every_entry_of_the_catalog_is_whole() -> None:
-    for alias, entry in catalog.catalog().items():
+    for alias, entry in catalog().items():
         assert alias == alias.lower()
         assert ":" in alias
         assert entry.bytes > 50_000_000
         for repo in (entry.gguf, entry.mlx, entry.safetensors):
             assert meaning(repo) == HubName(repo, None)
         assert meaning(f"{entry.gguf}:{entry.quant}") == HubName(entry.gguf, entry.quant)
-    assert len(catalog.catalog()) == 18
+    assert len(catalog()) == 18
 
 
 def test_a_local_model_needs_neither_the_hub_nor_numpy(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from emlocal.sampling import Uniforms
-from emlocal.sampling.draw import request_key
-from emlocal.sampling.reference import inverse_cdf
+from emlocal.sampling.draw import inverse_cdf, request_key
 from emlocal.settings import MAX_SEED
 
 MASK = 2**64 - 1

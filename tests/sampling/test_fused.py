@@ -14,7 +14,7 @@ import pytest
 import emlocal
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.sampling import Sampler, SamplingParams, Uniforms, _fused
-from emlocal.sampling.fused import BUILT, Fused
+from emlocal.sampling.sampler import BUILT, Fused
 
 USUAL = [
     SamplingParams(em=em, **settings)

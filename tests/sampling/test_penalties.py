@@ -6,7 +6,7 @@ import pytest
 from emlocal.em.steps import EMInf
 from emlocal.errors import LogitsError, UsageError
 from emlocal.sampling import Sampler, SamplingParams
-from emlocal.sampling.reference import adjust
+from emlocal.sampling.draw import adjust
 
 ROW = np.float32([2.0, -1.0, 0.5, 0.0, -math.inf])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError
 from emlocal.sampling import Sampler, SamplingParams, _fused
-from emlocal.sampling.reference import probabilities
+from emlocal.sampling.draw import probabilities
 from emlocal.settings import EM_PRESETS
 from tests.em.fast_path import hard_rows, softmax
 from tests.examples import examples

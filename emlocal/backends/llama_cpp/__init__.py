@@ -1,18 +1,88 @@
-"""llama.cpp through llama-cpp-python's low-level bindings: our own decode loop on its C functions."""
+"""llama.cpp through llama-cpp-python's low-level bindings: our own decode loop on its C functions.
 
+Here is the engine's record, with what `emlocal doctor` says of the bindings, and the lines that fix them.
+"""
+
+import os
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from emlocal import machine
 from emlocal.backends.engine import Engine, Probe, Verdict
+from emlocal.backends.llama_cpp.loading import REQUIREMENT
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
+    from emlocal.backends.engine import KVType, LoadOptions
     from emlocal.backends.llama_cpp.backend import LlamaCppBackend
-    from emlocal.backends.options import KVType, LoadOptions
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
     from emlocal.models.paths import Progress
     from emlocal.models.resolve import Model
+
+
+WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/cpu"
+
+
+def verdict(said: Mapping[str, str]) -> Verdict:
+    """Of what the bindings said when they were tried; see `Probe`."""
+    if "why" in said:
+        return Verdict("fail", f"cannot be loaded: {said['why']}", _fix(said["why"]))
+    version = said["version"]
+    if not (0, 3, 36) <= _release(version) < (0, 4):
+        text = f"llama-cpp-python {version}; emlocal is made for 0.3.36 to 0.3.x, whose structures it uses"
+        return Verdict("fail", text, (install_lines()[0],))
+    text = f"llama-cpp-python {version}; {' '.join(used_features(said['info']))}"
+    unused = unused_features(machine.cpu().features, said["info"])
+    if unused:
+        text += f"; built without {' and '.join(unused)}, which this processor has: slow"
+        return Verdict("warn", text, (rebuild_line(native=True),))
+    return Verdict("ok", text)
+
+
+def used_features(system_info: str) -> list[str]:
+    """What llama.cpp says it was built with: the names that it sets to 1."""
+    return re.findall(r"(\w+) = 1", system_info)
+
+
+def unused_features(features: tuple[str, ...], system_info: str) -> list[str]:
+    """Processor features that make a large difference and that this build of llama.cpp does not use."""
+    used = used_features(system_info)
+    return [f for f in ("AVX", "AVX2", "NEON") if f in features and f not in used]
+
+
+def install_lines() -> list[str]:
+    """The two ways to get llama.cpp's bindings: built here, or a wheel that is built already."""
+    base = [*machine.installer(), REQUIREMENT]
+    return [machine.line(base), machine.line([*base, "--extra-index-url", WHEEL_INDEX])]
+
+
+def rebuild_line(*, native: bool = False) -> str:
+    """Rebuild the bindings for this processor."""
+    uv = machine.installer()[0] == "uv"
+    again = ["--reinstall", "--no-cache"] if uv else ["--force-reinstall", "--no-deps", "--no-cache-dir"]
+    line = machine.line([*machine.installer(), *again, "--no-binary", "llama-cpp-python", REQUIREMENT])
+    return f"CMAKE_ARGS=-DGGML_NATIVE=on {line}" if native and os.name == "posix" else line
+
+
+def _fix(why: str) -> tuple[str, ...]:
+    """What to do about llama.cpp's bindings that cannot be imported."""
+    if "No module named 'llama_cpp'" in why:
+        compiler = () if machine.compilers() else tuple(machine.compiler_lines())
+        built, wheel = install_lines()
+        return (*compiler, built, f"or, without a compiler: {wheel}")
+    openmp = machine.openmp_line()
+    if "libgomp" in why and openmp:
+        return (openmp,)
+    compiler = () if machine.compilers() else tuple(machine.compiler_lines())
+    return (*compiler, rebuild_line())
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) if part.isdigit() else 0 for part in parts)
+
 
 __all__ = ["ENGINE", "LlamaCppBackend"]
 
@@ -53,12 +123,6 @@ def _bare_loop(backend: Any, sequence: int, token: int, steps: int) -> list[floa
     return bare_decode(backend, sequence, token, steps)
 
 
-def _verdict(said: Mapping[str, str]) -> Verdict:
-    from emlocal.backends.llama_cpp.doctor import verdict
-
-    return verdict(said)
-
-
 ENGINE = Engine(
     name="llama.cpp",
     package="llama-cpp-python",
@@ -68,7 +132,7 @@ ENGINE = Engine(
     suits=lambda model: "the engine for any CPU",
     memory_terms=_memory_terms,
     loader=_load,
-    probe=Probe("llama_cpp", "module.llama_print_system_info().decode()", _verdict, always=True),
+    probe=Probe("llama_cpp", "module.llama_print_system_info().decode()", verdict, always=True),
     shares_context=True,
     bare_loop=_bare_loop,
 )

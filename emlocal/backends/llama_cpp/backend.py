@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
+from emlocal.backends.engine import LoadOptions
 from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading, first_error, forget_errors
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
-from emlocal.backends.options import LoadOptions
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.models.adapters.reading import as_gguf

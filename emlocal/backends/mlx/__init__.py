@@ -11,7 +11,7 @@ from emlocal.errors import BackendError
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
-    from emlocal.backends.options import KVType, LoadOptions
+    from emlocal.backends.engine import KVType, LoadOptions
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
     from emlocal.models.paths import Progress
@@ -36,7 +36,7 @@ def _check() -> None:
 
 
 def _memory_terms(header: "ModelHeader", kv_type: "KVType | None") -> "Terms":
-    from emlocal.backends.mlx.device import memory_terms
+    from emlocal.backends.mlx.model import memory_terms
 
     return memory_terms(header)
 
@@ -44,13 +44,13 @@ def _memory_terms(header: "ModelHeader", kv_type: "KVType | None") -> "Terms":
 def _load(
     model: "Model", options: "LoadOptions", progress: "Progress", meanwhile: Callable[[], None]
 ) -> "Backend":
-    from emlocal.backends.mlx.load import open_folder
+    from emlocal.backends.mlx.backend import open_folder
 
     return load_unpacked(open_folder, model, options, progress)
 
 
 def _verdict(said: Mapping[str, str]) -> Verdict:
-    from emlocal.install import installer
+    from emlocal.machine import installer
 
     if "why" in said:
         line = f"{' '.join(installer())} --force-reinstall mlx mlx-lm"
@@ -60,7 +60,7 @@ def _verdict(said: Mapping[str, str]) -> Verdict:
 
 def _open(folder: Path, *, name: str, device: str, dtype: str, threads: int) -> Opened:
     """MLX chooses its threads for itself."""
-    from emlocal.backends.mlx.load import open_model
+    from emlocal.backends.mlx.backend import open_model
 
     return open_model(folder, name=name, device=device, dtype=dtype)
 

@@ -1,12 +1,14 @@
-"""The contract of `backends/base.py` on MLX: Apple's GPUs, and on Linux the CPU.
+"""The contract of `backends/base.py` on MLX, Apple's GPUs, and on Linux the CPU; and how a folder gets there.
 
 Each sequence is a slot of the cache. All but the last token of a feed is read in passes of similar length
-(chunking.py), without logits; the last tokens of all feeds then are one step of the batch. MLX computes when
-it is told to: that is done within each call here, so that an error or a cancellation belongs to its call, and
-statistics to their token.
+(`backends/slots.py`), without logits; the last tokens of all feeds then are one step of the batch. MLX
+computes when it is told to: that is done within each call here, so that an error or a cancellation belongs to
+its call, and statistics to their token.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import mlx.core as mx
@@ -16,12 +18,26 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from emlocal.backends.base import Feed, ModelInfo, Tokenizer
+from emlocal.backends.engine import LoadOptions, Opened
+from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective
 from emlocal.backends.mlx.cache import Decoder
-from emlocal.backends.mlx.device import Place
+from emlocal.backends.mlx.model import (
+    Place,
+    attach,
+    choose_place,
+    context_of,
+    linear_layers,
+    load_model,
+    windows,
+)
 from emlocal.backends.mlx.sampler import MLXSampler
-from emlocal.backends.options import LoadOptions
-from emlocal.backends.slots import Chunk, SlotBackend, passes
+from emlocal.backends.slots import Chunk, SlotBackend, check_kv_type, passes
 from emlocal.errors import BackendError, CancelledError
+from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.reading import in_memory
+from emlocal.models.folder import FolderHeader, read_folder_header
+from emlocal.models.gguf.header import GGUFHeader
+from emlocal.models.tokenizer import Tokenizer as FolderTokenizer
 from emlocal.text import counted
 
 CPU_BUDGET, GPU_BUDGET = 512, 2048
@@ -106,3 +122,70 @@ class MLXBackend(SlotBackend):
 
     def _give_back(self) -> None:
         mx.clear_cache()
+
+
+class MLXModel(Opened):
+    """A model in MLX, to be trained or made an engine of."""
+
+    place: Place
+
+    def backend(self, options: LoadOptions, *, on_device_sampler: bool | None = None) -> MLXBackend:
+        return MLXBackend(
+            self.model, self.tokenizer, self.info, options, self.place, on_device_sampler=on_device_sampler
+        )
+
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        return linear_layers(self.model)
+
+    def entropy_learner(
+        self, adapter: Adapter, descent: Descent, objective: EntropyObjective, *, checkpointing: bool
+    ) -> EntropyLearner:
+        from emlocal.backends.mlx.learner import MLXEntropyLearner
+
+        return MLXEntropyLearner(self.model, adapter, descent, objective, checkpointing=checkpointing)
+
+
+def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> MLXModel:
+    """The model in `folder`, loaded. `name`: what people call it.
+
+    Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
+    """
+    header = read_folder_header(folder)
+    return _open(header, choose_place(header.tensors, device, dtype), name)
+
+
+def _open(header: FolderHeader, place: Place, name: str) -> MLXModel:
+    tokenizer = FolderTokenizer(header.path)
+    model = load_model(header, place)
+    info = ModelInfo.of_folder(header, tokenizer, name)
+    info = replace(info, trained_context=context_of(header, windows(model)))
+    return MLXModel(model, tokenizer, info, place)
+
+
+def open_folder(
+    folder: Path,
+    options: LoadOptions,
+    *,
+    name: str = "",
+    base: GGUFHeader | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_device_sampler: bool | None = None,
+) -> MLXBackend:
+    """The engine on the model in `folder`, with its adapters.
+
+    Args:
+        name: what people call it.
+        base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
+        on_device_sampler: see MLXBackend.
+
+    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options.
+    """
+    header = read_folder_header(folder)
+    place = choose_place(header.tensors, device, dtype)
+    check_kv_type("mlx", options.kv_type, place.format)
+    adapters = [(in_memory(adapter, base), scale) for adapter, scale in options.adapters]
+    opened = _open(header, place, name)
+    for adapter, strength in adapters:
+        attach(opened.model, adapter, strength, place.dtype, opened.info.name)
+    return opened.backend(options, on_device_sampler=on_device_sampler)

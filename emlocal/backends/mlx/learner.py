@@ -32,8 +32,7 @@ from emlocal.backends.learner import (
     State,
     padded,
 )
-from emlocal.backends.mlx.device import out_of_memory
-from emlocal.backends.mlx.model import attach, base_weights, lora_layers
+from emlocal.backends.mlx.model import attach, base_weights, lora_layers, out_of_memory
 from emlocal.errors import ModelError
 from emlocal.machine import peak_memory
 from emlocal.models.adapters.adapter import Adapter, LoraPair

@@ -20,8 +20,8 @@ from emlocal.backends.engine import (
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
+    from emlocal.backends.engine import KVType, LoadOptions
     from emlocal.backends.learner import Processes
-    from emlocal.backends.options import KVType, LoadOptions
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
     from emlocal.models.paths import Progress
@@ -66,7 +66,7 @@ def _check() -> None:
 
 
 def _memory_terms(header: "ModelHeader", kv_type: "KVType | None") -> "Terms":
-    from emlocal.backends.torch.device import memory_terms
+    from emlocal.backends.torch.model import memory_terms
 
     return memory_terms(header)
 
@@ -74,7 +74,7 @@ def _memory_terms(header: "ModelHeader", kv_type: "KVType | None") -> "Terms":
 def _load(
     model: "Model", options: "LoadOptions", progress: "Progress", meanwhile: Callable[[], None]
 ) -> "Backend":
-    from emlocal.backends.torch.load import open_folder
+    from emlocal.backends.torch.backend import open_folder
 
     return load_unpacked(open_folder, model, options, progress)
 
@@ -86,7 +86,7 @@ def _verdict(said: Mapping[str, str]) -> Verdict:
 
 
 def _open(folder: Path, *, name: str, device: str, dtype: str, threads: int) -> Opened:
-    from emlocal.backends.torch.load import open_model
+    from emlocal.backends.torch.backend import open_model
 
     return open_model(folder, name=name, device=device, dtype=dtype, threads=threads)
 

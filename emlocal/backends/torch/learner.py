@@ -26,8 +26,7 @@ from emlocal.backends.learner import (
     TokenLosses,
     padded,
 )
-from emlocal.backends.torch.device import out_of_memory
-from emlocal.backends.torch.model import attach, base_weights, lora_layers
+from emlocal.backends.torch.model import attach, base_weights, lora_layers, out_of_memory
 from emlocal.backends.torch.policy import em_ft_loss, policy_gradient_loss, position_divergences, token_scores
 from emlocal.em.losses import PolicyObjective
 from emlocal.errors import ModelError

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import ModelError, UsageError
-from emlocal.files import atomic_folder
+from emlocal.files import atomic_folder, read_regular
 from emlocal.models.adapters.adapter import unusable
 from emlocal.models.gguf.header import shown
-from emlocal.models.regular import read_regular
 from emlocal.models.safetensors import SafetensorsHeader, write_safetensors
 
 CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import EmlocalError, ModelError
-from emlocal.files import atomic_path
+from emlocal.files import atomic_path, open_regular
 from emlocal.models.adapters.adapter import Adapter, check_fits, checked_pair
 from emlocal.models.adapters.folder import unsupported
 from emlocal.models.adapters.names import (
@@ -25,7 +25,6 @@ from emlocal.models.adapters.names import (
 )
 from emlocal.models.gguf import GGUFHeader, TensorInfo, read_adapter_pairs
 from emlocal.models.gguf.header import shown, unusable
-from emlocal.models.regular import open_regular
 
 BASE_NAME = "general.base_model.0.name"
 _ALORA = "adapter.alora.invocation_tokens"

@@ -15,11 +15,10 @@ from typing import BinaryIO
 import numpy as np
 
 from emlocal.errors import ModelError
-from emlocal.files import atomic_folder
+from emlocal.files import MAX_JSON_BYTES, atomic_folder, open_regular, read_regular
 from emlocal.models.adapters.adapter import Adapter, LoraPair, check_fits
 from emlocal.models.gguf.header import shown
 from emlocal.models.paths import Progress, check_space, silent
-from emlocal.models.regular import MAX_JSON_BYTES, open_regular, read_regular
 from emlocal.models.safetensors import (
     FLOATS,
     SafetensorsHeader,

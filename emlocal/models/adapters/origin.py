@@ -11,10 +11,10 @@ from pathlib import Path
 from emlocal.models.adapters.folder import read_config
 from emlocal.models.adapters.gguf_lora import BASE_NAME
 from emlocal.models.adapters.reading import format_of
-from emlocal.models.catalog import catalog
 from emlocal.models.gguf import read_adapter_pairs
 from emlocal.models.gguf.header import shown
 from emlocal.models.header import ModelHeader
+from emlocal.models.resolve import catalog
 
 _ENDING = re.compile(r"[-_.: ](gguf|mlx|unsloth|bnb|gptq|awq|\d+bit|u?d|i?q\d\w*|b?f16|fp16|f32)$")
 """What says how a model is stored, not which one it is."""

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar
 
 from emlocal.errors import ModelError
+from emlocal.files import open_regular
 from emlocal.models.adapters.adapter import Adapter, check_fits
 from emlocal.models.adapters.folder import CONFIG
 from emlocal.models.adapters.gguf_lora import read_gguf, write_gguf
@@ -15,7 +16,6 @@ from emlocal.models.adapters.names import linear_shapes, read_mlx
 from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from emlocal.models.adapters.peft import check_no_pickle, read_peft
 from emlocal.models.gguf import GGUFHeader, read_adapter_header
-from emlocal.models.regular import open_regular
 
 Format = Literal["peft", "mlx", "gguf"]
 _Found = TypeVar("_Found")

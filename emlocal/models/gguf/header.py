@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal.errors import ModelError
+from emlocal.files import open_regular
 from emlocal.models.gguf import types
 from emlocal.models.header import Weights
-from emlocal.models.regular import open_regular
 
 MAX_HEADER_BYTES = 128 << 20  # the largest header known (Gemma 4: 262k tokens, 514k merges) has 16 MB
 _U64 = struct.Struct("<Q")

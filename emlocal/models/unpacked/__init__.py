@@ -3,20 +3,30 @@
     folder = unpack(resolve("smollm2:135m"))     # config.json, model.safetensors, tokenizer.json, …
 
 The folder lies in emlocal's cache and may be deleted at any time. It needs neither torch nor transformers.
+Weights go into one safetensors file, tensor by tensor, in little memory.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from emlocal.errors import ModelError
-from emlocal.files import only_one, put_folder_in_place
+from emlocal.files import only_one, open_regular, put_folder_in_place
 from emlocal.identity import UNPACKED_FORMAT, gguf_digest
-from emlocal.models.gguf.header import shown
+from emlocal.models.gguf.header import GGUFHeader, TensorInfo, shown, unusable
+from emlocal.models.gguf.types import TENSOR_TYPES
 from emlocal.models.paths import Progress, cache_dir, check_space, disk_errors, silent
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
+from emlocal.models.unpacked.config import Unpacked
 from emlocal.text import parse_json
 
 MANIFEST = "emlocal.json"
@@ -61,39 +71,149 @@ def _is_whole(folder: Path) -> bool:
 def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
     """Fill a folder beside `folder` and rename it. The lock is held."""
     from emlocal.models.unpacked import config as words
-    from emlocal.models.unpacked import weights as weights
     from emlocal.models.unpacked.tokenizer import build_tokenizer
 
     header = model.header
     words.check_architecture(header)
     tensors = words.tensors(header)
-    weights.check_types(header, tensors)
+    check_types(header, tensors)
     for stale in (*folder.parent.glob(f".{folder.name}-*/"), *([folder] if folder.exists() else [])):
         shutil.rmtree(stale)  # of a process that was killed, or damaged since
-    needed = weights.file_bytes(tensors) + _TOKENIZER_BYTES * header.vocab_size
+    needed = file_bytes(tensors) + _TOKENIZER_BYTES * header.vocab_size
     check_space(folder.parent, needed, f"unpacking {shown(header.name)}")
     tokenizer, vocabulary = build_tokenizer(header)
     factors = header.tensors.get("rope_freqs.weight")
     config = words.model_config(
-        header, vocabulary, tensors, weights.read_vector(factors) if factors is not None else []
+        header, vocabulary, tensors, read_vector(factors) if factors is not None else []
     )
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    partial.mkdir()
+    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+    unfinished.mkdir()
     try:
         for name, table in (
             ("config.json", config),
             ("generation_config.json", words.generation_config(header, vocabulary)),
             ("tokenizer_config.json", words.tokenizer_config(header, vocabulary)),
         ):
-            (partial / name).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (unfinished / name).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if header.chat_template is not None:
-            (partial / "chat_template.jinja").write_text(header.chat_template, "utf-8", newline="")
-        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
-        weights.write_safetensors(partial / WEIGHTS, tensors, f"unpacking {shown(header.name)}", progress)
-        sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+            (unfinished / "chat_template.jinja").write_text(header.chat_template, "utf-8", newline="")
+        tokenizer.save(str(unfinished / "tokenizer.json"), pretty=False)
+        write_safetensors(unfinished / WEIGHTS, tensors, f"unpacking {shown(header.name)}", progress)
+        sizes = {p.name: p.stat().st_size for p in sorted(unfinished.iterdir())}
         manifest = {"format": UNPACKED_FORMAT, "source": [str(f) for f in header.files], "files": sizes}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        put_folder_in_place(partial, folder)
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        put_folder_in_place(unfinished, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_CHUNK_ELEMENTS = 1 << 22  # 16 MB as float32; dequantizing takes a few times that
+_BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}  # moved as they are, NaN and all
+
+
+def file_bytes(tensors: Sequence[Unpacked]) -> int:
+    """Bytes that `write_safetensors` writes."""
+    return len(_header(tensors)) + sum(_nbytes(t) for t in tensors)
+
+
+def write_safetensors(path: Path, tensors: Sequence[Unpacked], label: str, progress: Progress) -> None:
+    """Write the tensors, dequantized and in Hugging Face's order of rows, one after the other.
+
+    Raises OSError, and ModelError if the model's file is cut short meanwhile.
+    """
+    total, done = sum(_nbytes(t) for t in tensors), 0
+    with path.open("wb") as file:
+        file.write(_header(tensors))
+        for tensor in tensors:
+            for block in _converted(tensor):
+                file.write(block.data)
+                done += block.nbytes
+                progress(label, done, total)
+
+
+def read_vector(tensor: TensorInfo) -> list[float]:
+    """The values of a float32 tensor."""
+    with open_regular(tensor.file) as file:
+        return _read(file, tensor, 0, tensor.nbytes).view("<f4").tolist()  # type: ignore[no-any-return]
+
+
+def check_types(header: GGUFHeader, tensors: Sequence[Unpacked]) -> None:
+    """Raise ModelError, before anything is written, for a quantization that numpy code cannot undo."""
+    for type_ in sorted({t.source.type for t in tensors} - _BITS.keys()):
+        _, _, block_bytes = next(t for t in TENSOR_TYPES.values() if t[0] == type_)
+        try:
+            _dequantized(np.zeros(block_bytes, np.uint8), type_)
+        except (NotImplementedError, KeyError):
+            raise ModelError(
+                f"{header.path.name} cannot be unpacked: it has tensors of type {type_}",
+                hint="use another quantization of it, such as Q4_K_M or Q8_0",
+            ) from None
+
+
+def _header(tensors: Sequence[Unpacked]) -> bytes:
+    """Length and JSON, padded so that the data begin on a multiple of 8."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on the format
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + _nbytes(tensor)
+        shape, offsets = list(tensor.shape), [start, end]
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _nbytes(tensor: Unpacked) -> int:
+    return prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+def _converted(tensor: Unpacked) -> Iterator[NDArray[np.generic]]:
+    """Contiguous blocks of whole rows (whole heads, where these are put back in order)."""
+    source = tensor.source
+    columns, rows = source.shape[0], prod(source.shape[1:])
+    if len(source.shape) == 1 and tensor.heads:  # a bias: its elements are the rows
+        columns, rows = 1, source.shape[0]
+    unit = rows // tensor.heads if tensor.heads else 1
+    step = max(_CHUNK_ELEMENTS // (columns * unit), 1) * unit
+    convert = partial(np.frombuffer, dtype=_BITS[tensor.dtype]) if source.type in _BITS else None
+    with open_regular(source.file) as file:
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            raw = _read(file, source, source.nbytes * first // rows, source.nbytes * last // rows)
+            if convert is not None:
+                block: NDArray[np.generic] = convert(raw)
+            else:
+                values = _dequantized(raw, source.type)
+                with np.errstate(over="ignore"):
+                    block = values.astype("<f4" if tensor.dtype == "F32" else "<f2")
+            block = block.reshape(last - first, columns)
+            yield unpermuted(block, (last - first) // unit) if tensor.heads else np.ascontiguousarray(block)
+
+
+def unpermuted(rows: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
+    """Rows [heads · d, columns] of a query or key matrix in Hugging Face's order.
+
+    llama.cpp rotates neighbours (2i, 2i+1) of a head, Hugging Face the halves (i, i + d/2), so the converter
+    interleaves the halves (LlamaModel.permute in convert_hf_to_gguf.py); this takes them apart.
+    """
+    n, columns = rows.shape
+    halves = rows.reshape(heads, n // heads // 2, 2, columns).swapaxes(1, 2)
+    return np.ascontiguousarray(halves).reshape(n, columns)
+
+
+def _read(file: BinaryIO, tensor: TensorInfo, start: int, end: int) -> NDArray[np.uint8]:
+    file.seek(tensor.offset + start)
+    raw = np.fromfile(file, np.uint8, end - start)
+    if len(raw) != end - start:
+        raise unusable(tensor.file, "it became shorter while it was being read")
+    return raw
+
+
+def _dequantized(raw: NDArray[np.uint8], type_: str) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file may be anything
+        return dequantize(raw, GGMLQuantizationType[type_])

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Backend, Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.backends.torch import load
-from emlocal.backends.torch.load import open_folder
+from emlocal.backends.torch import backend
+from emlocal.backends.torch.backend import open_folder
 from emlocal.backends.torch.model import attach, load_model, lora_layers, skeleton
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
@@ -149,7 +149,7 @@ def test_a_wrong_adapter_is_named_before_the_weights_are_read(
     }[what]
     write_peft(Adapter({**adapter.pairs, **changed}), path)
     loads: list[Path] = []
-    monkeypatch.setattr(load, "load_model", lambda folder, *_: loads.append(folder))
+    monkeypatch.setattr(backend, "load_model", lambda folder, *_: loads.append(folder))
     with pytest.raises(ModelError, match=message) as caught:
         in_torch(folder, [(path, 1.0)])
     assert "\n" not in caught.value.message

@@ -13,9 +13,8 @@ import torch
 
 from emlocal.backends.base import Feed, LoadOptions, Row
 from emlocal.backends.device_sampler import most_steps
-from emlocal.backends.torch import kernels
-from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.load import open_folder
+from emlocal.backends.torch import sampler
+from emlocal.backends.torch.backend import TorchBackend, open_folder
 from emlocal.backends.torch.sampler import Compiled, TorchSampler, _columns
 from emlocal.errors import BackendError
 from emlocal.sampling import Draw, Sampler, SamplingParams
@@ -75,12 +74,12 @@ def test_the_compiled_step_is_the_step(recorded) -> None:
     step = Compiled(said.append)
     for i in range(3):
         allowed = torch.arange(len(z), device=CUDA)[:, None] != i  # one row may not move
-        got, expected = (f(z, 0.3 * column, allowed, 2 * column) for f in (step, kernels.descend))
+        got, expected = (f(z, 0.3 * column, allowed, 2 * column) for f in (step, sampler.descend))
         torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(got[1], expected[1], rtol=1e-12, atol=1e-12)
         assert torch.equal(got[2], expected[2])
         z = expected[0]
-    assert step._step is not kernels.descend
+    assert step._step is not sampler.descend
     assert said == []
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from emlocal.backends.base import Feed, LoadOptions
-from emlocal.backends.torch.backend import TorchBackend
-from emlocal.backends.torch.load import open_folder, open_model
+from emlocal.backends.torch.backend import TorchBackend, open_folder, open_model
 from emlocal.backends.torch.model import PackedLinear, attach, can_pack, lora_layers, pack, packed_bytes
 from emlocal.models.adapters.peft import write_peft
 from emlocal.models.resolve import resolve

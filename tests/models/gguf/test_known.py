@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from emlocal.errors import ModelError
-from emlocal.models.gguf import known, read_header
-from emlocal.models.gguf import model as reading
+from emlocal.models import gguf as reading
+from emlocal.models.gguf import file, read_header
 from tests.tiny_gguf import write_tiny_gguf
 
 
@@ -17,7 +17,7 @@ from tests.tiny_gguf import write_tiny_gguf
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache file's path, in a folder of the test's own; tiny vocabularies count as large."""
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(known, "LARGE", 1)
+    monkeypatch.setattr(file, "LARGE", 1)
     return tmp_path / "cache" / "checked-headers.json"
 
 
@@ -130,7 +130,7 @@ def test_other_checks_check_again(
     model: Path, checked: list[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     read_header(model)
-    monkeypatch.setattr(known, name, 999)
+    monkeypatch.setattr(file, name, 999)
     read_header(model)
     assert checked == ["tiny.gguf"] * 2
 
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_to(model: Path, checked: list[str], cac
 
 
 def test_the_oldest_is_forgotten(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "_MOST", 2)
+    monkeypatch.setattr(file, "_MOST", 2)
     paths = [write_tiny_gguf(tmp_path / f"{i}.gguf") for i in range(3)]
     for path in paths:
         read_header(path)
@@ -153,6 +153,6 @@ def test_the_oldest_is_forgotten(tmp_path: Path, cache: Path, monkeypatch: pytes
 def test_small_vocabularies_are_not_worth_it(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known, "LARGE", 10_000)
+    monkeypatch.setattr(file, "LARGE", 10_000)
     read_header(model)
     assert not cache.exists()
