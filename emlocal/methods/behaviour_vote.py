@@ -85,21 +85,26 @@ class BehaviourVote(Method):
         completions = drawn.completions
         prompt = _said_last(question)
         function = asked_for(prompt, [completion.text for completion in completions])
-        cancelled = any(completion.finish_reason == "cancelled" for completion in completions)
-        if function is None or cancelled:
+        if function is None or _was_cancelled(drawn):
             return Outcome([drawn], completions, fields=_NONE.fields(0), undecided=True)
         found = [code_of(completion.text, f"def {function.name}") for completion in completions]
         programs = {i: joined(function.head, code) for i, code in enumerate(found) if code is not None}
         if len(set(programs.values())) < 2:  # there is nothing to choose
             index = 0 if 0 in programs or not programs else min(programs)
-            decided = Decision(index, len(programs), 1, 0, 0, undecided=not programs)
+            decided = Decision(index, len(programs), min(1, len(programs)), 0, 0, undecided=not programs)
         else:
             examples = {repr(each.arguments): each for each in printed(prompt, function.name)[:_EXAMPLES]}
             try:
                 such_as = next(iter(examples), None)
                 inputs = yield [_ask_inputs(question, completions[0].text, function.signature, such_as)]
-            except (ContextFullError, CancelledError, _NoQuestionError):
+            except (ContextFullError, _NoQuestionError):
                 pass  # the examples are what there is
+            except CancelledError:
+                return Outcome([drawn], completions, fields=_NONE.fields(len(programs)), undecided=True)
+            if any(map(_was_cancelled, inputs)):  # and nobody waits for programs
+                return Outcome(
+                    [drawn, *inputs], completions, fields=_NONE.fields(len(programs)), undecided=True
+                )
             for completion in (completion for handle in inputs for completion in handle.completions):
                 for arguments in written(completion.text, function, INPUTS):
                     examples.setdefault(repr(arguments), Example(arguments))
@@ -213,6 +218,10 @@ def _certainty(completion: "Completion") -> float:
         return -math.inf
     entropies, probabilities = zip(*((d.entropy_before, d.p_before) for d in completion.draws), strict=True)
     return scores(entropies, probabilities).mean_log_probability
+
+
+def _was_cancelled(handle: "Handle") -> bool:
+    return any(completion.finish_reason == "cancelled" for completion in handle.completions)
 
 
 def _one_greedy(job: "Job") -> "Job":

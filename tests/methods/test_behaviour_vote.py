@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.generation import Scheduler
+from emlocal.generation import Scheduler, Token
 from emlocal.generation.prompt import prompt_tokens
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
@@ -178,14 +178,21 @@ def ask(
     inputs: str = "(2,)\n(3,)",
     n: int = 8,
     seed: int = 1,
+    most: int | None = None,
     **own: Any,
 ) -> Outcome:
+    """`most`: Ctrl-C comes after so many tokens."""
     method = Chosen("behaviour-vote", samples=n, allow_code=True, **own)
     plan = method.plan(Plan(params=SamplingParams(temperature=1.0, min_p=0.0), seed=seed, max_tokens=300))
     backend = engine(weights, inputs)
     question = Question([{"role": "user", "content": prompt}], plan, partial(prompt_tokens, backend), key=1)
+    seen: list[Token] = []
     with Scheduler(backend, 8) as runner:
-        for event in ask_one(runner, method.collecting, question):
+        for event in ask_one(
+            runner, method.collecting, question, lambda: most is not None and len(seen) >= most
+        ):
+            if isinstance(event, Token):
+                seen.append(event)
             if isinstance(event, Answered):
                 return event.asking.result()
     raise AssertionError
@@ -277,6 +284,17 @@ def test_a_program_is_better_than_none() -> None:
     outcome = ask({"h": 0.1, "a": 0.0}, n=6)
     assert letters(outcome)[0] == "h"
     assert letters(outcome)[outcome.index] == "a"
+
+
+@contained
+@pytest.mark.parametrize("after", [-60, -1, 0, 3])
+def test_when_it_is_stopped_nothing_is_run_and_the_answer_is_greedys(after: int) -> None:
+    weights = {"c": 0.2, "a": 0.0, "b": 0.0}
+    whole = ask(weights)
+    stopped = ask(weights, most=sum(len(c.draws) for c in whole.completions) + after)
+    assert not whole.undecided
+    assert (stopped.undecided, stopped.index, stopped.fields["inputs"]) == (True, 0, 0)
+    assert whole.completions[0].text.startswith(stopped.completion.text)
 
 
 def test_it_needs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
