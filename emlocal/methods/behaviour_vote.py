@@ -13,6 +13,7 @@ from emlocal.em.scores import scores
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.settings import SamplingParams, setting
+from emlocal.text import counted
 
 if TYPE_CHECKING:
     from emlocal.generation import Completion, Handle, Job
@@ -86,7 +87,7 @@ class BehaviourVote(Method):
         prompt = _said_last(question)
         function = asked_for(prompt, [completion.text for completion in completions])
         if function is None or _was_cancelled(drawn):
-            return Outcome([drawn], completions, fields=_NONE.fields(0), undecided=True)
+            return _undecided([drawn], 0)
         found = [code_of(completion.text, f"def {function.name}") for completion in completions]
         programs = {i: joined(function.head, code) for i, code in enumerate(found) if code is not None}
         if len(set(programs.values())) < 2:  # there is nothing to choose
@@ -100,11 +101,9 @@ class BehaviourVote(Method):
             except (ContextFullError, _NoQuestionError):
                 pass  # the examples are what there is
             except CancelledError:
-                return Outcome([drawn], completions, fields=_NONE.fields(len(programs)), undecided=True)
+                return _undecided([drawn], len(programs))
             if any(map(_was_cancelled, inputs)):  # and nobody waits for programs
-                return Outcome(
-                    [drawn, *inputs], completions, fields=_NONE.fields(len(programs)), undecided=True
-                )
+                return _undecided([drawn, *inputs], len(programs))
             for completion in (completion for handle in inputs for completion in handle.completions):
                 for arguments in written(completion.text, function, INPUTS):
                     examples.setdefault(repr(arguments), Example(arguments))
@@ -118,6 +117,7 @@ class BehaviourVote(Method):
             decided.fields(len(programs)),
             confidence=None if decided.undecided else decided.cluster / len(completions),
             undecided=decided.undecided,
+            said=decided.said(len(programs)),
         )
 
 
@@ -146,6 +146,14 @@ class Decision:
             "inputs": self.inputs,
             "ruled_out": self.ruled_out,
         }
+
+    def said(self, programs: int) -> list[str]:
+        """For people."""
+        if self.undecided:
+            return ["no programs to choose among, or no inputs to tell them apart"]
+        did = f"do the same on {counted(self.inputs, 'input')}" if self.inputs else "are the same text"
+        out = f"{self.ruled_out} ruled out by the prompt's examples"
+        return [f"{self.cluster} of {counted(programs, 'program')} {did}", *([out] if self.ruled_out else [])]
 
 
 def decide(
@@ -183,6 +191,12 @@ def decide(
 
 
 _NONE = Decision(0, 0, 0, 0, 0, undecided=True)
+
+
+def _undecided(jobs: "Sequence[Handle]", programs: int) -> Outcome:
+    """The greedy answer, of the first of these jobs."""
+    fields, said = _NONE.fields(programs), _NONE.said(programs)
+    return Outcome(jobs, jobs[0].completions, fields=fields, undecided=True, said=said)
 
 
 def _returns(result: str) -> bool:

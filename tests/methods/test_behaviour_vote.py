@@ -183,7 +183,8 @@ def ask(
 ) -> Outcome:
     """`most`: Ctrl-C comes after so many tokens."""
     method = Chosen("behaviour-vote", samples=n, allow_code=True, **own)
-    plan = method.plan(Plan(params=SamplingParams(temperature=1.0, min_p=0.0), seed=seed, max_tokens=300))
+    base = Plan(params=SamplingParams(temperature=1.0, min_p=0.0), seed=seed, max_tokens=300)
+    plan = method.plan(base, frozenset({"temperature", "min_p"}))
     backend = engine(weights, inputs)
     question = Question([{"role": "user", "content": prompt}], plan, partial(prompt_tokens, backend), key=1)
     seen: list[Token] = []
@@ -306,6 +307,28 @@ def test_it_needs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.landlock, "abi", lambda: 0)
     with pytest.raises(EmlocalError, match="cannot be contained here"):
         Chosen("behaviour-vote:4", allow_code=True).plan(Plan())
+
+
+@contained
+@pytest.mark.parametrize(
+    ("weights", "prompt", "said"),
+    [
+        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "of 8 programs do the same on 2 inputs"),
+        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "ruled out by the prompt's examples"),
+        ({"a": 0.0}, "f(3) == 9", "8 of 8 programs are the same text"),
+        ({"h": 0.0}, "f(3) == 9", "no programs to choose among"),
+    ],
+)
+def test_what_people_are_told(weights: Mapping[str, float], prompt: str, said: str) -> None:
+    assert said in " · ".join(ask(weights, prompt=prompt).said)
+
+
+@pytest.mark.skipif(landlock.abi() < landlock.OLDEST_ABI, reason="needs Landlock (Linux 6.2)")
+def test_others_are_drawn_at_08_where_nobody_chose() -> None:
+    method = Chosen("behaviour-vote", allow_code=True)
+    model = Plan(params=SamplingParams(temperature=0.2, min_p=0.0, top_k=20))
+    assert method.plan(model).params == SamplingParams(temperature=0.8, min_p=0.05, top_k=20)
+    assert method.plan(model, frozenset({"temperature"})).params.temperature == 0.2
 
 
 def test_one_program_cannot_vote() -> None:
