@@ -13,6 +13,7 @@ from emlocal.em.scores import scores
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.settings import SamplingParams, setting
+from emlocal.text import counted
 
 if TYPE_CHECKING:
     from emlocal.generation import Completion, Handle, Job
@@ -85,21 +86,24 @@ class BehaviourVote(Method):
         completions = drawn.completions
         prompt = _said_last(question)
         function = asked_for(prompt, [completion.text for completion in completions])
-        cancelled = any(completion.finish_reason == "cancelled" for completion in completions)
-        if function is None or cancelled:
-            return Outcome([drawn], completions, fields=_NONE.fields(0), undecided=True)
+        if function is None or _was_cancelled(drawn):
+            return _undecided([drawn], 0)
         found = [code_of(completion.text, f"def {function.name}") for completion in completions]
         programs = {i: joined(function.head, code) for i, code in enumerate(found) if code is not None}
         if len(set(programs.values())) < 2:  # there is nothing to choose
             index = 0 if 0 in programs or not programs else min(programs)
-            decided = Decision(index, len(programs), 1, 0, 0, undecided=not programs)
+            decided = Decision(index, len(programs), min(1, len(programs)), 0, 0, undecided=not programs)
         else:
             examples = {repr(each.arguments): each for each in printed(prompt, function.name)[:_EXAMPLES]}
             try:
                 such_as = next(iter(examples), None)
                 inputs = yield [_ask_inputs(question, completions[0].text, function.signature, such_as)]
-            except (ContextFullError, CancelledError, _NoQuestionError):
+            except (ContextFullError, _NoQuestionError):
                 pass  # the examples are what there is
+            except CancelledError:
+                return _undecided([drawn], len(programs))
+            if any(map(_was_cancelled, inputs)):  # and nobody waits for programs
+                return _undecided([drawn, *inputs], len(programs))
             for completion in (completion for handle in inputs for completion in handle.completions):
                 for arguments in written(completion.text, function, INPUTS):
                     examples.setdefault(repr(arguments), Example(arguments))
@@ -113,6 +117,7 @@ class BehaviourVote(Method):
             decided.fields(len(programs)),
             confidence=None if decided.undecided else decided.cluster / len(completions),
             undecided=decided.undecided,
+            said=decided.said(len(programs)),
         )
 
 
@@ -141,6 +146,14 @@ class Decision:
             "inputs": self.inputs,
             "ruled_out": self.ruled_out,
         }
+
+    def said(self, programs: int) -> list[str]:
+        """For people."""
+        if self.undecided:
+            return ["no programs to choose among, or no inputs to tell them apart"]
+        did = f"do the same on {counted(self.inputs, 'input')}" if self.inputs else "are the same text"
+        out = f"{self.ruled_out} ruled out by the prompt's examples"
+        return [f"{self.cluster} of {counted(programs, 'program')} {did}", *([out] if self.ruled_out else [])]
 
 
 def decide(
@@ -180,6 +193,12 @@ def decide(
 _NONE = Decision(0, 0, 0, 0, 0, undecided=True)
 
 
+def _undecided(jobs: "Sequence[Handle]", programs: int) -> Outcome:
+    """The greedy answer, of the first of these jobs."""
+    fields, said = _NONE.fields(programs), _NONE.said(programs)
+    return Outcome(jobs, jobs[0].completions, fields=fields, undecided=True, said=said)
+
+
 def _returns(result: str) -> bool:
     return result.startswith("returns ")
 
@@ -213,6 +232,10 @@ def _certainty(completion: "Completion") -> float:
         return -math.inf
     entropies, probabilities = zip(*((d.entropy_before, d.p_before) for d in completion.draws), strict=True)
     return scores(entropies, probabilities).mean_log_probability
+
+
+def _was_cancelled(handle: "Handle") -> bool:
+    return any(completion.finish_reason == "cancelled" for completion in handle.completions)
 
 
 def _one_greedy(job: "Job") -> "Job":

@@ -18,6 +18,7 @@ _FENCED = re.compile(
 _PYTHON = ("", "python", "python3", "py", "py3")
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 _DEFINED = re.compile(r"^(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
+_GIVEN = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 LONGEST = 1000
 """Characters of the arguments of a call, and of an expected value, that are still read."""
 
@@ -61,8 +62,9 @@ def asked_for(prompt: str, answers: Sequence[str]) -> Function | None:
     Where several are defined as often: one that the prompt names, then the last of the first answer. None
     where no answer defines any.
     """
-    head = next((found for code in _blocks(prompt) if (found := head_of(code))), "")
-    begun = _begun(head)
+    given = [each for code in _blocks(prompt) for each in _given(code)]
+    head = "\n".join(map(ast.unparse, given))
+    begun = _begun(given)
     defined = [_names(answer) for answer in answers]
     counts = Counter(name for names in defined for name in dict.fromkeys(names))
     if begun is not None and begun in counts:
@@ -88,12 +90,29 @@ def _names(answer: str) -> list[str]:
     return [match[1] for code in _blocks(answer) for match in _DEFINED.finditer(code)]
 
 
-def _begun(head: str) -> str | None:
-    """The last function of a program, where it has no body but a description."""
-    tree = _parsed(head)
-    last = tree.body[-1] if tree and tree.body else None
-    if not isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef):
+def _given(code: str) -> list[ast.stmt]:
+    """What the code of a prompt gives: imports, definitions and constants. What it does is left out, since it
+    may call what is asked for."""
+    tree = _parsed(code) or _parsed(head_of(code))
+    return [each for each in tree.body if isinstance(each, _GIVEN) or _is_constant(each)] if tree else []
+
+
+def _is_constant(line: ast.stmt) -> bool:
+    if not isinstance(line, ast.Assign):
+        return False
+    try:
+        ast.literal_eval(line.value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _begun(given: Sequence[ast.stmt]) -> str | None:
+    """The last function, where it has no body but a description."""
+    functions = [each for each in given if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+    if not functions:
         return None
+    last = functions[-1]
     empty = all(
         isinstance(line, ast.Pass) or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
         for line in last.body

@@ -64,7 +64,7 @@ def test_with_leave_it_answers(emlocal: Emlocal, tiny: str, tmp_path: Path) -> N
     assert {name: row[name] for name in FIELDS} == FIELDS
     talk = "Write f.\n/method off\nWrite f.\n/method behaviour-vote:2\nWrite f.\n"
     talked = emlocal(*made["chat"], "--allow-code", stdin=talk)
-    assert talked.err.count("programs 0") == 2, talked.err
+    assert talked.err.count("no programs to choose among") == 2, talked.err
     refused = emlocal("chat", "-m", tiny, "-t", "1", stdin="/method behaviour-vote:2\n")
     assert "runs code that the model writes" in refused.err
     assert emlocal(*made["eval"], "--allow-code", "--parallel", "2").code == 0

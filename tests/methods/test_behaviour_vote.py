@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.generation import Scheduler
+from emlocal.generation import Scheduler, Token
 from emlocal.generation.prompt import prompt_tokens
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
@@ -178,14 +178,22 @@ def ask(
     inputs: str = "(2,)\n(3,)",
     n: int = 8,
     seed: int = 1,
+    most: int | None = None,
     **own: Any,
 ) -> Outcome:
+    """`most`: Ctrl-C comes after so many tokens."""
     method = Chosen("behaviour-vote", samples=n, allow_code=True, **own)
-    plan = method.plan(Plan(params=SamplingParams(temperature=1.0, min_p=0.0), seed=seed, max_tokens=300))
+    base = Plan(params=SamplingParams(temperature=1.0, min_p=0.0), seed=seed, max_tokens=300)
+    plan = method.plan(base, frozenset({"temperature", "min_p"}))
     backend = engine(weights, inputs)
     question = Question([{"role": "user", "content": prompt}], plan, partial(prompt_tokens, backend), key=1)
+    seen: list[Token] = []
     with Scheduler(backend, 8) as runner:
-        for event in ask_one(runner, method.collecting, question):
+        for event in ask_one(
+            runner, method.collecting, question, lambda: most is not None and len(seen) >= most
+        ):
+            if isinstance(event, Token):
+                seen.append(event)
             if isinstance(event, Answered):
                 return event.asking.result()
     raise AssertionError
@@ -279,6 +287,17 @@ def test_a_program_is_better_than_none() -> None:
     assert letters(outcome)[outcome.index] == "a"
 
 
+@contained
+@pytest.mark.parametrize("after", [-60, -1, 0, 3])
+def test_when_it_is_stopped_nothing_is_run_and_the_answer_is_greedys(after: int) -> None:
+    weights = {"c": 0.2, "a": 0.0, "b": 0.0}
+    whole = ask(weights)
+    stopped = ask(weights, most=sum(len(c.draws) for c in whole.completions) + after)
+    assert not whole.undecided
+    assert (stopped.undecided, stopped.index, stopped.fields["inputs"]) == (True, 0, 0)
+    assert whole.completions[0].text.startswith(stopped.completion.text)
+
+
 def test_it_needs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="behaviour-vote runs code that the model writes") as refused:
         Chosen("behaviour-vote:4").plan(Plan())
@@ -288,6 +307,28 @@ def test_it_needs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.landlock, "abi", lambda: 0)
     with pytest.raises(EmlocalError, match="cannot be contained here"):
         Chosen("behaviour-vote:4", allow_code=True).plan(Plan())
+
+
+@contained
+@pytest.mark.parametrize(
+    ("weights", "prompt", "said"),
+    [
+        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "of 8 programs do the same on 2 inputs"),
+        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "ruled out by the prompt's examples"),
+        ({"a": 0.0}, "f(3) == 9", "8 of 8 programs are the same text"),
+        ({"h": 0.0}, "f(3) == 9", "no programs to choose among"),
+    ],
+)
+def test_what_people_are_told(weights: Mapping[str, float], prompt: str, said: str) -> None:
+    assert said in " · ".join(ask(weights, prompt=prompt).said)
+
+
+@pytest.mark.skipif(landlock.abi() < landlock.OLDEST_ABI, reason="needs Landlock (Linux 6.2)")
+def test_others_are_drawn_at_08_where_nobody_chose() -> None:
+    method = Chosen("behaviour-vote", allow_code=True)
+    model = Plan(params=SamplingParams(temperature=0.2, min_p=0.0, top_k=20))
+    assert method.plan(model).params == SamplingParams(temperature=0.8, min_p=0.05, top_k=20)
+    assert method.plan(model, frozenset({"temperature"})).params.temperature == 0.2
 
 
 def test_one_program_cannot_vote() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,11 @@ def test_the_function_that_is_asked_for(prompt: str, answers: list[str], name: s
 
 def test_its_signature_is_that_of_the_prompt_else_that_of_an_answer() -> None:
     begun = asked_for(f"```python\n{BEGUN}```", [block("def f(): 1")])
-    assert begun == Function("f", "def f(a: int, *, b=2) -> str", 1, 1, f"{BEGUN}    pass\n")
+    assert begun is not None
+    assert replace(begun, head="") == Function("f", "def f(a: int, *, b=2) -> str", 1, 1)
+    space: dict[str, object] = {}
+    exec(begun.head, space)  # noqa: S102 (as above)
+    assert {"re", "g", "f"} <= space.keys()
     found = asked_for("Write f.", [block("def f(a, /, b, c=3): 1")])
     assert found is not None
     assert (found.signature, found.least, found.most, found.head) == ("def f(a, /, b, c=3)", 2, 3, "")
@@ -58,6 +63,22 @@ def test_its_signature_is_that_of_the_prompt_else_that_of_an_answer() -> None:
     broken = asked_for("Write f.", [block("def f(a: 1")])
     assert broken is not None
     assert broken.takes(7)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "head"),
+    [
+        ("f(3) == 9", ""),
+        (block("print(f(3))"), ""),
+        (block("import os\nN = 3\nx = f(N)\ndef f(n): 1\nprint(f(3))"), "import os\nN = 3\ndef f(n):\n    1"),
+        (block("class A: pass") + block("def f(a):"), "class A:\n    pass\ndef f(a):\n    pass"),
+        ("Write a function f.", ""),
+    ],
+)  # fmt: skip
+def test_what_a_prompt_gives_and_not_what_it_does_goes_before_answers(prompt: str, head: str) -> None:
+    found = asked_for(prompt, [block("def f(a): return 1")])
+    assert found is not None
+    assert (found.name, found.head.replace("\n\n", "\n").strip()) == ("f", head)
 
 
 @pytest.mark.parametrize(
