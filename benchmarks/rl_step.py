@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rollouts", choices=("torch", "llama.cpp"), default="torch")
     chosen = parser.parse_args()
 
-    from emlocal.models.adapters.peft import write_peft
+    from emlocal.models.adapters.folders import write_peft
     from emlocal.training.engines import open_engines
     from emlocal.training.folder import RunFolder
     from emlocal.training.guards import View

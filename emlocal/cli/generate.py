@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emlocal import console
-from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, with_options
+from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, open_backend, with_options
 from emlocal.errors import UsageError
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Plan, resolve_settings
 from emlocal.settings.em import EM
-from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, options_of
 
@@ -42,7 +42,6 @@ def generate(
 
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
-    from emlocal.cli.views import open_backend
     from emlocal.settings.resolve import read_config
 
     method = chosen_by(how)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from emlocal import console
-from emlocal.models.paths import Progress
+from emlocal.files import Progress
 from emlocal.settings import settings_of
 from emlocal.text import CONTROLS, counted, human_size, plain
 from emlocal.training.engines import Objective

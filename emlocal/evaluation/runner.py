@@ -34,7 +34,7 @@ from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
 from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
 from emlocal.settings import Resolved, resolve_settings
-from emlocal.settings.engine import EngineOptions
+from emlocal.settings.options import EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NAMES, Table, options_of
 from emlocal.text import counted

@@ -12,7 +12,7 @@ from emlocal.evaluation.report.document import Results, Standing, read_results
 from emlocal.evaluation.report.page import draw_accuracy_against_cost, looks
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
-from emlocal.plotting.draw import bar, between, labels, new_figure, plain_axes
+from emlocal.plotting import bar, between, labels, new_figure, plain_axes
 from emlocal.text import counted
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from emlocal.errors import EmlocalError, UsageError
 from emlocal.files import atomic_writer, sync_folder
 from emlocal.identity import differences
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.peft import write_peft
+from emlocal.models.adapters.folders import write_peft
 from emlocal.training import checkpoint
 from emlocal.training.checkpoint import Checkpoint
 
