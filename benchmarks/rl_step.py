@@ -66,8 +66,7 @@ def main() -> None:
 
     from emlocal.models.adapters.folders import write_peft
     from emlocal.training.engines import open_engines
-    from emlocal.training.folder import RunFolder
-    from emlocal.training.guards import View
+    from emlocal.training.folder import RunFolder, View
     from emlocal.training.loop import Plan, Run
     from emlocal.training.prompts import read_prompts
     from emlocal.training.rl import PolicyGradient, em_rl
