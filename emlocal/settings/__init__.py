@@ -1,8 +1,8 @@
 """Everything that people set, each thing declared once, and the one ranking of where values come from.
 
-`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `sampling`
-those of an answer, `engine` those of the engine; `em` puts together those of the EM steps, which are declared
-in the steps' own files (`emlocal.em.steps`); `files` reads config.toml.
+`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `options`
+those of an answer and of the engine; `em` puts together those of the EM steps, which are declared in the
+steps' own files (`emlocal.em.steps`).
 
 The names below are loaded when they are first asked for: an EM step's file needs `table`, and `em` needs the
 steps' files.
