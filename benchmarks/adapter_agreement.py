@@ -71,8 +71,8 @@ def main() -> None:
     from emlocal.backends.engine import LoadOptions, engine
     from emlocal.backends.torch.backend import open_folder
     from emlocal.generation.prompt import chat_tokens
+    from emlocal.models.adapters import read_adapter
     from emlocal.models.adapters.merge import merge, open_model
-    from emlocal.models.adapters.reading import read_adapter
     from emlocal.models.resolve import resolve
     from emlocal.models.unpacked import unpack
     from emlocal.training.prompts import read_prompts

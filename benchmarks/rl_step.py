@@ -64,10 +64,9 @@ def main() -> None:
     parser.add_argument("--rollouts", choices=("torch", "llama.cpp"), default="torch")
     chosen = parser.parse_args()
 
-    from emlocal.models.adapters.peft import write_peft
+    from emlocal.models.adapters.folders import write_peft
     from emlocal.training.engines import open_engines
-    from emlocal.training.folder import RunFolder
-    from emlocal.training.guards import View
+    from emlocal.training.folder import RunFolder, View
     from emlocal.training.loop import Plan, Run
     from emlocal.training.prompts import read_prompts
     from emlocal.training.rl import PolicyGradient, em_rl

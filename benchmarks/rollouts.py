@@ -23,7 +23,7 @@ def main() -> None:
     chosen = parser.parse_args()
 
     from emlocal.training.engines import open_engines
-    from emlocal.training.guards import View
+    from emlocal.training.folder import View
     from emlocal.training.rl import em_ft
     from emlocal.training.rollouts import draw_rollouts
     from emlocal.training.settings import AnswerOptions, FineTuneSettings, Rollouts, Setup

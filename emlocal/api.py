@@ -39,7 +39,7 @@ from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams
 from emlocal.settings import Given, Plan, Resolved, resolve_settings
 from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
-from emlocal.settings.engine import BackendName, EngineOptions, KVName
+from emlocal.settings.options import BackendName, EngineOptions, KVName
 from emlocal.settings.resolve import GENERATION
 from emlocal.settings.table import NAMES, options_of
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import EmlocalError
-from emlocal.models.paths import Progress, silent
+from emlocal.files import Progress, silent
 from emlocal.text import counted, harmless, human_size
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import emlocal
 from emlocal import machine
 from emlocal.backends import ENGINES
 from emlocal.backends.engine import Engine, engine, select_backend
-from emlocal.models.paths import nearest
+from emlocal.files import nearest
 from emlocal.text import counted, human_size
 
 Status = Literal["ok", "info", "warn", "fail"]

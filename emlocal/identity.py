@@ -85,7 +85,7 @@ def weights_digest(model: "Model") -> str:
 
 def batch_identity(settings: "BatchSettings", loaded: "Loaded") -> dict[str, object]:
     """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
-    from emlocal.models.adapters.reading import adapter_files
+    from emlocal.models.adapters import adapter_files
 
     plan, backend = settings.plan, loaded.backend
     return {

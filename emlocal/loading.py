@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from emlocal.backends.engine import BATCH_CONTEXT, Engine, LoadOptions, context_length, engine, select_backend
 from emlocal.cancel import interruptible
 from emlocal.errors import UsageError
+from emlocal.files import Progress, silent
 from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, check_memory, estimate
-from emlocal.models.paths import Progress, silent
 from emlocal.models.resolve import FolderModel, Model, resolve
 from emlocal.models.templates import start_process
-from emlocal.settings.engine import EngineOptions
+from emlocal.settings.options import EngineOptions
 from emlocal.settings.table import check_settings
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def _check(wanted: EngineOptions) -> None:
 def _read(path: Path, model: Model, chosen: Engine, opened: ExitStack, warn: Warn) -> "Adapter | Path":
     """An adapter in the form that the engine takes, checked before the model is loaded: its numbers, or a
     GGUF file for an engine that knows no other format, which lasts as long as `opened`."""
+    from emlocal.models.adapters import as_gguf, read_adapter
     from emlocal.models.adapters.origin import other_base
-    from emlocal.models.adapters.reading import as_gguf, read_adapter
 
     found: Adapter | Path
     if chosen.formats == ("gguf",):

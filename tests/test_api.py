@@ -204,7 +204,7 @@ def test_importing_emlocal_imports_little() -> None:
 
 
 def test_adapters_of_any_format(tiny_model: GGUFModel, tmp_path: Path) -> None:
-    from emlocal.models.adapters.peft import write_peft
+    from emlocal.models.adapters.folders import write_peft
     from tests.tiny_pair import random_adapter
 
     write_peft(random_adapter(layers=1), tmp_path / "good")

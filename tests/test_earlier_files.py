@@ -16,7 +16,7 @@ import pytest
 
 import emlocal as package
 from emlocal.identity import fingerprint, gguf_digest
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from emlocal.models.resolve import resolve
 from tests.cli.conftest import Outcome
 from tests.cli.conftest import emlocal as emlocal

@@ -38,7 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("answers", "em"),
     ("console", "machine", "sandbox"),
     ("models",),
-    ("cancel", "files", "text"),
+    ("cancel", "files"),
+    ("text",),
     ("backends/__init__", "settings/table"),
     ("errors",),
 )
@@ -74,7 +75,7 @@ def modules_after(code: str) -> set[str]:
         ("import emlocal.training.settings", HEAVY | {"numpy"}),
         ("import emlocal.answers.gold, emlocal.answers.programs", HEAVY | {"numpy"}),
         (
-            "import emlocal.cli.generate, emlocal.cli.views, emlocal.loading, emlocal.settings.resolve",
+            "import emlocal.cli.generate, emlocal.cli.options, emlocal.loading, emlocal.settings.resolve",
             HEAVY | {"numpy", "jinja2"},
         ),
         ("import emlocal.backends.llama_cpp.loading", HEAVY | {"numpy", "jinja2"}),
@@ -85,7 +86,7 @@ def modules_after(code: str) -> set[str]:
         ),
         ("import emlocal.cli.app; emlocal.cli.app.run(['chat', '--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['adapter', '--help'])", HEAVY | {"numpy", "gguf"}),
-        ("import emlocal.models.adapters.reading", HEAVY | {"gguf", "safetensors"}),
+        ("import emlocal.models.adapters", HEAVY | {"gguf", "safetensors"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['finetune', '--help'])", HEAVY | {"numpy", "jinja2"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['eval', '--help'])", HEAVY | {"numpy", "matplotlib"}),
         ("import emlocal.cli.app; emlocal.cli.app.run(['plot', '--help'])", HEAVY | {"numpy", "matplotlib"}),

@@ -12,11 +12,11 @@ import emlocal
 from emlocal import loading
 from emlocal.backends.engine import Engine
 from emlocal.errors import ModelError, UsageError
-from emlocal.models.adapters import reading
+from emlocal.models import adapters
+from emlocal.models.adapters.folders import write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.peft import write_peft
 from emlocal.models.resolve import GGUFModel
-from emlocal.settings.engine import EngineOptions
+from emlocal.settings.options import EngineOptions
 from tests.cli.conftest import Outcome
 from tests.cli.conftest import emlocal as run_emlocal  # noqa: F401
 from tests.tiny_pair import random_adapter
@@ -27,13 +27,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often adapters were read from a folder, and written as GGUF."""
     calls: Counter[str] = Counter()
     for name in ("read_peft", "write_gguf"):
-        real = vars(reading)[name]
+        real = vars(adapters)[name]
 
         def count(*arguments: object, name: str = name, real: Callable[..., object] = real) -> object:
             calls[name] += 1
             return real(*arguments)
 
-        monkeypatch.setattr(reading, name, count)
+        monkeypatch.setattr(adapters, name, count)
     return calls
 
 

@@ -5,7 +5,7 @@ that comes back. A block always has the same shape, filled up with copies if nee
 order of summation by the shape, and so a row's outcome does not depend, in any bit, on the rows beside it.
 It also bounds the memory.
 
-What stays twice is the arithmetic on the device's arrays (`em`, `draw` and `sampler` of each engine): torch
+What stays twice is the arithmetic on the device's arrays (`sampler` of each engine): torch
 computes in float64; mlx, which has none on GPUs, sums 64-bit integers and compiles a block as one function.
 """
 

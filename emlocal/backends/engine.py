@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from emlocal.backends.base import Backend, ModelInfo
     from emlocal.backends.learner import Descent, EntropyLearner, EntropyObjective, PolicyLearner, Processes
     from emlocal.em.losses import PolicyObjective
+    from emlocal.files import Progress
     from emlocal.models.adapters.adapter import Adapter
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
-    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Format, Model
 
 
@@ -213,7 +213,7 @@ class Engine:
 
         Raises ModelError for a model or adapter that cannot be used, BackendError where memory runs out.
         """
-        from emlocal.models.paths import silent
+        from emlocal.files import silent
 
         return self.loader(model, options, progress or silent, meanwhile)
 

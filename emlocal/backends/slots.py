@@ -1,11 +1,10 @@
 """What torch and mlx have in common: a tokenizer of their own, and a slot of a cache for each sequence.
 
 The rule for what is here and what is there twice: whatever runs on the host and would say the same in both is
-here, in chunking.py, device_sampler.py or learner.py: the contract's bookkeeping, options, settings, errors.
+here, in device_sampler.py or learner.py: the contract's bookkeeping, options, settings, errors.
 Whatever touches an engine's arrays is in that engine's folder, in files of the same names (backend, cache,
-decoder, device, draw, em, learner, load, lora, model, objective, sampler), even where the two read alike: the
-libraries differ in what is quick, in what is exact and in when they compute, and one text for both would be a
-third library of arrays.
+learner, model, sampler), even where the two read alike: the libraries differ in what is quick, in what is
+exact and in when they compute, and one text for both would be a third library of arrays.
 
 Cutting the feeds of one call into forward passes, so that little is computed that nobody asked for.
 """

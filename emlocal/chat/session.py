@@ -16,13 +16,12 @@ from typing import TypeGuard
 
 from emlocal.backends.base import Backend
 from emlocal.errors import ContextFullError, EmlocalError, ModelError, UsageError
-from emlocal.files import atomic_writer, read_regular
+from emlocal.files import atomic_writer, data_dir, read_regular
 from emlocal.generation import Completed, Event, Runner, Timings, Token
 from emlocal.generation.prompt import Asked, prompt_tokens
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
 from emlocal.methods.confidence import Calibration, Confidence, confidence_of, subject_of
-from emlocal.models.paths import data_dir
 from emlocal.models.templates import Message
 from emlocal.sampling.draw import request_key
 from emlocal.settings import EMInf, Plan

@@ -7,8 +7,8 @@ import typer
 
 from emlocal import console
 from emlocal.errors import ModelError, UsageError
+from emlocal.files import Progress
 from emlocal.models.gguf.header import GGUFHeader, shown
-from emlocal.models.paths import Progress
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.text import counted, human_size
 
@@ -66,9 +66,8 @@ def convert(
             "to write GGUF takes the base model as GGUF, for its tensors' names and numbers of heads",
             "give it: --base MODEL",
         )
-    from emlocal.models.adapters.names import write_mlx
-    from emlocal.models.adapters.peft import write_peft
-    from emlocal.models.adapters.reading import read_adapter
+    from emlocal.models.adapters import read_adapter
+    from emlocal.models.adapters.folders import write_mlx, write_peft
 
     adapter = read_adapter(path, header)
     if base is not None and header is None:
@@ -100,10 +99,10 @@ def merge(
 ) -> None:
     """Write a model as a folder of safetensors with an adapter added to its weights."""
     from emlocal.loading import adapter_and_scale
+    from emlocal.models.adapters import read_adapter
     from emlocal.models.adapters.merge import merge as merge_into
     from emlocal.models.adapters.merge import open_model
     from emlocal.models.adapters.origin import other_base
-    from emlocal.models.adapters.reading import read_adapter
 
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name, or remove it first")
@@ -163,8 +162,8 @@ def _check_fits_folder(adapter: "Adapter", base: Path) -> None:
 
 
 def _facts(path: Path, base: str | None) -> dict[str, Any]:
+    from emlocal.models.adapters import adapter_files, format_of, read_adapter
     from emlocal.models.adapters.gguf_lora import read_in_file_order
-    from emlocal.models.adapters.reading import adapter_files, format_of, read_adapter
 
     kind = format_of(path)
     # For what is told here the order of rows does not matter, so no base is needed.
@@ -187,8 +186,8 @@ def _facts(path: Path, base: str | None) -> dict[str, Any]:
 
 def _fit(path: Path, adapter: "Adapter", base: str) -> dict[str, Any]:
     """Whether it fits, and why not. Raises only for what is wrong with `base` itself."""
+    from emlocal.models.adapters import read_adapter
     from emlocal.models.adapters.origin import other_base
-    from emlocal.models.adapters.reading import read_adapter
 
     header = None if _is_folder_model(base) else _gguf_base(base)
     try:

@@ -14,15 +14,22 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from emlocal import console
-from emlocal.cli.options import BatchOptions, check_roles, with_options
-from emlocal.cli.views import calibration_in, choose_parallel, warn_of_mismatch
+from emlocal.cli.options import (
+    BatchOptions,
+    calibration_in,
+    check_roles,
+    choose_parallel,
+    open_for_batch,
+    warn_of_mismatch,
+    with_options,
+)
 from emlocal.errors import CancelledError, UsageError
 from emlocal.identity import batch_identity
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Resolved, resolve_settings
 from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
 from emlocal.settings.em import EM
-from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
 from emlocal.text import counted, human_size
@@ -49,7 +56,6 @@ def batch(
     EM value for itself. Finished rows are neither lost nor repeated, whatever stopped the run.
     """
     from emlocal.batch.lines import canonical
-    from emlocal.cli.views import open_for_batch
     from emlocal.methods.confidence import subject_of
     from emlocal.settings.resolve import read_config
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emlocal import __version__, console
-from emlocal.cli.options import with_options
+from emlocal.cli.options import open_backend, with_options
 from emlocal.errors import UsageError
 from emlocal.settings import EM_STEPS, Given, resolve_settings
 from emlocal.settings.em import EM, switch_of
-from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions
 from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def bench(
     the rounds if they are fewer than six. A token's time includes the forward pass, the sampler, and the
     assembly of text; not the prompt, and not the terminal.
     """
-    from emlocal.cli.views import open_backend
     from emlocal.generation import interruptible
     from emlocal.settings.resolve import read_config
 

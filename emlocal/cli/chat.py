@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emlocal import console
-from emlocal.cli.options import OutputOptions, with_options
+from emlocal.cli.options import OutputOptions, open_backend, with_options
 from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.methods import HOW, Chosen, with_leave
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM, em_numbers
-from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions
 from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, SET, options_of
 from emlocal.text import counted
@@ -47,10 +47,10 @@ def chat(
     from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession, Conversation, chat_file, newest_kept
-    from emlocal.cli.views import calibration_in, open_backend, warn_of_mismatch
+    from emlocal.cli.options import calibration_in, warn_of_mismatch
+    from emlocal.files import data_dir
     from emlocal.generation import Scheduler
     from emlocal.methods.confidence import subject_of
-    from emlocal.models.paths import data_dir
     from emlocal.settings.resolve import read_config
 
     if output.trace is not None:

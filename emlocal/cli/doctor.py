@@ -69,11 +69,11 @@ def _safely(name: str, check: Callable[[], "Finding"]) -> Iterator["Finding"]:
 
 
 def _places() -> Iterator["Finding"]:
+    from emlocal import files
     from emlocal.diagnosis import hub_cache, place
-    from emlocal.models import paths
 
-    yield place("cache", paths.cache_dir(), "EMLOCAL_CACHE_DIR", "the starter model cannot be fetched")
-    yield place("data", paths.data_dir(), "EMLOCAL_DATA_DIR", "conversations cannot be saved there")
+    yield place("cache", files.cache_dir(), "EMLOCAL_CACHE_DIR", "the starter model cannot be fetched")
+    yield place("data", files.data_dir(), "EMLOCAL_DATA_DIR", "conversations cannot be saved there")
     yield from _safely("hub cache", hub_cache)
 
 

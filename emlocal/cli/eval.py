@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from emlocal import console
-from emlocal.cli.options import with_options
+from emlocal.cli.options import open_for_batch, with_options
 from emlocal.errors import CancelledError
 from emlocal.evaluation.contenders import EvalOptions
 from emlocal.settings import Given, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM
-from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
 
@@ -53,7 +53,6 @@ def eval(
     All methods have the same engine, prompts and draws. What is there is not answered again: a killed run
     goes on, and methods can be added. The folder gets results.json, results.md and report.html.
     """
-    from emlocal.cli.views import open_for_batch
     from emlocal.evaluation.runner import prepare
     from emlocal.settings.resolve import read_config
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emlocal import console
-from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, with_options
+from emlocal.cli.options import OutputOptions, PromptOptions, check_roles, open_backend, with_options
 from emlocal.errors import UsageError
 from emlocal.methods import HOW, Chosen, chosen_by
 from emlocal.settings import Given, Plan, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM
-from emlocal.settings.engine import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions
 from emlocal.settings.resolve import SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, options_of
 
@@ -44,7 +44,7 @@ def generate(
 
     The answer goes to stdout, everything else to stderr. A line of three dashes separates several answers.
     """
-    from emlocal.cli.views import calibration_in, open_backend
+    from emlocal.cli.options import calibration_in
     from emlocal.settings.resolve import read_config
 
     method = chosen_by(how)
@@ -79,7 +79,7 @@ def run(
 ) -> int:
     """Generate and show; the exit code."""
     from emlocal import rendering
-    from emlocal.cli.views import warn_of_mismatch
+    from emlocal.cli.options import warn_of_mismatch
     from emlocal.generation import CancelledError, Scheduler, Token, interruptible
     from emlocal.generation.prompt import prompt_tokens
     from emlocal.methods.asking import Answered, Question, ask_one

@@ -1,4 +1,4 @@
-"""The command line's flags, made from the settings' records, and the options that only some verbs have.
+"""The command line's flags, made from the settings' records, and what verbs share: options, and a model.
 
 A verb takes tables of settings, and groups of options:
 
@@ -7,21 +7,32 @@ A verb takes tables of settings, and groups of options:
 
 `with_options` shows typer each setting as a parameter of its own. Of a table, the verb is handed what was
 given and nothing else, so that the config file, the model and emlocal's defaults can follow; of a group, the
-dataclass.
+dataclass. `open_backend` and `open_for_batch` load the model that the flags name, and say so.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import partial, reduce, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
+from emlocal import console
 from emlocal.errors import UsageError
 from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
+from emlocal.text import counted
+
+if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
+    from emlocal.batch.run import Speed
+    from emlocal.loading import Loaded
+    from emlocal.methods.confidence import Calibration, Subject
+    from emlocal.settings.options import EngineOptions
 
 R = TypeVar("R")
 _output = partial(setting, panel="Output")
@@ -223,3 +234,82 @@ def _option(known: Setting) -> Any:
         show_default=False,
     )
     return Annotated[kind | None, option]
+
+
+@contextmanager
+def open_backend(options: "EngineOptions", *, sequences: int, quiet: bool) -> Iterator["Backend"]:
+    """The model of these flags, for one prompt at a time; freed at the end. Raises as `loading.load` does."""
+    from emlocal.loading import load
+
+    _go_offline_if_asked(options)
+    with console.progress(quiet) as progress:
+        loaded = load(options, sequences=sequences, progress=progress, warn=_warn(quiet))
+    with _open(loaded, quiet):
+        yield loaded.backend
+
+
+@contextmanager
+def open_for_batch(options: "EngineOptions", parallel: int | None, *, quiet: bool) -> Iterator["Loaded"]:
+    """The same for many sequences, each with room of its own: `parallel`, or as memory allows."""
+    from emlocal.loading import check_parallel, load_for_batch
+
+    check_parallel(parallel)
+    _go_offline_if_asked(options)
+    with console.progress(quiet) as progress:
+        loaded = load_for_batch(options, parallel, progress=progress, warn=_warn(quiet))
+    with _open(loaded, quiet):
+        yield loaded
+
+
+def _go_offline_if_asked(options: "EngineOptions") -> None:
+    if options.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _warn(quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else console.warn
+
+
+@contextmanager
+def _open(loaded: "Loaded", quiet: bool) -> Iterator[None]:
+    if not quiet:
+        console.note(loaded.describe())
+    try:
+        yield
+    finally:
+        loaded.backend.close()
+
+
+def calibration_in(path: Path | None) -> "Calibration | None":
+    """The calibration of a flag. Raises as `read_calibration` does."""
+    if path is None:
+        return None
+    from emlocal.methods.confidence import read_calibration
+
+    return read_calibration(path)
+
+
+def warn_of_mismatch(calibration: "Calibration | None", subject: "Subject") -> None:
+    """Say where a calibration was made for other answers than these."""
+    differing = None if calibration is None else calibration.mismatch(subject)
+    if differing is not None:
+        console.warn(differing)
+
+
+def choose_parallel(model: "Loaded", asked: int | None, answers: int | None, *, quiet: bool) -> "Speed":
+    """How many sequences at once, for so many answers at most, and how fast they are."""
+    from emlocal.batch.run import Speed, best_parallel, measure_parallel
+    from emlocal.loading import MOST_PARALLEL
+
+    most = asked or MOST_PARALLEL
+    if answers is not None:
+        most = max(1, min(most, answers))
+    with console.progress(quiet) as progress:
+        progress("measuring how many sequences to run at once", 0, None)
+        speeds = measure_parallel(model.backend, most)
+    chosen = most if asked else best_parallel(speeds)
+    speed = min(speeds, key=lambda s: abs(s.sequences - chosen))
+    if not quiet:
+        why = "as asked" if asked else "the fewest that are nearly the fastest"
+        console.note(f"{counted(chosen, 'sequence')} at once, {why}: {speed.tokens_per_second:.0f} tok/s")
+    return Speed(chosen, speed.tokens_per_second)

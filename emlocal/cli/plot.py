@@ -38,7 +38,7 @@ def plot(
     with intervals, and cost. Traces: the entropy of each token before and
     after EM, and which tokens EM changed.
     """
-    from emlocal.plotting.draw import screen_lines, write_picture
+    from emlocal.plotting import screen_lines, write_picture
 
     if output is not None:
         write_picture(paths, output)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from emlocal import console
-from emlocal.models.paths import Progress
+from emlocal.files import Progress
 from emlocal.settings import settings_of
 from emlocal.text import CONTROLS, counted, human_size, plain
 from emlocal.training.engines import Objective
-from emlocal.training.guards import View
+from emlocal.training.folder import View
 from emlocal.training.runner import TrainingResult, Trial, train, try_out
 from emlocal.training.settings import Setup, TrainingSettings
 

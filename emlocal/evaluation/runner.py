@@ -45,7 +45,7 @@ from emlocal.methods.confidence import Calibration, read_calibration, subject_of
 from emlocal.sandbox.run import check_containment
 from emlocal.settings import Resolved, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
-from emlocal.settings.engine import EngineOptions
+from emlocal.settings.options import EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NAMES, Table, options_of
 from emlocal.text import counted

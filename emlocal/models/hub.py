@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import EmlocalError, ModelError
+from emlocal.files import Progress, check_space, disk_errors
 from emlocal.models.folder import weight_files
 from emlocal.models.gguf import shard_paths
-from emlocal.models.paths import Progress, check_space, disk_errors
 
 # Tried in this order when no quantization is asked for. Q4_K_M is also llama.cpp's default for -hf.
 DEFAULT_QUANTS = (

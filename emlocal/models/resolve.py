@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from emlocal.errors import ModelError, UsageError
+from emlocal.files import Progress, silent
 from emlocal.models import hub, starter
 from emlocal.models.folder import (
     CONFIG,
@@ -30,7 +31,6 @@ from emlocal.models.folder import (
 )
 from emlocal.models.gguf import GGUFHeader, read_header
 from emlocal.models.gguf.header import shown
-from emlocal.models.paths import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from emlocal.errors import ModelError
-from emlocal.files import only_one, put_in_place
+from emlocal.files import Progress, cache_dir, check_space, disk_errors, only_one, put_in_place, silent
 from emlocal.models.gguf.header import shown
-from emlocal.models.paths import Progress, cache_dir, check_space, disk_errors, silent
 
 ALIAS = "smollm2:135m"
 FILE_NAME = "SmolLM2-135M-Instruct-Q4_1.gguf"

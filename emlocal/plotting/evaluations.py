@@ -17,7 +17,7 @@ from emlocal.evaluation.report.page import (
 from emlocal.evaluation.report.texts import flops, share
 from emlocal.evaluation.results import Estimate
 from emlocal.evaluation.selective import COVERAGES
-from emlocal.plotting.draw import bar, between, labels, new_figure, plain_axes
+from emlocal.plotting import bar, between, labels, new_figure, plain_axes
 from emlocal.text import counted
 
 if TYPE_CHECKING:

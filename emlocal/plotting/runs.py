@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.plotting.draw import (
+from emlocal.plotting import (
     STYLES,
     Canvas,
     axis_width,

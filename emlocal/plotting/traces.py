@@ -12,7 +12,7 @@ from rich.text import Text
 
 from emlocal.errors import UsageError
 from emlocal.generation.sample import EntropySummary, summarize
-from emlocal.plotting.draw import (
+from emlocal.plotting import (
     UPRIGHT,
     axis_width,
     finite,

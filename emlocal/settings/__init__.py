@@ -1,8 +1,8 @@
 """Everything that people set, each thing declared once, and the one ranking of where values come from.
 
-`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `sampling`
-those of an answer, `engine` those of the engine; `em` puts together those of the EM steps, which are declared
-in the steps' own files (`emlocal.em.steps`); `files` reads config.toml.
+`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `options`
+those of an answer and of the engine; `em` puts together those of the EM steps, which are declared in the
+steps' own files (`emlocal.em.steps`).
 
 The names below are loaded when they are first asked for: an EM step's file needs `table`, and `em` needs the
 steps' files.
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from emlocal.em.steps.adaptive_temperature import AdaptiveTemperature
     from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
     from emlocal.settings.em import EM_STEPS
+    from emlocal.settings.options import DEFAULT_MAX_TOKENS, MAX_SEED, Plan, SamplingParams
     from emlocal.settings.resolve import Resolved, overridden, resolve_settings
-    from emlocal.settings.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, Plan, SamplingParams
     from emlocal.settings.table import Given, Setting, Table, check_settings, records_of, setting, settings_of
 
 __all__ = [
@@ -48,7 +48,7 @@ _WHERE = {
     "emlocal.em.steps.em_inf": ("EM_PRESETS", "EMInf"),
     "emlocal.settings.em": ("EM_STEPS",),
     "emlocal.settings.resolve": ("Resolved", "overridden", "resolve_settings"),
-    "emlocal.settings.sampling": ("DEFAULT_MAX_TOKENS", "MAX_SEED", "Plan", "SamplingParams"),
+    "emlocal.settings.options": ("DEFAULT_MAX_TOKENS", "MAX_SEED", "Plan", "SamplingParams"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 

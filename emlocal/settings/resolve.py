@@ -24,11 +24,10 @@ from typing import Any
 from emlocal.em import EMStep
 from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
 from emlocal.errors import UsageError
-from emlocal.models.paths import config_dir
+from emlocal.files import config_dir
 from emlocal.settings.confidence import CONFIDENCE
 from emlocal.settings.em import EM, EM_STEPS, PRESET, em_numbers, named, switch_of
-from emlocal.settings.engine import ENGINE
-from emlocal.settings.sampling import Plan, SamplingParams
+from emlocal.settings.options import ENGINE, Plan, SamplingParams
 from emlocal.settings.table import FLAGS, KEYS, NAMES, NOTHING, Given, Table, Words, ranked, records_of
 
 _PARAMS = Table.of(SamplingParams)

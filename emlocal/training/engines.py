@@ -28,8 +28,7 @@ from emlocal.models.resolve import GGUFModel, Model, resolve
 from emlocal.models.unpacked import unpack
 from emlocal.sampling.draw import request_key
 from emlocal.text import counted
-from emlocal.training.folder import Verb
-from emlocal.training.guards import View
+from emlocal.training.folder import Verb, View
 from emlocal.training.loop import Method
 from emlocal.training.prompts import Prompt
 from emlocal.training.settings import Setup, TrainingSettings

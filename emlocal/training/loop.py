@@ -21,8 +21,7 @@ from emlocal.sampling.draw import request_key
 from emlocal.text import counted
 from emlocal.training.checkpoint import Arrays, Checkpoint
 from emlocal.training.folder import OthersFolder, RunFolder
-from emlocal.training.guards import Guards
-from emlocal.training.rollouts import MicroBatches, Rollout, RolloutStats, describe, draw_rollouts
+from emlocal.training.rollouts import Guards, MicroBatches, Rollout, RolloutStats, describe, draw_rollouts
 from emlocal.training.settings import TrainingSettings
 
 MOST_SKIPPED = 3

@@ -25,9 +25,8 @@ from emlocal.errors import CancelledError, UsageError
 from emlocal.generation import interruptible
 from emlocal.settings.table import NAMES, NOTHING, Given, Table, options_of
 from emlocal.training.engines import Engines, L, Objective, choose_trainer, open_engines, trainer_of
-from emlocal.training.folder import OthersFolder, RunFolder
+from emlocal.training.folder import OthersFolder, Reporter, RunFolder, View, check_package
 from emlocal.training.folder import check as check_folder
-from emlocal.training.guards import Reporter, View, check_package
 from emlocal.training.loop import Method, Outcome, Plan, Run, prompts_of_step
 from emlocal.training.prompts import Prompt, Source, Validation, check_answers, read_prompts
 from emlocal.training.rl import em_ft, em_rl

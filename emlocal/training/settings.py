@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from emlocal.errors import UsageError
-from emlocal.settings.engine import CONTEXT_NAMES
+from emlocal.settings.options import CONTEXT_NAMES
 from emlocal.settings.table import (
     NOTHING,
     Given,

@@ -13,14 +13,10 @@ import pytest
 
 from emlocal.errors import ModelError
 from emlocal.files import open_regular, read_chat_template, read_regular
-from emlocal.models.adapters.folder import CONFIG
+from emlocal.models.adapters import read_adapter
+from emlocal.models.adapters.folders import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, write_mlx, write_peft
 from emlocal.models.adapters.merge import open_model
-from emlocal.models.adapters.names import WEIGHTS as MLX_WEIGHTS
-from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.origin import base_of
-from emlocal.models.adapters.peft import WEIGHTS as PEFT_WEIGHTS
-from emlocal.models.adapters.peft import write_peft
-from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.folder import read_folder_header, sampling_settings
 from emlocal.models.gguf import file, read_adapter_header, read_header
 from emlocal.models.resolve import GGUFModel

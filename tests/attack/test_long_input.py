@@ -271,8 +271,7 @@ def test_a_line_of_megabytes_becomes_an_error_row_and_the_next_is_answered(
 
 
 def test_a_dry_run_counts_it_as_one_that_does_not_fit(tiny: LlamaCppBackend) -> None:
-    from emlocal.batch.run import survey
-    from emlocal.generation.parallel import Speed
+    from emlocal.batch.run import Speed, survey
 
     line = json.dumps({"prompt": "y" * 1_000_000}).encode()
     found = survey(tiny, read_lines(io.BytesIO(line)), settings(), speed=Speed(1, 10.0))

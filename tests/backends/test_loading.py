@@ -14,7 +14,7 @@ from emlocal.backends.engine import LoadOptions, engine
 from emlocal.backends.llama_cpp.loading import Loading, load_library
 from emlocal.cancel import interruptible
 from emlocal.errors import BackendError, ModelError
-from emlocal.models.adapters.peft import write_peft
+from emlocal.models.adapters.folders import write_peft
 from emlocal.models.resolve import GGUFModel, resolve
 from tests.tiny_architectures import architecture_metadata, architecture_tensors
 from tests.tiny_gguf import build, text

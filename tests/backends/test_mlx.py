@@ -20,9 +20,8 @@ from emlocal.backends.mlx.model import check_config, choose_place, context_of, o
 from emlocal.backends.torch.backend import open_folder as open_in_torch
 from emlocal.errors import CancelledError, ModelError, UsageError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
 from emlocal.models.folder import read_folder_header
 from emlocal.sampling import SamplingParams, Uniforms
 from tests.backends.contract import EM

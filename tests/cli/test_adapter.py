@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from emlocal.models.adapters import read_adapter
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
-from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import read_header
 from tests.cli.conftest import Outcome
 from tests.tiny_pair import SHAPES, assert_same, random_adapter

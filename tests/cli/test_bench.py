@@ -43,7 +43,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     def opened(*_: object, **__: object) -> Iterator[FakeBackend]:
         yield backend
 
-    monkeypatch.setattr("emlocal.cli.views.open_backend", opened)
+    monkeypatch.setattr("emlocal.cli.bench.open_backend", opened)
     return backend
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from emlocal.models.adapters.peft import write_peft
+from emlocal.models.adapters.folders import write_peft
 from tests.cli.conftest import Outcome
 from tests.tiny_pair import random_adapter
 

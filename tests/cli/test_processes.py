@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from tests.tiny_pair import ModelPair, write_pair
 
 SMALL = [

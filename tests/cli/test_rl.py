@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from emlocal.cli.training_view import TerminalView
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from emlocal.settings import records_of
 from emlocal.training import rl_settings
 from emlocal.training.rl_settings import RLSettings, recipes

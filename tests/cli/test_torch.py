@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.backends.engine import Engine
-from emlocal.models.adapters.peft import write_peft
+from emlocal.models.adapters.folders import write_peft
 from tests.cli.conftest import Outcome
 from tests.tiny_pair import random_adapter
 

@@ -19,7 +19,7 @@ from emlocal.evaluation.selective import COVERAGES, auroc, calibration_error, ri
 from emlocal.evaluation.tasks.mathematics import MathTask
 from emlocal.evaluation.tasks.task import Verdict
 from emlocal.methods.confidence import FREE, METHOD, Calibration, Platt, Subject
-from emlocal.plotting.draw import screen_lines, write_picture
+from emlocal.plotting import screen_lines, write_picture
 from tests.evaluation.data import rows
 
 N = 12

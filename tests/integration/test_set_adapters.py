@@ -10,8 +10,8 @@ import pytest
 from emlocal.backends.base import Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.errors import BackendError, ModelError
+from emlocal.models.adapters.folders import write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
 from emlocal.models.resolve import resolve
 from tests.tiny_gguf import write_tiny_gguf

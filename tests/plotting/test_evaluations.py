@@ -6,7 +6,7 @@ import pytest
 
 from emlocal.errors import UsageError
 from emlocal.evaluation.report.page import looks
-from emlocal.plotting.draw import screen_lines, write_picture
+from emlocal.plotting import screen_lines, write_picture
 from emlocal.plotting.evaluations import accuracy_name, read_evaluations
 from tests.plotting.data import evaluation, texts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.plotting.draw import write_picture
+from emlocal.plotting import write_picture
 from emlocal.plotting.runs import PANELS, panels_of, read_runs
 from tests.plotting.data import rows, run, texts
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.plotting.draw import Canvas, bar, between, framed, screen_lines, short
+from emlocal.plotting import Canvas, bar, between, framed, screen_lines, short
 from tests.plotting.data import rows, run
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import UsageError
-from emlocal.plotting.draw import kind_of
+from emlocal.plotting import kind_of
 from tests.plotting.data import evaluation, rows, run, trace
 
 

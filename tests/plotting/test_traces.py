@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import UsageError
-from emlocal.plotting.draw import screen_lines, write_picture
+from emlocal.plotting import screen_lines, write_picture
 from emlocal.plotting.traces import MOST, MOST_SPELLED, read_traces, show_traces, shown_text
 from tests.plotting.data import texts, trace
 

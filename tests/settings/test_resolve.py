@@ -16,7 +16,7 @@ from emlocal.settings import (
     SamplingParams,
     resolve_settings,
 )
-from emlocal.settings.engine import EngineOptions
+from emlocal.settings.options import EngineOptions
 from emlocal.settings.resolve import GENERATION, random_seed, read_config
 from emlocal.settings.table import FLAGS, options_of
 from tests.cli.conftest import Outcome, emlocal, tiny

@@ -14,8 +14,8 @@ import numpy as np
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.learner import Descent, EntropyObjective
 from emlocal.backends.llama_cpp import LlamaCppBackend
+from emlocal.models.adapters import read_adapter
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.resolve import resolve
 from emlocal.training.engines import LlamaCppModel, new_adapter
 from emlocal.training.folder import RunFolder

@@ -7,7 +7,7 @@ import pytest
 
 from emlocal.backends.learner import OutOfMemoryError
 from emlocal.errors import CancelledError, EmlocalError, UsageError
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from emlocal.models.gguf import read_header
 from emlocal.training.loop import Plan, prompts_of_step
 from tests.metrics import metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import EmlocalError, UsageError
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from emlocal.training.folder import RunFolder
 from tests.tiny_pair import random_adapter
 from tests.training.test_checkpoint import cut, state

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from emlocal.training.guards import WINDOW, Guards
-from emlocal.training.rollouts import RolloutStats
+from emlocal.training.rollouts import WINDOW, Guards, RolloutStats
 from emlocal.training.settings import FineTuneSettings
 
 WELL = RolloutStats(answers=4, tokens=400, entropy=0.5, length=100, ended=1.0, repetition=0.05)

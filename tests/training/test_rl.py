@@ -13,7 +13,7 @@ from emlocal.backends.base import LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.errors import CancelledError
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from emlocal.models.resolve import resolve
 from emlocal.training import checkpoint
 from emlocal.training.loop import Plan

@@ -10,7 +10,7 @@ import pytest
 
 import emlocal
 from emlocal.errors import UsageError
-from emlocal.training.guards import View
+from emlocal.training.folder import View
 from tests.cli.conftest import Outcome
 from tests.cli.conftest import emlocal as verb  # noqa: F401
 from tests.metrics import metrics, timeless

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.backends.engine import KVType, LoadOptions
     from emlocal.backends.llama_cpp.backend import LlamaCppBackend
+    from emlocal.files import Progress
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
-    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Model
 
 

@@ -23,8 +23,8 @@ from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading, first_e
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
 from emlocal.backends.llama_cpp.native import Batch, address_of_logits, control_texts, model_info, view
 from emlocal.errors import BackendError, CancelledError, ContextFullError, ModelError
+from emlocal.models.adapters import as_gguf
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.reading import as_gguf
 from emlocal.models.memory import KV_TYPE_BYTES, kv_bytes
 from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler

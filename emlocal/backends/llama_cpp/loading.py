@@ -147,7 +147,7 @@ class Loaded(NamedTuple):
 
 
 class Loading:
-    """Begins to load when it is made, after a trial in a child where the model needs one (`trial`).
+    """Begins to load when it is made, after a trial in a child where the model needs one (`try_first`).
 
     `wait` has the result.
 

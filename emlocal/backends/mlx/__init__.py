@@ -12,9 +12,9 @@ from emlocal.errors import BackendError
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.backends.engine import KVType, LoadOptions
+    from emlocal.files import Progress
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
-    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Model
 
 

@@ -33,8 +33,8 @@ from emlocal.backends.mlx.model import (
 from emlocal.backends.mlx.sampler import MLXSampler
 from emlocal.backends.slots import Chunk, SlotBackend, check_kv_type, passes
 from emlocal.errors import BackendError, CancelledError
+from emlocal.models.adapters import in_memory
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import FolderHeader, read_folder_header
 from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.tokenizer import Tokenizer as FolderTokenizer

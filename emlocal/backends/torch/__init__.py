@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.backends.engine import KVType, LoadOptions
     from emlocal.backends.learner import Processes
+    from emlocal.files import Progress
     from emlocal.models.header import ModelHeader
     from emlocal.models.memory import Terms
-    from emlocal.models.paths import Progress
     from emlocal.models.resolve import Model
 
 wait_briefly()  # read when torch loads its OpenMP library

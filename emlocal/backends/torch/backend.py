@@ -38,8 +38,8 @@ from emlocal.em.losses import PolicyObjective
 from emlocal.errors import BackendError, CancelledError
 from emlocal.files import read_json
 from emlocal.machine import physical_cores
+from emlocal.models.adapters import in_memory
 from emlocal.models.adapters.adapter import Adapter
-from emlocal.models.adapters.reading import in_memory
 from emlocal.models.folder import sampling_settings
 from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.tokenizer import Tokenizer as FolderTokenizer

@@ -110,7 +110,7 @@ def memory_terms(header: ModelHeader) -> Terms:
     place = choose_place()
     size = place.dtype.itemsize
     free = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else available()
-    # packed, an output layer has its own weights even where it shares the embedding's (packed.py)
+    # packed, an output layer has its own weights even where it shares the embedding's (`PackedLinear`)
     head = header.vocab_size * header.embedding_length if can_pack(place.device, place.dtype) else 0
     return Terms(size, (header.parameters + head) * size, free, RUNTIME_BYTES)
 

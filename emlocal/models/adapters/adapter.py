@@ -81,6 +81,20 @@ def checked_pair(
     return LoraPair(a, b, float(scale))
 
 
+def folded(name: str, pair: LoraPair, scale: float) -> NDArray[np.float32]:
+    """B for a file that says `scale` (not 0) where this layer's own is another. Raises ModelError."""
+    if pair.scale == scale:
+        return pair.b
+    with np.errstate(over="ignore"):
+        b = (pair.b.astype(np.float64) * (pair.scale / scale)).astype(np.float32)
+    if not np.isfinite(b).all():
+        raise ModelError(
+            f"the scale of {name}, {pair.scale:g}, cannot be written beside the commonest, {scale:g}",
+            "write the adapter as a PEFT folder",
+        )
+    return b
+
+
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
     """Compare with the linear layers of a model, [out, in] by name; `base` is what to call it.
 

@@ -15,10 +15,17 @@ from typing import BinaryIO
 import numpy as np
 
 from emlocal.errors import ModelError
-from emlocal.files import MAX_JSON_BYTES, atomic_folder, open_regular, read_regular
+from emlocal.files import (
+    MAX_JSON_BYTES,
+    Progress,
+    atomic_folder,
+    check_space,
+    open_regular,
+    read_regular,
+    silent,
+)
 from emlocal.models.adapters.adapter import Adapter, LoraPair, check_fits
 from emlocal.models.gguf.header import shown
-from emlocal.models.paths import Progress, check_space, silent
 from emlocal.models.safetensors import (
     FLOATS,
     SafetensorsHeader,

@@ -8,9 +8,9 @@ worth a word, not a refusal.
 import re
 from pathlib import Path
 
-from emlocal.models.adapters.folder import read_config
+from emlocal.models.adapters import format_of
+from emlocal.models.adapters.folders import read_config
 from emlocal.models.adapters.gguf_lora import BASE_NAME
-from emlocal.models.adapters.reading import format_of
 from emlocal.models.gguf import read_adapter_pairs
 from emlocal.models.gguf.header import shown
 from emlocal.models.header import ModelHeader

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from emlocal import __version__
 from emlocal.errors import EmlocalError, ModelError
-from emlocal.files import atomic_writer, open_regular
+from emlocal.files import atomic_writer, cache_dir, open_regular
 from emlocal.models.gguf import types
 from emlocal.models.gguf.header import (
     MAX_HEADER_BYTES,
@@ -38,7 +38,6 @@ from emlocal.models.gguf.header import (
     unusable,
 )
 from emlocal.models.gguf.types import STRING
-from emlocal.models.paths import cache_dir
 
 CHECKS = 1  # one more whenever the reader or the checks of the vocabulary change within a version
 LARGE = 10_000  # tokens; fewer are checked in no time

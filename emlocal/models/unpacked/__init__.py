@@ -19,11 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emlocal.errors import ModelError
-from emlocal.files import only_one, open_regular, put_folder_in_place
+from emlocal.files import (
+    Progress,
+    cache_dir,
+    check_space,
+    disk_errors,
+    only_one,
+    open_regular,
+    put_folder_in_place,
+    silent,
+)
 from emlocal.identity import UNPACKED_FORMAT, gguf_digest
 from emlocal.models.gguf.header import GGUFHeader, TensorInfo, shown, unusable
 from emlocal.models.gguf.types import TENSOR_TYPES
-from emlocal.models.paths import Progress, cache_dir, check_space, disk_errors, silent
 from emlocal.models.resolve import GGUFModel
 from emlocal.models.safetensors import read_safetensors_header
 from emlocal.models.unpacked.config import Unpacked

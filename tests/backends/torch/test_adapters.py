@@ -16,11 +16,10 @@ from emlocal.backends.torch.backend import open_folder
 from emlocal.backends.torch.model import attach, load_model, lora_layers, skeleton
 from emlocal.errors import ModelError
 from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.adapters.merge import merge
 from emlocal.models.adapters.merge import open_model as open_files
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import unpack

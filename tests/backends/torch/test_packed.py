@@ -10,7 +10,7 @@ from torch import nn
 from emlocal.backends.base import Feed, LoadOptions
 from emlocal.backends.torch.backend import TorchBackend, open_folder, open_model
 from emlocal.backends.torch.model import PackedLinear, attach, can_pack, lora_layers, pack, packed_bytes
-from emlocal.models.adapters.peft import write_peft
+from emlocal.models.adapters.folders import write_peft
 from emlocal.models.resolve import resolve
 from emlocal.models.unpacked import unpack
 from tests.tiny_pair import ModelPair, random_adapter

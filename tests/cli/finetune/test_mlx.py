@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from emlocal.cli.training_view import TerminalView
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
 from tests.cli.training import error_of
 from tests.metrics import metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
 from tests.cli.finetune.runs import ROW, Emlocal, Finetune
 from tests.cli.training import error_of
 from tests.metrics import metrics

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from emlocal.models.adapters import as_gguf, format_of, read_adapter
 from emlocal.models.adapters.adapter import Adapter
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
-from emlocal.models.adapters.reading import as_gguf, format_of, read_adapter
 from emlocal.models.gguf import GGUFHeader, read_adapter_header, read_header
 from tests.tiny_pair import ModelPair, assert_same, random_adapter
 

@@ -9,9 +9,8 @@ import pytest
 from emlocal.backends.base import Feed, LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
 from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import read_header
 from emlocal.models.resolve import resolve
 from tests.tiny_pair import ModelPair, random_adapter

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
 from emlocal.models.adapters.origin import base_of, other_base
-from emlocal.models.adapters.peft import write_peft
 from emlocal.models.gguf import GGUFHeader
 from tests.tiny_pair import random_adapter
 

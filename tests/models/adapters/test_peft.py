@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from emlocal.errors import ModelError
-from emlocal.models.adapters.peft import write_peft
-from emlocal.models.adapters.reading import read_adapter
+from emlocal.models.adapters import read_adapter
+from emlocal.models.adapters.folders import write_peft
 from tests.tiny_pair import SHAPES, ModelPair, random_adapter
 
 IDS = [[1, 70, 45, 200, 261, 33, 90, 12]]

@@ -13,11 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from emlocal.errors import ModelError
+from emlocal.models.adapters import read_adapter
 from emlocal.models.adapters.adapter import Adapter, LoraPair
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
-from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import GGUFHeader
 from tests.processor_time import at_most
 from tests.tiny_gguf import Tensor, Value, adapter_metadata, build, f32, strings, text

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from emlocal.errors import EmlocalError, ModelError, UsageError
+from emlocal.models.adapters import read_adapter
+from emlocal.models.adapters.folders import write_mlx, write_peft
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.names import write_mlx
-from emlocal.models.adapters.peft import write_peft
-from emlocal.models.adapters.reading import read_adapter
 from emlocal.models.gguf import read_header
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_pair import assert_same, random_adapter
@@ -21,7 +20,7 @@ WRITE_FOREVER = """
 import sys
 from pathlib import Path
 from emlocal.models.adapters.gguf_lora import write_gguf
-from emlocal.models.adapters.peft import write_peft
+from emlocal.models.adapters.folders import write_peft
 from emlocal.models.gguf import read_header
 from tests.tiny_pair import random_adapter
 folder = Path(sys.argv[1])

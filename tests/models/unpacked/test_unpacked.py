@@ -15,8 +15,8 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 
 from emlocal.errors import ModelError
+from emlocal.files import cache_dir
 from emlocal.identity import gguf_digest
-from emlocal.models.paths import cache_dir
 from emlocal.models.resolve import GGUFModel, resolve
 from emlocal.models.unpacked import MANIFEST, WEIGHTS, unpack
 from tests.tiny_architectures import architecture_metadata, architecture_tensors, write_tiny_architecture

@@ -1,14 +1,19 @@
-"""How one prompt is answered: the sampling settings of a row, and the limits of an answer."""
+"""What can be set besides the EM step: how a prompt is answered, and which model runs on which engine.
+
+`SamplingParams` are the sampling settings of a row, `Plan` has the limits of an answer too, `EngineOptions`
+is the model and how to run it.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from emlocal.backends import ENGINES
 from emlocal.em import EMStep
 from emlocal.errors import UsageError
-from emlocal.settings.table import check_settings, setting, shown
+from emlocal.settings.table import Table, check_settings, setting, shown
 
 MAX_SEED = 2**64 - 1
 DEFAULT_MAX_TOKENS = 1024
@@ -155,3 +160,52 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+if TYPE_CHECKING:
+    BackendName = str
+else:
+    BackendName = Literal["auto", *ENGINES]
+KVName = Literal["f32", "f16", "q8_0", "q4_0"]
+PANEL = "Model and engine"
+CONTEXT_NAMES = "--ctx-size --max-model-len --context-length --n-ctx --num-ctx --max-kv-size"
+"""What other programs call the context."""
+_engine_setting = partial(setting, panel=PANEL)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model, and how to run it. None: as emlocal chooses."""
+
+    model: str | None = _engine_setting(
+        None,
+        "-m --model --hf-repo",
+        help="Short name, .gguf file, or org/name:QUANT of the hub.",
+        metavar="MODEL",
+    )
+    backend: BackendName | None = _engine_setting(None, "--backend", help="Engine to run on.")
+    adapter: tuple[str, ...] = _engine_setting(
+        (),
+        "--adapter --lora --adapter-path",
+        help="LoRA adapter: a PEFT or MLX folder, or a GGUF file. Repeatable.",
+        metavar="PATH[=SCALE]",
+    )
+    context: int | None = _engine_setting(
+        None,
+        f"-c --context {CONTEXT_NAMES}",
+        16,
+        help="Tokens of context. (default: the model's, at most 8192; 2048 in a batch)",
+        unit="tokens",
+    )
+    threads: int | None = _engine_setting(
+        None, "-t --threads --n-threads", 1, help="CPU threads. (default: physical cores)"
+    )
+    kv_type: KVName | None = _engine_setting(
+        None,
+        "--kv-type --kv-cache-dtype --cache-type",
+        help="Type of the cached keys and values. (default: f16; in torch the model's)",
+    )
+    offline: bool = _engine_setting(False, "--offline", help="Never use the network.")
+
+
+ENGINE = Table.of(EngineOptions)
