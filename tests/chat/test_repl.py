@@ -243,7 +243,7 @@ def test_the_last_question_again_by_a_vote(chat) -> None:  # type: ignore[no-unt
     )
     assert done.out == "it is 7\n" * 3
     assert "answer 7 · 4 of 4 agree · 4 more samples not needed" in done.err
-    assert "answer 7 · 6 of 6 agree · seed 3" in done.err
+    assert "answer 7 · 6 of 6 agree · confidence 1.00 (the method's own, not calibrated) · seed 3" in done.err
     assert "nothing has been asked yet" in done.err
     assert "after vote: comes one number" in done.err
     assert "method: off" in done.err
