@@ -1,6 +1,10 @@
 """What tests of several rooms share: recorded logits, the tiny model, and a real one."""
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch, whose threads would fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

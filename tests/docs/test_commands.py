@@ -14,7 +14,7 @@ from tests.docs.pages import ROOT, Command, commands
 BY_CI = "runs in .ci/run, of which these tests are a part"
 EXCLUDED = {
     "README.md": {
-        'pip install -c constraints.txt -e ".[test]" && pytest': BY_CI,
+        'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile': BY_CI,
     },
     "docs/tutorial.md": {
         'pip install ".[torch,eval]"': "the tests' own environment has these packages",
