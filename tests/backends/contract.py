@@ -34,7 +34,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 def same(backend: Backend) -> float:
     """How far apart the logits of one state may lie: batch shapes choose the kernels, and llama.cpp's for
     four-bit weights round activations to eight bits in one and not in another. On SmolLM2 (Q4_1) that was up
-    to 0.124 on a processor with AVX2 alone; with another last token they are 2 apart, without the first 0.175.
+    to 0.124 on a processor with AVX2 alone; with another last token they are 2 apart, without the first 0.18.
     """
     if isinstance(backend, FakeBackend):
         return 0.0
