@@ -294,7 +294,7 @@ def test_work_that_hears_no_signals_is_waited_for() -> None:
 SLOW = """
 import sys, time
 from emlocal.backends.fake import FakeBackend
-from emlocal.cli import views
+from emlocal.cli import options
 from emlocal.cli.app import run
 from emlocal import __main__
 import contextlib
@@ -308,7 +308,7 @@ class Slow(FakeBackend):
 def opened(options, **_):
     yield Slow(context=100_000_000)
 
-views.open_backend = opened
+options.open_backend = opened
 sys.argv = ["emlocal", *sys.argv[1:]]
 __main__.main()
 """
