@@ -22,20 +22,19 @@ from typing import Any
 
 import emlocal
 from emlocal.em.scores import scores
-from emlocal.evaluation.answering import name_of, takes_system
+from emlocal.evaluation.answering import asked_as, name_of, takes_system
 from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Problem, Task
 from emlocal.generation import Completion, Scheduler
 from emlocal.generation.prompt import prompt_tokens
 from emlocal.methods.asking import Answered, Asking, Question, ask
 from emlocal.methods.method import Answering, Method, Outcome
-from emlocal.models.templates import Message
+from emlocal.methods.voting import repeated
 from emlocal.sampling.draw import request_key
 from emlocal.settings import Plan, SamplingParams
 
 BLOCK = 16
 """Questions."""
-GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,8 @@ class Pool(Method):
     """Draws all samples, the first of them greedily, and chooses none."""
 
     def answer(self, question: Question) -> Answering:
-        n = question.plan.samples
-        jobs = yield [
-            question.job(samples=range(1), params=GREEDY),
-            question.job(samples=range(1, n)),
-        ]
-        return Outcome(jobs, [completion for job in jobs for completion in job.completions])
-
-
-def asked(task: Task, problem: Problem, system: bool | None) -> Sequence[Message] | str:
-    """The question as `emlocal eval` asks it."""
-    text = task.ask(problem, {})
-    if system is None:
-        return f"{task.system}\n\n{text}\n\n" if task.system else f"{text}\n\n"
-    if task.system and not system:
-        text = f"{task.system}\n\n{text}"
-    messages: list[Message] = [{"role": "user", "content": text}]
-    if task.system and system:
-        messages.insert(0, {"role": "system", "content": task.system})
-    return messages
+        [done] = yield [question.job(first=question.greedy)]
+        return Outcome([done], done.completions)
 
 
 def sample(completion: Completion, entropies: bool) -> dict[str, Any]:
@@ -81,12 +63,6 @@ def sample(completion: Completion, entropies: bool) -> dict[str, Any]:
     return row
 
 
-def repeated(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of an answer's n-grams that occurred in it before."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def block(
     backend: Any, parallel: int, task: Task, problems: Sequence[Problem], plan: Plan, entropies: bool
 ) -> Iterator[dict[str, Any]]:
@@ -96,7 +72,7 @@ def block(
         problem.id: Asking(
             Pool(),
             Question(
-                asked(task, problem, system),
+                asked_as(task.ask(problem, {}), task.system, system),
                 plan,
                 lambda it: prompt_tokens(backend, it),
                 request_key(name_of(problem, 1)),

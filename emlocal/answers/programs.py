@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from emlocal.answers.finding import answer_start, last
 
 _FENCE = re.compile(r"(?:```+|~~~+)([^\n`~]*)|\[(/?)PYTHON\]", re.IGNORECASE)
-_PYTHON = ("", "python", "python3", "py", "py3")
+PYTHON = ("", "python", "python3", "py", "py3")
+"""What the fence of a Python block may say, in lower case."""
 _ANY = re.compile(r"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+\w", re.MULTILINE)
 _MOST_FENCES = 64
 _TRIES = 64
@@ -35,7 +36,7 @@ def code_of(text: str, definition: str | None = None) -> str | None:
     text = text[start:].replace("\r\n", "\n")
     wanted = _wanted(definition)
     blocks = [block for block in _blocks(text, wanted) if wanted.search(block)]
-    compiled = [block for block in blocks if _parsed(block) is not None]
+    compiled = [block for block in blocks if parsed_code(block) is not None]
     if compiled:
         return _with_earlier(text, max(compiled, key=len) if definition is None else compiled[0], wanted)
     for part in (*blocks, text):
@@ -76,15 +77,15 @@ def _blocks(text: str, wanted: re.Pattern[str] | None) -> Iterator[str]:
     tries = _TRIES
     for i in reversed(range(len(fences))):
         info = (fences[i][1] or "").split()
-        if (info and info[0].lower() not in _PYTHON) or fences[i][2] or not _starts_block(text, fences[i]):
+        if (info and info[0].lower() not in PYTHON) or fences[i][2] or not _starts_block(text, fences[i]):
             continue
         ends = [fence.start() for fence in fences[i + 1 :]] or [len(text)]
         nearest = textwrap.dedent(text[fences[i].end() : ends[0]]).lstrip("\n")
-        if len(ends) > 1 and wanted is not None and wanted.search(nearest) and _parsed(nearest) is None:
+        if len(ends) > 1 and wanted is not None and wanted.search(nearest) and parsed_code(nearest) is None:
             for end in ends[1:tries]:
                 longer = textwrap.dedent(text[fences[i].end() : end]).lstrip("\n")
                 tries -= 1
-                if _parsed(longer) is not None:
+                if parsed_code(longer) is not None:
                     nearest = longer
                     break
         yield nearest
@@ -94,7 +95,8 @@ def _starts_block(text: str, fence: re.Match[str]) -> bool:
     return text[fence.end() : fence.end() + 1] == "\n" or fence[0][-1] == "]"
 
 
-def _parsed(code: str) -> ast.Module | None:
+def parsed_code(code: str) -> ast.Module | None:
+    """A program of a model or a person; None where it does not compile."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes such as "\d"
@@ -107,7 +109,7 @@ def _with_earlier(text: str, block: str, wanted: re.Pattern[str]) -> str:
     """A block after what the blocks before it import and define."""
     earlier: list[str] = []
     for other in _blocks(text, None):
-        parsed = None if other == block or wanted.search(other) else _parsed(other)
+        parsed = None if other == block or wanted.search(other) else parsed_code(other)
         if parsed is not None and parsed.body and all(isinstance(one, _GIVES) for one in parsed.body):
             earlier.insert(0, other)
     return "\n".join([*earlier, block])
@@ -148,7 +150,7 @@ def _compiling(lines: list[str]) -> str | None:
         code = "\n".join(lines)
         fault = _fault(code)
         if fault is None:
-            parsed = _parsed(code)
+            parsed = parsed_code(code)
             prose = next((one for one in parsed.body if _is_prose(one)), None) if parsed else None
             return "\n".join(lines[: prose.lineno - 1]) if prose else code
         if fault <= 1 or len(lines) <= 1:
@@ -159,7 +161,7 @@ def _compiling(lines: list[str]) -> str | None:
 
 def _given(code: str) -> list[str]:
     """What a text before a function imports, defines and assigns; nothing of one that does not compile."""
-    parsed = _parsed(textwrap.dedent(code))
+    parsed = parsed_code(textwrap.dedent(code))
     if parsed is None:
         return []
     return [ast.unparse(one) for one in parsed.body if isinstance(one, (*_GIVES, ast.Assign, ast.AnnAssign))]

@@ -69,7 +69,7 @@ def scores(entropies: Sequence[float], probabilities: Sequence[float], answer: s
     n = len(entropies)
     if n == 0 or n != len(probabilities):
         raise ValueError(f"an answer of {n} entropies and {len(probabilities)} probabilities has no scores")
-    logs = [math.log(max(p, _LEAST)) for p in probabilities]
+    logs = _logs(probabilities)
     own = entropies[answer] if answer is not None else ()
     return Scores(
         tokens=n,
@@ -85,6 +85,15 @@ def scores(entropies: Sequence[float], probabilities: Sequence[float], answer: s
 
 
 _LEAST = 1e-45  # float32's smallest: a token that was drawn had some probability
+
+
+def mean_log_probability(probabilities: Sequence[float]) -> float:
+    """Of a text, by its tokens' probabilities; nats a token. There is at least one."""
+    return math.fsum(_logs(probabilities)) / len(probabilities)
+
+
+def _logs(probabilities: Sequence[float]) -> list[float]:
+    return [math.log(max(p, _LEAST)) for p in probabilities]
 
 
 def _largest_window(entropies: Sequence[float]) -> float:

@@ -22,8 +22,7 @@ from emlocal.batch.run import Batch, BatchSettings
 from emlocal.errors import UsageError
 from emlocal.evaluation.tasks.task import Problem, Task, Verdict
 from emlocal.generation import Scheduler
-from emlocal.generation.prompt import chat_tokens
-from emlocal.models.templates import Message
+from emlocal.generation.prompt import Asked, chat_tokens
 from emlocal.text import parse_json
 
 Row = Mapping[str, Any]
@@ -125,16 +124,11 @@ class Answering:
         return [(problem, k) for problem in problems for k in range(1, self.repetitions + 1)]
 
     def _item(self, problem: Problem, repetition: int, line: int) -> Item:
-        asked, system = self._task.ask(problem, self._earlier(problem, repetition)), self._system
-        name = name_of(problem, repetition)
-        if self._takes_system is None:
-            return Item(line, name, None, f"{system}\n\n{asked}\n\n" if system else f"{asked}\n\n")
-        if system and not self._takes_system:
-            asked = f"{system}\n\n{asked}"
-        messages: list[Message] = [{"role": "user", "content": asked}]
-        if system and self._takes_system:
-            messages.insert(0, {"role": "system", "content": system})
-        return Item(line, name, tuple(messages), None)
+        question = self._task.ask(problem, self._earlier(problem, repetition))
+        name, asked = name_of(problem, repetition), asked_as(question, self._system, self._takes_system)
+        if isinstance(asked, str):
+            return Item(line, name, None, asked)
+        return Item(line, name, tuple(asked), None)
 
     def _earlier(self, problem: Problem, repetition: int) -> dict[str, str]:
         whole = self._task.whole(problem)
@@ -148,6 +142,15 @@ class Answering:
         return {
             id_: str(self._rows[name].get("text", "")) for id_, name in names.items() if name in self._rows
         }
+
+
+def asked_as(question: str, system: str | None, takes_system: bool | None) -> Asked:
+    """A question as it is asked. `takes_system`: see the function of that name."""
+    if takes_system is None:
+        return f"{system}\n\n{question}\n\n" if system else f"{question}\n\n"
+    if system and takes_system:
+        return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return [{"role": "user", "content": f"{system}\n\n{question}" if system else question}]
 
 
 def takes_system(backend: Backend) -> bool | None:

@@ -72,6 +72,11 @@ class Handle:
         """Why there are no completions."""
         self.finished = False
 
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether a sample was stopped before its end."""
+        return any(completion.finish_reason == "cancelled" for completion in self.completions)
+
     def result(self) -> list[Completion]:
         """The completions of a finished job. Raises its error."""
         if self.error is not None:

@@ -41,6 +41,11 @@ class Question:
         """Its tokens. Raises EmlocalError where it cannot be made."""
         return self.encode(self.asked)
 
+    @property
+    def greedy(self) -> SamplingParams:
+        """The plan's settings for the most probable token each time, without EM."""
+        return replace(self.plan.params, temperature=0.0, dynatemp_range=0.0, em=None)
+
     def uniforms(self, round: int, sample: int, start: int = 0) -> Uniforms:
         """The random numbers of one sample of a round, from its token `start` on."""
         first = round * DRAWS_OF_A_ROUND + self.attempt * self.plan.samples
@@ -52,6 +57,7 @@ class Question:
         *,
         samples: range | None = None,
         params: SamplingParams | None = None,
+        first: SamplingParams | None = None,
         after: Sequence[int] = (),
         max_tokens: int | None = None,
         pause: Callable[[str, int], bool] | None = None,
@@ -62,6 +68,7 @@ class Question:
             round: of the draws: a later round's are its own.
             samples: which of the round's, by number; all that the plan has.
             params: how they are drawn, where not as the plan says.
+            first: how the first of these samples is drawn, where not as the others.
             after: tokens of an answer that was begun, which they go on from; so do the draws.
             max_tokens: of each sample beyond these; as many as the plan leaves.
             pause: see `Request`.
@@ -72,7 +79,7 @@ class Question:
         most = plan.max_tokens - len(after)
         requests = [
             Request(
-                params or plan.params,
+                (first if i == samples.start else None) or params or plan.params,
                 self.uniforms(round, i, len(after)),
                 most if max_tokens is None else min(max_tokens, most),
                 plan.stop,

@@ -6,10 +6,10 @@ Programs that do the same are one cluster, whatever they look like (SemanticVote
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from emlocal.em.scores import scores
+from emlocal.em.scores import mean_log_probability
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.settings import SamplingParams, setting
@@ -82,11 +82,11 @@ class BehaviourVote(Method):
         from emlocal.methods.programs import Example, asked_for, joined, printed, written
 
         inputs: Sequence[Handle] = ()
-        [drawn] = yield [_one_greedy(question.job())]
+        [drawn] = yield [question.job(first=question.greedy)]
         completions = drawn.completions
         prompt = _said_last(question)
         function = asked_for(prompt, [completion.text for completion in completions])
-        if function is None or _was_cancelled(drawn):
+        if function is None or drawn.was_cancelled:
             return _undecided([drawn], 0)
         found = [code_of(completion.text, f"def {function.name}") for completion in completions]
         programs = {i: joined(function.head, code) for i, code in enumerate(found) if code is not None}
@@ -102,7 +102,7 @@ class BehaviourVote(Method):
                 pass  # the examples are what there is
             except CancelledError:
                 return _undecided([drawn], len(programs))
-            if any(map(_was_cancelled, inputs)):  # and nobody waits for programs
+            if any(handle.was_cancelled for handle in inputs):  # and nobody waits for programs
                 return _undecided([drawn, *inputs], len(programs))
             for completion in (completion for handle in inputs for completion in handle.completions):
                 for arguments in written(completion.text, function, INPUTS):
@@ -230,19 +230,7 @@ def _certainty(completion: "Completion") -> float:
     """Mean log-probability of its tokens, nats."""
     if not completion.draws:
         return -math.inf
-    entropies, probabilities = zip(*((d.entropy_before, d.p_before) for d in completion.draws), strict=True)
-    return scores(entropies, probabilities).mean_log_probability
-
-
-def _was_cancelled(handle: "Handle") -> bool:
-    return any(completion.finish_reason == "cancelled" for completion in handle.completions)
-
-
-def _one_greedy(job: "Job") -> "Job":
-    """The same, with the first sample greedy."""
-    first, *others = job.requests
-    greedy = replace(first, params=replace(first.params, temperature=0.0, em=None))
-    return replace(job, requests=[greedy, *others])
+    return mean_log_probability([draw.p_before for draw in completion.draws])
 
 
 def _said_last(question: "Question") -> str:
@@ -261,9 +249,10 @@ def _ask_inputs(question: "Question", answer: str, signature: str, such_as: str 
     said = ASK_INPUTS.format(most=INPUTS, signature=signature)
     if such_as is not None:
         said += _SUCH_AS.format(example=such_as)
-    greedy = replace(question.plan.params, temperature=0.0, em=None)
     try:
-        job = question.then(answer, said).job(1, samples=range(1), params=greedy, max_tokens=_INPUT_TOKENS)
+        job = question.then(answer, said).job(
+            1, samples=range(1), params=question.greedy, max_tokens=_INPUT_TOKENS
+        )
     except EmlocalError as why:
         raise _NoQuestionError(why.message) from why
     return job

@@ -7,15 +7,15 @@ only short ones.
 import ast
 import re
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from emlocal.answers.programs import PYTHON, parsed_code
+
 _FENCED = re.compile(
     r"^[ \t]*(```|~~~)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE
 )
-_PYTHON = ("", "python", "python3", "py", "py3")
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 _DEFINED = re.compile(r"^(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
 _GIVEN = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -28,7 +28,7 @@ def head_of(prompt: str) -> str:
     started = [line for line in prompt.splitlines() if line.lstrip().startswith("def ")]
     indent = len(started[-1]) - len(started[-1].lstrip()) if started else 0
     program = f"{prompt.rstrip()}\n{' ' * (indent + 4)}pass\n" if started else prompt
-    return "" if _parsed(program) is None else program  # "": a description in words
+    return "" if parsed_code(program) is None else program  # "": a description in words
 
 
 def joined(*parts: str) -> str:
@@ -81,7 +81,7 @@ def asked_for(prompt: str, answers: Sequence[str]) -> Function | None:
 def _blocks(text: str) -> list[str]:
     """The code of a text: its blocks, else all of it."""
     blocks = list(_FENCED.finditer(text.replace("\r\n", "\n")))
-    code = [textwrap.dedent(block[3]) for block in blocks if block[2].lower() in _PYTHON]
+    code = [textwrap.dedent(block[3]) for block in blocks if block[2].lower() in PYTHON]
     return code if blocks else [text]
 
 
@@ -93,7 +93,7 @@ def _names(answer: str) -> list[str]:
 def _given(code: str) -> list[ast.stmt]:
     """What the code of a prompt gives: imports, definitions and constants. What it does is left out, since it
     may call what is asked for."""
-    tree = _parsed(code) or _parsed(head_of(code))
+    tree = parsed_code(code) or parsed_code(head_of(code))
     return [each for each in tree.body if isinstance(each, _GIVEN) or _is_constant(each)] if tree else []
 
 
@@ -123,7 +123,7 @@ def _begun(given: Sequence[ast.stmt]) -> str | None:
 def _function(name: str, head: str, codes: Sequence[str]) -> Function:
     """The function as the first of these programs that defines it does."""
     for code in codes:
-        tree = _parsed(code)
+        tree = parsed_code(code)
         for each in tree.body if tree else ():
             if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) and each.name == name:
                 given = each.args
@@ -137,15 +137,6 @@ def _function(name: str, head: str, codes: Sequence[str]) -> Function:
                     head,
                 )
     return Function(name, f"def {name}", 0, float("inf"), head)
-
-
-def _parsed(code: str) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of "\\d": it is not our code
-            return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -239,7 +230,7 @@ def _value(node: ast.Tuple) -> tuple[object, ...] | None:
 def _expression(source: str) -> ast.expr | None:
     if len(source) > LONGEST:
         return None
-    module = _parsed(source)
+    module = parsed_code(source)
     line = module.body[0] if module and len(module.body) == 1 else None
     return line.value if isinstance(line, ast.Expr) else None
 

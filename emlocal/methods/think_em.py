@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from emlocal.em.scores import mean_log_probability
 from emlocal.errors import CancelledError, ContextFullError, UsageError
 from emlocal.methods.method import Answering, Method, Outcome
 from emlocal.settings import SamplingParams, check_settings, setting
@@ -79,8 +80,7 @@ class ThinkEM(Method):
             after = [token for part in parts for token in part.tokens]
             chooses = chooses and steps < self.steps
             if chooses:
-                job = question.job(round=steps, after=after, pause=step_ends)
-                job = replace(job, requests=[replace(job.requests[0], params=greedy), *job.requests[1:]])
+                job = question.job(round=steps, first=greedy, after=after, pause=step_ends)
             else:
                 job = question.job(samples=range(1), params=greedy, after=after)
             try:
@@ -92,7 +92,7 @@ class ThinkEM(Method):
                 break
             handles.append(done)
             found = done.completions
-            if any(completion.finish_reason == "cancelled" for completion in found):
+            if done.was_cancelled:
                 parts.append(found[0])  # greedy's beginning
                 why = "cancelled"
                 break
@@ -130,11 +130,7 @@ class ThinkEM(Method):
         """Mean over its tokens, the end token included: the greater, the surer."""
         if self.score == "entropy":
             return -fmean(draw.entropy_before for draw in step.draws)
-        from emlocal.em.scores import scores
-
-        return scores(
-            [draw.entropy_before for draw in step.draws], [draw.p_before for draw in step.draws]
-        ).mean_log_probability
+        return mean_log_probability([draw.p_before for draw in step.draws])
 
     def describe(self, samples: int) -> list[str]:
         score = "" if self.choice == "random" else f" by {self.score}"

@@ -1,7 +1,7 @@
 """A vote: the greedy answer first, then samples in waves, until it is clear what most of them come to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from emlocal.errors import CancelledError, UsageError
@@ -24,7 +24,7 @@ from emlocal.text import counted
 
 if TYPE_CHECKING:
     from emlocal.em.scores import Scores
-    from emlocal.generation import Completion, Handle, Job
+    from emlocal.generation import Completion, Handle
     from emlocal.methods.asking import Question
 
 DRAWN_WITH: Mapping[str, float] = {"temperature": 0.7, "min_p": 0.05}
@@ -99,7 +99,9 @@ class Vote(SelfConsistency):
         ballots: list[Ballot] = []
         for wave in waves(n, rules.wave):
             try:
-                [done] = yield [_job(question, wave)]
+                # one job, greedy's sample 0 in the first of them: its prompt is read once
+                first = question.greedy if wave.start == 0 else None
+                [done] = yield [question.job(samples=wave, first=first)]
             except CancelledError:
                 if not jobs:
                     raise
@@ -108,8 +110,7 @@ class Vote(SelfConsistency):
             jobs.append(done)
             completions += done.completions
             ballots += [ballot for c in done.completions if (ballot := self.ballot(c)) is not None]
-            cancelled = any(c.finish_reason == "cancelled" for c in done.completions)
-            stopped = "cancelled" if cancelled else over(ballots, n - wave.stop, rules)
+            stopped = "cancelled" if done.was_cancelled else over(ballots, n - wave.stop, rules)
             if stopped is not None:
                 break
         assert stopped is not None  # once all are drawn
@@ -152,16 +153,6 @@ class Vote(SelfConsistency):
             weighed = "all alike" if rules.plain else f"weighed by {rules.score} (β {rules.beta:g})"
         drawn = f"vote of greedy and up to {counted(samples - 1, 'sample')} in waves of {rules.wave}"
         return [drawn, weighed, f"sure at {rules.sure:g}"]
-
-
-def _job(question: "Question", wave: range) -> "Job":
-    """A wave, of which sample 0 is greedy's: one job, so that its prompt is read once."""
-    job = question.job(samples=wave)
-    if wave.start > 0:
-        return job
-    greedy = replace(question.plan.params, temperature=0.0, dynatemp_range=0.0, em=None)
-    first, *others = job.requests
-    return replace(job, requests=[replace(first, params=greedy), *others])
 
 
 def fields_of(decision: Decision, stopped: Stopped) -> dict[str, Any]:
