@@ -1,8 +1,8 @@
-"""One adapter in llama.cpp and in torch, attached and merged: greedy answers and logits on 20 prompts.
+"""Compares one adapter in llama.cpp and torch, attached and merged: greedy answers and logits on 20 prompts.
 
-llama.cpp rounds activations to 8 bits beside quantized weights, which alone turns near ties of small models
-round. So the comparison is made twice: with the quantized file as it is, and with the same weights
-written out in float32, where only the order of sums differs.
+llama.cpp rounds activations to 8 bits beside quantized weights, and that alone reverses near ties of small
+models. So the comparison runs twice: with the quantized file as it is, and with the same weights in float32,
+where only the order of sums differs.
 
     python benchmarks/adapter_agreement.py --model smollm2:135m --adapter out --questions test.jsonl
 """
@@ -18,7 +18,10 @@ TOKENS = 48
 
 
 def dequantized(source: Path, target: Path, rounded: type | None = None) -> None:
-    """The same GGUF file with all tensors in float32; quantized ones rounded to a format on the way."""
+    """Writes the GGUF file with all tensors in float32.
+
+    `rounded`: a format that quantized ones are rounded to first.
+    """
     import gguf
     import numpy as np
 
@@ -43,7 +46,7 @@ def dequantized(source: Path, target: Path, rounded: type | None = None) -> None
 
 
 def greedy(backend: Any, prompt: list[int]) -> tuple[list[int], Any]:
-    """Tokens, and the logits after the prompt."""
+    """Returns the greedy tokens, and the logits after the prompt."""
     import numpy as np
 
     from emlocal.backends.base import Feed

@@ -1,6 +1,7 @@
-"""Batches: 16 sequences beside a bare llama.cpp loop and one stream; ragged and shared prompts; memory.
+"""Measures batches of 16 sequences against a bare llama.cpp loop and a single stream.
 
-`--part` chooses: full, ragged, shared, same, memory (default: all). Ratios are of times within one run.
+`--part` chooses parts: full, ragged (prompts of different lengths), shared (one prompt, many samples), same
+(equal answers at 1, 4 and 16 at once), memory. Default: all. Ratios compare times within one run.
 """
 
 import json
@@ -24,7 +25,7 @@ PARTS = ("full", "ragged", "shared", "same", "memory")
 
 @contextmanager
 def many(model: str) -> Iterator[Any]:
-    """The model with room for AT_ONCE sequences and what the scheduler holds besides."""
+    """Loads the model with room for AT_ONCE sequences and the scheduler's spare ones."""
     from emlocal.backends.base import LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
     from emlocal.models.resolve import resolve
@@ -56,7 +57,10 @@ def prompts_of_a_length(backend: Any) -> list[list[int]]:
 
 
 def bare_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
-    """Seconds of `steps` of llama_decode over all sequences, no sampling: fixed tokens."""
+    """Returns the seconds for `steps` llama_decode calls over all sequences.
+
+    Tokens are fixed, so nothing is sampled.
+    """
     from emlocal.backends.base import Feed
     from emlocal.backends.llama_cpp.native import Batch
 
@@ -78,7 +82,7 @@ def bare_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
 
 
 def emlocal_steps(backend: Any, prompts: list[list[int]], steps: int) -> float:
-    """The same by the scheduler, with EM: from the end of the first step on."""
+    """Returns the seconds for as many steps of the scheduler with EM, counted from the end of the first."""
     from emlocal.generation import Job, Scheduler
 
     jobs = deque(Job(prompt, [em_request(i, steps + 16)]) for i, prompt in enumerate(prompts))
@@ -109,7 +113,7 @@ def single_stream(runner: Any, prompt: list[int], steps: int) -> float:
 
 
 def full(model: str, rounds: int) -> dict[str, Any]:
-    """AT_ONCE sequences, full all the time."""
+    """Measures AT_ONCE sequences with all places in use."""
     from emlocal.generation import Scheduler
     from emlocal.measure import endless, ratio
 
@@ -142,8 +146,8 @@ def full(model: str, rounds: int) -> dict[str, Any]:
 
 
 def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
-    """n GSM8K questions; until the last places can no longer be filled."""
-    from emlocal.batch.run import _reading_speed
+    """Measures n GSM8K questions, until there are too few left to fill all places."""
+    from emlocal.batch.forecast import _reading_speed
     from emlocal.generation import Finished, Job, Scheduler
     from emlocal.generation.prompt import chat_tokens
 
@@ -176,7 +180,7 @@ def ragged(model: str, n: int, tokens: int) -> dict[str, Any]:
 
 
 def shared(model: str, samples: int, length: int, tokens: int) -> dict[str, Any]:
-    """One prompt, many samples: read once, against separate runs."""
+    """Measures several samples of one prompt, which is read once, against separate runs."""
     from emlocal.generation import Finished, Job, Scheduler
     from emlocal.measure import endless
 
@@ -202,7 +206,10 @@ def shared(model: str, samples: int, length: int, tokens: int) -> dict[str, Any]
 
 
 def same(model: str, n: int, tokens: int) -> dict[str, Any]:
-    """How much of n answers is the same at 1, 4 and 16 at once: kernels add up in another order."""
+    """Returns the share of n answers that is the same at 4 and 16 at once as alone.
+
+    It is below 1 because kernels add in another order.
+    """
     from emlocal.generation import Finished, Job, Scheduler
     from emlocal.generation.prompt import chat_tokens
 
@@ -252,7 +259,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def memory(lines: int) -> float:
-    """Peak megabytes of a process that runs so many lines on the fake engine."""
+    """Returns the peak MiB of a process that runs this many lines on the fake engine."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY, str(lines)],

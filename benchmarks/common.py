@@ -1,7 +1,7 @@
-"""What the benchmark scripts share: the bench models, the head of a report, and watching for noise.
+"""Code shared by the benchmark scripts: the bench models, the head of a report, and a noise meter.
 
-The scripts print Markdown, or JSON with --json, to stdout. They expect the two models of `bench-models`
-in ~/.cache/emlocal-bench (or EMLOCAL_BENCH_MODELS).
+The scripts print Markdown to stdout, or JSON with --json. They expect the two models of `bench-models` in
+~/.cache/emlocal-bench (or EMLOCAL_BENCH_MODELS).
 """
 
 import argparse
@@ -16,7 +16,8 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `emlocal` does, before numpy is imported
+# must be set before numpy is imported; `emlocal` does the same
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -26,11 +27,11 @@ MODELS = {
     "smollm2-135m": FOLDER / "smollm2-135m-instruct-q4_1.gguf",
 }
 QUIET = 0.05
-"""Others may use so much of the processor while something is measured."""
+"""Share of the processor that other processes may use during a measurement."""
 
 
 def arguments(description: str, parts: Sequence[str] = (), **extra: int) -> argparse.Namespace:
-    """--json, --model, and the script's own parts and numbers."""
+    """Parses --json, --model, and the script's own parts and numbers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     parser.add_argument("--model", choices=MODELS, action="append", help="only this model; repeatable")
@@ -46,7 +47,7 @@ def arguments(description: str, parts: Sequence[str] = (), **extra: int) -> argp
 
 
 def circumstances() -> dict[str, Any]:
-    """Machine, commit and versions: what a figure means nothing without."""
+    """Returns machine, commit and versions, without which a figure means nothing."""
     from emlocal import machine
 
     dirty = _git("status", "--porcelain", "--untracked-files=no")
@@ -68,7 +69,7 @@ def _git(*words: str) -> str:
 def report(
     results: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[object]], as_json: bool
 ) -> None:
-    """Print the circumstances and the table, or everything as JSON."""
+    """Prints the circumstances and the table, or everything as JSON."""
     around = circumstances()
     if as_json:
         print(json.dumps({**around, "results": results}, indent=2, default=vars))
@@ -87,13 +88,13 @@ def report(
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Prints progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def running_on(model: str) -> Iterator[Any]:
-    """A runner on one of the bench models."""
+    """Opens a runner on one of the bench models."""
     from emlocal.backends.base import LoadOptions
     from emlocal.backends.llama_cpp import LlamaCppBackend
     from emlocal.generation import Scheduler
@@ -107,19 +108,22 @@ def running_on(model: str) -> Iterator[Any]:
 
 
 class Noise:
-    """How much of the processor other processes used since this was made; 0 where it cannot be told."""
+    """Measures how much of the processor other processes use; 0 where that cannot be known."""
 
     def __init__(self) -> None:
         self._before = _processor_seconds()
 
     def share(self) -> float:
-        """Of all cores, between 0 and 1. The tail of our own threads' time may show as little more than 0."""
+        """Returns their share of all cores since the start, from 0 to 1.
+
+        Our own threads' time may be counted late, which can show as slightly more than 0.
+        """
         busy, own, wall = (now - then for now, then in zip(_processor_seconds(), self._before, strict=True))
         return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
 
 def _processor_seconds() -> tuple[float, float, float]:
-    """Busy seconds of all cores, of this process, and the clock."""
+    """Returns the busy seconds of all cores, those of this process, and the clock."""
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
     stat = Path("/proc/stat")
@@ -130,7 +134,7 @@ def _processor_seconds() -> tuple[float, float, float]:
 
 
 def wait_until_quiet(seconds: float = 1800) -> None:
-    """Return when others have left the processor alone for three seconds; after `seconds`, go on anyway."""
+    """Waits until others leave the processor alone for three seconds, for at most `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         noise = Noise()

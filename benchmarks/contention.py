@@ -1,7 +1,8 @@
-"""What a busy neighbour does to decoding, by how long OpenMP's threads spin while they wait for one another.
+"""Measures how a busy neighbour slows decoding, for several spin times of OpenMP's waiting threads.
 
 Each case decodes for some seconds with SmolLM2 on all cores: alone, beside a process that computes on one
-core, and beside a second decoder. emlocal sets GOMP_SPINCOUNT=1000; 300000 is GNU OpenMP's default. Linux.
+core, and beside a second decoder. emlocal sets GOMP_SPINCOUNT=1000; GNU OpenMP's default is 300000. Linux
+only.
 """
 
 import os
@@ -21,7 +22,7 @@ NEIGHBOURS = ("alone", "one busy core", "another decoder")
 
 
 def decode_for(seconds: float) -> float:
-    """Milliseconds a token."""
+    """Decodes for some seconds; returns the milliseconds a token."""
     from emlocal.backends.base import Feed
     from emlocal.backends.llama_cpp.backend import bare_decode
 
@@ -36,7 +37,7 @@ def decode_for(seconds: float) -> float:
 
 
 def measure(environment: dict[str, str], neighbour: str, seconds: int) -> float:
-    """Milliseconds a token of a decoder beside a neighbour."""
+    """Returns the milliseconds a token of a decoder beside a neighbour."""
     variables = os.environ | environment
     decoder = [sys.executable, __file__, "--child", str(seconds)]
     busy = {"one busy core": [sys.executable, "-c", "while True: pass"], "another decoder": decoder}

@@ -1,7 +1,7 @@
-"""Decoding with EM off and on, and a bare llama.cpp loop, in rounds of equal work.
+"""Measures decoding with EM off, with EM on and in a bare llama.cpp loop, in rounds of equal work.
 
-A round counts only if other processes used less than 5 % of the processor while it ran: that is decided
-without looking at its times. Rounds that do not count are repeated, up to `--tries` times as many in all.
+A round counts only if other processes used less than 5 % of the processor meanwhile; its own times do not
+decide that. Rounds that do not count are repeated, up to `--tries` times as many in all.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Accuracy on GSM8K before and after training: the same questions and draws, with and without the adapter.
+"""Measures accuracy on GSM8K before and after training, on the same questions and draws.
 
-One answer a question at temperature 1, and one greedy; the answer is what the last \\boxed holds, else the
-last number. Prints accuracies with Wilson intervals (95 %), and the difference with a paired bootstrap.
-Answers go to --out, so that a run which is stopped goes on where it was.
+Each question gets one answer at temperature 1 and one greedy answer. The result is the content of the last
+\\boxed, or else the last number. Prints accuracies with 95 % Wilson intervals, and the difference with a
+paired bootstrap. Answers are written to --out, so that a stopped run can be resumed.
 
     python benchmarks/em_ft_gsm8k.py --model-file qwen.gguf --adapter out --questions test.jsonl --n 200
 """
@@ -22,7 +22,7 @@ CHUNK = 50
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share. Source: Wilson 1927."""
+    """Returns the 95 % interval of a share. Source: Wilson 1927."""
     z, share = 1.959964, right / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
@@ -30,7 +30,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def difference(before: list[bool], after: list[bool]) -> tuple[float, float, float]:
-    """after − before, with a bootstrap interval over the questions."""
+    """Returns after − before, with a 95 % bootstrap interval over the questions."""
     import numpy as np
 
     gained = np.array(after, float) - np.array(before, float)
@@ -41,7 +41,7 @@ def difference(before: list[bool], after: list[bool]) -> tuple[float, float, flo
 
 
 def answer_all(chosen: argparse.Namespace, adapter: Path | None, temperature: float) -> list[dict[str, Any]]:
-    """A row a question."""
+    """Answers all questions; returns one row for each."""
     from emlocal.answers.finding import extract
     from emlocal.answers.meaning import equivalent
     from emlocal.backends.engine import LoadOptions, engine

@@ -1,8 +1,9 @@
-"""How the answers of an evaluation ended: by themselves or cut off, and how many of the latter are loops.
+"""Counts how the answers of an evaluation ended: by themselves or cut off, and how many of the latter loop.
 
-Reads answers only. A loop: more than half of its runs of four words had been there before (as training's
-guards measure repetition, with words instead of tokens). Each method is held against the first, paired by
-question: p is McNemar's, not adjusted for being many. For methods with one text a question, not for votes.
+Reads answers only. A text loops if more than half of its sequences of four words occurred before. (Training's
+guards measure repetition in the same way, in tokens.) Each method is compared with the first, paired by
+question. p is McNemar's, not adjusted for multiple comparisons. For methods with one text a question, not for
+votes.
 
     python benchmarks/endings.py gsm8k-smollm2 --methods sample,em-inf,greedy
 """
@@ -23,7 +24,7 @@ LOOP = 0.5
 
 
 def cut_off(folder: Path, method: str) -> dict[str, str]:
-    """The texts that were cut off, by the answers' ids."""
+    """Returns the texts that were cut off, by the answers' ids."""
     lines = answers_path(folder, method).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return {row["custom_id"]: row["text"] for row in rows if share_cut_off(row)}
@@ -36,7 +37,7 @@ def loops(text: str) -> bool:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", required=True)

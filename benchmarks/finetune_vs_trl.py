@@ -1,9 +1,9 @@
-"""Training speed and memory of `emlocal finetune` against TRL's SFT trainer: model, LoRA and tokens the same.
+"""Measures training speed and memory of `emlocal finetune` against TRL's SFT trainer.
 
-Both train rank-16 adapters of all linear layers of a bfloat16 model on the same sequences (80 tokens of
-prompt, 200 of answer), 16 a step in micro-batches of 4, without gradient checkpointing. TRL minimizes the
-cross-entropy of the answers, emlocal their entropy, without the KL term, which TRL's trainer has no
-counterpart of. Each runs in a process of its own, in turns; loading and the first step are left out.
+Both train rank-16 adapters of all linear layers of the same bfloat16 model on the same sequences: 80 tokens
+of prompt, 200 of answer. A step has 16 of them in micro-batches of 4, without gradient checkpointing. TRL
+minimises the cross-entropy of the answers. emlocal minimises their entropy, without the KL term, which TRL's
+trainer lacks. Each runs in its own process, in turns; loading and the first step do not count.
 
 Needs `pip install trl`. The model is a folder with safetensors; `emlocal finetune` unpacks GGUF files into
 ~/.cache/emlocal/unpacked.

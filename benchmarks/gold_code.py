@@ -1,9 +1,9 @@
-"""Whether right programs still pass in the sandbox: the solutions that HumanEval and SciCode give themselves.
+"""Checks that right programs pass in the sandbox: the solutions that come with HumanEval and SciCode.
 
     python benchmarks/gold_code.py humaneval HumanEval.jsonl.gz
     python benchmarks/gold_code.py scicode problems_dev.jsonl
 
-Each goes the way of an answer: found in a text, run with its tests. Those that fail are printed.
+Each solution is treated like an answer: found in a text and run with its tests. Prints those that fail.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from emlocal.evaluation.tasks.task import Problem, Task, read_rows
 
 
 def solved(task: Task, path: Path) -> Iterator[tuple[Problem, str, dict[str, str]]]:
-    """Each problem with the text that solves it, and with the texts of all."""
+    """Yields each problem, the text that solves it, and the texts of all problems."""
     if isinstance(task, SciCodeTask):
         texts = {p.id: f"```python\n{task.gold(p)}\n```" for p in task.problems}
     else:
@@ -28,7 +28,7 @@ def solved(task: Task, path: Path) -> Iterator[tuple[Problem, str, dict[str, str
 
 
 def main() -> None:
-    """Print what fails, and how many there are."""
+    """Prints the solutions that fail, and the number that pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=["humaneval", "scicode"])
     parser.add_argument("data", type=Path)

@@ -1,12 +1,11 @@
-"""What emlocal's commands answer, recorded from one version and compared with another.
+"""Records the answers of emlocal's commands in one version and compares them with another.
 
-python benchmarks/golden.py --record FOLDER      write FOLDER/golden.json from the emlocal that Python finds
-python benchmarks/golden.py --compare FOLDER     run the same commands again and name what differs
+    python benchmarks/golden.py --record FOLDER      run emlocal's commands and write FOLDER/golden.json
+    python benchmarks/golden.py --compare FOLDER     run the same commands again and name what differs
 
-`PYTHONPATH=/path/to/a/checkout` chooses the version. Every command runs with one thread, in a folder and
-with a configuration of its own, so that the answers are the same on each run. What a clock or a version
-number writes is left out of the comparison. The outputs themselves stay in FOLDER/record and FOLDER/compare,
-to look at with diff.
+`PYTHONPATH=/path/to/a/checkout` chooses the version. Every command runs with one thread, and with a folder
+and a configuration of its own, so that the answers are the same on each run. Times and version numbers are
+not compared. The outputs stay in FOLDER/record and FOLDER/compare, for diff.
 """
 
 import argparse
@@ -31,7 +30,7 @@ LEFT_OUT = re.compile(
     "seconds|tok_s|per_second|wall|created|version|date|commit|machine|made_with|answered with|elapsed"
     "|packages|^cached"
 )
-"""Keys of JSON that a clock or a version writes, and how much of a prompt was held already."""
+"""Keys of JSON that hold times or versions, or how much of a prompt was cached; they are not compared."""
 PROMPT = "Why is the sky blue? Answer in two sentences."
 EM_CHOICES: dict[str, list[str]] = {
     "off": [],
@@ -71,18 +70,18 @@ _SMALL_RUN = [
 
 @dataclass(frozen=True)
 class Case:
-    """One command, and the files it leaves that are compared (globs; stdout always is)."""
+    """One command, and globs of the files it leaves that are compared; stdout always is."""
 
     name: str
     argv: list[str]
     files: tuple[str, ...] = ()
     stdin: str = ""
     kill_after_rows: tuple[str, int] | None = None
-    """(file, rows): the command is killed once the file has so many lines, then run again."""
+    """(file, rows): the command is killed once the file has this many lines, then run again."""
 
 
 def cases() -> list[Case]:
-    """All commands, the quick ones first."""
+    """Returns all commands, the quick ones first."""
     found = [*_generate(), *_chat(), *_batch(), *_training(), *_evaluation()]
     assert len({case.name for case in found}) == len(found)
     return found
@@ -231,7 +230,7 @@ def _evaluation() -> list[Case]:
 
 
 def prepare(folder: Path) -> None:
-    """A case's folder: links to the models, and its input files."""
+    """Makes a case's folder, with links to the models and its input files."""
     folder.mkdir(parents=True)
     for model in (SMOLLM2, QWEN):
         (folder / model).symlink_to(MODELS / model)
@@ -262,7 +261,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(case: Case, folder: Path, home: Path) -> dict[str, Any]:
-    """Run a case in a new folder. Returns its exit code and the SHA-256 of each output."""
+    """Runs a case in a new folder. Returns its exit code and the SHA-256 of each output."""
     prepare(folder)
     environment = os.environ | {
         "EMLOCAL_CACHE_DIR": str(home / "cache"),
@@ -296,7 +295,7 @@ def run(case: Case, folder: Path, home: Path) -> dict[str, Any]:
 
 
 def _kill(command: list[str], folder: Path, environment: dict[str, str], file: str, rows: int) -> None:
-    """Start the command and kill it, as kill -9 does, once its file has so many lines."""
+    """Starts the command and kills it with SIGKILL once its file has this many lines."""
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -309,7 +308,7 @@ def _kill(command: list[str], folder: Path, environment: dict[str, str], file: s
 
 
 def _plain(name: str, content: bytes) -> bytes:
-    """An output without what a clock or a version writes; JSON with sorted keys."""
+    """Returns an output without times and versions; JSON gets sorted keys."""
     if name.endswith(".jsonl"):
         return b"".join(_json(line) for line in content.splitlines() if line.strip())
     return _json(content) if name.endswith(".json") and content.strip() else content

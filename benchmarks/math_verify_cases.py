@@ -3,8 +3,8 @@
     pip download --no-binary :all: --no-deps math-verify==0.9.0
     python benchmarks/math_verify_cases.py math_verify-0.9.0.tar.gz
 
-A case is a gold answer, an answer and whether they are equal. Those of options that emlocal does not use
-(precision, strictness, strings to look for) are left out. docs/evaluation.md says what differs on purpose.
+A case has a gold answer, an answer and whether they are equal. Cases with options that emlocal does not use
+(precision, strictness, strings to look for) are skipped. docs/evaluation.md lists the intended differences.
 """
 
 import ast
@@ -25,7 +25,7 @@ _NAMES = (["gold", "pred", "expected"], ["gold", "pred", "result"])
 
 
 def cases(archive: str) -> Iterator[tuple[str, str, str, bool]]:
-    """(test, gold, answer, equal) of each test that takes a gold answer and an answer, and nothing else."""
+    """Yields (test, gold, answer, equal) of each test that takes only a gold answer and an answer."""
     with tarfile.open(archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             file = tar.extractfile(member) if "/tests/" in member.name else None
@@ -52,7 +52,7 @@ def _parametrized(decorator: ast.expr) -> Iterator[tuple[str, str, bool]]:
 
 
 def _answer(text: str) -> str:
-    """As eval finds it; but most texts are an answer by itself, without a box."""
+    """Finds the answer as eval does. Most texts, however, are an answer by themselves, without a box."""
     found = find(text)
     if found is None or (found.how == "last-number" and not _PROSE.search(text)):
         return text.strip().strip("$").strip()
@@ -60,7 +60,7 @@ def _answer(text: str) -> str:
 
 
 def main(archive: str) -> None:
-    """Judge all cases."""
+    """Judges all cases."""
     agree, voted, total = 0, 0, 0
     with MathJudge() as judge:
         for test, gold_text, text, equal in cases(archive):

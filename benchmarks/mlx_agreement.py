@@ -1,8 +1,8 @@
-"""What MLX says beside mlx-lm and llama.cpp: greedy tokens of 20 prompts, and EM-INF's with the same seeds.
+"""Compares MLX with mlx-lm and llama.cpp on 20 prompts: greedy tokens, and EM-INF's with the same seeds.
 
-mlx-lm runs the same folder in the same format. llama.cpp runs the same weights, written out in float32 with
-the rounding to float16 that unpacking does, so that only the order of sums differs; its keys and values are
-float32 too. Where the tokens part, the probabilities of both in that row tell how near a tie it was.
+mlx-lm runs the same folder in the same format. llama.cpp runs the same weights in float32, rounded to float16
+as in unpacking, so that only the order of sums differs; its keys and values are float32 too. Where two
+answers part, the probabilities of both tokens in that row show how near a tie it was.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ PROMPTS = [
 
 
 def spoken(backend: Any, prompt: list[int], params: Any, tokens: int) -> tuple[list[int], list[Any]]:
-    """Tokens drawn with seed 1, and the rows of logits that they were drawn from."""
+    """Draws tokens with seed 1; returns them with the rows of logits behind them."""
     from emlocal.backends.base import Feed, Row
     from emlocal.sampling import Uniforms
 
@@ -40,7 +40,7 @@ def spoken(backend: Any, prompt: list[int], params: Any, tokens: int) -> tuple[l
 
 
 def mlx_lm(folder: Path, dtype: Any) -> Callable[[list[int], int], list[int]]:
-    """mlx-lm's own greedy tokens."""
+    """Returns a function that gives mlx-lm's own greedy tokens."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import load_model
@@ -51,7 +51,10 @@ def mlx_lm(folder: Path, dtype: Any) -> Callable[[list[int], int], list[int]]:
 
 
 def parting(backend: Any, one: tuple[list[int], list[Any]], other: tuple[list[int], list[Any]]) -> str | None:
-    """Where two answers part: the tokens, their probabilities in both engines, and the rows' distance."""
+    """Describes where two answers part.
+
+    It names the tokens, their probabilities in both engines, and the rows' distance.
+    """
     at = next((i for i, (a, b) in enumerate(zip(one[0], other[0], strict=True)) if a != b), None)
     if at is None:
         return None

@@ -1,8 +1,9 @@
-"""Decoding in MLX with EM on and off, and beside mlx-lm: `stream_generate` alone, `BatchGenerator` for eight.
+"""Measures decoding in MLX with EM on, with EM off and in mlx-lm, for one sequence and for eight.
 
-A round decodes the same prompts, as many tokens on each side; the sides take turns at going first. Seconds
-are from the first token to the last, so that reading prompts is no part of them. Where MLX runs on the CPU,
-ratios are of processor seconds, which others' work changes less; speeds are by the clock. On a Mac:
+mlx-lm decodes one sequence with `stream_generate` and eight with `BatchGenerator`. In a round, each side
+decodes the same number of tokens of the same prompts; the sides take turns at going first. Times run from the
+first token to the last, without the reading of prompts. If MLX runs on the CPU, ratios are of processor
+seconds, which other processes change less; speeds are by the clock. On a Mac:
 
     python benchmarks/mlx_decode.py --rounds 20 --tokens 128
 """
@@ -18,11 +19,11 @@ from common import MODELS, Noise, arguments, report, say, wait_until_quiet
 AT_ONCE, PROMPT = 8, 8
 SIDES = ("on", "off", "mlx-lm")
 Side = Callable[[list[list[int]], int], tuple[float, float]]
-"""Takes prompts and how many tokens; seconds by the clock and of the processor."""
+"""Receives prompts and a number of tokens; returns seconds by the clock and of the processor."""
 
 
 def now() -> tuple[float, float]:
-    """The clock, and this process's seconds of processor."""
+    """Returns the clock, and this process's processor seconds."""
     return time.perf_counter(), time.process_time()
 
 
@@ -31,7 +32,7 @@ def between(start: tuple[float, float], end: tuple[float, float]) -> tuple[float
 
 
 def opened(path: Path) -> tuple[Any, Any, Any]:
-    """The engine, mlx-lm's model of the same folder in the same format, and its tokenizer."""
+    """Opens the engine, mlx-lm's model of the same folder in the same format, and its tokenizer."""
     from mlx_lm.utils import load
 
     from emlocal.backends.base import LoadOptions
@@ -48,7 +49,7 @@ def opened(path: Path) -> tuple[Any, Any, Any]:
 
 
 def ours(backend: Any, *, em: bool) -> Side:
-    """Our steps: a draw for each row, then a forward pass."""
+    """Returns emlocal's side: a draw for each row, then a forward pass."""
     from emlocal.backends.base import Feed, Row
     from emlocal.sampling import SamplingParams, Uniforms
     from emlocal.settings import EMInf
@@ -99,7 +100,7 @@ def mlx_lm_together(model: Any) -> Side:
         while generator.next_generated():
             stamps.append(now())
         generator.close()
-        assert len(stamps) == tokens + 1  # all sequences went in step
+        assert len(stamps) == tokens + 1  # all sequences advanced together
         return between(stamps[0], stamps[-1])
 
     return run

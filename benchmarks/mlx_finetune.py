@@ -1,12 +1,12 @@
-"""EM-FT on MLX beside mlx-lm's LoRA training, and the memory of its loss beside one with logits in full.
+"""Measures EM-FT on MLX against mlx-lm's LoRA training, and the memory of its loss against full logits.
 
-speed: rank-16 adapters of all linear layers of a bench model, the same sequences of --tokens tokens, half of
-them answer, an optimizer step for each. mlx-lm's loop (`mlx_lm.lora`) minimizes their cross-entropy, the
-learner their entropy, without the KL term, which mlx-lm has no counterpart of. Rounds of --steps steps take
-turns, less a first one, which compiles. Where MLX runs on the CPU, seconds are of the processor, which
-others' work changes less.
+speed: both train rank-16 adapters of all linear layers of a bench model on the same sequences of --tokens
+tokens. Half of the tokens are the answer, and each sequence is an optimizer step. mlx-lm's loop
+(`mlx_lm.lora`) minimises cross-entropy; the learner minimises entropy, without the KL term, which mlx-lm
+lacks. Rounds of --steps steps take turns, without the first step, which compiles. If MLX runs on the CPU,
+times are processor seconds, which other processes change less.
 
-memory: 1,024 tokens, V = 151,936, hidden 64: what the logits take does not depend on that.
+memory: 1,024 tokens, V = 151,936, hidden size 64, on which the memory of the logits does not depend.
 
 On a Mac: python benchmarks/mlx_finetune.py --tokens 512 --steps 20
 """
@@ -38,7 +38,7 @@ def sequences(steps: int, tokens: int) -> list[list[int]]:
 
 
 def ours(folder: Path, rows: list[list[int]]) -> Iterator[float]:
-    """Seconds of each step."""
+    """Yields the seconds of each step."""
     from emlocal.backends.learner import Descent, EntropyObjective
     from emlocal.backends.mlx.backend import open_model
     from emlocal.backends.mlx.learner import MLXEntropyLearner
@@ -60,7 +60,7 @@ def ours(folder: Path, rows: list[list[int]]) -> Iterator[float]:
 
 
 def mlx_lm(folder: Path, rows: list[list[int]], on_gpu: bool) -> list[float]:
-    """The same of mlx-lm's own loop, which cannot be halted between steps."""
+    """Returns the seconds of each step of mlx-lm's own loop, which cannot be halted between steps."""
     from mlx.optimizers import AdamW
     from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -115,7 +115,7 @@ def speed(name: str, steps: int, tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def peak(loss: Callable[[Any, Any, Any], Any]) -> int:
-    """Bytes that the gradient of a loss takes beside its inputs."""
+    """Returns the bytes that the gradient of a loss takes beside its inputs."""
     import mlx.core as mx
 
     keys = mx.random.split(mx.random.key(0), 2)

@@ -1,12 +1,12 @@
-"""A pool of answers to a task's questions: one greedy, the others sampled, with all their scores.
+"""Draws a pool of answers to a task's questions: one greedy, the others sampled, with all their scores.
 
-Votes, confidences and best-of-N of any kind can be computed from a pool without asking the model again, since
-a method's draws are addressed by question and sample: a vote of fewer samples, or one that stopped early, is
-a beginning of the pool's (benchmarks/pool_table.py).
+A pool is enough to compute votes, confidences and best-of-N of any kind without asking the model again. The
+draws depend only on the seed, the question and the sample. So a vote of fewer samples, or one that stopped
+early, is a beginning of the pool's (benchmarks/pool_table.py).
 
-Questions go in blocks, each with an empty engine. A finished block is on disk before the next begins, and a
-run that was killed goes on with the block that it was in. To go on elsewhere, unpack what is committed
-(xz -dk docs/results/pools/NAME.jsonl.xz) and run the same command.
+A question's row is on disk as soon as all its samples are there. A killed run resumes with the questions that
+have no row. To resume elsewhere, unpack the committed file (xz -dk docs/results/pools/NAME.jsonl.xz) and run
+the same command.
 
     python benchmarks/pool.py NAME.jsonl --task gsm8k --data gsm8k/train.jsonl --limit 200 -m MODEL.gguf
 """
@@ -14,14 +14,12 @@ run that was killed goes on with the block that it was in. To go on elsewhere, u
 import argparse
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import emlocal
-from emlocal.em.scores import scores
 from emlocal.evaluation.answering import asked_as, name_of, takes_system
 from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Problem, Task
@@ -29,17 +27,15 @@ from emlocal.generation import Completion, Scheduler
 from emlocal.generation.prompt import prompt_tokens
 from emlocal.methods.asking import Answered, Asking, Question, ask
 from emlocal.methods.method import Answering, Method, Outcome
+from emlocal.methods.scoring import scores_json
 from emlocal.methods.voting import repeated
 from emlocal.sampling.draw import request_key
 from emlocal.settings import Plan, SamplingParams
 
-BLOCK = 16
-"""Questions."""
-
 
 @dataclass(frozen=True)
 class Pool(Method):
-    """Draws all samples, the first of them greedily, and chooses none."""
+    """Draws all samples, the first greedily, and chooses none."""
 
     def answer(self, question: Question) -> Answering:
         [done] = yield [question.job(first=question.greedy)]
@@ -47,7 +43,10 @@ class Pool(Method):
 
 
 def sample(completion: Completion, entropies: bool) -> dict[str, Any]:
-    """What is kept of an answer. Entropies and log-probabilities in hundredths of a nat, where wanted."""
+    """Returns the stored fields of an answer.
+
+    `entropies` adds each token's entropy, in hundredths of a nat.
+    """
     draws = completion.draws
     before = [draw.entropy_before for draw in draws]
     row: dict[str, Any] = {
@@ -55,7 +54,7 @@ def sample(completion: Completion, entropies: bool) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "tokens": len(completion.tokens),
         "repeated": round(repeated(completion.tokens), 4),
-        "scores": scores(before, [draw.p_before for draw in draws]).as_json(),
+        "scores": scores_json(completion),
     }
     if entropies:
         row["entropies"] = [round(100 * h) for h in before]
@@ -63,13 +62,15 @@ def sample(completion: Completion, entropies: bool) -> dict[str, Any]:
     return row
 
 
-def block(
+def rows(
     backend: Any, parallel: int, task: Task, problems: Sequence[Problem], plan: Plan, entropies: bool
 ) -> Iterator[dict[str, Any]]:
-    """The rows of some questions, in their order."""
+    """Yields a row for each question as soon as it is answered."""
     system = takes_system(backend)
-    askings = {
-        problem.id: Asking(
+    of: dict[Asking, Problem] = {}
+
+    def asking(problem: Problem) -> Asking:
+        it = Asking(
             Pool(),
             Question(
                 asked_as(task.ask(problem, {}), task.system, system),
@@ -78,24 +79,20 @@ def block(
                 request_key(name_of(problem, 1)),
             ),
         )
-        for problem in problems
-    }
-    todo = iter(askings.values())
-    started = time.perf_counter()
+        of[it] = problem
+        return it
+
+    todo = map(asking, problems)
     with Scheduler(backend, parallel) as runner:
         for event in ask(runner, lambda: next(todo, None)):
             if isinstance(event, Answered):
-                event.asking.result()
-    seconds = (time.perf_counter() - started) / len(problems)
-    for id_, asking in askings.items():
-        outcome = asking.result()
-        yield {
-            "id": id_,
-            "prompt_tokens": outcome.jobs[0].timings.prompt_tokens,
-            "passes": sum(job.forward_passes for job in outcome.jobs),
-            "seconds": round(seconds, 3),
-            "samples": [sample(completion, entropies) for completion in outcome.completions],
-        }
+                outcome = event.asking.result()
+                yield {
+                    "id": of.pop(event.asking).id,
+                    "prompt_tokens": outcome.jobs[0].timings.prompt_tokens,
+                    "passes": sum(job.forward_passes for job in outcome.jobs),
+                    "samples": [sample(completion, entropies) for completion in outcome.completions],
+                }
 
 
 def main() -> None:
@@ -121,7 +118,13 @@ def main() -> None:
     )
     plan = replace(Plan(), params=params, samples=given.samples, max_tokens=given.max_tokens, seed=given.seed)
     task = open_task(given.task, given.data, given.limit)
-    there = len(given.output.read_bytes().splitlines()) if given.output.exists() else 0
+    there: set[str] = set()
+    if given.output.exists():
+        lines = given.output.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last line
+        given.output.write_text("".join(whole), encoding="utf-8")
+        there = {json.loads(line)["id"] for line in whole}
+    todo = [problem for problem in task.problems if problem.id not in there]
     options: dict[str, Any] = {"backend": given.backend} if given.backend else {}
     if given.threads:
         options["threads"] = given.threads
@@ -129,19 +132,12 @@ def main() -> None:
         emlocal.load(given.model, parallel=given.parallel, **options) as model,
         given.output.open("a", encoding="utf-8") as file,
     ):
-        for start in range(there, len(task.problems), BLOCK):
-            rows = block(
-                model.backend,
-                given.parallel,
-                task,
-                task.problems[start : start + BLOCK],
-                plan,
-                given.entropies,
-            )
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for row in rows(model.backend, given.parallel, task, todo, plan, given.entropies):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            print(f"{min(start + BLOCK, len(task.problems))} of {len(task.problems)}", flush=True)
+            there.add(row["id"])
+            print(f"{len(there)} of {len(task.problems)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What can be made of a pool of answers (benchmarks/pool.py): votes, best-of-N, confidences. Asks no model.
+"""Computes votes, best-of-N and confidences from a pool of answers (benchmarks/pool.py), without a model.
 
-Prints Markdown: each way to choose one of a question's answers, held against the greedy one (McNemar, not
-adjusted); what each score tells within a question and between questions; risk against coverage of the vote.
+Prints Markdown: each way of choosing one of a question's answers, compared with the greedy answer (McNemar,
+not adjusted); what each score tells within a question and between questions; and the vote's risk against
+coverage.
 
     python benchmarks/pool_table.py NAME.jsonl --task gsm8k --data gsm8k/train.jsonl
 """
@@ -37,11 +38,11 @@ class Sampled:
 
 
 Question = Sequence[Sampled]
-"""The greedy answer first."""
+"""Answers to one question, the greedy one first."""
 
 
 def read(path: Path, task_name: str, data: Path) -> list[Question]:
-    """The pool's answers, judged; verdicts are kept beside it."""
+    """Reads and judges the pool's answers; the verdicts are stored beside it."""
     raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     rows = [json.loads(line) for line in raw.splitlines()]
     task = open_task(task_name, data)
@@ -57,17 +58,17 @@ def read(path: Path, task_name: str, data: Path) -> list[Question]:
 
 
 def sampled(number: int, row: dict[str, object], right: bool) -> Sampled:
-    """A stored sample, with its ballot."""
+    """Returns a stored sample with its ballot."""
     scores = Scores(**row["scores"])  # type: ignore[arg-type]
     text, reason, repeated = str(row["text"]), str(row["finish_reason"]), float(row["repeated"])  # type: ignore[arg-type]
     ballot = Vote().ballot_of(number, text, reason, repeated, scores)
-    assert ballot is not None  # nothing in a pool is cancelled
+    assert ballot is not None  # nothing in a pool was cancelled
     return Sampled(right, int(row["tokens"]), scores, ballot.whole, ballot)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose: of each question whether the chosen answer is right, and the tokens that it took."""
+    """A way of choosing: whether each question's chosen answer is right, and the tokens that it cost."""
 
     name: str
     right: list[bool]
@@ -79,7 +80,7 @@ def greedy(pool: Sequence[Question]) -> Way:
 
 
 def vote(pool: Sequence[Question], name: str, rules: Rules, n: int = 8) -> Way:
-    """The vote of the first n samples, stopped as the rules say."""
+    """Returns the vote of the first n samples, stopped as the rules say."""
     way = Way(name, [], [])
     for q in pool:
         decision = replay([s.ballot for s in q[:n]], rules).decision
@@ -89,7 +90,10 @@ def vote(pool: Sequence[Question], name: str, rules: Rules, n: int = 8) -> Way:
 
 
 def best(pool: Sequence[Question], score: str) -> Way:
-    """The surest of the samples, without the greedy answer; of those that are whole, where there are any."""
+    """Returns the most certain of the samples without the greedy answer.
+
+    Whole ones, if there are any, come first.
+    """
     rank = RANKED[score]
     chosen = [max([s for s in q[1:] if s.whole] or q[1:], key=lambda s: rank(s.scores)) for q in pool]
     cost = [sum(s.tokens for s in q[1:]) for q in pool]
@@ -97,7 +101,7 @@ def best(pool: Sequence[Question], score: str) -> Way:
 
 
 def ways(pool: Sequence[Question], scores: Sequence[str]) -> Iterator[Way]:
-    """All ways, greedy first."""
+    """Yields all ways, greedy first."""
     yield greedy(pool)
     n = len(pool[0])
     for k in (k for k in (4, 8, 16) if k <= n):
@@ -115,13 +119,13 @@ def ways(pool: Sequence[Question], scores: Sequence[str]) -> Iterator[Way]:
 
 
 def percent(values: Sequence[float]) -> str:
-    """A mean with its interval, in percent."""
+    """Formats a mean with its interval, in percent."""
     ends = bootstrap_mean(list(values)) if len(set(values)) > 1 else wilson(round(sum(values)), len(values))
     return f"{100 * fmean(values):.1f} [{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
 
 
 def table_of_ways(pool: Sequence[Question], scores: Sequence[str]) -> list[str]:
-    """Accuracy, difference to greedy, and tokens, of each way."""
+    """Returns a table of each way's accuracy, difference to greedy, and tokens."""
     base, *others = list(ways(pool, scores))
     single = fmean(fmean(s.right for s in q[1:]) for q in pool)
     cells = [[base.name, percent(base.right), "", "", "", f"{fmean(base.tokens):,.0f}"]]
@@ -145,7 +149,10 @@ def table_of_ways(pool: Sequence[Question], scores: Sequence[str]) -> list[str]:
 
 
 def within(pool: Sequence[Question], rank: Callable[[Scores], float]) -> float:
-    """The chance that a right sample scores above a wrong one of the same question, ties counting half."""
+    """Returns the probability that a right sample scores above a wrong one of the same question.
+
+    Ties count half.
+    """
     wins = [
         (rank(a.scores) > rank(b.scores)) + 0.5 * (rank(a.scores) == rank(b.scores))
         for q in pool
@@ -156,7 +163,7 @@ def within(pool: Sequence[Question], rank: Callable[[Scores], float]) -> float:
 
 
 def table_of_scores(pool: Sequence[Question], scores: Sequence[str]) -> list[str]:
-    """What each score tells: within a question, of the greedy answer, of all answers."""
+    """Returns a table of what each score tells: within a question, of the greedy answer, of all answers."""
     cells = []
     for score in scores:
         rank = RANKED[score]
@@ -173,7 +180,7 @@ def auroc(found: object) -> str:
 
 
 def risk_of_votes(pool: Sequence[Question], rules: Rules) -> list[str]:
-    """Risk against coverage of a vote by its confidence."""
+    """Returns the vote's risk against coverage, by its confidence."""
     decisions = [replay([s.ballot for s in q], rules).decision for q in pool]
     right = [
         q[0 if d.winner is None else d.winner.sample].right for q, d in zip(pool, decisions, strict=True)

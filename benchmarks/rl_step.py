@@ -1,10 +1,10 @@
-"""A step of EM-RL: the share of its time outside the model, and its answers beside `emlocal batch`.
+"""Measures a step of EM-RL: the share of its time outside the model, and its answers against `emlocal batch`.
 
-`emlocal rl` with the recipe paper-token on GSM8K train questions, answers of --tokens tokens. Inside the
-model are forward passes and sampling of answers, forward passes over answers, and forward and backward of the
-gradient; outside are rewards, advantages, the optimizer, adapters handed to llama.cpp, metrics, checkpoints.
-`emlocal batch` answers the same prompts as often, with the adapter that a run begins with; steps and batches
-take turns.
+It runs `emlocal rl` with the recipe paper-token on GSM8K train questions, with answers of --tokens tokens.
+Inside the model are the forward passes and the sampling of answers, the forward passes over answers, and the
+forward and backward passes of the gradient. Outside are rewards, advantages, the optimizer, adapters for
+llama.cpp, metrics and checkpoints. `emlocal batch` answers the same prompts as often, with a run's initial
+adapter; steps and batches take turns.
 """
 
 import argparse
@@ -27,7 +27,7 @@ GSM8K = Path(os.environ.get("EMLOCAL_GSM8K_TRAIN", ROOT.parent / "shared/data/gs
 
 
 def timed(times: dict[str, float], owner: Any, *names: str) -> None:
-    """Add up the seconds of these methods, by their names."""
+    """Makes these methods add up their seconds in `times`, by name."""
 
     def around(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -44,7 +44,7 @@ def timed(times: dict[str, float], owner: Any, *names: str) -> None:
 
 
 def batch_speed(model: Path, prompts: Path, adapter: Path, chosen: argparse.Namespace) -> float:
-    """Tokens a second, as `emlocal batch` says: without loading the model."""
+    """Returns the tokens a second that `emlocal batch` reports, without loading the model."""
     out = adapter.parent / "batch.jsonl"
     for old in adapter.parent.glob("batch.jsonl*"):
         old.unlink()

@@ -1,7 +1,8 @@
-"""Answers of a fine-tuning step by llama.cpp and by torch: tokens a second, in turns, the same prompts.
+"""Measures the answers of a fine-tuning step by llama.cpp and by torch, in turns: tokens a second.
 
-The model is a GGUF file with a fresh LoRA adapter on all its linear layers; torch runs it dequantized, in the
-format that it picks for this machine. 16 prompts of GSM8K's length, 16 at once, answers cut at --tokens.
+The model is a GGUF file with a fresh LoRA adapter on all its linear layers. torch runs it dequantized, in the
+number format that it chooses for this machine. There are 16 prompts of GSM8K's length, 16 at once; answers
+end at --tokens.
 """
 
 import argparse

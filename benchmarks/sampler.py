@@ -1,7 +1,7 @@
-"""One row through the sampler, by EM setting, against plain numpy, on rows of real answers of both models.
+"""Measures the sampler on one row, for each EM setting and in plain numpy, on rows of real answers.
 
-Mean microseconds over the rows, of each row the median over the sweeps (emlocal.measure). A sweep
-visits the rows in turn, so that each comes from outside the inner caches.
+The figure is the mean over the rows of each row's median over the sweeps, in microseconds (emlocal.measure).
+A sweep visits all rows in turn, so that no row is still in the inner caches.
 """
 
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from common import Noise, arguments, report, running_on, say, wait_until_quiet
 
 
 def settings() -> dict[str, Any]:
-    """The presets, with the sampling settings that go with them."""
+    """Returns the presets with their sampling settings, and adaptive temperature."""
     from emlocal.settings import EM_PRESETS, AdaptiveTemperature, SamplingParams
 
     presets = {name: SamplingParams(em=step, **sampling) for name, (step, sampling) in EM_PRESETS.items()}

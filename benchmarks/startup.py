@@ -1,10 +1,9 @@
-"""What a person waits for before the first token, beside the model itself.
+"""Measures how long a person waits for the first token, apart from the model itself.
 
 `--help` and `--version`: wall time of the process. `generate`: from the start of the process to the first
 text on stdout. Loading (llama.cpp's model and context) and prefill (the forward pass over the prompt) are
-timed in a process of their own, where nothing runs beside them; the rest is the difference: the
-interpreter, imports, the file's header, template, tokenizer, the first draw, less what of it is done while
-the model is loaded.
+timed in a process of their own, with nothing beside them. The rest is the difference: interpreter, imports,
+the file's header, template, tokenizer and first draw, apart from work that runs while the model loads.
 """
 
 import json
@@ -18,7 +17,7 @@ from typing import Any
 
 from common import MODELS, ROOT, Noise, arguments, report, say, wait_until_quiet
 
-# Runs `emlocal generate`; when the first text came goes to stderr's last line.
+# Runs `emlocal generate` and writes the time of the first text to the last line of stderr.
 _FIRST = """
 import os, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -33,7 +32,7 @@ code = run(sys.argv[1:])
 print(first[0], file=sys.stderr)
 sys.exit(code)
 """
-# The engine's own part of it, with nothing beside it: everything is imported before.
+# Times the engine's own part by itself: everything is imported before.
 _ENGINE = """
 import json, os, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -61,7 +60,7 @@ print(json.dumps({"load": loaded - began, "prefill": time.perf_counter() - befor
 
 
 def child(*command: str) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """When the process started (wall clock), and how it ended."""
+    """Runs a process; returns its start time (wall clock) and the finished process."""
     started = time.time()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -76,14 +75,14 @@ def child(*command: str) -> tuple[float, subprocess.CompletedProcess[str]]:
 
 
 def wall(*command: str) -> dict[str, float]:
-    """Seconds of a whole process."""
+    """Returns the seconds of a whole process."""
     started = time.perf_counter()
     child(*command)
     return {"wall": time.perf_counter() - started}
 
 
 def first_token(model: str) -> dict[str, float]:
-    """Seconds to the first text, and how many more those are than load and prefill take by themselves."""
+    """Returns the seconds to the first text, with load, prefill and the rest."""
     path, prompt = str(MODELS[model]), "Hello!"
     started, done = child("-c", _FIRST, "generate", "-m", path, "-q", "-s", "0", "--max-tokens", "1", prompt)
     total = float(done.stderr.splitlines()[-1]) - started
@@ -93,7 +92,7 @@ def first_token(model: str) -> dict[str, float]:
 
 
 def repeated(measure: Callable[[], dict[str, float]], n: int) -> dict[str, list[float]]:
-    """Each part's seconds, n times, in quiet moments where there are any."""
+    """Measures each part's seconds n times, in quiet moments if possible."""
     parts: dict[str, list[float]] = {}
     for _ in range(n + 1):  # the first fills the page cache and does not count
         wait_until_quiet(6)

@@ -1,9 +1,9 @@
-"""EM-INF's step on a batch, V = 151,936: the torch engine's against the authors' way.
+"""Measures EM-INF's step on a batch, V = 151,936: the torch engine against the authors' code.
 
-Theirs: a loop over tokens, for each a parameter, torch.optim.Adam, autograd through the entropy. Ours: the
-whole batch in one go, in float64, gradient descent in closed form. Both take the same number of steps. A
-round times both, one after the other, in random order; the figures are the rounds' ratios. Runs on CUDA where
-there is a device (batch 64), else on the CPU (batch 4). Does not need the bench models.
+Theirs loops over tokens, with a parameter, torch.optim.Adam and autograd through the entropy for each. Ours
+takes the whole batch at once, in float64, by gradient descent in closed form. Both take the same number of
+steps. A round times both in random order; the figures are the rounds' ratios. Runs on CUDA if there is a
+device (batch 64), otherwise on the CPU (batch 4). Does not need the bench models.
 """
 
 import random
@@ -56,7 +56,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    for function in (ours, theirs):  # compiles, and warms the allocator
+    for function in (ours, theirs):  # compiles, and warms up the allocator
         seconds(function)
     ratios, milliseconds = [], []
     for _ in range(options.rounds):

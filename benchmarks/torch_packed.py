@@ -1,8 +1,8 @@
-"""What packed linear layers gain on a CPU with bfloat16: steps of 1 to 50 sequences, and reading prompts.
+"""Measures what packed linear layers gain on a CPU with bfloat16: steps of 1 to 50 sequences, and prompts.
 
-The same model twice, as it was loaded and packed, on one thread. A round times both, one after the other, in
-random order, in seconds of the processor, which others on the machine move less than the clock. The figures
-are the rounds' ratios, plain / packed. Logits are compared, too.
+The same model runs twice, as loaded and packed, on one thread. A round times both in random order, in
+processor seconds, which other processes change less than the clock. The figures are the rounds' ratios, plain
+/ packed. The logits are compared too.
 """
 
 import random

@@ -1,9 +1,9 @@
-"""The fused losses of EM-FT and EM-RL against logits in full and autograd: time and peak extra memory.
+"""Measures the fused losses of EM-FT and EM-RL against full logits and autograd: time and peak extra memory.
 
-Forward and backward. On CPUs also with float32 matrices multiplied in bfloat16, both ways, as `emlocal
-finetune` has it where the processor can. Each way runs in a process of its own for the memory (its peak less
-what it had before), and both alternate in one process for the time. Shapes: 2,048 tokens, V = 151,936,
-hidden 896 (Qwen2.5-0.5B's).
+Times are of forward and backward. On CPUs, both ways also run with float32 matrices multiplied in bfloat16,
+as `emlocal finetune` does if the processor can. For the memory, each way runs in its own process (its peak
+minus its memory before). For the time, both alternate in one process. Shapes: 2,048 tokens, V = 151,936,
+hidden size 896 (that of Qwen2.5-0.5B).
 """
 
 import json
@@ -51,7 +51,7 @@ def fused_em_ft(hidden: Any, base: Any, head: Any, weights: Any, beta: float) ->
 
 
 def drawn(weights: Any) -> tuple[Any, Any, Any]:
-    """Tokens, their advantages, and log-probabilities that stand for both old and reference."""
+    """Returns tokens, advantages, and log-probabilities that serve as both old and reference ones."""
     import torch
 
     random = torch.Generator().manual_seed(1)
@@ -62,7 +62,7 @@ def drawn(weights: Any) -> tuple[Any, Any, Any]:
 
 
 def naive_em_rl(hidden: Any, base: Any, head: Any, weights: Any, beta: float) -> Any:
-    """ppo-clip with k3, and the entropy that the token reward wants."""
+    """Computes ppo-clip with k3, and the entropy that the token reward needs."""
     import torch
 
     tokens, a, old = drawn(weights)
@@ -96,11 +96,11 @@ CASES: dict[str, tuple[float, dict[str, Callable[..., Any]], str]] = {
     "EM-FT, β 1.5, bfloat16": (1.5, EM_FT, "bf16"),
     "EM-RL, bfloat16": (0.001, EM_RL, "bf16"),
 }
-"""β, the ways, and what a CPU multiplies float32 matrices in."""
+"""β, the two ways, and the number format in which a CPU multiplies float32 matrices."""
 
 
 def run(case: str, way: str, tensors: Any) -> None:
-    """Forward and backward."""
+    """Runs forward and backward."""
     import torch
 
     beta, ways, torch.backends.mkldnn.matmul.fp32_precision = CASES[case]  # type: ignore[attr-defined]
@@ -108,24 +108,24 @@ def run(case: str, way: str, tensors: Any) -> None:
 
 
 def peak(case: str, way: str) -> int:
-    """Bytes beyond what was there before, in this process."""
+    """Returns the bytes beyond those in use before, in this process."""
     import torch
 
     tensors = inputs()
-    (tensors[0][:8] @ tensors[2].T).sum()  # what the libraries take for themselves
+    (tensors[0][:8] @ tensors[2].T).sum()  # lets the libraries allocate their own memory first
     if tensors[0].device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(case, way, tensors)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: making the inputs had its own
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which making the inputs has raised
     before = _resident("VmRSS")
     run(case, way, tensors)
     return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:
-    """Bytes, of a line of Linux's /proc/self/status."""
+    """Returns the bytes in a line of Linux's /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

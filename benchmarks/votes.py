@@ -1,10 +1,10 @@
-"""What a vote had to vote on: the samples within self-consistency's answers, judged one by one.
+"""Judges the samples behind self-consistency's answers one by one: what each vote had to vote on.
 
-Reads the folder of an evaluation and answers nothing; its verdicts are added to. For each voting method: the
-mean accuracy of a single sample, the share of questions that any of them gets right, the vote's accuracy,
-what it adds to a sample, and how many different answers (as votes are counted) and texts a question has.
-Then the differences of the other methods to the first, paired by question. Brackets are 95 %, BCa bootstrap;
-p: random flips of signs. Nothing is adjusted for being many.
+Reads the folder of an evaluation and answers nothing; new verdicts are added to it. For each voting method it
+prints the mean accuracy of a single sample, the share of questions that any sample gets right, the vote's
+accuracy, the vote's gain over a sample, and the mean number of different answers (as votes count them) and
+texts. Then come the differences of the other methods to the first, paired by question. Brackets are 95 % BCa
+bootstrap intervals; p comes from random sign flips. Nothing is adjusted for multiple comparisons.
 
     python benchmarks/votes.py gsm8k-qwen --task gsm8k --data gsm8k/test.jsonl --limit 300 \\
         --methods self-consistency:4,em-inf+self-consistency:4
@@ -30,26 +30,26 @@ from emlocal.evaluation.tasks.task import Task
 
 @dataclass(frozen=True)
 class Votes:
-    """One value a question."""
+    """Figures of a voting method, one value for each question."""
 
     vote: list[float]
     """Whether the vote is right."""
     single: list[float]
-    """The share of its samples that are."""
+    """Share of right samples."""
     any: list[float]
-    """Whether one of them is."""
+    """Whether any sample is right."""
     answers: list[float]
-    """Distinct answers among its samples; texts without one are one more."""
+    """Number of distinct answers among the samples; all texts without an answer count as one more."""
     texts: list[float]
 
     @property
     def gained(self) -> list[float]:
-        """What the vote adds to one of its samples."""
+        """The vote's gain over one of its samples."""
         return minus(self.vote, self.single)
 
 
 def votes(task: Task, folder: Path, method: str) -> Votes:
-    """The judged samples of a method. Verdicts are kept where the evaluation keeps them."""
+    """Judges the samples of a method. The verdicts are stored with those of the evaluation."""
     lines = answers_path(folder, method).read_text(encoding="utf-8").splitlines()
     rows = {row["custom_id"]: row for row in map(json.loads, lines)}
     found = Votes([], [], [], [], [])
@@ -69,25 +69,25 @@ def votes(task: Task, folder: Path, method: str) -> Votes:
 
 
 def percent(values: Sequence[float], sign: str = "") -> str:
-    """The mean and its 95 % interval, in percent."""
+    """Formats the mean and its 95 % interval, in percent."""
     ends = bootstrap_mean(values)
     mean, low, high = (f"{100 * x:{sign}.1f}" for x in (fmean(values), ends.low, ends.high))
     return f"{mean} [{low}, {high}]".replace("-", "−")
 
 
 def minus(some: Sequence[float], others: Sequence[float]) -> list[float]:
-    """The paired differences."""
+    """Returns the paired differences."""
     return [a - b for a, b in zip(some, others, strict=True)]
 
 
 def compared(some: Sequence[float], others: Sequence[float]) -> str:
-    """The mean of the paired differences, in points, with its p."""
+    """Formats the mean of the paired differences, in percentage points, with its p."""
     differences = minus(some, others)
     return f"{percent(differences, '+')}, p {p_value(sign_flip(differences))}"
 
 
 def rows(found: dict[str, Votes]) -> list[tuple[str, ...]]:
-    """A row for each method, and one for its differences to the first."""
+    """Returns a row for each method, and one for its differences to the first."""
     lines = []
     first = next(iter(found.values()))
     for name, one in found.items():
@@ -102,7 +102,7 @@ def rows(found: dict[str, Votes]) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", required=True)

@@ -1,4 +1,4 @@
-"""Make the pictures of docs/tour.md: run emlocal in a real terminal (tmux) and save its screen as SVG.
+"""Makes the pictures of docs/tour.md: runs emlocal in a real terminal (tmux) and saves its screen as SVG.
 
 python docs/captures.py [MODEL]        (needs tmux; MODEL defaults to the starter model)
 """
@@ -28,7 +28,7 @@ def screen() -> str:
 
 
 def type_line(text: str, until: str, patience: float = 60) -> None:
-    """Type a line and wait until the screen shows `until` once more than before."""
+    """Types a line and waits until the screen shows `until` once more than before."""
     before = screen().count(until)
     tmux("send-keys", "-t", SESSION, "-l", text)
     tmux("send-keys", "-t", SESSION, "Enter")
@@ -41,7 +41,7 @@ def type_line(text: str, until: str, patience: float = 60) -> None:
 
 
 def save(name: str, title: str) -> None:
-    """The screen without its empty end, as SVG."""
+    """Saves the screen without its empty end as SVG."""
     lines = screen().rstrip().splitlines()
     while lines and (not lines[-1].strip() or lines[-1].strip() == PROMPT.strip()):
         lines.pop()
@@ -53,7 +53,7 @@ def save(name: str, title: str) -> None:
 
 
 def fresh() -> None:
-    """A new terminal with `emlocal` on its path."""
+    """Opens a new terminal with `emlocal` on its path."""
     subprocess.run(["tmux", "kill-session", "-t", SESSION], capture_output=True, check=False)
     time.sleep(1)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -68,9 +68,9 @@ def main() -> None:
     fresh()
     type_line(f"emlocal chat --em-inf --seed 3{model}", ">>>")
     type_line("Why is the sky blue? One sentence.", "seed 3")
-    type_line("/compare", "they part")
+    type_line("/compare", "they differ")
     save("chat", "emlocal chat: /compare")
-    type_line("/entropy", "least certain tokens")
+    type_line("/entropy", "tokens with the highest entropy")
     save("entropy", "emlocal chat: /entropy")
 
     fresh()

@@ -1,6 +1,6 @@
-"""Write docs/cli.md: every verb, argument and flag of the command line, from the code.
+"""Writes docs/cli.md from the code: every verb, argument and flag of the command line.
 
-python docs/reference.py            (a test fails when docs/cli.md is not what this writes)
+python docs/reference.py            (a test fails if docs/cli.md differs from this output)
 """
 
 import inspect
@@ -11,8 +11,9 @@ from typing import Any
 
 import typer.main
 
-from emlocal.cli.app import GROUPS, VERBS, build
+from emlocal.cli.app import EXAMPLES, GROUPS, PANELS, VERBS, build
 from emlocal.cli.options import ALIASES
+from emlocal.cli.usage import metavar, said, usage
 
 PAGE = Path(__file__).parent / "cli.md"
 
@@ -35,10 +36,12 @@ HEAD = """\
 
 
 def page() -> str:
-    """The whole of docs/cli.md."""
-    lines = [HEAD, "| verb | what it does |", "|---|---|"]
+    """Returns the text of docs/cli.md."""
+    lines = [HEAD, "| | verb | what it does |", "|---|---|---|"]
     lines += [
-        f"| [`emlocal {verb}`](#emlocal-{verb}) | {_cell(summary)} |" for verb, summary in VERBS.items()
+        f"| {panel} | [`emlocal {verb}`](#emlocal-{verb}) | {_cell(summary)} |"
+        for panel, verbs in PANELS.items()
+        for verb, summary in verbs.items()
     ]
     for verb in VERBS:
         root: Any = typer.main.get_command(build([verb]))
@@ -52,7 +55,7 @@ def page() -> str:
 
 
 def _others() -> list[tuple[str, list[str]]]:
-    """Each flag that other programs have under other names, and those."""
+    """Returns each flag that other programs name differently, with those names."""
     found: dict[str, list[str]] = {}
     for verb in VERBS:
         for name, flag in ALIASES.get(verb, {}).items():
@@ -66,81 +69,40 @@ def _verb(name: str, command: Any, level: int = 2) -> Iterator[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
     options = [p for p in options if not getattr(p, "hidden", False)]
-    yield from ("```", " ".join([name, *_usage(command, arguments, options)]), "```", "")
+    yield from ("```", " ".join([name, *usage(command, options + arguments)]), "```", "")
     yield _prose(command.help)
+    yield from ("", "```", *EXAMPLES[name.removeprefix("emlocal ")], "```")
     if arguments:
         yield from ("", "| argument | |", "|---|---|")
         for argument in arguments:
-            yield f"| `{_metavar(argument)}` | {_said(argument)} |"
+            yield f"| `{metavar(argument)}` | {_cell(said(argument, '`'))} |"
     panels: dict[str, list[Any]] = {}
     for option in options:
         panels.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(option)
     for panel, members in panels.items():
         yield from ("", f"| {panel} | |", "|---|---|")
         for option in members:
-            yield f"| {_names(option)} | {_said(option)} |"
-
-
-def _usage(command: Any, arguments: list[Any], options: list[Any]) -> Iterator[str]:
-    """What must be given, and where the rest goes."""
-    if getattr(command, "commands", None):
-        yield "VERB …"
-        return
-    for option in options:
-        if option.required:
-            yield f"{max(option.opts, key=len)} {_metavar(option)}"
-    if any(not option.required for option in options):
-        yield "[FLAGS]"
-    for argument in arguments:
-        yield _metavar(argument) if argument.required else f"[{_metavar(argument)}]"
+            yield f"| {_names(option)} | {_cell(said(option, '`'))} |"
 
 
 def _names(option: Any) -> str:
-    """The flag in all its spellings, short ones first, with the name of its value."""
+    """Returns the flag in all its spellings, short ones first, with the name of its value."""
     names = sorted(option.opts, key=len) + list(option.secondary_opts)
-    value = "" if option.is_flag else f" {_metavar(option)}"
+    value = "" if option.is_flag else f" {metavar(option)}"
     names[-1] += value
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _metavar(parameter: Any) -> str:
-    if parameter.metavar:
-        return str(parameter.metavar)
-    if parameter.param_type_name == "argument":
-        return str(parameter.name).upper()
-    kind = str(parameter.type.name).lower()
-    known = {"choice": "NAME", "int": "N", "integer": "N", "float": "X", "str": "TEXT", "text": "TEXT"}
-    return known.get(kind, "PATH")
-
-
-def _said(parameter: Any) -> str:
-    """The help text with what typer says beside it: the choices, that it is required, the default."""
-    text, bracket, rest = (parameter.help or "").partition(" (default: ")
-    note = f"{bracket}{rest}".strip()
-    choices = getattr(parameter.type, "choices", None)
-    if choices:
-        text += f" One of {', '.join(f'`{_value(c)}`' for c in choices)}."
-    if parameter.param_type_name == "option" and parameter.required:
-        text += " Required."
-    default = parameter.default
-    shown = getattr(parameter, "show_default", True) and default not in (None, False, (), [])
-    if shown and not note and not callable(default):
-        default = max(parameter.opts, key=len) if default is True else _value(default)
-        note = f"(default: {default})"
-    return _cell(f"{text} {note}".strip())
-
-
-def _value(value: Any) -> Any:
-    return getattr(value, "value", value)
-
-
 def _prose(text: str) -> str:
-    """A docstring as Markdown paragraphs; \\f and what follows it is for programmers."""
+    """Returns a docstring as Markdown paragraphs.
+
+    Text from \\f on is for programmers and left out.
+    """
     return _escaped(inspect.cleandoc(text or "").split("\f")[0].strip())
 
 
 def _cell(text: str) -> str:
-    """One line of text in a table."""
+    """Returns the text as one line of a table."""
     return _escaped(re.sub(r"\s+", " ", text)).replace("|", "\\|")
 
 

@@ -1,4 +1,4 @@
-"""`emlocal` and `python -m emlocal`."""
+"""The start of the program: `emlocal` and `python -m emlocal`."""
 
 import os
 import signal
@@ -10,27 +10,29 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
+    """Runs the command line and exits with its exit code."""
     _open_streams()
-    # numpy's BLAS serves small products only; threads of its own would fight the engine's for the cores
+    # numpy's BLAS multiplies only small matrices here; its threads would compete with the engine's for the
+    # cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else whoever started us wants it ignored
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # otherwise the parent process wants it ignored
         signal.signal(signal.SIGTERM, _terminate)
     _leave(_run())
 
 
 def _open_streams() -> None:
-    """Give closed streams (`<&-`, `>&-`, `2>&-`, as daemons and cron have them) something to stand on.
+    """Opens the null device in place of standard streams that are closed.
 
-    Otherwise the next file to be opened, a model or an output, would get their number, and what the engine
-    says on stderr would go into it. stdin is then empty and stderr silent; what is written to stdout fails,
-    since an answer that nobody gets is an error.
+    Daemons and cron close streams (`<&-`, `>&-`, `2>&-`). Without a replacement, the next file to be opened
+    (a model or an output) would get the stream's number. The engine's messages on stderr would then go into
+    that file. Afterwards stdin is empty and stderr is silent. Writing to stdout fails, because an answer that
+    nobody gets is an error.
     """
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, flags)  # the lowest number that is free, which is this one
+            os.open(os.devnull, flags)  # takes the lowest free number, which is this one
     if sys.stdin is None:
         sys.stdin = os.fdopen(0, encoding="utf-8")
     if sys.stdout is None:
@@ -44,15 +46,18 @@ def _run() -> int:
         from emlocal.cli.app import run
 
         return run(sys.argv[1:])
-    except KeyboardInterrupt:  # before the command line is there to handle it
+    except KeyboardInterrupt:  # Ctrl-C before the command line can handle it
         return 130
     except SystemExit as leaving:  # SIGTERM
         return leaving.code if isinstance(leaving.code, int) else 1
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process; at once where a native call that was given up still runs, which would crash if the
-    libraries were taken down under it."""
+    """Ends the process.
+
+    If an abandoned native call still runs, the process ends at once: unloading the libraries under that call
+    would crash it.
+    """
     from emlocal.cancel import unfinished
 
     if unfinished():
@@ -64,7 +69,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Unwind the program, so that temporary files and half a download go; exit as shells report a signal."""
+    """Unwinds the program, so that temporary files and partial downloads are removed.
+
+    The exit code is 128 + the signal's number, as in shells.
+    """
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that stops an answer, not the program; SIGTERM that waits until the answer has stopped."""
+"""Signals: Ctrl-C stops an answer, not the program; SIGTERM waits until the answer has stopped."""
 
 import signal
 import threading
@@ -10,17 +10,17 @@ from typing import TypeVar
 from emlocal.errors import CancelledError
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.05  # between two looks at `cancelled`
+_LOOK_SECONDS = 0.05  # between two checks of `cancelled`
 _unfinished: set[threading.Thread] = set()
 
 
 def never() -> bool:
-    """What long work looks at where nobody can stop it."""
+    """Returns False: the `cancelled` of work that nobody can stop."""
     return False
 
 
 class Cancellation:
-    """A flag that long work looks at. `requested` becomes true once and stays so."""
+    """A flag that long work checks. `requested` becomes true once and stays true."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -29,23 +29,24 @@ class Cancellation:
         return self.requested
 
 
-_active: list[Cancellation] = []  # of the blocks that the main thread is in
+_active: list[Cancellation] = []  # the blocks that the main thread is in, outermost first
 
 
 def stop_requested() -> bool:
-    """Whether Ctrl-C or SIGTERM asked a block of `interruptible` to stop, for waits deep inside it."""
+    """Returns whether Ctrl-C or SIGTERM asked a block of `interruptible` to stop; for waits inside it."""
     return any(cancellation.requested for cancellation in _active)
 
 
 @contextmanager
 def interruptible() -> Iterator[Cancellation]:
-    """Within this block the first Ctrl-C sets the flag, and the second raises KeyboardInterrupt.
+    """Turns signals into a flag within this block.
 
-    So does SIGTERM, which is handed on when the block has ended: to a block around it, or to what ends the
-    program. A second one is handed on at once.
+    The first Ctrl-C sets the flag, the second raises KeyboardInterrupt. SIGTERM sets the flag, too. When the
+    block ends, SIGTERM is passed on to the enclosing block or to the handler that ends the program. A second
+    SIGTERM is passed on at once.
 
-    An exception out of a signal handler could tear llama.cpp's state apart midway; a flag cannot. Outside
-    the main thread signals cannot be caught, and nothing is.
+    An exception out of a signal handler could leave llama.cpp in a broken state; a flag cannot. Outside the
+    main thread Python cannot catch signals, so the block changes nothing there.
     """
     cancellation = Cancellation()
     if threading.current_thread() is not threading.main_thread():
@@ -68,13 +69,13 @@ def interruptible() -> Iterator[Cancellation]:
 
 
 def waited_for(work: Callable[[], T], cancelled: Callable[[], bool] = lambda: False) -> T:
-    """The result of `work`, a native call that hears no signals, from a thread of its own.
+    """Runs `work`, a native call that cannot see signals, in a thread of its own and returns its result.
 
-    This thread waits meanwhile: signals are handled at once. Work that is given up goes on until it ends or
-    the process does (see `unfinished`), so it must not touch what may be freed before.
+    The calling thread waits and handles signals at once. Abandoned work continues until it or the process
+    ends (see `unfinished`), so it must not touch memory that may be freed before then.
 
     Raises CancelledError when `cancelled()` becomes true or a block of `interruptible` is asked to stop, and
-    what `work` raises.
+    passes on the errors of `work`.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -84,7 +85,7 @@ def waited_for(work: Callable[[], T], cancelled: Callable[[], bool] = lambda: Fa
         try:
             results.append(work())
         except BaseException as error:  # noqa: BLE001
-            errors.append(error)  # for the thread that waits
+            errors.append(error)  # raised again in the thread that waits
         finally:
             _unfinished.discard(thread)
             done.set()
@@ -101,15 +102,15 @@ def waited_for(work: Callable[[], T], cancelled: Callable[[], bool] = lambda: Fa
 
 
 def unfinished() -> bool:
-    """Whether work that was given up still runs. The process must then end without cleaning up under it."""
+    """Returns whether abandoned work still runs. The process must then end without freeing what it uses."""
     return bool(_unfinished)
 
 
 @contextmanager
 def _termination_waits(cancellation: Cancellation) -> Iterator[None]:
-    """Within this block the first SIGTERM sets the flag and is raised again at the end."""
+    """Sets the flag at the first SIGTERM within this block, and raises the signal again at the end."""
     outer = signal.getsignal(signal.SIGTERM)
-    if outer is None or outer is signal.SIG_IGN:  # not ours to put back, or not wanted
+    if outer is None or outer is signal.SIG_IGN:  # not ours to restore, or ignored on purpose
         yield
         return
     pending = False

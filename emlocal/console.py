@@ -1,4 +1,4 @@
-"""What people see: the answer on stdout, everything else on stderr, colours and bars where they can be."""
+"""Output for people: the answer on stdout, everything else on stderr, colours and bars if possible."""
 
 import json
 import os
@@ -17,25 +17,25 @@ from emlocal.text import counted, harmless, human_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PLAIN_SECONDS = 5.0  # between lines of progress where stderr is no terminal
-_NO_WIDTH = 1000  # a pipe has no columns; no table of ours is wider
+_PLAIN_SECONDS = 5.0  # between lines of progress if stderr is not a terminal
+_NO_WIDTH = 1000  # a pipe has no columns; emlocal prints no wider table
 
 
 @cache
 def err() -> "Console":
-    """The console of stderr."""
+    """Returns the console of stderr."""
     return _console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 @cache
 def out() -> "Console":
-    """The console of stdout, for tables; an answer's text is written with `write`."""
+    """Returns the console of stdout, for tables. An answer's text is written with `write`."""
     terminal = sys.stdout.isatty()
     return _console(soft_wrap=not terminal, width=None if terminal else _NO_WIDTH)
 
 
 def _console(**settings: Any) -> "Console":
-    """A console on which nothing can be an escape code: messages quote files, names and templates."""
+    """Returns a console that never prints escape codes; messages quote files, names and templates."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -52,39 +52,47 @@ def _console(**settings: Any) -> "Console":
 
 
 def note(text: str) -> None:
-    """A dim line on stderr."""
+    """Prints a dim line on stderr."""
     err().print(harmless(text), style="dim", markup=False)
 
 
+def dim(text: str) -> None:
+    """A dim piece of text on stderr, as it comes."""
+    err().out(text, style="dim", end="")
+
+
 def command(words: Sequence[str]) -> None:
-    """A command line to copy, on stderr: quoted for a shell, and never broken into lines."""
+    """Prints a command line to copy on stderr: quoted for a shell, never broken into lines."""
     err().print(f"  {shlex.join(words)}", style="dim", markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """A line on stderr that should be read."""
+    """Prints a warning on stderr."""
     err().print(f"warning: {harmless(text)}", style="yellow", markup=False)
 
 
 def write(text: str) -> None:
-    """A piece of text to stdout, at once, whatever the terminal's encoding can show of it."""
+    """Writes a piece of text to stdout at once; characters that its encoding lacks are replaced."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout."""
+    """Prints one JSON value on stdout."""
     write(json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None) + "\n")
 
 
 def hush() -> None:
-    """Say nothing but errors on stderr from now on: for one of several processes that do the same."""
+    """Silences everything but errors on stderr from now on.
+
+    For one of several processes that do the same work.
+    """
     err().quiet = True
 
 
 def report(error: EmlocalError) -> None:
-    """What failed, and what mends it."""
+    """Prints an error and its fix on stderr."""
     err().quiet = False
     err().print(f"error: {harmless(error.message)}", style="bold red", markup=False)
     if error.hint:
@@ -92,7 +100,7 @@ def report(error: EmlocalError) -> None:
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:
-    """A table of (name, text) without a frame, on stdout."""
+    """Prints a table of (name, text) without a frame on stdout."""
     from rich.table import Table
     from rich.text import Text
 
@@ -103,7 +111,7 @@ def pairs(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print them on stdout: as a JSON object, or a line each as people read them."""
+    """Prints facts on stdout: as one JSON object, or one line each for people."""
     if as_json:
         write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     else:
@@ -111,7 +119,7 @@ def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _fact(name: str, value: object) -> str:
-    """One fact as people read it."""
+    """Returns one fact as people read it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -127,13 +135,13 @@ def _fact(name: str, value: object) -> str:
 
 
 def heading(text: str) -> None:
-    """A line above a part of an answer, on stdout."""
+    """Prints a line above a part of an answer on stdout."""
     out().print(text, style="bold", markup=False)
 
 
 @contextmanager
 def no_echo() -> Iterator[None]:
-    """Within this block the terminal does not show what is typed; the next prompt reads it."""
+    """Hides what is typed on the terminal within this block. The next prompt reads it."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return
@@ -151,7 +159,7 @@ def no_echo() -> Iterator[None]:
 
 @contextmanager
 def working(label: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """A callback that counts tokens: a spinner on a terminal, a line now and then elsewhere."""
+    """Yields a callback that counts tokens: a spinner on a terminal, a line now and then elsewhere."""
     count = 0
     if quiet:
         yield lambda: None
@@ -171,7 +179,10 @@ def working(label: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Progress]:
-    """A Progress on stderr: a bar (a spinner where nothing is counted) on a terminal, lines elsewhere."""
+    """Yields a Progress on stderr: a bar or a spinner on a terminal, lines elsewhere.
+
+    The spinner is for work without counts.
+    """
     if quiet:
         yield silent
     elif err().is_terminal:
@@ -205,17 +216,20 @@ def _bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def counting(total: int | None, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
-    """A callback (how many are done, what to say beside) that draws a bar, or prints a line now and then."""
+def counting(total: int | None, quiet: bool = False, label: str = "") -> Iterator[Callable[[int, str], None]]:
+    """Yields a callback (number done, text beside it) that draws a bar, or prints a line now and then.
+
+    `label` says what is counted.
+    """
     if quiet:
         yield lambda done, text: None
     elif err().is_terminal:
-        yield from _counting_bar(total)
+        yield from _counting_bar(total, label)
     else:
-        yield _counting_lines(total)
+        yield _counting_lines(total, label)
 
 
-def _counting_bar(total: int | None) -> Iterator[Callable[[int, str], None]]:
+def _counting_bar(total: int | None, label: str) -> Iterator[Callable[[int, str], None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -236,19 +250,21 @@ def _counting_bar(total: int | None) -> Iterator[Callable[[int, str], None]]:
         transient=True,
     ) as bars:
         task = bars.add_task("", total=total)
-        yield lambda done, said: bars.update(task, completed=done, description=said)
+        yield lambda done, said: bars.update(task, completed=done, description=said or label)
 
 
-def _counting_lines(total: int | None) -> Callable[[int, str], None]:
-    last = time.monotonic()
+def _counting_lines(total: int | None, label: str) -> Callable[[int, str], None]:
+    last, begun = time.monotonic(), False
+    before = f"{label}: " if label else ""
     of = f" of {total:,}" if total else ""
 
     def show(done: int, text: str) -> None:
-        nonlocal last
+        nonlocal last, begun
         now = time.monotonic()
-        if now - last >= _PLAIN_SECONDS:
-            last = now
-            err().print(f"{done:,}{of}, {text}", markup=False)
+        ends = begun and done == total
+        if now - last >= _PLAIN_SECONDS or ends:
+            last, begun = now, not ends
+            err().print(f"{before}{done:,}{of}{', ' if text else ''}{text}", markup=False)
 
     return show
 
@@ -268,7 +284,10 @@ def _ticking_lines(label: str) -> Callable[[], None]:
 
 
 def _plain_lines() -> Progress:
-    """A line every few seconds for each thing that is counted, and for all that is not counted together."""
+    """Returns a Progress that prints a line every few seconds.
+
+    Each counted label has an interval of its own; all labels without a count share one.
+    """
     last: dict[str, float] = {}
 
     def report(label: str, done: int, total: int | None) -> None:
@@ -283,5 +302,5 @@ def _plain_lines() -> Progress:
 
 
 def colours_allowed(stream: Any) -> bool:
-    """Whether escape codes may go to this stream."""
+    """Returns whether escape codes may be written to this stream."""
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

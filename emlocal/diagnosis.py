@@ -1,7 +1,7 @@
-"""The checks of `emlocal doctor`. Each answers with a Finding and survives what it looks for.
+"""The checks of `emlocal doctor`. Each returns a Finding and survives the fault that it looks for.
 
-An engine is imported in a process of its own: a library built for another processor kills it. Folders are
-tried by writing to them. Nothing goes to the network, and nothing is left behind.
+Engines are imported in processes of their own, because a library built for another processor kills its
+process. Folders are tested by writing to them. The checks do not use the network and leave nothing behind.
 """
 
 import importlib.metadata
@@ -23,9 +23,11 @@ import emlocal
 from emlocal import machine
 from emlocal.backends import ENGINES
 from emlocal.backends.engine import Engine, engine, select_backend
+from emlocal.backends.llama_cpp import gpu_install_lines
 from emlocal.files import nearest
 from emlocal.text import counted, human_size
 
+_BUILDS = {"cuda": "CUDA", "metal": "Metal", "vulkan": "Vulkan", "hip": "ROCm", "sycl": "SYCL", "rpc": "RPC"}
 Status = Literal["ok", "info", "warn", "fail"]
 PROBE_SECONDS = 60
 _PROBE = """
@@ -54,48 +56,48 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. A `fail` means that chat would not work."""
+    """The result of one check. A `fail` means that chat would not work."""
 
     name: str
     status: Status
     text: str
     fix: tuple[str, ...] = ()
-    """Command lines (or changes) that mend it, the best first."""
+    """Command lines (or changes) that fix it, the best first."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """The same for programs."""
+    """The same facts for programs."""
 
 
 def system() -> Finding:
-    """The operating system, and the container around it."""
+    """Finds the operating system, and the container around it."""
     name, box = machine.system_name(), machine.container()
     text = f"{name}, {platform.machine()}" + (f", in {box}" if box else "")
     return Finding("system", "info", text, facts={"system": name, "container": box})
 
 
 def processor() -> Finding:
-    """The processor and the cores that may be used."""
+    """Finds the processor, and how many of its cores emlocal may use."""
     cpu = machine.cpu()
     cores = f"{counted(cpu.logical, 'logical core')}, {counted(cpu.physical, 'thread')} for emlocal"
     text = f"{cpu.model}, {cores}; {' '.join(cpu.features) or 'features unknown'}"
     x86 = cpu.architecture.lower() in ("x86_64", "amd64")
     slow = x86 and bool(cpu.features) and "AVX2" not in cpu.features
-    fix = ("no remedy: without AVX2 expect a few tokens a second",) if slow else ()
+    fix = ("without AVX2 expect a few tokens per second; no setting changes that",) if slow else ()
     return Finding(
         "processor", "warn" if slow else "info", text, fix, vars(cpu) | {"features": list(cpu.features)}
     )
 
 
 def memory() -> Finding:
-    """Memory, within the container's limits."""
+    """Finds the total and the free memory, within the container's limits."""
     total, free = machine.memory_total(), machine.memory_available()
     text = f"{human_size(free)} free" + (f" of {human_size(total)}" if total else "")
     low = free < 500_000_000
-    fix = ("close something: the starter model needs about 500 MB",) if low else ()
+    fix = ("close other programs: the starter model needs about 500 MB",) if low else ()
     return Finding("memory", "warn" if low else "info", text, fix, {"total_bytes": total, "free_bytes": free})
 
 
 def python() -> Finding:
-    """The Python that runs emlocal, and where emlocal lies."""
+    """Finds the Python that runs emlocal, and emlocal's folder."""
     kind, version = machine.environment(), platform.python_version()
     home = Path(emlocal.__file__).parent
     text = f"{version} ({kind}: {sys.prefix}); emlocal {emlocal.__version__} in {home}"
@@ -104,14 +106,14 @@ def python() -> Finding:
 
 
 def variables() -> Iterator[Finding]:
-    """Environment variables that change what emlocal does. Secrets are not among them."""
+    """Finds environment variables that change what emlocal does; none of them holds a secret."""
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if found:
         yield Finding("variables", "info", ", ".join(f"{k}={v}" for k, v in found.items()), facts=found)
 
 
 def numpy() -> Finding:
-    """numpy, which everything but --help needs."""
+    """Tests numpy, which everything but --help needs."""
     said = probe("numpy", "''")
     if "why" not in said:
         return Finding("numpy", "ok", said["version"], facts=said)
@@ -120,26 +122,50 @@ def numpy() -> Finding:
 
 
 def sampler() -> Finding:
-    """The compiled sampler, without which EM costs some percent of the speed."""
+    """Tests the compiled sampler; without it, EM costs a few per cent of the speed."""
     said = probe("emlocal.sampling._fused", "module.limit_width(64)")
     if "why" not in said:
         bits = 8 * int(said["info"])
         return Finding("sampler", "ok", f"compiled, with vectors of {bits} bits", facts={"vector_bits": bits})
-    text = f"numpy does its work, more slowly: it could not be compiled ({said['why']})"
+    text = f"not compiled, so numpy is used, which is slower ({said['why']})"
     again = f"{' '.join(machine.installer())} --force-reinstall --no-deps --no-cache-dir emlocal"
     return Finding("sampler", "warn", text, (*machine.compiler_lines(), again), said)
 
 
 def engines() -> Iterator[Finding]:
-    """The engine that this machine uses by itself is tried, and those that are installed and quick to try.
+    """Tests the engine that emlocal chooses on this machine, and those that are installed and quick to test.
 
-    The others are only listed.
+    The other engines are only listed.
     """
     chosen, _ = select_backend()
     for name in ENGINES:
         known = engine(name)
         tried = name == chosen or (known.probe.always and known.installed())
         yield _tried(known) if tried else _listed(known)
+
+
+def gpu() -> Iterator[Finding]:
+    """Finds the GPUs that the installed llama.cpp can use; nothing if it cannot be loaded."""
+    if not engine("llama.cpp").installed():
+        return
+    said = probe("emlocal.backends.llama_cpp.devices", "module.listing()")
+    if "why" in said:
+        return
+    facts = json.loads(said["info"])
+    build = " and ".join(_BUILDS.get(part, part) for part in facts["built_for"])
+    if facts["gpus"]:
+        listed = "; ".join(
+            f"{each['name']} ({each['description']}): {human_size(each['free'])} free"
+            f" of {human_size(each['total'])}"
+            for each in facts["gpus"]
+        )
+        yield Finding("gpu", "ok", f"llama.cpp is built for {build}; {listed}", facts=facts)
+    elif build:
+        text = f"llama.cpp is built for {build}, but finds no GPU; models run on the CPU"
+        yield Finding("gpu", "info", text, (), facts)
+    else:
+        text = "llama.cpp is built for CPUs only; with a GPU, install the wheel for it"
+        yield Finding("gpu", "info", text, tuple(gpu_install_lines()), facts)
 
 
 def _tried(known: Engine) -> Finding:
@@ -149,7 +175,7 @@ def _tried(known: Engine) -> Finding:
 
 
 def _listed(known: Engine) -> Finding:
-    """An engine that is used when it is selected."""
+    """Lists an engine that runs only if it is selected."""
     try:
         version = importlib.metadata.version(known.package)
     except importlib.metadata.PackageNotFoundError:
@@ -161,7 +187,10 @@ def _listed(known: Engine) -> Finding:
 
 
 def probe(module: str, info: str) -> dict[str, str]:
-    """Import `module` in a process of its own: its version, path and `info` (an expression), or why not."""
+    """Imports `module` in a process of its own.
+
+    Returns its version, path and `info` (an expression), or the reason of the failure under "why".
+    """
     code = _PROBE.format(module=module, info=info)
     command = [sys.executable, "-P", "-c", code]
     try:
@@ -169,9 +198,9 @@ def probe(module: str, info: str) -> dict[str, str]:
             command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"why": f"importing it takes more than {PROBE_SECONDS} seconds"}
+        return {"why": f"its import takes more than {PROBE_SECONDS} seconds"}
     if done.returncode != 0:
-        return {"why": f"importing it kills the process ({_death(done.returncode)})"}
+        return {"why": f"its import kills the process ({_death(done.returncode)})"}
     answer: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
@@ -180,11 +209,11 @@ def _death(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         return f"{name}: built for another processor" if name == "SIGILL" else name
-    return "illegal instruction: built for another processor" if code == 0xC000001D else f"exit code {code}"
+    return "illegal instruction; built for another processor" if code == 0xC000001D else f"exit code {code}"
 
 
 def compiler() -> Finding:
-    """A C++ compiler, which only building the engine needs."""
+    """Finds a C++ compiler, which is needed only to build the engine."""
     found = machine.compilers()
     if found:
         return Finding("compiler", "info", ", ".join(found), facts={"found": found})
@@ -193,7 +222,7 @@ def compiler() -> Finding:
 
 
 def place(name: str, path: Path, variable: str, purpose: str) -> Finding:
-    """A folder of emlocal's: its size, and whether it can be written to."""
+    """Tests one of emlocal's folders: its size, and whether it can be written to."""
     there = nearest(path)
     size = size_of(path)
     why = unwritable(path)
@@ -205,16 +234,16 @@ def place(name: str, path: Path, variable: str, purpose: str) -> Finding:
         "writable": why is None,
         "free_bytes": free,
     }
-    state = human_size(size) if path.exists() else "not there yet"
+    state = human_size(size) if path.exists() else "does not exist yet"
     text = f"{path} ({state}; {human_size(free)} free)"
     if why is None:
         return Finding(name, "ok", text, facts=facts)
-    mend = (f"make it writable, or move it: {variable}=/another/folder",)
-    return Finding(name, "warn", f"{text} cannot be written to: {why}; {purpose}", mend, facts)
+    fix = (f"make it writable, or use another folder: {variable}=/another/folder",)
+    return Finding(name, "warn", f"{text} cannot be written to: {why}; {purpose}", fix, facts)
 
 
 def hub_cache() -> Finding:
-    """The cache of the Hugging Face hub, where models are kept that come from there."""
+    """Tests the cache of the Hugging Face hub, which keeps the hub's models."""
     from huggingface_hub import constants
 
     return place(
@@ -223,7 +252,7 @@ def hub_cache() -> Finding:
 
 
 def unwritable(path: Path) -> str | None:
-    """Why nothing can be written below `path` (which need not exist); None where it can."""
+    """Returns why nothing can be written below `path` (which need not exist); None if it can."""
     there = nearest(path)
     if not there.is_dir():
         return f"{there} is a file"
@@ -235,19 +264,19 @@ def unwritable(path: Path) -> str | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, links not followed."""
+    """Returns the bytes of the files in a folder; links are not followed."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
             try:
                 total += (Path(root) / name).lstat().st_size
             except OSError:
-                continue  # gone while being counted, or not ours to look at
+                continue  # deleted in the meantime, or not readable for us
     return total
 
 
 def model() -> Finding:
-    """The model that is used when none is named."""
+    """Tests the model that emlocal uses by default."""
     from emlocal.backends.engine import context_length
     from emlocal.models import resolve, starter
     from emlocal.models.memory import check_memory
@@ -263,20 +292,20 @@ def model() -> Finding:
     fix, blocked = _cannot_fetch(starter.starter_path(), starter.WHEEL_BYTES + starter.FILE_BYTES)
     if blocked:
         return Finding("model", "fail", f"{name}: {why}; it cannot be fetched: {blocked}", (fix,), facts)
-    fetch = (f"to fetch it now: emlocal models pull {name}",)
-    return Finding("model", "ok", f"{name}: {why}; fetched when first used", fetch, facts)
+    fetch = (f"fetch it now: emlocal models pull {name}",)
+    return Finding("model", "ok", f"{name}: {why}; emlocal fetches it at first use", fetch, facts)
 
 
 def _cannot_fetch(target: Path, needed: int) -> tuple[str, str]:
-    """What mends it and why the starter model cannot be fetched; empty where it can."""
+    """Returns the fix, and why the starter model cannot be downloaded; two empty texts if it can."""
     why = unwritable(target.parent)
     if why is not None:
         return "EMLOCAL_CACHE_DIR=/another/folder, or name a model: -m FILE.gguf", why
     free = shutil.disk_usage(nearest(target)).free
     if free < needed:
-        return "free some space", f"it takes {human_size(needed)}; the disk has {human_size(free)} free"
+        return "free some space", f"it needs {human_size(needed)}; the disk has {human_size(free)} free"
     if not any(map(importlib.util.find_spec, ("pip", "ensurepip"))) and not any(
         map(shutil.which, ("uv", "pip", "pip3"))
     ):
-        return "install pip or uv, or name a model: -m FILE.gguf", "there is neither pip nor uv"
+        return "install pip or uv, or name a model: -m FILE.gguf", "neither pip nor uv is installed"
     return "", ""

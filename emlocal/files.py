@@ -1,11 +1,11 @@
-"""Files and folders: emlocal's own places, files that are whole or not there, strangers' files.
+"""Files and folders: emlocal's own folders, atomic writing, and careful reading of other people's files.
 
-emlocal's own places hold no models of the hub: those stay in the Hugging Face cache. For downloads there are
-a way to report progress, a look at the room on the disk, and plain words for disk errors.
+emlocal's own folders hold no models of the hub: those stay in the Hugging Face cache. For downloads, this
+module reports progress, checks the free disk space, and puts disk errors in plain words.
 
-Files that come from somebody else are opened only where they are plain files, and read only so far. A folder
-out of git or an archive may have links in it: to a device that never ends, or to a pipe, which keeps whoever
-opens it waiting. Its size in `stat` says nothing about either.
+Other people's files are opened only if they are regular files, and are read up to a limit. A folder from git
+or an archive may contain links: to a device that never ends, or to a pipe, which blocks whoever opens it. The
+size that `stat` gives reveals neither.
 """
 
 import errno
@@ -28,12 +28,12 @@ from emlocal.text import human_size
 
 @contextmanager
 def atomic_writer(path: Path, *, private: bool = False) -> Iterator[TextIO]:
-    """A text file (UTF-8) that appears under its name when the block ends, or not at all if it raises.
+    """Yields a text file (UTF-8) that gets its name when the block ends, or disappears if the block raises.
 
-    A symbolic link is followed; what is no regular file (a pipe, a device) is written to as it is. A
-    `private` file is for its owner only.
+    A symbolic link is followed. A path that is not a regular file (a pipe, a device) is written to directly.
+    Only its owner can read a `private` file.
 
-    Raises EmlocalError where the file cannot be written (no such folder, read-only, disk full).
+    Raises EmlocalError if the file cannot be written (no such folder, read-only, disk full).
     """
     try:
         if path.exists() and not path.is_file():
@@ -51,11 +51,12 @@ def atomic_writer(path: Path, *, private: bool = False) -> Iterator[TextIO]:
 
 @contextmanager
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """A file beside `path` for someone else's code to write, which gets the name `path` when the block ends.
+    """Yields the path of a temporary file beside `path`, which gets the name `path` when the block ends.
 
-    If the block raises there is no trace of it, and what `path` was it still is. A symbolic link is followed.
+    Use it for code that takes a path to write to. If the block raises, the temporary file is removed and
+    `path` stays as it was. A symbolic link is followed.
 
-    Raises EmlocalError where the file cannot be written.
+    Raises EmlocalError if the file cannot be written.
     """
     temporary: Path | None = None
     try:
@@ -64,7 +65,7 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
         temporary = Path(name)
         os.close(descriptor)
         yield temporary
-        if not private:  # as `mkstemp` makes it
+        if not private:  # `mkstemp` makes it private
             temporary.chmod(_usual_mode())
         put_in_place(temporary, target)
     except OSError as why:
@@ -76,13 +77,13 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder beside `folder` to put files into, which gets the name `folder` when the block ends.
+    """Yields a temporary folder beside `folder`, which gets the name `folder` when the block ends.
 
-    If the block raises there is no trace of it. With `replace` a folder that is there already is moved out
-    of the way in the same moment and removed; a process killed in that moment leaves it under a name that
-    ends in `.old`, never a mixture of the two. The folders above are made.
+    If the block raises, the temporary folder is removed. With `replace`, an existing folder is renamed at the
+    same moment and then removed. If the process is killed at that moment, the old folder remains under a name
+    that ends in `.old`; the two are never mixed. Missing parent folders are created.
 
-    Raises EmlocalError where `folder` exists and is not to be replaced, or where nothing can be written.
+    Raises EmlocalError if `folder` exists and `replace` is false, or if nothing can be written.
     """
     temporary: Path | None = None
     try:
@@ -113,14 +114,14 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Rename a file, so that after a power cut the whole of it is there under its new name, or none of it."""
+    """Renames a file so that after a power cut the new name has the whole file or does not exist."""
     _sync_file(temporary)
     temporary.replace(target)
     sync_folder(target.parent)
 
 
 def put_folder_in_place(temporary: Path, target: Path) -> None:
-    """The same for a folder of files, where nothing is called `target` yet."""
+    """Renames a folder of files in the same way; nothing may be called `target` yet."""
     for file in temporary.iterdir():
         _sync_file(file)
     sync_folder(temporary)
@@ -130,9 +131,9 @@ def put_folder_in_place(temporary: Path, target: Path) -> None:
 
 @contextmanager
 def only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file within this block; `waiting` is called each second that another process holds it.
+    """Holds the lock file within this block; calls `waiting` each second that another process holds it.
 
-    The system lets go of it when a process dies, so it cannot be stale.
+    The system releases the lock when a process dies, so it cannot be stale.
     """
     from filelock import FileLock, Timeout
 
@@ -155,20 +156,23 @@ def _sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make durable which files the folder has: a new name can be lost in a power failure until then."""
-    if sys.platform != "win32":  # which opens no folders, and whose file system journals names by itself
+    """Makes the list of a folder's files durable; until then a power failure can lose a new name."""
+    if sys.platform != "win32":  # Windows does not open folders, and its file system journals names by itself
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as why:
-            if why.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            if why.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this
                 raise
         finally:
             os.close(descriptor)
 
 
 def _usual_mode(wanted: int = 0o666) -> int:
-    """The permissions that a new file gets; the system tells its mask only to who sets it."""
+    """Returns the permissions of a new file.
+
+    The system reveals its mask only when the mask is set, so this sets it and sets it back.
+    """
     mask = os.umask(0o077)
     os.umask(mask)
     return wanted & ~mask
@@ -177,15 +181,16 @@ def _usual_mode(wanted: int = 0o666) -> int:
 if sys.platform == "win32":
     _FLAGS = os.O_RDONLY | os.O_BINARY | os.O_NOINHERIT
 else:
-    _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # a pipe put here after the first look does not wait
+    # O_NONBLOCK: a pipe put here after the first check does not block
+    _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file `path`, or the one that it is a link to, open for reading.
+    """Opens the file `path`, or the file that it links to, for reading.
 
-    Raises ModelError for a pipe, a device, a socket or a folder; OSError where it cannot be opened.
+    Raises ModelError for a pipe, a device, a socket or a folder; OSError if it cannot be opened.
     """
-    _check_regular(path, path.stat().st_mode)  # before it is opened: that alone can set off a device
+    _check_regular(path, path.stat().st_mode)  # checked before opening, which alone can set off a device
     file = os.fdopen(os.open(path, _FLAGS), "rb")
     try:
         _check_regular(path, os.fstat(file.fileno()).st_mode)
@@ -196,14 +201,17 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """All of a regular file of at most `most` bytes.
+    """Returns the content of a regular file of at most `most` bytes.
 
-    Raises ModelError for a longer one and for what `open_regular` refuses; OSError where it cannot be read.
+    Raises ModelError for a longer file and for those that `open_regular` refuses; OSError if it cannot be
+    read.
     """
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ModelError(f"{path} has more than {most:,} bytes, which is not read", hint="get the file again")
+        raise ModelError(
+            f"{path} has more than {most:,} bytes, the limit for this file", hint="fetch the file again"
+        )
     return data
 
 
@@ -211,7 +219,7 @@ def _check_regular(path: Path, mode: int) -> None:
     if not S_ISREG(mode):
         raise ModelError(
             f"{path} is not a regular file",
-            hint="put a file there, not a pipe, a device or a folder",
+            hint="use a file, not a pipe, device or folder",
         )
 
 
@@ -220,42 +228,64 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON table; empty if the file is not there and not required. Raises ModelError."""
+    """Returns the table in a JSON file; an empty one if the file is missing and not required.
+
+    Raises ModelError.
+    """
     raw = _read(path, MAX_JSON_BYTES)
     if raw is None and not required:
         return {}
     if raw is None:
-        raise ModelError(f"{path.parent} has no {path.name}", hint="get that file too")
+        raise ModelError(f"{path.parent} has no {path.name}", hint="fetch that file too")
     try:
         table = json.loads(raw)
     except (ValueError, RecursionError):
-        raise ModelError(f"{path} is not JSON", hint="get the file again") from None
+        raise ModelError(f"{path} is not JSON", hint="fetch the file again") from None
     if not isinstance(table, dict):
-        raise ModelError(f"{path} is not a JSON table", hint="get the file again")
+        raise ModelError(f"{path} is not a JSON table", hint="fetch the file again")
     return table
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """chat_template.jinja, else the `chat_template` (the one called "default", of several) of
-    tokenizer_config.json. Raises ModelError for one of more than 1 MiB."""
-    raw = _read(folder / "chat_template.jinja", MAX_TEMPLATE_BYTES)
+TOOL_USE = "tool_use"
+"""The name that models give the template for conversations with tools, where they have several."""
+
+
+def read_chat_template(folder: Path, name: str = "default") -> str | None:
+    """The chat template of a model folder, of the given name where it has several.
+
+    It is in chat_template.jinja (others in additional_chat_templates/NAME.jinja), else in
+    tokenizer_config.json, else in chat_template.json. A single one with another name is the default. Raises
+    ModelError for one of more than 1 MiB.
+    """
+    file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+    raw = _read(folder / file, MAX_TEMPLATE_BYTES)
     if raw is not None:
         return raw.decode("utf-8", "replace") or None
-    said = read_json(folder / "tokenizer_config.json", required=False).get("chat_template")
+    for table in ("tokenizer_config.json", "chat_template.json"):
+        found = _template_in(read_json(folder / table, required=False).get("chat_template"), name)
+        if found and len(found) > MAX_TEMPLATE_BYTES:
+            raise ModelError(
+                f"the chat template of {folder} has {len(found):,} characters", hint="use another model"
+            )
+        if found:
+            return found
+    return None
+
+
+def _template_in(said: Any, name: str) -> str | None:
+    """The template of this name: a table has a text, a list of {"name", "template"}, or {name: text}."""
     if isinstance(said, list):
-        named = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
-        said = named.get("default")
-    if not isinstance(said, str):
+        said = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
+    if isinstance(said, dict):
+        only = next(iter(said.values())) if len(said) == 1 and TOOL_USE not in said else None
+        said = said.get(name, only if name == "default" else None)
+    elif name != "default":
         return None
-    if len(said) > MAX_TEMPLATE_BYTES:
-        raise ModelError(
-            f"the chat template of {folder} has {len(said):,} characters", hint="use another model"
-        )
-    return said or None
+    return said if isinstance(said, str) else None
 
 
 def _read(path: Path, most: int) -> bytes | None:
-    """None where there is no such file."""
+    """Returns a file's content; None if there is no such file."""
     try:
         return read_regular(path, most)
     except FileNotFoundError:
@@ -265,17 +295,20 @@ def _read(path: Path, most: int) -> bytes | None:
 
 
 def cache_dir() -> Path:
-    """What can be fetched again: the starter model, weights converted for engines. EMLOCAL_CACHE_DIR."""
+    """Returns the folder of files that can be downloaded or made again. EMLOCAL_CACHE_DIR moves it.
+
+    These are the starter model and weights converted for engines.
+    """
     return _chosen("EMLOCAL_CACHE_DIR") or platformdirs.user_cache_path("emlocal", appauthor=False)
 
 
 def config_dir() -> Path:
-    """What people write: config.toml. EMLOCAL_CONFIG_DIR."""
+    """Returns the folder of the files that people write (config.toml). EMLOCAL_CONFIG_DIR moves it."""
     return _chosen("EMLOCAL_CONFIG_DIR") or platformdirs.user_config_path("emlocal", appauthor=False)
 
 
 def data_dir() -> Path:
-    """What emlocal writes and nothing can bring back: conversations, adapters. EMLOCAL_DATA_DIR."""
+    """Returns the folder of what cannot be made again: conversations, adapters. EMLOCAL_DATA_DIR moves it."""
     return _chosen("EMLOCAL_DATA_DIR") or platformdirs.user_data_path("emlocal", appauthor=False)
 
 
@@ -285,20 +318,20 @@ def _chosen(variable: str) -> Path | None:
 
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, the bytes done, and the bytes in all (None: not known)."""
+"""A callback for progress. It gets a label, the bytes done, and the bytes in all (None: not known)."""
 
 
 def silent(label: str, done: int, total: int | None) -> None:
-    """A Progress that says nothing."""
+    """Does nothing: a Progress without output."""
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
+    """Returns `path`, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise ModelError if `folder` (which need not exist yet) has fewer than `needed` bytes free."""
+    """Raises ModelError if `folder` (which need not exist yet) has fewer than `needed` bytes free."""
     free = shutil.disk_usage(nearest(folder)).free
     if free < needed:
         raise ModelError(
@@ -309,7 +342,10 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(folder: Path, variable: str) -> Iterator[None]:
-    """Turn OSErrors of writing under `folder` (moved by `variable` of the environment) into ModelErrors."""
+    """Turns OSErrors from writing under `folder` into ModelErrors.
+
+    `variable` is the environment variable that moves the folder.
+    """
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Which model, adapter and run this is, and what differs from one that was begun before.
+"""Names and digests that identify a model, an adapter and a run, and the differences between two runs.
 
-Files of earlier versions hold these names and digests: an output, a run or an unpacked model that is found
-again by them must stay found, so none of them may change.
+Files of earlier versions contain these names and digests. Outputs, runs and unpacked models are found again
+by them, so none of them may change.
 """
 
 import hashlib
@@ -20,15 +20,19 @@ if TYPE_CHECKING:
     from emlocal.models.resolve import Model
 
 UNPACKED_FORMAT = 1
-"""Counts up whenever the same GGUF file gives another folder: it is then another model to what runs that."""
+"""Version of the unpacked format.
+
+Increase it whenever the same GGUF file gives another folder: for an engine that runs the folder, this is
+another model.
+"""
 _SAMPLE_BYTES = 4096
-_END_BYTES = 1 << 20  # of a model file, from either end
+_END_BYTES = 1 << 20  # read from either end of a model file
 _SHOWN = 60
 _NOT_SET = "not set"
 
 
 def sha256(files: Sequence[Path]) -> str:
-    """Of all bytes of a model's files, in their order: about a second a gigabyte."""
+    """Returns the SHA-256 of all bytes of a model's files, in their order. Takes about a second per GB."""
     hashed = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -38,7 +42,7 @@ def sha256(files: Sequence[Path]) -> str:
 
 
 def fingerprint(*files: Path) -> str:
-    """A file's name, size, and a digest of its ends: enough to tell models apart, at once."""
+    """Returns a file's name, size, and a digest of its ends: quick, and enough to tell models apart."""
     hashed = hashlib.blake2b(digest_size=8)
     for path in files:
         with path.open("rb") as file:
@@ -49,12 +53,13 @@ def fingerprint(*files: Path) -> str:
 
 
 def gguf_digest(header: "GGUFHeader") -> str:
-    """A name for the contents of a GGUF model, wherever its file lies: 32 hexadecimal digits.
+    """Returns a name for the contents of a GGUF model, wherever its file is: 32 hexadecimal digits.
 
-    A hash of the sizes, of all bytes before the weights (metadata, vocabulary, names and places of tensors)
-    and of 4 kB from the middle of every tensor. Fine-tuned and merged models differ from their base in all
-    or most rows of the tensors they touch, so this tells them apart, in milliseconds; a hash of every byte
-    would take seconds a gigabyte, at each start. What it does not see is a patch of single rows in place.
+    The name is a hash of the sizes, of all bytes before the weights, and of 4 kB from the middle of every
+    tensor. The bytes before the weights are metadata, vocabulary, and names and places of tensors. Fine-tuned
+    and merged models differ from their base in all or most rows of the tensors they touch, so the name tells
+    them apart, in milliseconds. A hash of every byte would take seconds per gigabyte at each start. A patch
+    of single rows in place can go unnoticed.
     """
     from emlocal.files import open_regular
 
@@ -71,7 +76,7 @@ def gguf_digest(header: "GGUFHeader") -> str:
 
 
 def weights_digest(model: "Model") -> str:
-    """Of the weights that a training run begins with, whatever format they are in."""
+    """Returns a digest of the weights that a training run begins with, in whatever format they are."""
     from emlocal.models.resolve import GGUFModel
 
     if isinstance(model, GGUFModel):
@@ -84,7 +89,10 @@ def weights_digest(model: "Model") -> str:
 
 
 def batch_identity(settings: "BatchSettings", loaded: "Loaded") -> dict[str, object]:
-    """What makes rows of two runs different, for the manifest: a resumed run must have the same."""
+    """Returns the facts that make the rows of two runs differ, for the manifest.
+
+    A resumed run must have the same.
+    """
     from emlocal.models.adapters import adapter_files
 
     plan, backend = settings.plan, loaded.backend
@@ -105,14 +113,17 @@ def batch_identity(settings: "BatchSettings", loaded: "Loaded") -> dict[str, obj
         "em": describe_em(plan.params.em),
         "sampling": {name: vars(plan.params)[name] for name in settings_of(SamplingParams)},
         "logit-bias": [list(pair) for pair in plan.params.logit_bias],
-        # later settings, only where they are given: outputs that were begun before them go on
+        # later settings appear only if given: outputs begun before these settings existed can still be
+        # resumed
         **({} if settings.calibration is None else {"calibration": settings.calibration.digest}),
+        **({} if plan.constraint is None else {plan.constraint.kind: plan.constraint.text}),
+        **({"thinking": plan.thinking} if plan.thinking else {}),
         **({} if settings.abstain_below is None else {"abstain-below": settings.abstain_below}),
     }
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
-    """`name: old -> new` for every setting that differs, by its dotted name; "" where none does."""
+    """Returns `name: old -> new` for every setting that differs, by its dotted name; "" if none differs."""
     before, now = _leaves(old), _leaves(new)
     names = [*now, *(name for name in before if name not in now)]
     pairs = [(name, before.get(name, _NOT_SET), now.get(name, _NOT_SET)) for name in names]
@@ -120,7 +131,7 @@ def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
 
 
 def _leaves(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Every setting by its dotted name, as JSON text; a whole number is the same with and without `.0`."""
+    """Returns every setting by its dotted name, as JSON text; whole numbers are the same with `.0`."""
     leaves: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -133,7 +144,7 @@ def _leaves(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 
 def _excerpt(old: str, new: str) -> str:
-    """`old -> new`; of long texts the part where they begin to differ."""
+    """Returns `old -> new`; for long texts, the part where they begin to differ."""
     if max(len(old), len(new)) <= _SHOWN:
         return f"{old} -> {new}"
     shorter = min(len(old), len(new))

@@ -1,38 +1,56 @@
-"""From a model's name to a running engine: the one way there, for the command line and for Python."""
+"""The one way from a model's name to a running engine, for the command line and for Python."""
 
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emlocal.backends.engine import BATCH_CONTEXT, Engine, LoadOptions, context_length, engine, select_backend
+from emlocal.backends.engine import (
+    BATCH_CONTEXT,
+    Engine,
+    LoadOptions,
+    OffloadOptions,
+    context_length,
+    engine,
+    select_backend,
+)
 from emlocal.cancel import interruptible
-from emlocal.errors import UsageError
+from emlocal.errors import ModelError, UsageError
 from emlocal.files import Progress, silent
+from emlocal.models.choice import AUTO, Room, best
 from emlocal.models.header import ModelHeader
-from emlocal.models.memory import Terms, check_memory, estimate
-from emlocal.models.resolve import FolderModel, Model, resolve
+from emlocal.models.memory import Terms, available, check_memory, estimate
+from emlocal.models.resolve import (
+    CatalogEntry,
+    FolderModel,
+    Model,
+    local_path,
+    meaning,
+    on_disk,
+    resolve,
+)
 from emlocal.models.templates import start_process
 from emlocal.settings.options import EngineOptions
 from emlocal.settings.table import check_settings
+from emlocal.text import human_size
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
     from emlocal.models.adapters.adapter import Adapter
 
 MOST_PARALLEL = 16
-"""Sequences in a batch, where nobody says: on CPUs more gain little (docs/performance.md)."""
-_LEFT_FREE = 0.9  # of the free memory, a batch takes no more than this without being asked
+"""Sequences of a batch if nobody sets a number: on CPUs, more gain little (docs/performance.md)."""
+_LEFT_FREE = 0.9  # the largest share of the free memory that a batch takes by itself
 
 Warn = Callable[[str], None]
-"""Takes a line that people should read."""
+"""A callback that takes a warning for people."""
 Adapters = Sequence[tuple[Path, float]]
-"""(LoRA adapter: a GGUF file, a PEFT or an MLX folder; scale)."""
+"""Pairs of (LoRA adapter, scale); the adapter is a GGUF file, a PEFT folder or an MLX folder."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +61,24 @@ class Loaded:
     model: Model
     adapters: Adapters
     reason: str
-    """Why this engine."""
+    """Why this engine was chosen."""
 
     @property
     def parallel(self) -> int:
-        """For how many sequences at once there is room, the spare ones aside."""
+        """How many sequences fit at once, without the spare ones."""
         from emlocal.generation.scheduler import SPARE_SEQUENCES
 
         return self.backend.max_sequences - SPARE_SEQUENCES
 
     def describe(self) -> str:
-        """Model, engine, why, and how it runs, in one line."""
+        """Returns one line with the model, the engine, the reason for it, and how it runs."""
         backend = self.backend
         model = f"{backend.info.name} ({self.model.header.quantization})"
         return f"{model} on {backend.name}, {self.reason}; {backend.describe()}"
 
 
 def warn_in_python(text: str) -> None:
-    """A warning as Python has them: on stderr once, unless the caller filters it."""
+    """Issues a Python warning: on stderr once, unless the caller filters it."""
     warnings.warn(text, stacklevel=2)
 
 
@@ -72,12 +90,12 @@ def load(
     progress: Progress = silent,
     warn: Warn = warn_in_python,
 ) -> Loaded:
-    """Resolve, check and load a model for one prompt at a time: `sequences` that share one context.
+    """Resolves, checks and loads a model for one prompt at a time: `sequences` that share one context.
 
-    `adapters`: beside those that `wanted` names, in the form that Python has for them.
+    `adapters` are added to those that `wanted` names, and have Python's form.
 
-    Raises UsageError for settings out of range, ModelError for a model or adapter that cannot be used,
-    KeyboardInterrupt once the engine is free again where Ctrl-C came while it was loaded.
+    Raises UsageError for settings out of range and ModelError for a model or adapter that cannot be used. If
+    Ctrl-C came while the engine was loading, raises KeyboardInterrupt after freeing the engine.
     """
     return _load(wanted, adapters, sequences, True, progress, warn)
 
@@ -88,21 +106,23 @@ def load_for_batch(
     adapters: Adapters = (),
     *,
     spare: int = 0,
+    context: int = BATCH_CONTEXT,
     progress: Progress = silent,
     warn: Warn = warn_in_python,
 ) -> Loaded:
-    """The same for `parallel` sequences, each with room of its own; None: as many as memory allows.
+    """Resolves, checks and loads a model for `parallel` sequences, each with room of its own.
 
-    `spare`: sequences beside those and the scheduler's own.
+    `parallel`: None means as many as memory allows. `spare`: sequences in addition to those and to the
+    scheduler's own. `context`: the tokens of each, if `wanted` does not say.
     """
     from emlocal.generation.scheduler import SPARE_SEQUENCES
 
     check_parallel(parallel)
-    return _load(wanted, adapters, parallel, False, progress, warn, SPARE_SEQUENCES + spare)
+    return _load(wanted, adapters, parallel, False, progress, warn, SPARE_SEQUENCES + spare, context)
 
 
 def check_parallel(parallel: int | None) -> None:
-    """Raise UsageError for a number of sequences that is out of range."""
+    """Raises UsageError for a number of sequences that is out of range."""
     if parallel is not None and not 1 <= parallel <= 256:
         raise UsageError(f"--parallel is {parallel}; it must be between 1 and 256")
 
@@ -115,23 +135,33 @@ def _load(
     progress: Progress,
     warn: Warn,
     spare: int = 0,
+    most: int = BATCH_CONTEXT,
 ) -> Loaded:
     _check(wanted)
+    wanted = settled(wanted)
     name, reason = select_backend(wanted.backend or "auto", wanted.model)
     chosen = engine(name)
     adapters = [*map(adapter_and_scale, wanted.adapter), *adapters]
     model = resolve(wanted.model, formats=chosen.formats, offline=wanted.offline, progress=progress)
+    if "safetensors" in chosen.formats:
+        from emlocal.models.unpacked import check_runs
+
+        check_runs(model, name)
     start_process(model.header.chat_template)
     with ExitStack() as opened:
         read = tuple((_read(path, model, chosen, opened, warn), scale) for path, scale in adapters)
         trained = model.header.context_length
-        asked = wanted.context or (None if shared else min(trained, BATCH_CONTEXT))
+        asked = wanted.context or (None if shared else min(trained, most))
         context = context_length(asked, trained)
-        terms = chosen.memory_terms(model.header, wanted.kv_type)
+        terms, offload = chosen.memory_terms(model.header, wanted.kv_type), offload_of(wanted)
+        if chosen.moved is not None:
+            terms = terms._replace(moved=chosen.moved(model.header, wanted.kv_type, offload))
+        elif offload.given:
+            warn(f"--gpu-layers and its kind are for llama.cpp; {name} puts the whole model on one device")
         count = (sequences or _as_many_as_fit(model.header, context, terms, spare)) + spare
         check_memory(model.header, context, terms, n_seqs=chosen.contexts_to_reserve(count, shared))
-        options = LoadOptions(context, count, shared, wanted.threads, wanted.kv_type, read, warn)
-        # llama.cpp calls back while it loads: nothing may be raised there
+        options = LoadOptions(context, count, shared, wanted.threads, wanted.kv_type, read, warn, offload)
+        # llama.cpp calls back while it loads, and an exception must not be raised in a callback
         with interruptible() as cancelled:
             backend = chosen.load(model, options, progress, partial(_prepare, model.header))
     if cancelled.requested:
@@ -140,8 +170,62 @@ def _load(
     return Loaded(backend, model, adapters, reason)
 
 
+def offload_of(wanted: EngineOptions) -> OffloadOptions:
+    """Returns which layers the settings put on GPUs."""
+    shares = tuple(map(float, wanted.tensor_split.split(","))) if wanted.tensor_split else ()
+    return OffloadOptions(wanted.gpu_layers, wanted.split_mode, wanted.main_gpu, shares)
+
+
+def room_here() -> Room:
+    """Returns the memory that is free on this machine, and on its GPUs if llama.cpp can use them."""
+    from emlocal.backends.llama_cpp.devices import gpus_here
+
+    return Room(available(), tuple(gpu.free for gpu in gpus_here() if not gpu.shared))
+
+
+def best_here(wanted: EngineOptions) -> CatalogEntry | None:
+    """Returns the model that `-m auto` means here; None if the name means something else.
+
+    Raises UsageError for another engine than llama.cpp, and ModelError if no model fits.
+    """
+    if wanted.model is None or wanted.model.lower() != AUTO or local_path(wanted.model) is not None:
+        return None
+    if (wanted.backend or "auto") not in ("auto", "llama.cpp"):
+        raise UsageError(
+            f"-m auto chooses among models for llama.cpp, and --backend is {wanted.backend}",
+            "name a model, or leave --backend out",
+        )
+    room = room_here()
+    entry = best(room)
+    if entry is None:
+        raise ModelError(
+            f"no model of the catalogue fits into {human_size(room.memory)} of free memory",
+            "close other programs, or name a model: emlocal models list",
+        )
+    return entry
+
+
+def settled(
+    wanted: EngineOptions, ask: Callable[[CatalogEntry], bool] = lambda entry: False
+) -> EngineOptions:
+    """Returns the settings with the name of the best model in place of "auto".
+
+    `ask`: called for a model that is not on this machine; returns whether to fetch it. Raises ModelError if
+    it must not be fetched, and as `best_here` does.
+    """
+    entry = best_here(wanted)
+    if entry is None:
+        return wanted
+    if not on_disk(meaning(entry.alias)) and (wanted.offline or not ask(entry)):
+        raise ModelError(
+            f"-m auto means {entry.alias} here, which is not on this machine",
+            f"fetch it ({human_size(entry.bytes)}): emlocal models pull {entry.alias}",
+        )
+    return replace(wanted, model=entry.alias, backend="llama.cpp")
+
+
 def _prepare(header: ModelHeader) -> None:
-    """Import and compile what the first answer will need."""
+    """Imports and compiles what the first answer will need."""
     import emlocal.generation.prompt
     import emlocal.rendering  # noqa: F401
     from emlocal.models.templates import prepare
@@ -150,7 +234,7 @@ def _prepare(header: ModelHeader) -> None:
 
 
 def _as_many_as_fit(header: ModelHeader, context: int, terms: Terms, spare: int) -> int:
-    """Parallel sequences for which there is memory, at least 1, with `spare` ones besides."""
+    """Returns how many parallel sequences fit into memory, at least 1, with `spare` more."""
     for n in range(MOST_PARALLEL, 1, -1):
         if estimate(header, context, terms, n_seqs=n + spare) <= _LEFT_FREE * terms.free:
             return n
@@ -165,8 +249,11 @@ def _check(wanted: EngineOptions) -> None:
 
 
 def _read(path: Path, model: Model, chosen: Engine, opened: ExitStack, warn: Warn) -> "Adapter | Path":
-    """An adapter in the form that the engine takes, checked before the model is loaded: its numbers, or a
-    GGUF file for an engine that knows no other format, which lasts as long as `opened`."""
+    """Reads an adapter in the form that the engine takes, before the model is loaded.
+
+    That form is the adapter's numbers or, for an engine that reads GGUF only, a GGUF file that exists as long
+    as `opened`.
+    """
     from emlocal.models.adapters import as_gguf, read_adapter
     from emlocal.models.adapters.origin import other_base
 
@@ -182,16 +269,16 @@ def _read(path: Path, model: Model, chosen: Engine, opened: ExitStack, warn: War
 
 
 def adapter_and_scale(text: str) -> tuple[Path, float]:
-    """What --adapter says: PATH or PATH=SCALE. Raises UsageError."""
-    path, scale = Path(text), 1.0
+    """Returns path and scale from a value of --adapter: PATH or PATH=SCALE. Raises UsageError."""
+    path, scale = Path(text).expanduser(), 1.0
     if not path.exists() and "=" in text:
         name, _, number = text.rpartition("=")
         try:
-            path, scale = Path(name), float(number)
+            path, scale = Path(name).expanduser(), float(number)
         except ValueError:
-            raise UsageError(f"--adapter is {text!r}; after '=' comes the scale, a number") from None
+            raise UsageError(f"--adapter is {text!r}; the scale after '=' must be a number") from None
         if not isfinite(scale):
-            raise UsageError(f"--adapter is {text!r}; a scale is finite")
+            raise UsageError(f"--adapter is {text!r}; the scale must be finite")
     if not path.exists():
-        raise UsageError(f"there is no adapter {path}")
+        raise UsageError(f"there is no adapter {path}", "name a PEFT or MLX folder, or a GGUF file")
     return path, scale

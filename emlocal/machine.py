@@ -1,7 +1,7 @@
-"""This machine: its system, processor and memory, and how software gets onto it. No engine and no numpy.
+"""Facts about this machine: its system, processor and memory, and how to install software.
 
-What cannot be found out is None or empty, never a guess. Install lines are meant to be pasted: they name this
-very Python where a bare `pip` could be another one's.
+It needs neither an engine nor numpy. A fact that cannot be found is None or empty, never a guess. Install
+lines are for pasting: they name this very Python, because a bare `pip` may belong to another one.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from emlocal.models.memory import available
 
-# What decides how fast a CPU engine can be, as Linux's /proc/cpuinfo spells it, and as people do.
+# Features that decide how fast a CPU engine can be, in the spelling of Linux's /proc/cpuinfo and of people.
 _LINUX_FEATURES = {
     "sse4_2": "SSE4.2",
     "avx": "AVX",
@@ -54,15 +54,15 @@ class CPU:
     usable: int
     """Logical cores that this process may run on."""
     physical: int
-    """Physical cores within affinity and container quota: emlocal's threads."""
+    """Physical cores within affinity and container quota: the number of emlocal's threads."""
     features: tuple[str, ...]
 
 
 def physical_cores() -> int:
-    """Physical (on Apple Silicon: performance) cores, within the process's affinity and cgroup quota.
+    """Returns the number of physical cores (on Apple Silicon: performance cores) that this process may use.
 
-    A CPU engine's threads: decoding is bound by memory bandwidth, and a second thread on a core only adds
-    contention.
+    The process's affinity and cgroup quota limit it. A CPU engine takes that many threads: decoding is bound
+    by memory bandwidth, and a second thread on a core only adds contention.
     """
     if sys.platform == "darwin":
         cores = _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or (os.cpu_count() or 1)
@@ -83,9 +83,9 @@ def _linux_cores() -> int:
 
 
 def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Whole CPUs that the control groups of this process grant (a container's --cpus), or None for all.
+    """Returns the whole CPUs that this process's control groups grant (a container's --cpus); None for all.
 
-    Version 1 mounts controllers in folders of their own, version 2 all in one; both may be there.
+    Version 1 mounts each controller in a folder of its own, version 2 mounts all in one. Both may exist.
     """
     quotas = []
     for line in own.read_text("ascii").splitlines() if own.is_file() else ():
@@ -102,7 +102,7 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
 
 
 def _version_1(folder: Path) -> float | None:
-    """CPUs that one group of cgroup v1 grants."""
+    """Returns the CPUs that one group of cgroup v1 grants; None for all."""
     quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
     if not quota.is_file() or not period.is_file() or int(quota.read_text("ascii")) < 0:
         return None
@@ -110,7 +110,7 @@ def _version_1(folder: Path) -> float | None:
 
 
 def _version_2(folder: Path) -> float | None:
-    """CPUs that one group of cgroup v2 grants."""
+    """Returns the CPUs that one group of cgroup v2 grants; None for all."""
     limit = folder / "cpu.max"
     if not limit.is_file():
         return None
@@ -123,14 +123,14 @@ def _sysctl(name: str) -> int:
 
 
 def cpu() -> CPU:
-    """This machine's processor."""
+    """Returns the facts about this machine's processor."""
     logical = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if platform.system() == "Linux" else logical
     return CPU(_cpu_model(), platform.machine(), logical, usable, physical_cores(), _features())
 
 
 def system_name() -> str:
-    """The operating system, as its own people call it."""
+    """Returns the operating system's name and version, as its makers write them."""
     if platform.system() == "Linux":
         try:
             name = platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
@@ -143,7 +143,7 @@ def system_name() -> str:
 
 
 def container() -> str | None:
-    """What kind of container this is, where it is one and can be told."""
+    """Returns the kind of container that this runs in; None outside one, or if it cannot be told."""
     if platform.system() != "Linux":
         return None
     if Path("/.dockerenv").exists():
@@ -157,7 +157,7 @@ def container() -> str | None:
 
 
 def memory_total() -> int | None:
-    """Bytes of memory in the machine."""
+    """Returns the bytes of memory in the machine; None if unknown."""
     if platform.system() == "Linux":
         found = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
         return int(found[1]) * 1024 if found else None
@@ -167,12 +167,12 @@ def memory_total() -> int | None:
 
 
 def memory_available() -> int:
-    """Bytes that a new process may use now, within its container's limits."""
+    """Returns the bytes that a new process may use now, within its container's limits."""
     return available()
 
 
 def resident_bytes() -> int | None:
-    """Bytes of this process that are in memory now."""
+    """Returns the bytes of this process that are in memory now; None if unknown."""
     if platform.system() == "Linux":
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if platform.system() == "Darwin":
@@ -181,7 +181,7 @@ def resident_bytes() -> int | None:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process had in main memory at once; 0 where the system does not tell."""
+    """Returns the most bytes that this process had in main memory at once; 0 if the system does not tell."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -191,7 +191,7 @@ def peak_memory() -> int:
 
 
 def describe() -> dict[str, object]:
-    """The machine in the few facts that belong beside a figure."""
+    """Returns the few facts about the machine that belong beside a measured number."""
     processor = cpu()
     return {
         "system": system_name(),
@@ -216,7 +216,7 @@ def _cpu_model() -> str:
 
 
 def _lscpu_model() -> str:
-    """ARM processors have numbers, not names, in /proc/cpuinfo; lscpu knows the names."""
+    """Returns the processor's name from lscpu: on ARM, /proc/cpuinfo has numbers instead of names."""
     found = re.search(r"^Model name:\s*(.+)$", _output("lscpu"), re.M)
     return found[1].strip() if found else "unknown"
 
@@ -236,7 +236,7 @@ def _features() -> tuple[str, ...]:
 
 
 def _output(*command: str) -> str:
-    """What a system command prints; "" where it is missing or fails."""
+    """Returns the output of a system command; "" if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -269,7 +269,7 @@ _OPENMP = {
 
 
 def system_family() -> str | None:
-    """The key of this machine's system in the tables of packages; None for a system they do not have."""
+    """Returns this system's key in the tables of packages; None for a system that they lack."""
     if sys.platform == "darwin":
         return "macOS"
     if sys.platform == "win32":
@@ -283,7 +283,7 @@ def system_family() -> str | None:
 
 
 def compiler_lines() -> list[str]:
-    """How a C++ compiler is installed: this machine's line alone where its system is known, else all."""
+    """Returns the commands that install a C++ compiler: this system's if it is known, otherwise all."""
     family = system_family()
     if family is not None:
         return [_COMPILERS[family]]
@@ -291,12 +291,12 @@ def compiler_lines() -> list[str]:
 
 
 def openmp_line() -> str | None:
-    """How the OpenMP library that wheels of llama.cpp need is installed here."""
+    """Returns the command that installs the OpenMP library for llama.cpp's wheels here; None if unknown."""
     return _OPENMP.get(system_family() or "")
 
 
 def compilers() -> list[str]:
-    """The C++ compilers and build tools that are found, as paths."""
+    """Returns the paths of the C++ compiler and of cmake, if found."""
     if sys.platform == "darwin" and not _has_xcode_tools():
         return []  # /usr/bin/c++ is a stub there, which asks to install the tools
     found = [shutil.which(name) for name in ("c++", "g++", "clang++", "cl")]
@@ -309,7 +309,7 @@ def _has_xcode_tools() -> bool:
 
 
 def environment() -> str:
-    """What kind of Python environment this is."""
+    """Returns the kind of Python environment that this is."""
     prefix = Path(sys.prefix)
     if "pipx" in prefix.parts:
         return "pipx"
@@ -321,7 +321,7 @@ def environment() -> str:
 
 
 def installer() -> list[str]:
-    """The command that installs packages into this environment."""
+    """Returns the command that installs packages into this environment."""
     if environment() == "pipx":
         return ["pipx", "runpip", Path(sys.prefix).name, "install"]
     if importlib.util.find_spec("pip") is not None:
@@ -332,5 +332,5 @@ def installer() -> list[str]:
 
 
 def line(command: list[str]) -> str:
-    """A command as it is typed here."""
+    """Returns a command as a line to type in this system's shell."""
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

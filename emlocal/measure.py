@@ -1,18 +1,19 @@
-"""Measuring: interleaved pairs of equal work, their ratios, and what `emlocal bench` reports.
+"""Measurements: interleaved pairs of equal work, their ratios, and the figures of `emlocal bench`.
 
-Machines are shared and clocks wander, so nothing is compared across runs: what is compared runs side by
-side in one process, in alternating order, and the median over the pairs of their ratios is the answer.
+Machines are shared and clock rates vary, so nothing is compared across runs. Two ways of doing the same work
+run side by side in one process, in alternating order. The result is the median, over the pairs, of their
+ratios.
 
-Decoding goes in rounds: each decodes the same positions with EM off, with EM on, and with a bare loop. A
-round has a prompt and draws of its own, which its sides share; they take turns at going first. End tokens
-are ignored, so that every side takes the same number of steps at the same positions of one sequence: equal
+Decoding is measured in rounds. Each round decodes the same positions with EM off, with EM on, and with a bare
+loop. A round has its own prompt and draws, which its sides share; the sides take turns at going first. End
+tokens are ignored, so every side takes the same number of steps at the same positions of one sequence: equal
 work for the engine, whatever the tokens are. A step is what happens between two tokens that a caller of
-`Runner.follow` receives: the forward pass, the sampler and the bookkeeping of text. The intervals of medians
+`Runner.follow` receives: the forward pass, the sampler and the handling of text. The intervals of medians
 assume no distribution.
 
-The sampler is measured by itself too, on rows of a real model: with EM, without, and against plain numpy.
-Rows are visited one after the other, so that each comes from outside the processor's inner caches, as a row
-does that an engine has just written; the ways take turns, sweep by sweep.
+The sampler is also measured by itself, on rows of a real model: with EM, without EM, and against plain numpy.
+Rows are visited one after the other, so each row comes from outside the processor's inner caches, like a row
+that an engine has just written. The three ways take turns, sweep by sweep.
 """
 
 import itertools
@@ -42,16 +43,19 @@ _FEWEST_PAIRS = 6  # of five, even the least and the largest enclose the median 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How one way of doing the same work compares with another, over pairs."""
+    """The ratio of two ways of doing the same work, over pairs."""
 
     median: float
     low: float
     high: float
     n: int
-    """Pairs."""
+    """Number of pairs."""
     bounds: Literal["95% interval", "range"]
-    """What `low` and `high` are: the ends of the median's interval, or, where the pairs are too few for
-    one, the least and the largest ratio."""
+    """The meaning of `low` and `high`.
+
+    They are the ends of the median's 95 % interval or, with too few pairs for one, the least and the largest
+    ratio.
+    """
 
     def __str__(self) -> str:
         ends = f"{self.low:.3f} to {self.high:.3f}"
@@ -61,12 +65,15 @@ class Ratio:
 
 
 def speed_ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """The speed of the first relative to the reference: above 1 is faster. Pairs belong together by index."""
+    """Returns the speed of the first relative to the reference; above 1 is faster.
+
+    Pairs have the same index.
+    """
     return ratio([r / s for s, r in zip(seconds, reference, strict=True)])
 
 
 def ratio(pairs: Sequence[float]) -> Ratio:
-    """The median of ratios, with its interval; with their range where they are too few for one."""
+    """Returns the median of ratios with its interval; with their range if they are too few for one."""
     ordered = sorted(pairs)
     n = len(ordered)
     skip = _ranks_outside(n)
@@ -75,7 +82,7 @@ def ratio(pairs: Sequence[float]) -> Ratio:
 
 
 def _ranks_outside(n: int) -> int:
-    """How many of n ordered values lie outside each end of the median's interval (binomial, exact)."""
+    """Returns how many of n sorted values lie outside each end of the median's exact binomial interval."""
     tail, skip = 0.0, 0
     while skip < n // 2:
         tail += math.comb(n, skip) / 2**n  # P(no more than `skip` values lie below the median)
@@ -100,21 +107,21 @@ SIDES = ("bare", "off", "on")
 
 @dataclass
 class Decoding:
-    """Seconds that the steps of each round took, by side; `bare` is empty where there is no such loop."""
+    """The seconds that each round's steps took, by side; `bare` is empty if the engine has no such loop."""
 
     tokens: int
     """Steps of a round."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {side: [] for side in SIDES})
     touched: int = 0
-    """Of the tokens drawn with EM on, those whose row EM changed."""
+    """How many tokens, of those drawn with EM on, come from a row that EM changed."""
 
     def speed(self, side: str) -> float | None:
-        """Tokens a second: the median of the rounds."""
+        """Returns tokens per second: the median of the rounds."""
         measured = self.seconds[side]
         return self.tokens / statistics.median(measured) if measured else None
 
     def ratio(self, side: str, reference: str) -> Ratio | None:
-        """How fast `side` is relative to `reference`; 1 is equal."""
+        """Returns how fast `side` is relative to `reference`; 1 is equal."""
         if not self.seconds[side] or not self.seconds[reference]:
             return None
         return speed_ratio(self.seconds[side], self.seconds[reference])
@@ -122,7 +129,7 @@ class Decoding:
 
 @contextmanager
 def endless(backend: Backend) -> Iterator[None]:
-    """Within this block no token ends an answer."""
+    """Lets no token end an answer within this block."""
     info = backend.info
     backend.info = replace(info, end_tokens=frozenset())
     try:
@@ -132,17 +139,17 @@ def endless(backend: Backend) -> Iterator[None]:
 
 
 def question_tokens(backend: Backend, text: str) -> list[int]:
-    """A prompt as chat would send it; as it is where the model has no template."""
+    """Returns a prompt's tokens as chat would send it, or the plain text's if the model has no template."""
     asked = for_template(backend.info, [{"role": "user", "content": text}], lambda _: None)
     return prompt_tokens(backend, asked)
 
 
 def check_room(backend: Backend, tokens: int) -> None:
-    """Raise UsageError where the prompts and so many tokens do not fit the context."""
+    """Raises UsageError if the prompts and `tokens` more tokens do not fit the context."""
     longest = max(len(question_tokens(backend, prompt)) for prompt in PROMPTS)
     if longest + tokens + 1 > backend.context:
         raise UsageError(
-            f"--tokens {tokens} after a prompt of {longest} do not fit the context of {backend.context:,}",
+            f"--tokens {tokens} after a prompt of {longest} exceed the context of {backend.context:,}",
             f"use --tokens {max(1, backend.context - longest - 1)} or a larger --context",
         )
 
@@ -155,10 +162,17 @@ def measure_decoding(
     rounds: int,
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
+    expected: Callable[[float], None] = lambda seconds: None,
 ) -> Decoding:
-    """Decode `rounds` rounds of `tokens` steps on each side; a short one before them does not count."""
+    """Decodes `rounds` rounds of `tokens` steps on each side, after a short round that does not count.
+
+    `expected` takes the seconds that all rounds will take, from the short one.
+    """
     result = Decoding(tokens)
-    decode_round(Decoding(4), runner, params, number=rounds, seed=seed)
+    short = Decoding(4)
+    decode_round(short, runner, params, number=rounds, seed=seed)
+    step = sum(sum(seconds) for seconds in short.seconds.values()) / short.tokens
+    expected(rounds * tokens * step)
     for number in range(rounds):
         progress(number)
         decode_round(result, runner, params, number=number, seed=seed)
@@ -168,7 +182,7 @@ def measure_decoding(
 def decode_round(
     result: Decoding, runner: Scheduler, params: SamplingParams, *, number: int, seed: int
 ) -> None:
-    """Add one round to `result`; its number chooses the prompt, the draws and who goes first."""
+    """Adds one round to `result`; its number chooses the prompt, the draws and the side that goes first."""
     turn = number % len(SIDES)
     order = SIDES[turn:] + SIDES[:turn]
     order = order if number // len(SIDES) % 2 == 0 else order[::-1]
@@ -201,7 +215,7 @@ def _round(
 
 
 def _steps(runner: Scheduler, prompt: list[int], request: Request) -> tuple[float, int, int]:
-    """Seconds from the first token to the last, the first token, and how many rows EM touched."""
+    """Returns the seconds from the first token to the last, the first token, and how many rows EM touched."""
     stamps, touched, first = [], 0, -1
     for event in runner.follow([_job(prompt, request)]):
         if isinstance(event, Token):
@@ -212,7 +226,7 @@ def _steps(runner: Scheduler, prompt: list[int], request: Request) -> tuple[floa
 
 
 def _job(prompt: list[int], request: Request) -> Job:
-    """Each takes the last one's sequence over, so that all decode at the same place."""
+    """Returns a job that takes over the sequence of the last one, so that all decode at the same position."""
     return Job(prompt, [request], at_once=True, session="benchmark")
 
 
@@ -221,7 +235,7 @@ def _bare(runner: Scheduler, prompt: list[int], first: int, steps: int) -> float
     decode = engine(name).bare_loop if name in ENGINES else None
     if decode is None:
         return None
-    # as the other sides do: the prompt is held, and its last token has just been read
+    # as for the other sides: the sequence holds the prompt, and its last token has just been read
     events = runner.follow([_job(prompt, Request(SamplingParams(temperature=0), Uniforms(0), 2))])
     handle = next(events).handle
     seconds = sum(decode(runner.backend, runner.sequence(handle), first, steps))
@@ -233,7 +247,7 @@ def _bare(runner: Scheduler, prompt: list[int], first: int, steps: int) -> float
 def recorded_rows(
     runner: Scheduler, params: SamplingParams, *, rows: int, seed: int
 ) -> list[NDArray[np.float32]]:
-    """Rows of raw logits as they occur in answers without EM: 16 from each prompt, until there are enough."""
+    """Returns rows of raw logits as they occur in answers without EM, up to 16 from each prompt."""
     found: list[NDArray[np.float32]] = []
     number = 0
     with endless(runner.backend):
@@ -248,7 +262,10 @@ def recorded_rows(
 
 
 def prompt_speed(backend: Backend, tokens: int, repeats: int = 3) -> float:
-    """Tokens a second at which a prompt of so many tokens is read into an empty sequence; the median."""
+    """Returns the tokens per second at which a prompt of `tokens` tokens is read into an empty sequence.
+
+    It is the median of `repeats` tries.
+    """
     text = " ".join(PROMPTS)
     prompt = backend.encode(text, add_special=True, parse_special=False)
     prompt = (prompt * (tokens // len(prompt) + 1))[:tokens]
@@ -278,26 +295,29 @@ class Path:
 
 @dataclass(frozen=True)
 class SamplerTimes:
-    """Mean microseconds a row (of each row the median over the sweeps): EM step, truncation and draw."""
+    """Mean microseconds per row for EM step, truncation and draw.
+
+    Each row counts with its median over the sweeps.
+    """
 
     off: float
     on: float
     plain: float
     """Full-row softmax, cumulative sum and search in numpy: no EM, no truncation, no statistics."""
     plain_over_on: Ratio
-    """How fast the sampler with EM is relative to plain numpy, over the sweeps; above 1 is faster."""
+    """Speed of the sampler with EM relative to plain numpy, over the sweeps; above 1 is faster."""
     paths: tuple[Path, ...]
 
 
 def plain_sample(row: NDArray[np.float32], temperature: float, u: float) -> int:
-    """What a few lines of numpy do: softmax over the whole row, cumulative sum, search."""
+    """Draws a token in a few lines of numpy: softmax over the whole row, cumulative sum, search."""
     p = np.exp((row - row.max()) / np.float32(temperature))
     cumulative = np.cumsum(p)
     return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
 
 
 def measure_sampler(rows: Rows, params: SamplingParams, *, sweeps: int = 5, seed: int = 0) -> SamplerTimes:
-    """Time the sampler on `rows`, each float32 [V]."""
+    """Measures the sampler's time on `rows`, each float32 [V]."""
     sampler = Sampler(len(rows[0]))
     without, heat = params.without_em(), params.temperature or 1.0
     uniforms = Uniforms(seed)
@@ -309,7 +329,7 @@ def measure_sampler(rows: Rows, params: SamplingParams, *, sweeps: int = 5, seed
     }
     times: dict[str, list[list[float]]] = {name: [] for name in ways}
     names = list(ways)
-    for sweep in range(-1, sweeps):  # the first warms up
+    for sweep in range(-1, sweeps):  # the first sweep warms up
         for name in names[sweep % 3 :] + names[: sweep % 3]:
             seconds = _sweep(rows, draws, ways[name])
             if sweep >= 0:
@@ -341,12 +361,12 @@ def _sweep(
 def _paths(
     rows: Rows, draws: Sequence[float], params: SamplingParams, times: Sequence[float]
 ) -> tuple[Path, ...]:
-    """The rows by what the sampler did with them."""
+    """Groups the rows by what the sampler did with them."""
     found: dict[str, list[float]] = {}
     for row, u, microseconds in zip(rows, draws, times, strict=True):
         sampler = Sampler(len(row))
         draw = sampler.sample(row, params, u)
         (cutoff,) = sampler.paths
         name = f"head above {cutoff:g}" if cutoff else _FULL
-        found.setdefault(name if draw.steps or not cutoff else "left alone by EM", []).append(microseconds)
+        found.setdefault(name if draw.steps or not cutoff else "skipped by EM", []).append(microseconds)
     return tuple(Path(name, len(t), statistics.fmean(t)) for name, t in sorted(found.items()))

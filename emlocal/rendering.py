@@ -1,4 +1,4 @@
-"""How an answer looks: coloured by entropy, traced to a file, summed up in a line or JSON, beside another."""
+"""Answers as people see them: coloured by entropy, traced to a file, as a line or JSON, or side by side."""
 
 import json
 import re
@@ -13,13 +13,15 @@ from typing import Any
 
 from emlocal import console
 from emlocal.backends.base import Backend
+from emlocal.errors import EmlocalError
 from emlocal.files import atomic_writer
 from emlocal.generation import Completion
-from emlocal.generation.sample import summarize
+from emlocal.generation.sample import complete_json, reasoning_json, summarize
 from emlocal.methods import Outcome
 from emlocal.methods.confidence import METHOD, Confidence, raw_confidence
 from emlocal.methods.scoring import scores_json, scores_of
 from emlocal.sampling import Draw
+from emlocal.settings.constraint import Constraint
 from emlocal.text import CONTROLS, change, counted
 
 _ENOUGH_TO_TIME = 16  # tokens
@@ -28,13 +30,13 @@ _BANDS = ((0.1, 250), (0.5, 114), (1.0, 185), (2.0, 215), (float("inf"), 203))
 
 
 def coloured(text: str, entropy: float) -> str:
-    """`text` with the escape codes of its entropy's colour."""
+    """Returns `text` with the escape codes for the colour of its entropy (nats)."""
     code = next(code for bound, code in _BANDS if entropy <= bound)
     return f"\x1b[38;5;{code}m{text}\x1b[0m"
 
 
 def legend() -> str:
-    """The colours of `coloured`, for stderr."""
+    """Returns a legend of the colours of `coloured`, for stderr."""
     bounds = ["≤ 0.1", "≤ 0.5", "≤ 1", "≤ 2", "> 2 nats"]
     shown = (f"\x1b[38;5;{code}m{bound}\x1b[0m" for (_, code), bound in zip(_BANDS, bounds, strict=True))
     return "entropy before EM:  " + "  ".join(shown)
@@ -43,24 +45,31 @@ def legend() -> str:
 def stats_line(
     outcome: Outcome, seed: int, context: int, *, em: bool, confidence: Confidence | None = None
 ) -> str:
-    """One line: tokens, speed, entropy, what EM did, why it ended, what the method has to say, and how sure
-    it is, where that is calibrated or the method's own."""
+    """Returns one line: tokens, speed, entropy, the effect of EM, the ending, and the method's own facts.
+
+    The confidence is added if it is calibrated or the method's own.
+    """
     timings = outcome.timings
     entropy = summarize([d for c in outcome.completions for d in c.draws])
     cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
     read = timings.prompt_tokens - timings.cached_tokens
-    # a handful of tokens says nothing of the speed
+    # a handful of tokens says nothing about the speed
     speed = f", {rate(read, timings.prompt_seconds)} tok/s" if read >= _ENOUGH_TO_TIME else ""
+    thoughts = sum(c.reasoning_tokens for c in outcome.completions)
+    thinking = f" ({thoughts:,} of thoughts)" if thoughts else ""
     parts = [
         f"prompt {counted(timings.prompt_tokens, 'token')}{cached}{speed}",
-        f"answer {counted(outcome.generated_tokens, 'token')},"
+        f"answer {counted(outcome.generated_tokens, 'token')}{thinking},"
         f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
         f"entropy {change(entropy.before, entropy.after, em)} nats",
     ]
     if em:
         parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
     endings = Counter(_ending(c, context) for c in outcome.completions)
-    parts.append(", ".join(f"{n} × {text}" if n > 1 else text for text, n in endings.items()))
+    drawn = len(outcome.completions)
+    parts.append(
+        ", ".join(f"{n:,} of {drawn:,} samples {text}" if drawn > 1 else text for text, n in endings.items())
+    )
     parts += outcome.said or [
         f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()
     ]
@@ -71,7 +80,7 @@ def stats_line(
 
 
 def confidence_text(confidence: Confidence) -> str:
-    """ "confidence 0.83", and what it is where it is not calibrated."""
+    """Returns the text "confidence 0.83", and its source if it is not calibrated."""
     what = {METHOD: "the method's own"}.get(confidence.source, f"from {confidence.source}")
     return f"confidence {confidence.value:.2f}" + (
         "" if confidence.calibrated else f" ({what}, not calibrated)"
@@ -79,31 +88,64 @@ def confidence_text(confidence: Confidence) -> str:
 
 
 def scores_text(completion: Completion) -> str:
-    """One line: an answer's scores; nothing where it has no tokens."""
+    """Returns one line with an answer's scores; "" if it has no tokens."""
     found = scores_of(completion)
     if found is None:
         return ""
-    own = "" if found.answer_entropy is None else f", of the answer proper {found.answer_entropy:.2f}"
+    own = "" if found.answer_entropy is None else f", of the final answer {found.answer_entropy:.2f}"
     return (
-        f"entropy: mean {found.mean_entropy:.2f}{own}, worst window {found.window_entropy:.2f},"
+        f"entropy: mean {found.mean_entropy:.2f}{own}, highest window {found.window_entropy:.2f},"
         f" end {found.tail_entropy:.2f}, largest {found.largest_entropy:.2f} nats;"
-        f" {found.unsure:.0%} of tokens unsure; log-probability {found.log_probability:.1f}"
-        f" ({found.mean_log_probability:.2f} a token)"
+        f" {found.unsure:.0%} of tokens uncertain; log-probability {found.log_probability:.1f}"
+        f" ({found.mean_log_probability:.2f} per token)"
     )
 
 
 def _ending(completion: Completion, context: int) -> str:
+    incomplete = completion.complete is False
+    if completion.reasoning_tokens and completion.finish_reason == "length" and not completion.text:
+        cut = f"cut off in its thoughts at --max-tokens {len(completion.tokens)}"
+        return f"no answer: {cut} (--think-budget N ends them earlier)"
     if completion.finish_reason == "length":
-        return f"cut off at --max-tokens {len(completion.tokens)}"
+        end = f"cut off at --max-tokens {len(completion.tokens)}"
+        return f"{end}: the text does not meet its constraint" if incomplete else end
     if completion.finish_reason == "context":
-        return f"cut off: the context of {context:,} tokens is full (give a larger --context)"
+        return f"cut off: the context of {context:,} tokens is full (set a larger --context)"
     if completion.stop is not None:
-        return f"stopped before {completion.stop!r}"
+        end = f"stopped before {completion.stop!r}"
+        return f"{end}: the text does not meet its constraint" if incomplete else end
     return {"stop": "finished", "cancelled": "stopped by Ctrl-C"}[completion.finish_reason]
 
 
+def check_whole(
+    completions: Sequence[Completion], constraint: Constraint | None, context: int, *, quiet: bool
+) -> None:
+    """Reports answers that are not whole. Nothing is cut off silently, with --quiet neither.
+
+    With `quiet` a warning says what else the line of statistics says. Raises EmlocalError if an answer does
+    not meet its constraint: whoever reads the answer relies on its form.
+    """
+    unmet = [c for c in completions if c.complete is False and c.finish_reason != "cancelled"]
+    if unmet and constraint is not None:
+        n, one = len(unmet), unmet[0]
+        said = (
+            "the answer does not match"
+            if len(completions) == 1
+            else f"{n:,} of {len(completions):,} answers do not match"
+        )
+        fixes = {"length": "set a larger --max-tokens", "context": "set a larger --context"}
+        raise EmlocalError(
+            f"{said} {constraint.what}: {_ending(replace(one, complete=None), context)}",
+            fixes.get(one.finish_reason, "leave out --stop"),
+        )
+    cut = [c for c in completions if c.finish_reason in ("length", "context")]
+    if cut and quiet:
+        many = f"{len(cut):,} of {len(completions):,} answers: " if len(completions) > 1 else "the answer is "
+        console.warn(f"{many}{_ending(cut[0], context)}")
+
+
 def rate(tokens: int, seconds: float) -> str:
-    """Tokens a second, for people."""
+    """Returns tokens per second, for people."""
     return f"{tokens / seconds:.1f}" if seconds > 0 else "–"
 
 
@@ -114,8 +156,11 @@ def as_json(
     collected: bool,
     sure: Callable[[Outcome], Confidence | None] = raw_confidence,
 ) -> dict[str, Any]:
-    """The object that `--json` prints: one answer flat, several in `completions`; with `collected` the one
-    that the method came to, and all others in `samples`. `sure`: how sure an outcome is."""
+    """Returns the object that `--json` prints.
+
+    One answer is flat, several are in `completions`. With `collected`, the method's answer is flat and all
+    samples are in `samples`. `sure` computes the confidence of an outcome.
+    """
     timings = outcome.timings
     shared = {
         "model": backend.info.name,
@@ -150,6 +195,8 @@ def _answer_json(completion: Completion) -> dict[str, Any]:
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "stop": completion.stop,
+        **complete_json(completion),
+        **reasoning_json(completion),
         "completion_tokens": len(completion.tokens),
         "entropy": summarize(completion.draws).as_json(),
         "scores": scores_json(completion),
@@ -157,7 +204,7 @@ def _answer_json(completion: Completion) -> dict[str, Any]:
 
 
 class Trace:
-    """Writes one JSON line a token."""
+    """A writer of one JSON line for each token."""
 
     def __init__(self, file: Any, backend: Backend) -> None:
         self._file = file
@@ -165,14 +212,14 @@ class Trace:
         self._counts: dict[int, int] = {}
 
     def add(self, sample: int, draw: Draw) -> None:
-        """A token as it is drawn; `text` is its own bytes, replaced where they are half a character."""
+        """Writes a token as it is drawn. `text` is its own bytes; half characters are replaced."""
         index = self._counts[sample] = self._counts.get(sample, -1) + 1
         text = self._backend.token_bytes(draw.token).decode(errors="replace")
         line = {"sample": sample, "index": index, "text": text, **draw._asdict()}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def add_all(self, answers: Sequence[Completion]) -> None:
-        """All tokens of whole answers."""
+        """Writes all tokens of whole answers."""
         for answer in answers:
             for draw in answer.draws:
                 self.add(answer.sample, draw)
@@ -180,35 +227,46 @@ class Trace:
 
 @contextmanager
 def trace_to(path: Path | None, backend: Backend) -> Iterator[Trace | None]:
-    """A Trace into `path`, which appears when the block ends; None for no path."""
+    """Yields a Trace into `path`, which appears when the block ends; None for no path."""
     if path is None:
         yield None
         return
-    with atomic_writer(path) as file:
+    with atomic_writer(path.expanduser()) as file:
         yield Trace(file, backend)
 
 
 class AnswerWriter:
-    """Streams an answer's pieces to stdout: coloured if asked and possible, wrapped at words on a terminal.
+    """A writer that streams an answer to stdout: in colour if asked and possible, wrapped on a terminal.
 
-    On a terminal the last word waits for what comes after it, so that it can go to the next line whole.
+    It wraps at words. The last word waits for the next piece, so that it can move to the next line whole.
     """
 
-    def __init__(self, show_entropy: bool) -> None:
+    def __init__(self, show_entropy: bool, *, thoughts: bool = False) -> None:
+        self._show_thoughts = thoughts and sys.stderr.isatty()
+        self._thinking = False  # the last piece was a thought
         self.colours = show_entropy and console.colours_allowed(sys.stdout)
         self._terminal = sys.stdout.isatty()
-        self._word: list[tuple[str, float]] = []  # pieces of the word in hand
-        self._gap = ""  # the white space before the next one
+        self._word: list[tuple[str, float]] = []  # pieces of the current word
+        self._gap = ""  # the white space before the next word
         self._column = 0
         if show_entropy:
             if self.colours:
                 console.err().out(legend(), highlight=False)
             else:
-                why = "NO_COLOR or TERM=dumb is set" if self._terminal else "stdout is no terminal"
-                console.note(f"{why}: the answer comes without colours")
+                why = "NO_COLOR or TERM=dumb is set" if self._terminal else "stdout is not a terminal"
+                console.note(f"{why}, so the answer has no colours")
+
+    def thought(self, text: str) -> None:
+        """Shows a piece of a thought, dim, on stderr; nothing if stderr is not a terminal."""
+        if text and self._show_thoughts:
+            console.dim(text.translate(CONTROLS))
+            self._thinking = True
 
     def piece(self, text: str, entropy: float) -> None:
-        """Show the text that one token made certain."""
+        """Shows the text that one token made certain."""
+        if text and self._thinking:
+            console.dim("\n\n")
+            self._thinking = False
         if not self._terminal:
             console.write(text)
             return
@@ -221,7 +279,7 @@ class AnswerWriter:
                 self._word.append((part, entropy))
 
     def end(self) -> None:
-        """Show what is held back, and end the line."""
+        """Shows the text that is held back, and ends the line."""
         self._end_word()
         self._end_gap()
         console.write("\n")
@@ -236,12 +294,12 @@ class AnswerWriter:
         for text, entropy in self._word:
             console.write(coloured(text, entropy) if self.colours else text)
         filled = self._column + width
-        # at the end of a full line the cursor waits there
+        # at the end of a full line the cursor stays on that line
         self._column = filled if filled <= columns else filled % columns
         self._word = []
 
     def _end_gap(self) -> None:
-        """The white space between two words, once it is known whole."""
+        """Writes the white space between two words, once all of it is known."""
         space, self._gap = self._gap, ""
         if not space:
             return
@@ -257,14 +315,14 @@ class AnswerWriter:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal; wide characters take two."""
+    """Returns the columns that a text takes on a terminal; wide characters take two."""
     from prompt_toolkit.utils import get_cwidth
 
     return get_cwidth(text)
 
 
 def parting(off: Completion, on: Completion) -> int | None:
-    """The index of the first token that differs; None if the answers are the same."""
+    """Returns the index of the first token that differs; None if the answers are the same."""
     first = [draw.token for draw in off.draws]
     second = [draw.token for draw in on.draws]
     for i, (a, b) in enumerate(zip(first, second, strict=False)):
@@ -274,7 +332,7 @@ def parting(off: Completion, on: Completion) -> int | None:
 
 
 def show_comparison(off: Completion, on: Completion, backend: Backend) -> None:
-    """Both answers on stdout, each under a heading; where they part on stderr."""
+    """Prints both answers on stdout, each under a heading, and on stderr where they begin to differ."""
     for title, answer in (("EM off", off), ("EM on", on)):
         entropy = summarize(answer.draws)
         nats = change(entropy.before, entropy.after, answer is on)
@@ -299,4 +357,4 @@ def _where(off: Completion, on: Completion, backend: Backend) -> str:
         return f"goes on {piece!r} (p {p})" if piece else "ends"
 
     before = "at the first token" if at == 0 else f"after {counted(at, 'token')}"
-    return f"they part {before}: EM off {says(off)}, EM on {says(on)}"
+    return f"they differ {before}: EM off {says(off)}, EM on {says(on)}"

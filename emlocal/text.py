@@ -1,8 +1,6 @@
-"""Texts from anywhere: made whole, read as JSON without surprises, searched for many others at once.
+"""Text helpers: untrusted text made safe, JSON and lines of files read within limits, numbers in words.
 
-Lines of a file from anywhere, one at a time and none longer than memory should bear.
-
-Numbers and words in messages.
+`longest_of` builds a regular expression that searches for many texts at once.
 """
 
 import codecs
@@ -12,29 +10,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, BinaryIO
 
-# A model may say anything, escape codes that repaint or retitle a terminal among it: not to a terminal.
+# A model may write anything, also escape codes that repaint or retitle a terminal. They must not reach one.
 CONTROLS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def harmless(text: str) -> str:
-    """A file's or a model's text in a form that any terminal takes: no escape codes, no half characters."""
+    """Returns text from a file or a model without escape codes and half characters, safe for any terminal."""
     return text.translate(CONTROLS).encode(errors="replace").decode()
 
 
 def well_formed(text: str) -> str:
-    """The text with halves of characters joined where they are pairs, and U+FFFD for those that are alone.
+    """Returns the text with surrogate pairs joined and lone surrogates replaced by U+FFFD.
 
-    Python has such halves (surrogates) for bytes that are not UTF-8, and JSON can write them; no file takes
-    them.
+    Python uses surrogates (half characters) for bytes that are not UTF-8, and JSON can contain them. Files
+    cannot.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def parse_json(raw: bytes | str) -> Any:
-    """The value of a JSON text (bytes: UTF-8) that anybody may have written.
+    """Returns the value of an untrusted JSON text (bytes: UTF-8).
 
-    Raises ValueError, and nothing else, with one line that says what is wrong: bytes that are not UTF-8, no
-    JSON, nested too deeply, a number of thousands of digits.
+    Raises ValueError, and nothing else, with one line that says what is wrong. Faults are bytes that are not
+    UTF-8, text that is not JSON, too deep nesting, and numbers of thousands of digits.
     """
     try:
         return json.loads(raw.decode() if isinstance(raw, bytes) else raw)
@@ -49,14 +47,16 @@ def parse_json(raw: bytes | str) -> Any:
 
 
 def longest_of(texts: Iterable[str]) -> str:
-    """A regular expression that matches the longest of these texts, in time that hardly grows with their
-    number: they share their beginnings, as in `<\\|im_(?:end\\|>|start\\|>)`. It matches nothing for no
-    texts."""
+    """Returns a regular expression that matches the longest of these texts; without texts it matches nothing.
+
+    The texts share their beginnings, as in `<\\|im_(?:end\\|>|start\\|>)`, so the search time hardly grows
+    with their number.
+    """
     return _branches(sorted({text for text in texts if text}), 0) or "(?!)"
 
 
 def _branches(texts: Sequence[str], at: int) -> str:
-    """What sorted texts, which agree before `at`, have from there on."""
+    """Returns the expression for sorted texts from `at` on; before `at` they agree."""
     ends = bool(texts) and len(texts[0]) == at
     by_next: dict[str, list[str]] = {}
     for text in texts[ends:]:
@@ -69,9 +69,9 @@ def _branches(texts: Sequence[str], at: int) -> str:
 
 
 def _tail(texts: Sequence[str], at: int) -> str:
-    """The same of texts that agree in the character at `at` too: what they share is written out."""
+    """Returns the expression for sorted texts that also agree at `at`; their common part is written out."""
     upto = at + 1
-    first, last = texts[0], texts[-1]  # of sorted texts these two agree least
+    first, last = texts[0], texts[-1]  # of sorted texts, these two agree least
     while upto < min(len(first), len(last)) and first[upto] == last[upto]:
         upto += 1
     return re.escape(first[at:upto]) + _branches(texts, upto)
@@ -82,9 +82,9 @@ TOO_LONG = f"the line has more than {MAX_LINE_BYTES:,} bytes"
 
 
 def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, the line with its end); None in place of one longer than MAX_LINE_BYTES.
+    """Yields each line with its number, from 1, and its line ending.
 
-    A byte order mark at the beginning is no part of the first line.
+    Yields None in place of a line longer than MAX_LINE_BYTES. Removes a byte order mark from the first line.
     """
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES):
@@ -98,17 +98,17 @@ def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def counted(n: int, noun: str) -> str:
-    """ "1 token", "2 tokens"; `noun` is one that takes an s."""
+    """Returns a count with its noun: "1 token", "2 tokens". The plural of `noun` must end in s."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def plain(number: float) -> str:
-    """A number as people write it: 0.000001 and 2, not 1e-06 and 2.0."""
+    """Returns a number as people write it: 0.000001 and 2, not 1e-06 and 2.0."""
     return format(Decimal(repr(number)).normalize(), "f")
 
 
 def human_size(count: float) -> str:
-    """Bytes as people read them, in powers of 1000: "98 MB", "4.7 GB"."""
+    """Returns a number of bytes in words, in powers of 1000: "98 MB", "4.7 GB"."""
     for unit in ("bytes", "kB", "MB"):
         if count < 999.5:
             return f"{count:.0f} {unit}"
@@ -117,5 +117,26 @@ def human_size(count: float) -> str:
 
 
 def change(before: float, after: float, changed: bool) -> str:
-    """A figure before and after EM: "1.69 → 0.22", or one number where EM did nothing."""
+    """Returns a figure before and after EM: "1.69 → 0.22", or one number if EM did nothing."""
     return f"{before:.2f} → {after:.2f}" if changed else f"{before:.2f}"
+
+
+LONG = 600.0
+"""Seconds. A run that may take longer says so before it begins."""
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
+def long_run(seconds: float, why: str, shorten: str) -> list[str]:
+    """Two lines on a run that may take longer than `LONG`; none for a shorter one.
+
+    `shorten`: the settings that help, as they are typed.
+    """
+    if seconds <= LONG:
+        return []
+    return [f"this run may take up to {duration(seconds)}: {why}", f"to shorten it, lower {shorten}"]

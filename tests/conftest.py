@@ -1,9 +1,10 @@
-"""What tests of several rooms share: recorded logits, the tiny model, and a real one."""
+"""Fixtures of several rooms: recorded logits, the tiny model, and a real one."""
 
 import os
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch, whose threads would fight for the cores
+# before numpy and torch are imported, whose threads would compete for the cores
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.examples import register
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_pair import ModelPair, write_pair
 
-wait_briefly()  # before a test loads torch: its threads would spin, and take the cores from one another
+wait_briefly()  # before a test loads torch, whose threads would spin and compete for the cores
 register()
 DATA = Path(__file__).parent / "data"
 SMOLLM2 = Path.home() / ".cache" / "emlocal-bench" / "smollm2-135m-instruct-q4_1.gguf"
@@ -40,13 +41,13 @@ def recorded(request: pytest.FixtureRequest) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="session")
 def smollm2_rows() -> NDArray[np.float32]:
-    """The same, of the smaller vocabulary only."""
+    """The rows of the smaller vocabulary only."""
     return _recorded("smollm2")
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> GGUFModel:
-    """SmolLM2-135M-Instruct, a real model: the bench models' copy, else the starter model (the same file)."""
+    """SmolLM2-135M-Instruct, a real model: the bench models' copy or the starter model (the same file)."""
     return resolve(str(SMOLLM2 if SMOLLM2.exists() else starter.fetch()))
 
 
@@ -58,25 +59,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> GGUFModel:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    """A tiny Llama as torch has it and as llama.cpp has it."""
+    """A tiny Llama in torch's and in llama.cpp's format."""
     return write_pair(tmp_path_factory.mktemp("pair"), "llama")
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen2"])
 def any_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    """The same, of each architecture that `write_pair` knows."""
+    """The same for each architecture that `write_pair` knows."""
     return write_pair(tmp_path_factory.mktemp("pair"), request.param)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A path where nothing is yet."""
+    """A path that does not exist yet."""
     return tmp_path / "out"
 
 
 @pytest.fixture
 def no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's flash attention rounds to half precision: the tiny models' differ by 0.003 with it."""
+    """Switches off llama.cpp's flash attention.
+
+    It rounds to half precision, and tiny models differ by 0.003 with it.
+    """
     library = load_library()
     defaults = vars(library)["llama_context_default_params"]
 

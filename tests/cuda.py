@@ -1,4 +1,4 @@
-"""What tests on a CUDA device have in common."""
+"""Helpers for tests on a CUDA device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ ON_CUDA = (pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), r
 
 @contextmanager
 def no_synchronization() -> Iterator[None]:
-    """Within this block whatever makes the host wait for the device raises RuntimeError."""
+    """Raises RuntimeError for any operation within the block that makes the host wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield

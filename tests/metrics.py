@@ -1,4 +1,4 @@
-"""The lines of metrics that a run of training leaves."""
+"""The metrics of a training run."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,5 +11,5 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def timeless(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What two equal runs have in common: all but seconds, and tokens in one."""
+    """Returns what two equal runs have in common: everything but seconds and tokens a second."""
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows]

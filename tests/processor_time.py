@@ -1,4 +1,4 @@
-"""A bound on the work of a test, which a busy machine does not change."""
+"""A limit on a test's work that a busy machine does not change."""
 
 import time
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Fail where the block takes this process more of a processor: choose so many seconds that only work
-    that never ends, or grows with the square, takes them."""
+    """Fails if the block uses more processor time of this process than `seconds`.
+
+    Choose a limit that only endless or quadratic work reaches.
+    """
     started = time.process_time()
     yield
     took = time.process_time() - started

@@ -55,7 +55,7 @@ def test_batch_with_a_method(model: emlocal.Model) -> None:
     method = emlocal.Method("self-consistency", samples=4, extraction="none")
     (row,) = model.batch(["a"], method=method, raw=True, max_tokens=4)
     assert len(row["samples"]) == 4
-    assert len({s["text"] for s in row["samples"]}) > 1  # draws of their own
+    assert len({s["text"] for s in row["samples"]}) > 1  # each has its own draws
     assert row["votes"] >= 1
 
 
@@ -107,7 +107,7 @@ def test_streams_side_by_side(model: emlocal.Model) -> None:
 
 def test_one_at_a_time_in_shared_room(tiny_model: GGUFModel) -> None:
     with emlocal.load(tiny_model.path, context=64, threads=1) as one:
-        one.generate("x" * 20, raw=True, max_tokens=30)  # holds some of the room
+        one.generate("x" * 20, raw=True, max_tokens=30)  # takes some of the room
         rows = list(one.batch(["y" * 30, "y" * 40, "z"], raw=True, max_tokens=100))
         assert all("error" not in row for row in rows)
         assert {row["finish_reason"] for row in rows} <= {"context", "stop"}
@@ -163,8 +163,10 @@ def test_every_sampling_setting_can_be_given(model: emlocal.Model) -> None:
 def test_on_torch(
     tiny_model: GGUFModel, unpacked_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model folder, whose engine is chosen, and the GGUF file that it came from: one answer, alone, in
-    pieces and in a batch."""
+    """A model folder, whose engine is chosen, and the GGUF file that it came from give the same answer.
+
+    It is the same alone, in pieces and in a batch.
+    """
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path))
     with (
         emlocal.load(unpacked_tiny, context=100, threads=1) as folder,

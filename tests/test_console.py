@@ -1,4 +1,4 @@
-"""Progress: a bar where there is a terminal, now and then a line where there is none."""
+"""Progress: a bar on a terminal, and occasional lines elsewhere."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from emlocal.errors import EmlocalError
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Consoles keep whether they write to a terminal."""
+    """Makes new consoles, because a console remembers whether it writes to a terminal."""
     for stream in (console.err, console.out):
         stream.cache_clear()
     yield
@@ -51,7 +51,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_terminal_gets_a_bar_with_amounts_only_where_there_are_any(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     monkeypatch.setenv("COLUMNS", "100")
     with console.progress() as progress:
         progress("fetching a [b]", 49_000_000, 98_000_000)
@@ -94,7 +94,7 @@ def test_no_message_carries_an_escape_code(
         monkeypatch.setenv("COLUMNS", "100")
     say(HOSTILE)
     said = "".join(capsys.readouterr())
-    own = re.compile(r"\x1b\[[0-9;]*m")  # colours, which rich adds
+    own = re.compile(r"\x1b\[[0-9;]*m")  # colours that rich adds
     bare = own.sub("", said)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", bare)
     assert "title" in bare
@@ -119,7 +119,7 @@ def test_tokens_are_counted_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with console.working("answering") as tick:
-        tick()  # at once there is nothing to say
+        tick()  # at first there is nothing to say
     monkeypatch.setattr(console, "_PLAIN_SECONDS", 0.0)
     with console.working("answering") as tick:
         for _ in range(2):
@@ -127,3 +127,20 @@ def test_tokens_are_counted_now_and_then(
     with console.working("answering", quiet=True) as tick:
         tick()
     assert capsys.readouterr().err == "answering: 1 token\nanswering: 2 tokens\n"
+
+
+def test_a_count_in_a_pipe_says_what_it_counts_and_where_it_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.counting(40, label="greedy") as show:
+        for done in range(0, 41, 8):
+            now += 3.0
+            show(done, "")
+    with console.counting(None) as show:  # ends before the first line is due
+        show(1, "35 tok/s")
+        now += 5.0
+        show(2, "35 tok/s")
+    expected = "greedy: 8 of 40\ngreedy: 24 of 40\ngreedy: 40 of 40\n2, 35 tok/s\n"
+    assert capsys.readouterr().err == expected

@@ -1,4 +1,4 @@
-"""Outputs, runs and evaluations that an earlier version began are known again, and gone on with.
+"""Outputs, runs and evaluations that an earlier version began are recognised and can be resumed.
 
 tests/data/made_by_863f4ab holds them, with the script that made them.
 """
@@ -34,7 +34,7 @@ Emlocal = Callable[..., Outcome]
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A copy, as if the packages that are installed here had made it."""
+    """A copy, as if the installed packages had made it."""
     folder = tmp_path / "made"
     shutil.copytree(MADE, folder)
     for path in folder.glob("*/run.json"):
@@ -70,7 +70,7 @@ def test_a_batch_goes_on(made: Path, tmp_path: Path, emlocal: Emlocal) -> None:
     ]
     other = emlocal("batch", str(made / "in.jsonl"), "-o", str(output), *flags(made), *asked, "--temp", "1")
     assert other.code == 2
-    assert "was begun with other settings: sampling.temperature: 0.5 -> 1" in other.err
+    assert "was started with other settings: sampling.temperature: 0.5 -> 1" in other.err
 
 
 @pytest.mark.parametrize(("verb", "more"), [("finetune", ("--validate",)), ("rl", ("--samples", "2"))])
@@ -82,7 +82,7 @@ def test_a_training_run_goes_on(made: Path, emlocal: Emlocal, verb: str, more: t
     asked = ("--data", data, "-o", str(out), *SMALL, *more)
     done = emlocal(verb, *flags(made), *asked, "--resume")
     assert done.code == 0, done.err
-    assert "going on after step 2" in done.err
+    assert "resuming after step 2" in done.err
     assert "warning" not in done.err
     assert [row["step"] for row in metrics(out)] == [row["step"] for row in rows]
     for name, pair in read_adapter(out).pairs.items():  # the last bits are those of one processor

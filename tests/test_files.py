@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is no file."""
+"""Files that are written whole or not at all, and paths that are not files."""
 
 import os
 import stat

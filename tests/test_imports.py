@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("__init__",),
-    ("api", "chat", "diagnosis", "measure", "plotting"),
+    ("api", "chat", "diagnosis", "measure", "plotting", "remote", "serve"),
     ("evaluation", "training"),
     ("batch",),
     ("loading",),
@@ -36,23 +36,29 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("identity",),
     ("settings",),
     ("answers", "em"),
-    ("console", "machine", "sandbox"),
+    ("console", "machine", "questions", "sandbox"),
     ("models",),
     ("cancel", "files"),
     ("text",),
     ("backends/__init__", "settings/table"),
     ("errors",),
 )
-"""The rooms: packages and modules of emlocal. Each may import those of the layers below its own. Two parts
-are lower than the rest of their rooms: the table of engines' names, and what a setting is."""
+"""Rooms (packages and modules of emlocal) in layers; each may import those of the layers below its own.
+
+Two parts are lower than the rest of their rooms: the table of engines' names, and the definition of a
+setting.
+"""
 UPWARD = {("models", "identity")}
-"""But for this: identity.py has all names and digests that files hold, those of models too."""
+"""The exception: identity.py has all names and digests in files, including those of models."""
 PRINT = {"chat", "cli", "console", "plotting", "rendering"}
-"""The rooms that may print, or make what is printed. Others return, raise, or call what they were given."""
+"""Rooms that may print, or make text that is printed.
+
+Others return, raise, or call a function they were given.
+"""
 
 
 def modules_after(code: str) -> set[str]:
-    """What a fresh interpreter has loaded after this code: top-level names, and modules of emlocal."""
+    """Returns what a fresh interpreter loads for this code: top-level names, and modules of emlocal."""
     report = "import sys\nprint('\\n'.join(sys.modules), file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, timeout=60, check=True
@@ -110,7 +116,7 @@ def test_em_imports_numpy_alone() -> None:
 
 
 def imports(path: Path, *, at_load: bool = False) -> Iterator[tuple[str, int]]:
-    """(module, line) of each import statement in a file; `at_load`: of those only that run when it loads."""
+    """Yields (module, line) of each import statement in a file; `at_load`: only those that run on loading."""
     todo: list[ast.AST] = [ast.parse(path.read_text())]
     while todo:
         node = todo.pop()
@@ -125,7 +131,7 @@ def imports(path: Path, *, at_load: bool = False) -> Iterator[tuple[str, int]]:
 
 
 def runs_later(node: ast.AST) -> bool:
-    """Whether loading a file leaves this part of it out."""
+    """Whether this part does not run when the file is loaded."""
     if isinstance(node, ast.If):
         return "TYPE_CHECKING" in ast.dump(node.test)
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -156,7 +162,10 @@ ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOUR
 
 
 def room_of(parts: Sequence[str]) -> str:
-    """The room of emlocal.<parts>; names in capitals, as emlocal.backends.ENGINES, are of the table there."""
+    """Returns the room of emlocal.<parts>.
+
+    Names in capitals, as emlocal.backends.ENGINES, belong to the table there.
+    """
     if parts[0] == "backends" and len(parts) > 1 and (parts[1].isupper() or parts[1] == "__init__"):
         return "backends/__init__"
     part = "/".join(parts[:2])
@@ -170,7 +179,7 @@ def test_every_room_has_a_place() -> None:
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """(room, line) of what a file imports of emlocal, where that is more than for its types."""
+    """Yields (room, line) of a file's imports from emlocal, apart from those for types only."""
     todo: list[ast.AST] = [ast.parse(path.read_text())]
     while todo:
         node = todo.pop()

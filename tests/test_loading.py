@@ -1,4 +1,4 @@
-"""Loading a model from Python and from the command line is one thing: adapters are checked, and read once."""
+"""Loading a model is the same from Python and the command line: adapters are checked, and read once."""
 
 import warnings
 from collections import Counter
@@ -24,7 +24,7 @@ from tests.tiny_pair import random_adapter
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often adapters were read from a folder, and written as GGUF."""
+    """Counts how often adapters were read from a folder, and written as GGUF."""
     calls: Counter[str] = Counter()
     for name in ("read_peft", "write_gguf"):
         real = vars(adapters)[name]
@@ -64,7 +64,7 @@ def test_both_doors_warn_of_another_base_model(
         write_peft(adapter, path)
     else:
         write_gguf(adapter, path, tiny_model.header)
-    said = "says that it was trained on org/Unheard-7B"
+    said = "names org/Unheard-7B as its base model"
     with (
         pytest.warns(UserWarning, match=said),
         emlocal.load(tiny_model.path, context=64, adapters=[(path, 1.0)]),

@@ -1,4 +1,4 @@
-"""How many cores an engine may use: the control groups as files."""
+"""The number of cores for an engine: control groups as files."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def write_quota(folder: Path, version: int, quota: int | None, period: int = 100
         (2, "0::/a/b", "."),
         (1, "4:cpu:/a/b", "cpu"),
         (1, "4:cpu,cpuacct:/a/b", "cpu,cpuacct"),
-        (1, "4:cpu,cpuacct:/a/b", "cpu"),  # where the one is no link to the other
+        (1, "4:cpu,cpuacct:/a/b", "cpu"),  # where one does not link to the other
         (1, "4:cpuacct,cpu:/a/b", "cpuacct,cpu"),
     ],
 )
@@ -33,11 +33,11 @@ def test_the_smallest_quota_counts(tmp_path: Path, version: int, line: str, moun
     write_quota(root / mount / "a" / "b", version, None)
     assert cpu._cgroup_quota(root, own) is None
     write_quota(root / mount / "a", version, 350_000)
-    assert cpu._cgroup_quota(root, own) == 3  # half a core is not a thread's worth
+    assert cpu._cgroup_quota(root, own) == 3  # half a core is not enough for a thread
     write_quota(root / mount, version, 50_000, 25_000)
     assert cpu._cgroup_quota(root, own) == 2
     write_quota(root / mount / "a" / "b", version, 10_000)
-    assert cpu._cgroup_quota(root, own) == 1  # but one there must be
+    assert cpu._cgroup_quota(root, own) == 1  # but at least one
 
 
 def test_in_a_container_the_path_may_be_the_hosts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How answers are laid out on a terminal."""
+"""The layout of answers on a terminal."""
 
 import io
 import itertools

@@ -1,6 +1,6 @@
-"""The tiny model as other architectures, with a byte-level BPE vocabulary as Qwen's models have one.
+"""The tiny model as other architectures, with a byte-level BPE vocabulary like that of Qwen's models.
 
-`write_tiny_architecture(path, "qwen3")` writes one that real llama.cpp loads (or "mamba").
+`write_tiny_architecture(path, "qwen3")` writes one that real llama.cpp loads; so does "mamba".
 """
 
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ ARCHITECTURES = (
 HEAD = EMBEDDING // HEADS
 EXPERTS, EXPERT_FFN = 4, 32
 Q_RANK, KV_RANK, ROTATED, PLAIN = 8, 16, 4, 8
-"""Of deepseek2: ranks of the compressed Q and KV; the rotated and the other part of a head's key."""
+"""Sizes of deepseek2: ranks of the compressed Q and KV; the rotated and the other part of a head's key."""
 CONV, STATE, INNER, STEP_RANK = 4, 16, 64, 2
-"""Of mamba."""
+"""Sizes of mamba."""
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each of the 256 bytes: itself where it can be seen, else one from 256 on."""
+    """Returns GPT-2's letter for each of the 256 bytes: itself if it is visible, else one from 256 on."""
     unseen = [b for b in range(256) if b not in PRINTABLE]
     return [chr(b) if b in PRINTABLE else chr(256 + unseen.index(b)) for b in range(256)]
 
@@ -63,7 +63,7 @@ BPE_TOKENS = [*byte_letters(), *BPE_WORDS, *_FILLERS, "<|im_start|>", "<|im_end|
 
 
 def architecture_metadata(architecture: str) -> dict[str, Value]:
-    """The tiny model's metadata, with this architecture's keys and the byte-level vocabulary."""
+    """Returns the tiny model's metadata, with this architecture's keys and the byte-level vocabulary."""
     name = general_architecture(architecture)
     metadata = {k.replace("llama.", f"{name}.", 1): v for k, v in tiny_metadata().items()}
     del metadata["tokenizer.ggml.scores"]
@@ -85,7 +85,7 @@ def architecture_metadata(architecture: str) -> dict[str, Value]:
 
 
 def general_architecture(architecture: str) -> str:
-    """Its `general.architecture`."""
+    """Returns the architecture's `general.architecture`."""
     return "llama" if architecture == "mixtral" else architecture
 
 
@@ -133,7 +133,7 @@ _NUMBERS: Mapping[str, Mapping[str, int | float]] = {
 
 
 def architecture_tensors(architecture: str, seed: int = 0) -> list[Tensor]:
-    """The tiny model's weights, with those that this architecture has besides or instead."""
+    """Returns the tiny model's weights, with this architecture's additions and replacements."""
     new = _new_tensors(architecture)
     tensors = [t for t in tiny_tensors(seed) if _kept(architecture, t.name)]
     rng = np.random.default_rng(seed + 1)
@@ -145,7 +145,7 @@ def architecture_tensors(architecture: str, seed: int = 0) -> list[Tensor]:
         tensors += [
             replace(t, name=t.name.replace("blk.0.", "blk.1.")) for t in tensors if "blk.0." in t.name
         ]
-    if architecture == "deepseek2":  # one dense layer, and one of experts
+    if architecture == "deepseek2":  # one dense layer, and one with experts
         experts = [t for t in tensors if "exp" in t.name or "_inp" in t.name]
         both = [t for t in tensors if "attn" in t.name or "ffn_norm" in t.name]
         tensors = [t for t in tensors if t not in experts]
@@ -170,7 +170,7 @@ def _kept(architecture: str, name: str) -> bool:
 
 
 def _new_tensors(architecture: str) -> dict[str, tuple[int, ...]]:
-    """Of one layer: shapes in GGUF order."""
+    """Returns the extra tensors of one layer: shapes in GGUF order."""
     kv = HEAD * HEADS_KV
     norms = {"attn_q_norm.weight": (HEAD,), "attn_k_norm.weight": (HEAD,)}
     after = {"post_attention_norm.weight": (EMBEDDING,), "post_ffw_norm.weight": (EMBEDDING,)}

@@ -1,8 +1,8 @@
-"""A complete llama-architecture model of 80 kB that real llama.cpp loads, and the means to break it.
+"""A complete llama-architecture model of 80 kB that real llama.cpp loads, and ways to break it.
 
 `write_tiny_gguf(path)` writes a valid one: one layer, 32 wide, a SentencePiece vocabulary with all 256 byte
 tokens (so any text encodes) and a ChatML template. The weights are random from `seed`. The builder is written
-by hand, not taken from the `gguf` package, because tests need to write values that no honest writer would.
+by hand, not taken from the `gguf` package, because tests need values that no honest writer would write.
 """
 
 import struct
@@ -51,7 +51,7 @@ EMBEDDING, HEADS, HEADS_KV, FFN = 32, 4, 2, 64
 
 @dataclass
 class Tensor:
-    """One tensor as it is to be written; `offset` None means where an honest writer would put it."""
+    """One tensor to be written; an `offset` of None means the place where an honest writer would put it."""
 
     name: str
     shape: tuple[int, ...]  # GGUF order: shape[0] is the row length
@@ -107,7 +107,10 @@ def ints(values: Sequence[int]) -> Value:
 
 
 def adapter_metadata(**changes: Value | None) -> dict[str, Value]:
-    """The metadata of a LoRA adapter for the tiny model. `general__type=None` leaves `general.type` out."""
+    """Returns metadata of a LoRA adapter for the tiny model.
+
+    `general__type=None` leaves `general.type` out.
+    """
     values: dict[str, Value | None] = {
         "general.type": text("adapter"),
         "general.architecture": text("llama"),
@@ -119,7 +122,7 @@ def adapter_metadata(**changes: Value | None) -> dict[str, Value]:
 
 
 def tiny_metadata() -> dict[str, Value]:
-    """The metadata of the tiny model, ready to be changed."""
+    """Returns metadata of the tiny model, for changes."""
     return {
         "general.architecture": text("llama"),
         "general.name": text("Tiny"),
@@ -149,7 +152,7 @@ def tiny_metadata() -> dict[str, Value]:
 
 
 def tiny_tensors(seed: int = 0) -> list[Tensor]:
-    """The weights of the tiny model: random matrices, norms of one."""
+    """Returns weights of the tiny model: random matrices, norms of one."""
     rng = np.random.default_rng(seed)
     kv = EMBEDDING * HEADS_KV // HEADS
 
@@ -185,7 +188,10 @@ def build(
     n_kv: int | None = None,
     n_tensors: int | None = None,
 ) -> bytes:
-    """The bytes of a GGUF file. Counts and offsets may lie; `metadata` as a sequence may repeat keys."""
+    """Returns the bytes of a GGUF file.
+
+    Counts and offsets may lie; `metadata` as a sequence may repeat keys.
+    """
     pairs = list(metadata.items()) if isinstance(metadata, Mapping) else list(metadata)
     out = bytearray(magic + struct.pack("<I", version))
     out += struct.pack(
@@ -204,7 +210,7 @@ def build(
 
 
 def tiny_gguf(*, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, **metadata: Value | None) -> bytes:
-    """The tiny model as bytes. `metadata` replaces, adds or (None) drops keys; `__` in a name is a dot."""
+    """Returns the tiny model as bytes. `metadata` replaces, adds or (None) drops keys; `__` is a dot."""
     kv = tiny_metadata()
     if chat_template is None:
         del kv["tokenizer.chat_template"]
@@ -221,7 +227,7 @@ def tiny_gguf(*, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, **met
 def write_tiny_gguf(
     path: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, **metadata: Value | None
 ) -> Path:
-    """Write the tiny model to `path` and return it; the arguments are those of `tiny_gguf`."""
+    """Writes the tiny model to `path` and returns it; the arguments are those of `tiny_gguf`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tiny_gguf(seed=seed, chat_template=chat_template, **metadata))
     return path

@@ -1,8 +1,8 @@
-"""The same small random model twice: a folder of transformers, and the GGUF file that llama.cpp runs.
+"""The same small random model twice: a transformers folder, and the GGUF file that llama.cpp runs.
 
-`write_pair(folder, "llama")` or "qwen2". The GGUF is written here from the weights, with Q's and K's rows in
-llama.cpp's order for llama, by an index list: so that the permutation in emlocal is tested against another.
-The llama model has an output matrix, the qwen2 model shares it with the embeddings.
+`write_pair(folder, "llama")` or "qwen2" writes both. The GGUF is made from the weights here, with Q's and K's
+rows in llama.cpp's order for llama, by an index list. So emlocal's permutation is tested against another one.
+The llama model has an output matrix; the qwen2 model shares it with the embeddings.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ SHAPES = {
     "mlp.up_proj": (FFN, EMBEDDING),
     "mlp.down_proj": (EMBEDDING, FFN),
 }
-"""[out, in] of a layer's matrices."""
+"""Shapes [out, in] of a layer's matrices."""
 _GGUF = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -51,7 +51,7 @@ _GGUF = {
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Where both are."""
+    """The places of both models."""
 
     folder: Path
     gguf: Path
@@ -103,7 +103,7 @@ def _tensor(name: str, w: np.ndarray, kind: str) -> Tensor | None:
 
 
 def gguf_name(name: str) -> str:
-    """GGUF's name of a parameter of transformers."""
+    """Returns GGUF's name for a parameter of transformers."""
     tops = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem, _, kind = name.rpartition(".")
     if stem in tops:
@@ -115,7 +115,7 @@ def gguf_name(name: str) -> str:
 def random_adapter(
     *, rank: int = 4, scale: float = 2.0, mixed: bool = False, layers: int = LAYERS, seed: int = 1
 ) -> Adapter:
-    """A pair for each matrix of each layer; `mixed`: of various ranks and scales."""
+    """Makes a pair for each matrix of each layer; `mixed`: with various ranks and scales."""
     rng = np.random.default_rng(seed)
     pairs = {}
     for layer in range(layers):
@@ -129,7 +129,7 @@ def random_adapter(
 
 
 def assert_same(found: Adapter, wanted: Adapter, *, exactly: bool = True) -> None:
-    """Equal pairs; not `exactly`: the same scale · B A, however it is written."""
+    """Asserts that the pairs are equal; not `exactly`: that scale · B A is, however it is written."""
     assert found.base_model == wanted.base_model
     assert found.pairs.keys() == wanted.pairs.keys()
     for name, pair in wanted.pairs.items():

@@ -1,4 +1,4 @@
-r"""Where the answer of a text is: in its last boxes, else its last number; never among its thoughts.
+r"""Finds the answer in a text: in its last boxes, otherwise its last number; never among its thoughts.
 
 Every search takes time in proportion to the text, however hostile it is.
 """
@@ -18,7 +18,7 @@ class Found:
     """An answer in a text."""
 
     text: str
-    """The answer: text[start:end], but for several boxes, whose contents stand here with commas between."""
+    """The answer: text[start:end], or the contents of several boxes, with commas between them."""
     how: Extraction
     start: int
     end: int
@@ -28,11 +28,14 @@ class Found:
 
 _OPENS = re.compile(r"<think(?:ing)?>|\[THINK\]|<\|channel\|>(?:analysis|commentary)|<\|channel>thought")
 _CLOSES = re.compile(r"</think(?:ing)?>|\[/THINK\]|<\|channel\|>final[^<\n]{0,40}<\|message\|>|<channel\|>")
-"""Of most models; Magistral; gpt-oss (harmony), whose answer is a channel of its own; Gemma 4."""
+"""Ends of thoughts: of most models; Magistral; gpt-oss (harmony); Gemma 4.
+
+gpt-oss has a channel of its own for the answer.
+"""
 
 
 def answer_start(text: str) -> int | None:
-    """Where a model's thoughts end and its answer begins; None where the thoughts have no end.
+    """Returns where a model's thoughts end and its answer begins; None if the thoughts have no end.
 
     A prompt may have opened the thoughts, so that the text only closes them.
     """
@@ -63,14 +66,14 @@ _NUMERAL = (
     r"(?: (?:hundred|thousand|million|billion|trillion)(?![A-Za-z]))?(?:\\?%)?)"
 )
 _SKIPPED = r"(?:_|\^ ?)(?>\{[^{}]{0,99}\}|\([^()]{0,99}\)|[-+−]?[0-9]+)"
-"""Exponents and indices of what is no number: x^2 has no number in it."""
+"""Exponents and indices of names: x^2 has no number in it."""
 _NUMBER = re.compile(rf"{_SKIPPED}|({_NUMERAL})")
 _GSM8K = re.compile(rf"####[ \t]*({_NUMERAL})(?![ \t]*[.):][ \t]*\w)")  # not a heading's own number
 
 
 # ---------------------------------------------------------------------------------------------------- boxes
 
-# \\. takes an escaped brace, which is none.
+# \\. matches an escaped brace, which does not count.
 _TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"[^\s$]*")
 _JUNK = (
@@ -81,7 +84,11 @@ _JOINT = re.compile(rf"{_JUNK}|([A-Za-z()'\s$\\{{}}-]*)(?:[,;]|(?<![A-Za-z])(?:a
 _CORRECTION = re.compile(
     r"\b(?:wait|no|not|but|actually|instead|rather|so|then|thus|hence|therefore|is)\b", re.I
 )
-"""What may stand between boxes that are one answer: "and", or as in "\\boxed{1} red and \\boxed{2} blue"."""
+"""Words before a box that make it a correction, not a part of one answer.
+
+`_JOINT` is the text that may stand between boxes of one answer: "and", or as in "\\boxed{1} red and
+\\boxed{2} blue".
+"""
 _LONGEST_JOINT = 60
 _MOST_BOXES = 32
 
@@ -115,7 +122,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 def _boxed(text: str, boxes: Sequence[_Box]) -> Found | None:
-    """What the last box holds, with those before it that stand with it: "\\boxed{1} and \\boxed{2}"."""
+    """Returns the content of the last box, and of those joined with it: "\\boxed{1} and \\boxed{2}"."""
     if not boxes or boxes[-1].end < 0:
         return None
     group = [boxes[-1]]
@@ -138,17 +145,18 @@ def _boxed(text: str, boxes: Sequence[_Box]) -> Found | None:
 
 
 def find(text: str, how: Extraction | None = None, pattern: str | None = None) -> Found | None:
-    """The answer of a text; None where there is none, or an empty one.
+    """Returns the answer in a text; None if there is none, or an empty one.
 
-    It is looked for in what follows the model's thoughts (`answer_start`), and is
+    It is looked for after the model's thoughts (`answer_start`). `how` is
 
-    - None, as in a text that was asked for a box: what the last box holds; without a box the last number. A
-      box that was cut off holds no answer, and no number in it is one.
-    - `boxed`: what the last \\boxed or \\fbox holds. One that is not closed was cut off, and earlier boxes do
-      not stand in for it. Boxes that a comma, "and" or "or" joins count together.
-    - `last-number`: the number of the last "#### 18", else the last number, with $ or %, its power of ten or
-      its fraction. No exponent or index counts.
-    - `regex`: the first group that took part in the pattern's last match, else that match. `none`: all of it.
+    - None, for a text that was asked for a box: the content of the last box; without a box the last number. A
+      box that was cut off has no answer, and no number in it counts.
+    - `boxed`: the content of the last \\boxed or \\fbox. One that is not closed was cut off, and earlier
+      boxes do not replace it. Boxes that a comma, "and" or "or" joins count together.
+    - `last-number`: the number of the last "#### 18", otherwise the last number, with $ or %, its power of
+      ten or its fraction. No exponent or index counts.
+    - `regex`: the first group that took part in the pattern's last match, otherwise that match. `none`: the
+      whole text.
 
     Raises UsageError for a pattern that `check_pattern` refuses.
     """
@@ -160,7 +168,7 @@ def find(text: str, how: Extraction | None = None, pattern: str | None = None) -
 
 
 def extract(text: str, how: Extraction, pattern: str | None = None) -> str | None:
-    """The text of what `find` finds."""
+    """Returns the text of the answer that `find` finds."""
     found = find(text, how, pattern)
     return found.text if found else None
 
@@ -187,14 +195,14 @@ def _find(text: str, how: Extraction | None, pattern: str | None) -> Found | Non
 
 
 def _found(text: str, answer: str, how: Extraction, start: int, end: int) -> Found | None:
-    """The answer, with its place where the spaces around it are left out."""
+    """Returns the answer, with its place without the spaces around it; None for an empty answer."""
     inside = text[start:end]
     start, end = end - len(inside.lstrip()), start + len(inside.rstrip())
     return Found(answer, how, start, end) if answer else None
 
 
 def last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
-    """The last of the matches."""
+    """Returns the last of the matches; None if there is none."""
     found = None
     for match in matches:
         found = match
@@ -202,15 +210,15 @@ def last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
 
 
 def check_pattern(how: Extraction, pattern: str | None) -> None:
-    """Raise `UsageError` unless there is a pattern exactly where one is used, and it compiles."""
+    """Raises UsageError unless a pattern is given exactly when it is used, and compiles."""
     if how != "regex":
         if pattern is not None:
-            message = f"--extract-pattern has no use with --extract {how}"
-            raise UsageError(message, "say --extract regex, or leave the pattern out")
+            message = f"--extract-pattern has no effect with --extract {how}"
+            raise UsageError(message, "use --extract regex, or leave the pattern out")
         return
     if pattern is None:
-        raise UsageError("--extract regex needs a pattern", "give one: --extract-pattern 'answer: (.+)'")
+        raise UsageError("--extract regex needs a pattern", "add one: --extract-pattern 'answer: (.+)'")
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"--extract-pattern {pattern!r} is no regular expression: {error}") from error
+        raise UsageError(f"--extract-pattern {pattern!r} is not a regular expression: {error}") from error

@@ -1,7 +1,7 @@
-"""Gold answers, and whether the answer in a text is the gold one: for rewards, validation and judges alike.
+"""Gold answers, and whether an answer equals one: the same for rewards, validation and judges.
 
-A gold answer is one by itself, `(1, 2)` and `6 \\sqrt{5}` among them, or it stands in a text: GSM8K's after
-####, Minerva's in its solution's last box.
+A gold answer stands by itself, such as `(1, 2)` or `6 \\sqrt{5}`, or in a text: GSM8K's after ####, Minerva's
+in its solution's last box.
 """
 
 import re
@@ -21,10 +21,10 @@ _FEWEST_WORDS = 3
 
 
 def gold(text: str) -> str | None:
-    """The answer that a label is, or holds; None where it is empty.
+    """Returns the answer that a label is, or contains; None if it is empty.
 
-    What follows "####" in its last line; else what the last box holds; else what "The answer is" announces;
-    of a sentence in words the last number; else all of it.
+    It is the text after "####" in its last line; otherwise the content of the last box; otherwise the text
+    that "The answer is" announces; in a sentence of words the last number; otherwise the whole label.
     """
     _, mark, end = text.rpartition("####")
     boxed = find(text, "boxed")
@@ -50,18 +50,18 @@ def _is_sentence(text: str) -> bool:
 
 
 def answer_of(text: str) -> Hashable | None:
-    """A key that texts with equivalent answers share; None where there is none (`finding.find`)."""
+    """Returns a key that texts with equivalent answers share; None without an answer (`finding.find`)."""
     found = find(text)
     return None if found is None else canonical(found.text)
 
 
 def label_of(label: str) -> Hashable | None:
-    """The same of a label (`gold`)."""
+    """Returns the same key for a label (`gold`)."""
     text = gold(label)
     return None if text is None else canonical(text)
 
 
 def is_right(text: str, label: str) -> bool:
-    """Whether the answer in a text is the label's, as far as `canonical` can tell: no algebra is done."""
+    """Returns whether a text's answer is the label's, as far as `canonical` can tell: without algebra."""
     found = answer_of(text)
     return found is not None and found == label_of(label)

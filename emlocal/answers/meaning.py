@@ -1,13 +1,14 @@
-"""Whether two answers mean the same.
+"""Equivalence of answers: whether two answers mean the same.
 
-`canonical` maps an answer to a key, and answers are equivalent when their keys are equal; so equivalence is
-transitive, and votes can be counted. What it decides where conventions differ:
+`canonical` maps an answer to a key, and answers are equivalent if their keys are equal. So equivalence is
+transitive, and votes can be counted. Where conventions differ, it decides:
 
 - A percent sign, a currency and a unit are labels: 50% = 50 (not 1/2), $18 = 18, 5 cm = 5 m = 5. The gold
-  answers of GSM8K and MATH leave them out or in at will. (Clock times keep am and pm; millions count.)
-- A list without brackets and a {set} have no order; (tuples) and [intervals) have one, and their brackets.
-- Commas part the elements within brackets, (100,200); without brackets 100,200 is one number.
-- Sums are equal in any order of their terms. No other algebra is done: \\sqrt{8} is not 2\\sqrt{2}.
+  answers of GSM8K and MATH include or omit them at will. (Clock times keep am and pm; millions count.)
+- A list without brackets and a {set} have no order; (tuples) and [intervals) have one, and keep their
+  brackets.
+- Commas separate the elements within brackets, (100,200); without brackets 100,200 is one number.
+- Sums are equal in any order of their terms. There is no other algebra: \\sqrt{8} is not 2\\sqrt{2}.
 
 Nothing is evaluated, and no integer longer than `LONGEST_NUMERAL` digits is built: longer numbers, and any
 answer longer than `LONGEST_ANSWER`, are compared as texts.
@@ -27,14 +28,14 @@ DEEPEST = 8  # brackets within brackets that are compared element by element
 
 
 def equivalent(a: str, b: str) -> bool:
-    """Whether two answers mean the same, as far as `canonical` can tell."""
+    """Returns whether two answers mean the same, as far as `canonical` can tell."""
     return canonical(a) == canonical(b)
 
 
 def majority(answers: Sequence[str | None]) -> int | None:
-    """Index of the first member of the largest class of equivalent answers; the earliest class on a tie.
+    """Returns the index of the first member of the largest class of equivalent answers.
 
-    None does not vote; without any vote the index is None.
+    On a tie, the earliest class wins. None does not vote; without any vote the index is None.
     """
     first: dict[Hashable, int] = {}
     votes: Counter[Hashable] = Counter()
@@ -47,7 +48,7 @@ def majority(answers: Sequence[str | None]) -> int | None:
 
 
 def canonical(answer: str) -> Hashable:
-    """A key that equivalent answers share."""
+    """Returns a key that equivalent answers share."""
     text = " ".join(answer.split())
     if len(text) > LONGEST_ANSWER:
         return "text", text
@@ -61,7 +62,7 @@ _POWER = re.compile(rf"([-+]?) ?(?:{_DEC} ?\* ?)?10\^([-+]?[0-9]+)")
 _RATIONAL = re.compile(rf"([-+]?) ?(?:([0-9]+) )?{_DEC}(?:[eE]([-+]?[0-9]+))?(?: ?/ ?([-+]?){_DEC})?")
 _TWICE_NEGATIVE = re.compile(r"^- ?- ?")
 _COMMA = re.compile(r",")
-_LIST_COMMA = re.compile(  # or a number with commas in it, to be stepped over
+_LIST_COMMA = re.compile(  # or a number with commas in it, which is skipped
     r"(?<![0-9.])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|,"
 )
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
@@ -73,7 +74,7 @@ _WORDS = re.compile(r"[A-Za-z]|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
 
 
 def _whole(text: str, depth: int) -> Hashable:
-    """The key of an answer that may be a list, and may say what it is the value of (`x = 5`)."""
+    """Returns the key of an answer that may be a list, and may have a name (`x = 5`)."""
     elements = _both_signs(_unnamed(list(_parts(text, _LIST_COMMA))))
     if len(elements) == 1:
         return _element(elements[0], depth)
@@ -93,7 +94,7 @@ def _element(text: str, depth: int) -> Hashable:
             return _bracketed(opening[0], inside, text[-1], depth + 1)
     number = _number(text)
     if number is None:
-        number = _number(without_unit(text))  # of an element: 3 m, 4 m
+        number = _number(without_unit(text))  # a unit within an element: 3 m, 4 m
     if number is not None:
         return "number", number
     if _WORDS.fullmatch(text):
@@ -114,7 +115,7 @@ def _bracketed(opening: str, inside: str, closing: str, depth: int) -> Hashable:
 
 
 def _expression(text: str) -> Hashable:
-    """Its terms without their order; an equation or inequality as it stands."""
+    """Returns the key of an expression: its terms without order; an equation or inequality unchanged."""
     text = re.sub(r" ?\* ?", "*", text)
     text = re.sub(r"(?<![0-9])[ *]+|[ *]+(?![0-9])", "", text)  # those between digits stay
     if _RELATION.search(text):
@@ -126,7 +127,7 @@ def _expression(text: str) -> Hashable:
 
 
 def _number(text: str) -> Fraction | None:
-    """The rational that the text writes, None where it writes none or one too long to build."""
+    """Returns the rational number that the text writes; None if it is not one, or too long to build."""
     if len(text) > LONGEST_NUMERAL:
         return None
     text = _TWICE_NEGATIVE.sub("", text)
@@ -144,7 +145,7 @@ def _number(text: str) -> Fraction | None:
         if not divisor:
             return None
         value /= divisor
-    if whole is not None:  # a mixed number; `2 3` and `2 7/3` are none
+    if whole is not None:  # a mixed number; `2 3` and `2 7/3` are not
         if under is None or not 0 <= value < 1:
             return None
         value += int(whole)
@@ -163,7 +164,7 @@ def _unordered(keys: Iterable[Hashable]) -> Hashable:
 
 
 def _unnamed(parts: list[str]) -> list[str]:
-    """Without the one name that the values are given to: `x = 1, x = 2` is `1, 2`; `x = 1, y = 2` stays."""
+    """Removes the one name that the values have: `x = 1, x = 2` is `1, 2`; `x = 1, y = 2` stays."""
     parts = [part.strip() for part in parts]
     named = [_NAME.match(part) for part in parts]
     if named[0] is None or len({name[1] for name in named if name}) > 1:
@@ -172,13 +173,16 @@ def _unnamed(parts: list[str]) -> list[str]:
 
 
 def _both_signs(parts: list[str]) -> list[str]:
-    """`1 \\pm x` as `1 + x` and `1 - x`; a set or tuple of such is left to its own elements."""
+    """Replaces `1 \\pm x` by `1 + x` and `1 - x`; sets and tuples handle their own elements."""
     signs = [("+", "-") if _PLUS_MINUS.match(part) else (r"\pm",) for part in parts]
     return [part.replace(r"\pm", sign) for part, both in zip(parts, signs, strict=True) for sign in both]
 
 
 def _parts(text: str, separator: re.Pattern[str]) -> Iterator[str]:
-    """The text between separators that no bracket holds; a match of `separator` with digits is none."""
+    """Yields the text between separators outside brackets.
+
+    A match of `separator` that begins with a digit does not count.
+    """
     start = 0
     for found in _outside(text, separator):
         if not found[0][0].isdigit():
@@ -188,7 +192,7 @@ def _parts(text: str, separator: re.Pattern[str]) -> Iterator[str]:
 
 
 def _outside(text: str, token: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """The token's matches outside all brackets; `(0, 1]` closes as well as `(0, 1)`."""
+    """Yields the token's matches outside all brackets; `(0, 1]` closes as well as `(0, 1)`."""
     depth = 0
     for found in re.finditer(rf"[(\[⟦]|[)\]⟧]|{token.pattern}", text):
         if found[0] in ("(", "[", "⟦"):

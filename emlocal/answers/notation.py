@@ -1,6 +1,6 @@
-"""One notation for answers written in LaTeX, in plain text or in Unicode, for `answers` to compare.
+"""One notation for answers written in LaTeX, in plain text or in Unicode, so that `meaning` can compare them.
 
-`\\frac{\\sqrt 3}{2}\\text{ cm}`, `√3/2` and `sqrt(3)/2` all become `sqrt(3)/2`; sets are written ⟦1, 2⟧, a
+`\\frac{\\sqrt 3}{2}\\text{ cm}`, `√3/2` and `sqrt(3)/2` all become `sqrt(3)/2`. Sets are written ⟦1, 2⟧, a
 matrix `\\matrix(1&2;3&4)`. These are rewritings of text, each linear or bounded by the answer's length, which
 the caller bounds; nothing is evaluated.
 """
@@ -8,7 +8,7 @@ the caller bounds; nothing is evaluated.
 import re
 from unicodedata import normalize
 
-DEEPEST_GROUPS = 16  # braces within braces that are undone
+DEEPEST_GROUPS = 16  # braces within braces that are removed
 
 _NAMES = """
     α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu µ mu ν nu ξ xi
@@ -71,8 +71,10 @@ _UNDO = _compiled(
 
 
 def latex(text: str) -> str:
-    """The answer in LaTeX's names for Unicode's symbols, and without colours, currency and units: `5√2 m` is
-    `5\\sqrt{2}`, `x²` is `x^{2}`."""
+    """Returns the answer with LaTeX's names for Unicode's symbols, without colours, currency and units.
+
+    `5√2 m` is `5\\sqrt{2}`, `x²` is `x^{2}`.
+    """
     text = _SYMBOLS.sub(_symbol, text).translate(_UNICODE)
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
@@ -94,7 +96,10 @@ def _symbol(match: re.Match[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """The answer without LaTeX's spacing, styles, units and braces: `\\frac{\\sqrt 3}{2}` is `sqrt(3)/2`."""
+    """Returns the answer without LaTeX's spacing, styles, units and braces.
+
+    `\\frac{\\sqrt 3}{2}` is `sqrt(3)/2`.
+    """
     longest = 2 * len(text) + 100
     text = latex(text)
     for pattern, replacement in _UNDO:
@@ -121,7 +126,7 @@ _LAST_WORDS = re.compile(
     r"((?:[A-Za-z]{3,}|[ckm]m|kg|mg|ml|ft|in|lb|hr|oz|sq|cu|of|to|am|pm)"
     r"(?:[. -]+[A-Za-z]{2,}| ?/ ?[A-Za-z]+|\^[23])*\.?)(?=[$.]*$)"
 )
-_LONG_UNIT = (  # that no product of letters is mistaken for
+_LONG_UNIT = (  # units that cannot be a product of letters
     r"(?:(?:\\mu |[pnmcdhkMGT])(?:[mgsLlJNWVACFKB]|Pa|Hz|eV|cal|mol|bar|Wh|Ah)"
     r"|Pa|Hz|eV|mol|cal|bar|atm|Wh|Ah|Nm|min|hrs?|sec|mi|yd|ft|in|lbs?|oz|pt|qt|gal|ha|mph|kph|rpm|psi)(?![A-Za-z])"
 )
@@ -149,7 +154,7 @@ _MEANT = {"am", "pm", "mod", "base", "choose", "plus", "minus", "times", "sqrt",
 
 
 def _without_text(text: str) -> str:
-    """Drop a \\text{unit} at the end; one that means something loses its braces."""
+    """Drops a \\text{unit} at the end; a text with a meaning of its own loses its braces only."""
     if last := _LAST_TEXT.search(text):
         words = _TEXT.sub(r"\1", last[1])
         meant = _MEANT.union(_SCALES).intersection(re.findall("[a-z]+", words.lower()))
@@ -161,7 +166,7 @@ def _without_text(text: str) -> str:
 
 
 def without_unit(text: str) -> str:
-    """Drop words and units after a number, unless they count (`5 million`) or mean something (`5 pm`)."""
+    """Drops words and units after a number, unless they count (`5 million`) or mean something (`5 pm`)."""
     text = " ".join(text.split())
     for pattern in (_LAST_UNIT, _LAST_WORDS):
         last = pattern.search(text)
@@ -184,7 +189,7 @@ _REPEATING = re.compile(
 
 
 def _repeated(match: re.Match[str]) -> str:
-    """4.\\overline{6} as 14/3."""
+    """Returns 4.\\overline{6} as 14/3."""
     whole, once, again = match[1] or "0", match[2], match[3] or match[4]
     over = int(whole + once + again) - int(whole + once)
     return f"{over}/{'9' * len(again)}{'0' * len(once)}"
@@ -200,7 +205,7 @@ def _inside(group: str) -> str:
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """a/b, with the parentheses that the braces stood for, and apart from what is multiplied with it."""
+    """Returns a/b, with parentheses for the braces if needed, separated from its factors."""
     over, under = _inside(match[1]), _inside(match[2])
     over = over if _PRODUCT.fullmatch(over) else f"({over})"
     under = under if _SINGLE.fullmatch(under) else f"({under})"
@@ -216,7 +221,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _group(match: re.Match[str]) -> str:
-    """Braces that are left: a single thing needs none, commas make a set, else they are parentheses."""
+    """Removes remaining braces: a single thing needs none, commas make a set, else they are parentheses."""
     inside = _inside(match[0])
     if not inside or _SINGLE.fullmatch(inside):
         return inside

@@ -1,4 +1,4 @@
-"""The program in a model's text: in its fences wherever they stand, among prose, after the thoughts."""
+"""Finds the program in a model's text: in its fences wherever they stand, in prose, after the thoughts."""
 
 import ast
 import re
@@ -10,22 +10,23 @@ from emlocal.answers.finding import answer_start, last
 
 _FENCE = re.compile(r"(?:```+|~~~+)([^\n`~]*)|\[(/?)PYTHON\]", re.IGNORECASE)
 PYTHON = ("", "python", "python3", "py", "py3")
-"""What the fence of a Python block may say, in lower case."""
+"""The languages that the fence of a Python block may name, in lower case."""
 _ANY = re.compile(r"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+\w", re.MULTILINE)
 _MOST_FENCES = 64
 _TRIES = 64
 _LINES_BEFORE = 200
-"""Bounds on how often is compiled, for hostile texts."""
+"""Bounds on the number of compilations, for hostile texts."""
 _GIVES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def code_of(text: str, definition: str | None = None) -> str | None:
-    """The program in a model's text that has this definition ("def f", "class Solution").
+    """Returns the program in a model's text that has this definition ("def f", "class Solution").
 
-    The last block of code that has it and compiles, with what earlier blocks import and define; without such
-    a block the longest part of the text that compiles; else the last block that has it, or the text, which
-    is then no right program. A block that is not closed was cut off, but may hold a whole function; one in a
-    list is indented. None where nothing has the definition.
+    It is the last block of code that has the definition and compiles, with the imports and definitions of
+    earlier blocks. Without such a block it is the longest part of the text that compiles. Otherwise it is the
+    last block that has the definition, or the text, which is then not a right program. A block that is not
+    closed was cut off, but may contain a whole function; a block in a list is indented. None if nothing has
+    the definition.
 
     Args:
         definition: None: any function or class, in the longest block that has one.
@@ -48,7 +49,7 @@ def code_of(text: str, definition: str | None = None) -> str | None:
 
 
 def last_block(text: str) -> tuple[int, int] | None:
-    """Where the last block of code stands that is not empty, without its fences; one may be unclosed."""
+    """Returns where the last block of code is that is not empty, without its fences; one may be unclosed."""
     fences = list(_FENCE.finditer(text))
     spans = [
         (fence.end() + 1, fences[i + 1].start() if i + 1 < len(fences) else len(text))
@@ -67,11 +68,13 @@ def _wanted(definition: str | None) -> re.Pattern[str]:
 
 
 def _blocks(text: str, wanted: re.Pattern[str] | None) -> Iterator[str]:
-    """What stands in fences, the last first. A block ends with the nearest fence with which it compiles:
-    fences stand in docstrings too.
+    """Yields the blocks in fences, the last first.
+
+    A block ends with the nearest fence with which it compiles, because docstrings contain fences too.
 
     Args:
-        wanted: what a block must have for further fences to be tried; None: only the nearest is.
+        wanted: a pattern that a block must have before further fences are tried; None: only the nearest is
+            tried.
     """
     fences = list(_FENCE.finditer(text))[-_MOST_FENCES:]
     tries = _TRIES
@@ -96,17 +99,17 @@ def _starts_block(text: str, fence: re.Match[str]) -> bool:
 
 
 def parsed_code(code: str) -> ast.Module | None:
-    """A program of a model or a person; None where it does not compile."""
+    """Returns the parsed program of a model or a person; None if it does not compile."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes such as "\d"
+            warnings.simplefilter("ignore")  # about escapes such as "\d"
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
 def _with_earlier(text: str, block: str, wanted: re.Pattern[str]) -> str:
-    """A block after what the blocks before it import and define."""
+    """Returns a block after the imports and definitions of the blocks before it."""
     earlier: list[str] = []
     for other in _blocks(text, None):
         parsed = None if other == block or wanted.search(other) else parsed_code(other)
@@ -116,8 +119,9 @@ def _with_earlier(text: str, block: str, wanted: re.Pattern[str]) -> str:
 
 
 def _longest(text: str, wanted: re.Pattern[str]) -> str | None:
-    """The longest part, in lines, that compiles around the last definition, with what is imported, defined
-    and assigned before it.
+    """Returns the longest part, in lines, that compiles around the last definition.
+
+    It includes the imports, definitions and assignments before the definition.
     """
     found = last(wanted.finditer(text))
     if found is None:
@@ -145,7 +149,7 @@ def _longest(text: str, wanted: re.Pattern[str]) -> str | None:
 
 
 def _compiling(lines: list[str]) -> str | None:
-    """The lines from the first that compile, up to where prose begins."""
+    """Returns the lines from the first that compile, up to where prose begins."""
     for _ in range(_TRIES):
         code = "\n".join(lines)
         fault = _fault(code)
@@ -160,7 +164,7 @@ def _compiling(lines: list[str]) -> str | None:
 
 
 def _given(code: str) -> list[str]:
-    """What a text before a function imports, defines and assigns; nothing of one that does not compile."""
+    """Returns the imports, definitions and assignments in a text; none if it does not compile."""
     parsed = parsed_code(textwrap.dedent(code))
     if parsed is None:
         return []
@@ -168,14 +172,17 @@ def _given(code: str) -> list[str]:
 
 
 def _is_prose(statement: ast.stmt) -> bool:
-    """A line of words that is Python by chance, `Explanation`, and would fail when it runs."""
+    """Returns whether a statement is a line of words that is Python by chance (`Explanation`).
+
+    Such a line would fail when it runs.
+    """
     return isinstance(statement, ast.Expr) and not isinstance(
         statement.value, ast.Call | ast.Constant | ast.Await
     )
 
 
 def _fault(code: str) -> int | None:
-    """The line, from 1, at which code does not compile; None where it does."""
+    """Returns the line, from 1, at which code does not compile; None if it compiles."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,10 +1,10 @@
-"""The engines, a folder each. A new one is a folder and a line in this table (docs/extending.md)."""
+"""The engines, one folder each. To add one, add a folder and a line in this table (docs/extending.md)."""
 
 FOLDERS = {
     "mlx": "mlx",
     "torch": "torch",
     "llama.cpp": "llama_cpp",
 }
-"""Name → folder. Where nobody says, the first that suits machine and model runs; the last always suits."""
+"""Engine name → folder. By default, the first that suits machine and model runs; the last suits always."""
 ENGINES = tuple(sorted(FOLDERS))
-"""Their names."""
+"""The names of the engines."""

@@ -1,8 +1,8 @@
-"""What an engine must do: token ids in, token ids and their statistics out.
+"""The contract of an engine: token ids in, token ids and their statistics out.
 
 An engine knows nothing of text files, chat or JSON. It holds *sequences*: runs of tokens whose attention
-state it keeps, so that a common prefix is computed once. One contract, one test-suite for all engines
-(tests/backends/test_contract.py).
+state it keeps, so that a common prefix is computed once. All engines keep one contract and pass one test
+suite (tests/backends/test_contract.py).
 
 `Backend` is the contract. `Recomputing` is the shortest way to keep it (docs/extending.md begins with it).
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from emlocal.backends.engine import LoadOptions as LoadOptions
 from emlocal.backends.engine import context_length
 from emlocal.errors import BackendError, CancelledError, ContextFullError, UsageError
-from emlocal.sampling import Draw, Sampler, SamplingParams
+from emlocal.sampling import Draw, Mask, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from emlocal.models.header import ModelHeader
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the model says of itself."""
+    """The facts that the model gives about itself."""
 
     name: str
     architecture: str
@@ -35,6 +35,8 @@ class ModelInfo:
     end_tokens: Set[int]
     """Every token that ends a generation."""
     chat_template: str | None = None
+    tool_template: str | None = None
+    """The one for conversations with tools, where the model has one of its own."""
     bos: str = ""
     eos: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class ModelInfo:
 
     @classmethod
     def of_folder(cls, header: "ModelHeader", tokenizer: "Tokenizer", name: str = "") -> Self:
-        """Of a model that is a Hugging Face folder; `name`: what people call it."""
+        """Returns the facts about a model in a Hugging Face folder. `name`: what people call it."""
         return cls(
             name=name or header.name,
             architecture=header.architecture,
@@ -50,6 +52,7 @@ class ModelInfo:
             trained_context=header.context_length,
             end_tokens=tokenizer.end_tokens,
             chat_template=tokenizer.chat_template,
+            tool_template=tokenizer.tool_template,
             bos=tokenizer.bos,
             eos=tokenizer.eos,
             sampling=header.sampling,
@@ -62,7 +65,7 @@ class Feed(NamedTuple):
     sequence: int
     tokens: Sequence[int]
     wanted: bool = True
-    """Whether the logits after the last token will be asked for; not to compute them is cheaper."""
+    """Whether the logits after the last token are needed; a feed without them is cheaper."""
 
 
 class Row(NamedTuple):
@@ -74,13 +77,18 @@ class Row(NamedTuple):
     """Uniform in [0, 1)."""
     seen: Sequence[int] = ()
     """Tokens so far, for the penalties."""
+    legal: Mask | None = None
+    """The tokens that may be drawn; None: all."""
 
 
 def check_feeds(feeds: Sequence[Feed], vocabulary: int) -> None:
-    """Raise ValueError for what a caller may not ask of `Backend.forward`: nothing at all, a feed without
-    tokens, a sequence twice, a token outside 0 … vocabulary - 1 (which would end a process on CUDA)."""
+    """Raises ValueError for feeds that `Backend.forward` does not allow.
+
+    These are no feeds at all, a feed without tokens, a sequence twice, or a token outside 0 … vocabulary - 1
+    (which would end a process on CUDA).
+    """
     if not feeds or len({feed.sequence for feed in feeds}) < len(feeds):
-        raise ValueError("a call feeds at least one sequence, and each once")
+        raise ValueError("a call must feed at least one sequence, and each only once")
     for feed in feeds:
         if not len(feed.tokens):
             raise ValueError(f"sequence {feed.sequence} is fed no tokens")
@@ -90,7 +98,7 @@ def check_feeds(feeds: Sequence[Feed], vocabulary: int) -> None:
 
 
 def free_sequence(held: Container[int], most: int) -> int:
-    """The smallest number below `most` that is not held. Raises BackendError when all are."""
+    """Returns the smallest number below `most` that is not held. Raises BackendError if all are."""
     for sequence in range(most):
         if sequence not in held:
             return sequence
@@ -103,91 +111,98 @@ class Backend(ABC):
     name: ClassVar[str]
     info: ModelInfo
     context: int
-    """The most tokens of a sequence; all together hold no more where they share their room."""
+    """The most tokens of a sequence; sequences that share their room hold no more in all."""
     max_sequences: int
 
     @abstractmethod
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids. `add_special`: with the model's BOS and the like; `parse_special`: read "<|im_end|>"
-        and its kind as the tokens that they name."""
+        """Returns the token ids of a text.
+
+        `add_special`: with the model's BOS and the like. `parse_special`: read "<|im_end|>" and its kind as
+        the tokens that they name.
+        """
 
     def least_tokens(self, text: str) -> int:
-        """As many tokens `encode` gives at least, known without tokenizing; 0 where nothing is certain."""
+        """Returns a lower bound of the tokens of a text, without tokenizing it; 0 if nothing is certain."""
         return 0
 
     @abstractmethod
     def control_texts(self) -> Sequence[str]:
-        """The texts that `encode` reads as control tokens, if it is asked to parse special ones."""
+        """Returns the texts that `encode` reads as control tokens with `parse_special`."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, possibly a part of a character; empty for control tokens."""
+        """Returns the UTF-8 bytes of a token, which may be a part of a character; none for control tokens."""
 
     @abstractmethod
     def open(self) -> int:
-        """A new, empty sequence. Raises BackendError when `max_sequences` are open."""
+        """Returns a new, empty sequence. Raises BackendError if `max_sequences` are open."""
 
     @abstractmethod
     def release(self, sequence: int) -> None:
-        """Forget a sequence."""
+        """Releases a sequence and its memory."""
 
     @abstractmethod
     def length(self, sequence: int) -> int:
-        """Tokens held."""
+        """Returns the number of tokens that a sequence holds."""
 
     @abstractmethod
     def fork(self, sequence: int) -> int:
-        """A new sequence with the same tokens, sharing their memory where the engine can."""
+        """Returns a new sequence with the same tokens, sharing their memory if the engine can."""
 
     @abstractmethod
     def trim(self, sequence: int, length: int) -> int:
-        """Forget all but the first `length` tokens. Returns how many are kept: fewer, where the engine
-        cannot cut there (recurrent models keep 0)."""
+        """Removes all but the first `length` tokens of a sequence, and returns how many it kept.
+
+        It keeps fewer if the engine cannot cut there (recurrent models keep 0).
+        """
 
     @abstractmethod
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Append tokens to sequences: prompts of any length and single steps in one call.
+        """Appends tokens to sequences: prompts of any length and single steps in one call.
 
-        Afterwards `sample` and `logits` know the row of the last token of each sequence whose feed wanted
-        it, until the next call.
+        Afterwards, until the next call, `sample` and `logits` know the row after the last token of each
+        sequence whose feed wanted it.
 
         Raises:
             ValueError: see `check_feeds`.
             ContextFullError: the tokens do not fit beside those held.
             CancelledError: `cancelled()` became true; nothing was appended.
 
-        After an error the sequences are as before the call, or empty where the engine cannot go back.
+        After an error the sequences are as before the call, or empty if the engine cannot go back.
         """
 
     @abstractmethod
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        """Draw a token for each row, of which there may be none. A sequence may be named by several rows."""
+        """Draws a token for each row. There may be no rows, and several rows may name one sequence."""
 
     @abstractmethod
     def logits(self, sequence: int) -> NDArray[np.float32]:
-        """A copy of the raw logits after the last token fed, float32 [V]."""
+        """Returns a copy of the raw logits after the last token fed, float32 [V]."""
 
     @abstractmethod
     def describe(self) -> str:
-        """How it runs, for people: "context 8,192 tokens, 4 threads"."""
+        """Returns how the model runs, for people: "context 8,192 tokens, 4 threads"."""
 
     @property
     @abstractmethod
     def arithmetic(self) -> str:
-        """Device and number format of its sums: "cpu, bfloat16". Where it differs, so do the last bits, and
-        answers with them."""
+        """Device and number format of the engine's sums: "cpu, bfloat16".
+
+        If they differ, the last bits differ, and therefore answers can differ.
+        """
 
     @abstractmethod
     def memory_bytes(self) -> int:
-        """Bytes that the model, its sequences' states and its buffers take, as far as the engine knows."""
+        """Returns the bytes of model, sequences' states and buffers, as far as the engine knows."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free the model. Nothing else may be called afterwards."""
+        """Frees the model. No other method may be called afterwards."""
 
 
 class Tokenizer(Protocol):
-    """What an engine needs of a tokenizer; `emlocal.models.tokenizer.Tokenizer` is one."""
+    """The tokenizer that an engine needs; `emlocal.models.tokenizer.Tokenizer` is one."""
 
     @property
     def end_tokens(self) -> Set[int]: ...
@@ -197,6 +212,8 @@ class Tokenizer(Protocol):
     def eos(self) -> str: ...
     @property
     def chat_template(self) -> str | None: ...
+    @property
+    def tool_template(self) -> str | None: ...
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
     def least_tokens(self, text: str) -> int: ...
     def control_texts(self) -> Sequence[str]: ...
@@ -204,7 +221,7 @@ class Tokenizer(Protocol):
 
 
 class Tokenizing(Backend):
-    """An engine that has its tokenizer beside it."""
+    """An engine with a separate tokenizer."""
 
     _tokenizer: Tokenizer
 
@@ -224,13 +241,13 @@ class Tokenizing(Backend):
 class Recomputing(Tokenizing):
     """An engine without attention state: a sequence is its tokens, and each row is computed from all of them.
 
-    A subclass says what the logits are, and how much memory it takes. Rows are sampled on the host.
+    A subclass computes the logits, and tells how much memory it takes. Rows are sampled on the host.
     """
 
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> None:
-        """Raises UsageError for adapters, which it does not know, and for more context than the model has."""
+        """Sets up the engine. Raises UsageError for adapters, and for more context than the model has."""
         if options.adapters:
-            raise UsageError(f"the {self.name} engine takes no adapters", "use another --backend")
+            raise UsageError(f"the {self.name} engine does not support adapters", "use another --backend")
         self.info = info
         self.context = context_length(options.context, info.trained_context)
         self.max_sequences = options.sequences
@@ -241,7 +258,7 @@ class Recomputing(Tokenizing):
 
     @abstractmethod
     def row(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """The raw logits after these tokens, float32 [V]."""
+        """Returns the raw logits after these tokens, float32 [V]."""
 
     def open(self) -> int:
         sequence = free_sequence(self._held, self.max_sequences)
@@ -278,18 +295,18 @@ class Recomputing(Tokenizing):
         self._rows = rows
 
     def _check_room(self, feeds: Sequence[Feed]) -> None:
-        """Raise ContextFullError where the feeds do not fit."""
+        """Raises ContextFullError if the feeds do not fit."""
         for feed in feeds:
             held = len(self._held[feed.sequence])
             if held + len(feed.tokens) > self.context:
                 raise ContextFullError(
                     f"{len(feed.tokens):,} more tokens cannot be added: the sequence holds {held:,} of"
                     f" {self.context:,}",
-                    "give a larger --context",
+                    "set a larger --context",
                 )
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
+        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen, r.legal) for r in rows]
 
     def logits(self, sequence: int) -> NDArray[np.float32]:
         return self._rows[sequence].copy()

@@ -1,12 +1,12 @@
-"""Sampling where the logits lie: the half that torch and mlx share, which runs on the host.
+"""Sampling on the device of the logits: the half that torch and mlx share, which runs on the host.
 
-It puts rows of like settings into blocks, gives their settings out as columns, and reads the table of draws
-that comes back. A block always has the same shape, filled up with copies if need be: kernels choose their
-order of summation by the shape, and so a row's outcome does not depend, in any bit, on the rows beside it.
-It also bounds the memory.
+It groups rows of like settings into blocks, turns their settings into columns, and reads the table of draws
+that comes back. A block always has the same shape, and is filled up with copies if need be. Kernels choose
+their order of summation by the shape, so no bit of a row's result depends on the rows beside it. Blocks also
+bound the memory.
 
-What stays twice is the arithmetic on the device's arrays (`sampler` of each engine): torch
-computes in float64; mlx, which has none on GPUs, sums 64-bit integers and compiles a block as one function.
+The arithmetic on the device's arrays exists twice (`sampler` of each engine): torch computes in float64. mlx
+has no float64 on GPUs; it sums 64-bit integers and compiles a block as one function.
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +20,11 @@ from emlocal.backends.base import Row
 from emlocal.em import EMStep
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.errors import LogitsError, UsageError
-from emlocal.sampling import Draw, SamplingParams
+from emlocal.sampling import Draw, Mask, SamplingParams
 from emlocal.sampling.draw import counted_tokens
 
 NAN, INFINITE, MASKED = -1, -2, -3
-"""What a kernel writes in place of the token for a row that is no distribution."""
+"""The codes that a kernel writes in place of the token if the row is not a distribution."""
 _FAULTS = {
     NAN: "the logits contain NaN",
     INFINITE: "the logits contain +inf",
@@ -33,9 +33,9 @@ _FAULTS = {
 
 
 def kernel_of(step: EMStep | None) -> str | None:
-    """Which of the devices' kernels takes an EM step: "none" where there is no step.
+    """Returns the name of the kernel that takes an EM step on a device; "none" without a step.
 
-    None where there is no kernel: such rows are drawn on the host, by the step's reference.
+    None if there is no kernel: such rows are drawn on the host, by the step's reference.
     """
     if step is None:
         return "none"
@@ -47,13 +47,16 @@ def kernel_of(step: EMStep | None) -> str | None:
 
 
 def most_steps(step: EMStep | None) -> int:
-    """For how many rounds a kernel must run."""
+    """Returns the number of rounds that a kernel must run."""
     return step.steps if type(step) is EMInf else 0
 
 
 def columns(rows: Sequence[Row]) -> NDArray[np.float64]:
-    """Settings, float64 [11, B]: temperature, its dynamic range and exponent, top-k, top-p, min-p; of the EM
-    step threshold, steps, learning rate and KL weight; and adaptive temperature's ratio."""
+    """Returns the settings of rows as columns, float64 [11, B].
+
+    They are temperature, its dynamic range and exponent, top-k, top-p, min-p; the EM step's threshold, steps,
+    learning rate and KL weight; and adaptive temperature's ratio.
+    """
     out = np.zeros((11, len(rows)))
     for i, row in enumerate(rows):
         p, step = row.params, row.params.em
@@ -66,7 +69,7 @@ def columns(rows: Sequence[Row]) -> NDArray[np.float64]:
 
 
 def penalized(rows: Sequence[Row]) -> list[tuple[int, int, float, SamplingParams]]:
-    """(row, token, times seen, settings) of every logit that penalties act on."""
+    """Returns (row, token, times seen, settings) of every logit that penalties change."""
     return [
         (i, token, float(times), row.params)
         for i, row in enumerate(rows)
@@ -75,7 +78,7 @@ def penalized(rows: Sequence[Row]) -> list[tuple[int, int, float, SamplingParams
 
 
 def biased(rows: Sequence[Row], vocabulary: int) -> list[tuple[int, int, float]]:
-    """(row, token, bias), each token of a row once. Raises UsageError for a token that is not there."""
+    """Returns (row, token, bias), each token of a row once. Raises UsageError for an unknown token."""
     total: dict[tuple[int, int], float] = {}
     for i, row in enumerate(rows):
         for token, bias in row.params.logit_bias:
@@ -87,25 +90,36 @@ def biased(rows: Sequence[Row], vocabulary: int) -> list[tuple[int, int, float]]
     return [(i, token, bias) for (i, token), bias in total.items()]
 
 
+def legal_bits(rows: Sequence[Row], vocabulary: int) -> Mask | None:
+    """Returns the rows' masks, uint8 [B, ⌈V/8⌉], all bits set for a row without one; None if none has one."""
+    if all(row.legal is None for row in rows):
+        return None
+    bits = np.full((len(rows), -(-vocabulary // 8)), 255, dtype=np.uint8)
+    for own, row in zip(bits, rows, strict=True):
+        if row.legal is not None:
+            own[:] = row.legal[: len(own)]
+    return bits
+
+
 Run = Callable[[Any, Sequence[int], Sequence[int]], Any]
 
 
 class DeviceSampler(ABC):
-    """Draws tokens from rows of one vocabulary on one device."""
+    """A sampler of tokens from rows of one vocabulary on one device."""
 
     vocabulary: int
     block: int
     """Rows of a block."""
 
     def sample(self, logits: Any, at: Sequence[int], rows: Sequence[Row]) -> list[Draw]:
-        """A token for each row.
+        """Draws a token for each row.
 
         Args:
             logits: float32 [N, V], an array of the device's, not changed.
             at: the index of each row's logits in these.
             rows: with EM steps that `kernel_of` knows.
         Raises:
-            LogitsError: a row is no distribution.
+            LogitsError: a row is not a distribution.
             UsageError: a logit bias names a token that the model does not have.
         """
         run = self._begin(logits, at, rows)
@@ -126,16 +140,19 @@ class DeviceSampler(ABC):
 
     @abstractmethod
     def _structure(self, params: SamplingParams) -> Hashable:
-        """What rows of a block have in common."""
+        """Returns a key that is the same for all rows of a block."""
 
     @abstractmethod
     def _begin(self, logits: Any, at: Sequence[int], rows: Sequence[Row]) -> Run:
-        """A function that computes one block. It takes the structure, the rows' indices, and the same filled
-        up to a whole block; it gives the fields of Draw, [block, 7], or a fault in place of the token."""
+        """Returns a function that computes one block.
+
+        It takes the structure, the rows' indices, and the same indices filled up to a whole block. It returns
+        the fields of Draw, [block, 7], with a fault in place of the token if there is one.
+        """
 
     @abstractmethod
     def _fetch(self, outcomes: Sequence[Any]) -> NDArray[Any]:
-        """All blocks' outcomes on the host, in one transfer."""
+        """Returns all blocks' results on the host, in one transfer."""
 
 
 def _draw(values: NDArray[Any]) -> Draw:

@@ -1,8 +1,9 @@
-"""What the rest of emlocal must know of an engine, which one runs and why, and how a model is to be loaded.
+"""The records of the engines, the choice of one with its reason, and the options for loading a model.
 
-Each engine has one record: `emlocal/backends/<name>/__init__.py` has it as ENGINE and imports nothing heavy.
-The command line, `doctor` and a result's provenance read the records of engines that are not installed.
-`emlocal.backends` has the table. No numpy here: a model is on its way into memory before that is imported.
+Each engine has one record, ENGINE in `emlocal/backends/<name>/__init__.py`, which imports nothing heavy. The
+command line, `doctor` and a result's provenance also read the records of engines that are not installed. The
+table of engines is in `emlocal.backends`. This module does not import numpy: loading a model begins before
+numpy is imported.
 """
 
 import importlib.util
@@ -33,38 +34,72 @@ if TYPE_CHECKING:
 KVType = Literal["f32", "f16", "q8_0", "q4_0"]
 DEFAULT_CONTEXT = 8192
 BATCH_CONTEXT = 2048
-"""Tokens of a sequence in a batch, where nobody says: each has this room to itself."""
+"""The default length of a sequence in a batch, in tokens: each sequence has this room to itself."""
 
 
 def python_warning(message: str) -> None:
-    """Say it as Python says warnings."""
+    """Issues a Python warning."""
     warnings.warn(message, UserWarning, stacklevel=2)
+
+
+SplitMode = Literal["none", "layer", "row", "tensor"]
+
+
+@dataclass(frozen=True)
+class OffloadOptions:
+    """Which layers go to GPUs, in an engine that also computes on CPUs. Default values: nobody asked."""
+
+    gpu_layers: str | None = None
+    """A number, "all", or "auto" for as many as fit. None: auto."""
+    split_mode: SplitMode | None = None
+    """How several GPUs share the layers. None: the engine's own way."""
+    main_gpu: int | None = None
+    tensor_split: tuple[float, ...] = ()
+    """The share of each GPU."""
+
+    @property
+    def layers(self) -> str:
+        """The number, "all" or "auto"."""
+        return self.gpu_layers or "auto"
+
+    @property
+    def given(self) -> bool:
+        """Whether somebody asked for anything."""
+        return self != OffloadOptions()
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a model."""
+    """Options for loading a model."""
 
     context: int | None = None
     """The most tokens of a sequence; None: the model's own length, at most `DEFAULT_CONTEXT`."""
     sequences: int = 4
     """The most sequences held at once."""
     shared: bool = True
-    """Whether they share room for `context` tokens in all. If not, each has that room to itself: that takes
-    their number times the memory, and decoding many at once is faster (docs/decisions.md). In torch and mlx
-    each has that room in any case; it is taken at once where it is not shared, else as it is needed."""
+    """Whether the sequences share room for `context` tokens in all.
+
+    If not, each sequence has that room to itself. That takes more memory, in proportion to their number, and
+    decoding many at once is faster (docs/decisions.md). In torch and mlx each sequence has that room in any
+    case; it is allocated at once if not shared, otherwise as it is needed.
+    """
     threads: int | None = None
-    """None: one per physical core. MLX chooses for itself."""
+    """Number of threads; None: one per physical core. MLX chooses for itself."""
     kv_type: KVType | None = None
-    """None: f16 in llama.cpp, the model's own in torch and mlx."""
+    """Type of keys and values; None: f16 in llama.cpp, the model's own type in torch and mlx."""
     adapters: tuple[tuple["Adapter | Path", float], ...] = ()
-    """(LoRA adapter: as it was read, or a GGUF file, a PEFT or an MLX folder; scale)."""
+    """Pairs of (LoRA adapter, scale).
+
+    The adapter was read already, or is a GGUF file, a PEFT or an MLX folder.
+    """
     warn: Callable[[str], None] = python_warning
-    """Told what the user should know while the model runs. An engine does not print."""
+    """A callback for warnings to the user while the model runs. An engine does not print."""
+    offload: OffloadOptions = OffloadOptions()
+    """Which layers go to GPUs; engines without `Engine.moved` ignore it."""
 
 
 def context_length(asked: int | None, trained: int) -> int:
-    """The tokens asked for; else the model's own length, at most `DEFAULT_CONTEXT`.
+    """Returns the tokens asked for, or by default the model's own length, at most `DEFAULT_CONTEXT`.
 
     Raises UsageError for more than the model was trained for.
     """
@@ -72,7 +107,7 @@ def context_length(asked: int | None, trained: int) -> int:
         return min(trained, DEFAULT_CONTEXT)
     if asked > trained:
         raise UsageError(
-            f"--context {asked:,} is longer than the {trained:,} tokens the model was trained for",
+            f"--context {asked:,} exceeds the {trained:,} tokens that the model was trained for",
             f"use at most --context {trained}",
         )
     return asked
@@ -82,7 +117,7 @@ Training = Literal["em-ft", "em-rl"]
 
 
 class Verdict(NamedTuple):
-    """What `emlocal doctor` says of an engine."""
+    """The result of `emlocal doctor` for an engine."""
 
     status: Literal["ok", "warn", "fail"]
     text: str
@@ -92,16 +127,16 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """How `emlocal doctor` tries an engine: in a process of its own, which may die of it."""
+    """How `emlocal doctor` tests an engine: in a process of its own, which the test may kill."""
 
     module: str
-    """To import."""
+    """The module to import."""
     info: str
-    """An expression of `module`: what it says of itself."""
+    """An expression of `module` that gives facts about the engine."""
     verdict: Callable[[Mapping[str, str]], Verdict]
-    """Of what came out: "version", "path" and "info", or "why" it could not be imported."""
+    """Returns the verdict from the test's "version", "path" and "info", or from "why" the import failed."""
     always: bool = False
-    """Whether it is quick enough to be tried wherever it is installed; else only where it is chosen."""
+    """Whether the test is quick enough to run wherever the engine is installed, not only if it is chosen."""
 
 
 class Place(Protocol):
@@ -110,12 +145,12 @@ class Place(Protocol):
     @property
     def on_cpu(self) -> bool: ...
     def describe(self) -> str:
-        """Device, number format and why: "cpu, float32 (no CUDA device)"."""
+        """Returns device, number format and reason: "cpu, float32 (no CUDA device)"."""
 
 
 @dataclass(frozen=True)
 class Opened(ABC):
-    """A model in an engine, to be trained or to answer."""
+    """A model in an engine, to train or to answer with."""
 
     model: Any
     tokenizer: Any
@@ -124,18 +159,21 @@ class Opened(ABC):
 
     @abstractmethod
     def backend(self, options: "LoadOptions") -> "Backend":
-        """The engine on this model as it is at any time; its `adapters` must be attached already."""
+        """Returns the engine on this model, which may change later; `adapters` must be attached already."""
 
     @abstractmethod
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear layer but the head by its name, in the model's order."""
+        """Returns (out, in) of each linear layer except the head, by name, in the model's order."""
 
     def entropy_learner(
         self, adapter: "Adapter", descent: "Descent", objective: "EntropyObjective", *, checkpointing: bool
     ) -> "EntropyLearner":
-        """To train this adapter on the model by EM-FT. `checkpointing`: compute activations twice rather than
-        keep them. Raises UsageError where the engine cannot."""
-        raise UsageError("this engine cannot train by EM-FT")
+        """Returns a learner that trains this adapter on the model by EM-FT.
+
+        `checkpointing`: compute activations twice instead of keeping them. Raises UsageError if the engine
+        cannot.
+        """
+        raise UsageError("this engine cannot train by EM-FT", "use --backend torch")
 
     def policy_learner(
         self,
@@ -146,12 +184,15 @@ class Opened(ABC):
         temperature: float,
         checkpointing: bool,
     ) -> "PolicyLearner":
-        """The same by EM-RL, with the temperature at which answers are drawn."""
-        raise UsageError("this engine cannot train by EM-RL")
+        """Returns a learner that trains this adapter on the model by EM-RL.
+
+        `temperature`: at which answers are drawn. Raises UsageError if the engine cannot.
+        """
+        raise UsageError("this engine cannot train by EM-RL", "use --backend torch")
 
 
 class OpenModel(Protocol):
-    """Loads the model in a folder, to be trained on so many CPU threads.
+    """A function that loads the model in a folder, to be trained with this number of CPU threads.
 
     Raises ModelError for a folder that cannot be used, UsageError for an unknown device or format.
     """
@@ -165,42 +206,50 @@ class Trainer:
 
     open: OpenModel
     methods: "tuple[Training, ...]"
-    """What it can train by."""
+    """The methods that it can train by."""
     processes: "Callable[[bool], Processes] | None" = None
-    """Those that a launcher started, where it can train with several: takes whether they compute on CPUs.
-    Raises BackendError for a package that is missing."""
+    """A function that returns the processes that a launcher started; None if it trains with one only.
+
+    It takes whether they compute on CPUs, and raises BackendError for a package that is missing.
+    """
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine. What is not said is not there: no trainer, no bare loop."""
+    """The record of one engine. A field's default means that the engine lacks the feature."""
 
     name: str
-    """As `--backend` has it."""
+    """The name for `--backend`."""
     package: str
-    """What people install, by its name on the package index."""
+    """The package that people install, by its name on the package index."""
     modules: tuple[str, ...]
-    """All that it needs, by the names that Python imports."""
+    """All modules that it needs, by the names that Python imports."""
     distributions: tuple[str, ...]
-    """What it computes with, whose versions belong beside a result."""
+    """The packages that it computes with; their versions belong beside a result."""
     formats: "tuple[Format, ...]"
-    """The models that it runs, the format it likes best first."""
+    """The formats of models that it runs, the preferred one first."""
     suits: Callable[[str | None], str | None]
-    """Why it is used by itself, for a model as the user names it; None where another engine is. May raise
-    BackendError where it would be the only one, and is not installed."""
+    """Returns the reason to choose this engine by default, for a model as the user names it; None otherwise.
+
+    May raise BackendError if it is the only engine for the model, and is not installed.
+    """
     memory_terms: "Callable[[ModelHeader, KVType | None], Terms]"
-    """What an estimate of the memory that a model takes goes by."""
+    """Returns the terms for an estimate of the memory that a model takes."""
     loader: "Callable[[Model, LoadOptions, Progress, Callable[[], None]], Backend]"
-    """See `load`."""
+    """The function behind `load`."""
     probe: Probe
     check: Callable[[], None] = lambda: None
-    """Raise BackendError, with what to do, where it cannot run here."""
+    """Raises BackendError, with a fix, if the engine cannot run here."""
+    moved: "Callable[[ModelHeader, KVType | None, OffloadOptions], Callable[[int], int]] | None" = None
+    """Returns the function `Terms.moved` for these options; None if the engine has no `--gpu-layers`."""
     shares_context: bool = False
     """Whether its sequences can share the memory of one context."""
     trainer: Trainer | None = None
     bare_loop: "Callable[[Any, int, int, int], list[float]] | None" = field(default=None)
-    """Decoding with an argmax and nothing else, which `emlocal bench` compares with: takes the backend, a
-    sequence, a token and a number of steps, and gives the seconds of each step."""
+    """Decodes with an argmax and nothing else; `emlocal bench` compares with it.
+
+    It takes the backend, a sequence, a token and a number of steps, and returns the seconds of each step.
+    """
 
     def load(
         self,
@@ -209,27 +258,27 @@ class Engine:
         progress: "Progress | None" = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> "Backend":
-        """Load a model of one of the formats. `meanwhile` runs while it is on its way, where it can.
+        """Loads a model of one of the formats. `meanwhile` runs during the loading, if the engine can.
 
-        Raises ModelError for a model or adapter that cannot be used, BackendError where memory runs out.
+        Raises ModelError for a model or adapter that cannot be used, BackendError if memory runs out.
         """
         from emlocal.files import silent
 
         return self.loader(model, options, progress or silent, meanwhile)
 
     def installed(self) -> bool:
-        """Whether its packages are there; they are not imported."""
+        """Returns whether its packages are installed; they are not imported."""
         return all(importlib.util.find_spec(name) is not None for name in self.modules)
 
     def contexts_to_reserve(self, sequences: int, shared: bool) -> int:
-        """For how many whole contexts there must be memory (LoadOptions.shared)."""
+        """Returns the number of whole contexts that need memory (see LoadOptions.shared)."""
         return 1 if shared and self.shares_context else sequences
 
 
 def load_unpacked(
     open_folder: "Callable[..., Backend]", model: "Model", options: "LoadOptions", progress: "Progress"
 ) -> "Backend":
-    """A model as a Hugging Face folder in an engine that takes those; GGUF models are unpacked first."""
+    """Loads a model in an engine that takes Hugging Face folders; a GGUF model is unpacked first."""
     from emlocal.models.resolve import FolderModel
     from emlocal.models.unpacked import unpack
 
@@ -240,17 +289,17 @@ def load_unpacked(
 
 
 def missing(what: str, install: str) -> BackendError:
-    """The error for packages that are not there."""
+    """Returns the error for packages that are not installed."""
     return BackendError(f"{what} not installed", install)
 
 
 def wait_briefly() -> None:
-    """Let GNU OpenMP's threads sleep after a short wait for one another, unless the user has chosen.
+    """Lets GNU OpenMP's threads sleep after a short wait for one another, unless the user has chosen.
 
-    By default they spin for milliseconds at each of some hundred barriers a token. As soon as another
-    process wants a core, a token can then take seconds instead of 6 ms (2 cores, SmolLM2-135M); with this,
-    24 to 89 ms, and next to no cost where the cores are free (docs/performance.md).
-    The library reads it when it is loaded.
+    By default they spin for milliseconds at each of some hundred barriers per token. When another process
+    wants a core, a token can then take seconds instead of 6 ms (2 cores, SmolLM2-135M). With this setting it
+    takes 24 to 89 ms, and it costs next to nothing while the cores are free (docs/performance.md). The
+    library reads the variable when it is loaded.
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = "1000"
@@ -258,7 +307,7 @@ def wait_briefly() -> None:
 
 @cache
 def engine(name: str) -> Engine:
-    """An engine's record; the engine itself is not imported. Raises UsageError for an unknown name."""
+    """Returns an engine's record, without importing the engine. Raises UsageError for an unknown name."""
     if name not in FOLDERS:
         known = f"{', '.join(ENGINES[:-1])} or {ENGINES[-1]}"
         raise UsageError(f"there is no engine {name}", f"use --backend {known}, or leave it out")
@@ -267,7 +316,7 @@ def engine(name: str) -> Engine:
 
 
 def select_backend(asked: str = "auto", model: str | None = None) -> tuple[str, str]:
-    """The engine to use and the reason for it. `model`: what it is to run, as the user names it.
+    """Returns the engine to use and the reason for it. `model`: the model to run, as the user names it.
 
     Raises UsageError for an engine that this version does not have, BackendError for one whose packages are
     not installed.

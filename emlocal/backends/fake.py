@@ -1,7 +1,7 @@
 """An engine without a model: bytes for tokens, logits by script. The fast tests run on it.
 
-Its vocabulary is the 256 bytes and one end token; logits are a function of the tokens so far, so every
-part of the contract (forking, trimming, batching) has an exact expected answer.
+Its vocabulary is the 256 bytes and one end token. Logits are a function of the tokens so far, so every part
+of the contract (forking, trimming, batching) has an exact expected answer.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ CHAT_TEMPLATE = (
 
 
 def hashed(tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Logits that depend on every token so far, in order; standard normal, times 3."""
+    """Returns logits that depend on every token so far, in order; standard normal, times 3."""
     digest = hashlib.blake2b(np.asarray(tokens, dtype=np.int32).tobytes(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     return (3 * rng.standard_normal(VOCABULARY)).astype(np.float32)
 
 
 def saying(*replies: str, sharpness: float = 12.0) -> Script:
-    """A script that answers the n-th "[assistant]" in the prompt with the n-th reply, then ends."""
+    """Returns a script that answers the n-th "[assistant]" in the prompt with the n-th reply, then ends."""
     marker = b"[assistant]"
 
     def script(tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -48,11 +48,12 @@ def saying(*replies: str, sharpness: float = 12.0) -> Script:
 
 
 class Bytes:
-    """A tokenizer that has none but the bytes."""
+    """A tokenizer whose tokens are the bytes."""
 
     end_tokens = frozenset({END})
     bos = eos = ""
     chat_template = CHAT_TEMPLATE
+    tool_template = None
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return list(text.encode())
@@ -68,7 +69,7 @@ class Bytes:
 
 
 class FakeBackend(Recomputing):
-    """See the module. `fed` counts the tokens that went through `forward`: prefix reuse shows in it."""
+    """A fake engine. `fed` counts the tokens that went through `forward`, which shows prefix reuse."""
 
     name: ClassVar[str] = "fake"
 
@@ -80,6 +81,7 @@ class FakeBackend(Recomputing):
         sequences: int = 8,
         trims: bool = True,
         shared: bool = True,
+        chat_template: str = CHAT_TEMPLATE,
     ) -> None:
         info = ModelInfo(
             name="fake",
@@ -87,7 +89,7 @@ class FakeBackend(Recomputing):
             vocabulary=VOCABULARY,
             trained_context=context,
             end_tokens=Bytes.end_tokens,
-            chat_template=CHAT_TEMPLATE,
+            chat_template=chat_template,
         )
         super().__init__(info, Bytes(), LoadOptions(context, sequences))
         self.fed = 0

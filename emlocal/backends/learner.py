@@ -1,4 +1,4 @@
-"""What an engine must do to train: gradients of micro-batches, optimizer steps, its state out and in."""
+"""The contract of training: gradients of micro-batches, optimizer steps, state saved and restored."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 
 
 class Answer(Protocol):
-    """What is trained on."""
+    """A prompt and an answer to train on."""
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -24,7 +24,7 @@ class Answer(Protocol):
 
     @property
     def answer(self) -> Sequence[int]:
-        """Token ids, at least one: every token that was drawn, the end token too."""
+        """Token ids, at least one: every token that was drawn, including the end token."""
 
 
 @dataclass(frozen=True)
@@ -38,67 +38,67 @@ class Descent:
 class Processes:
     """The processes of a training run: this one alone, or those that `accelerate launch` started.
 
-    Each has a device and the whole model. They answer and train on different rollouts, and tell each other
-    the results; everything else (rewards, guards, updates) each computes for itself, from the same numbers.
-    So they need not agree on anything but that.
+    Each has a device and the whole model. They answer and train on different rollouts, and send each other
+    the results. Each computes everything else (rewards, guards, updates) for itself, from the same numbers,
+    so the processes need no further agreement.
     """
 
     rank = 0
-    """Which one this is. The first writes files and speaks."""
+    """The number of this process. The first (0) writes files and prints."""
     count = 1
     device = "auto"
-    """What it is to compute on, where nobody says."""
+    """The default device of this process."""
 
     def gather(self, own: T) -> list[T]:
-        """What each process has, in their order; all get the same."""
+        """Returns each process's value, in their order; all processes get the same list."""
         return [own]
 
     def add_up(self, gradient: Any) -> None:
-        """Bring a gradient, one array of the engine's, in place to the sum over the processes."""
+        """Replaces a gradient, one array of the engine's, in place by its sum over the processes."""
 
 
 class OutOfMemoryError(Exception):
-    """A micro-batch did not fit; the gradient so far is to be dropped and made anew in smaller ones."""
+    """Raised when a micro-batch does not fit. Drop the gradient so far and start again with smaller ones."""
 
 
 class Learner(ABC):
     """A loaded model with a LoRA adapter that is being trained. Not for use from two threads at once."""
 
     parameters: int
-    """Numbers that are trained."""
+    """Number of trained parameters."""
     processes: Processes
-    """Who else makes parts of the same gradient."""
+    """The processes that compute parts of the same gradient."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop the gradient."""
+        """Drops the gradient."""
 
     @abstractmethod
     def update(self, learning_rate: float) -> float:
-        """An optimizer step with the sum of all processes' gradients, which is dropped.
+        """Takes an optimizer step with the sum of all processes' gradients, and drops the gradient.
 
-        Returns its length before clipping; where that is not finite, nothing was changed.
+        Returns the gradient's norm before clipping. If it is not finite, nothing was changed.
         """
 
     @abstractmethod
     def adapter(self) -> Adapter:
-        """A copy of the adapter."""
+        """Returns a copy of the adapter."""
 
     @abstractmethod
     def put(self, adapter: Adapter) -> None:
-        """Take these weights; the optimizer is left as it is."""
+        """Takes these weights; the optimizer stays as it is."""
 
     @abstractmethod
     def peak_memory(self) -> int:
-        """Bytes: the most that was taken at once so far, of the device, or of this process on a CPU."""
+        """Returns the most bytes used at once so far, of the device, or of this process on a CPU."""
 
     @abstractmethod
     def state(self) -> State:
-        """A copy of all that the next steps depend on: adapter and optimizer."""
+        """Returns a copy of everything that the next steps depend on: adapter and optimizer."""
 
     @abstractmethod
     def restore(self, state: State) -> None:
-        """Go on from a state. Raises ValueError for one of another shape."""
+        """Continues from a state. Raises ValueError for one of another shape."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,10 @@ class EntropyObjective:
 
     kl_beta: float = 0.0
     measures_kl: bool = False
-    """Compute the KL: another forward pass. Where it is in the loss, it must be."""
+    """Whether to compute the KL, which takes another forward pass.
+
+    It must be true if the KL is in the loss.
+    """
     temperature: float = 1.0
 
 
@@ -119,19 +122,19 @@ class EntropyTerms:
     loss: float
     """Weighted, as it was trained on."""
     entropy: float
-    """At the loss's temperature."""
+    """Entropy at the loss's temperature."""
     kl: float
-    """To the base model; 0 where it was not asked for."""
+    """KL to the base model; 0 if it was not asked for."""
 
 
 class EntropyLearner(Learner):
-    """Follows the entropy of the distributions that answers' tokens were drawn from (EM-FT)."""
+    """A learner of EM-FT, which follows the entropy at answers' tokens."""
 
     @abstractmethod
     def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> EntropyTerms:
-        """Forward and backward of one micro-batch; its gradient is added to what there is.
+        """Runs one micro-batch forward and backward, and adds its gradient to the sum so far.
 
-        `weights`: of each answer's tokens in the loss.
+        `weights`: each answer's weight, which its tokens have in the loss.
 
         Raises OutOfMemoryError.
         """
@@ -139,7 +142,7 @@ class EntropyLearner(Learner):
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each token of some answers, one answer after the other, all [M] float32, nats."""
+    """Scores of each token of some answers, one answer after the other, all [M] float32, nats."""
 
     log_probs: Floats
     """log π(y_t | y_<t) of the token that was drawn."""
@@ -151,20 +154,20 @@ class Scores:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What decides the loss of each token of some answers, all [M] float32, one answer after the other."""
+    """The numbers that decide each token's loss, all [M] float32, one answer after the other."""
 
     advantages: Floats
     weights: Floats
-    """Of each token's loss in the step's."""
+    """Weight of each token's loss in the step's loss."""
     old: Floats | None = None
-    """Log-probabilities when drawn, by `score`."""
+    """Log-probabilities when drawn, from `score`."""
     reference: Floats | None = None
-    """Log-probabilities of the base model, by `score`."""
+    """Log-probabilities of the base model, from `score`."""
     pull: Floats | None = None
     """KL-Cov's coefficients."""
 
     def of(self, tokens: NDArray[np.intp]) -> "TokenLosses":
-        """Those of some tokens."""
+        """Returns the numbers of some tokens."""
         taken = {name: values[tokens] for name, values in vars(self).items() if values is not None}
         return TokenLosses(**taken)
 
@@ -180,40 +183,39 @@ class PolicyTerms:
     kl: float
     """k3 to the base model; 0 without a reference."""
     clipped: int
-    """Tokens held at the clip."""
+    """Number of tokens held at the clip."""
 
 
 class PolicyLearner(Learner):
-    """Follows the policy gradient of answers that were drawn from the model (EM-RL)."""
+    """A learner that follows the policy gradient of answers that were drawn from the model (EM-RL)."""
 
     @abstractmethod
     def score(self, batch: Sequence[Answer], *, base: bool = False) -> Scores:
-        """A forward pass over answers, by the model as it is or, with `base`, without the adapter.
+        """Scores answers in a forward pass; with `base`, without the adapter.
 
         Raises OutOfMemoryError.
         """
 
     @abstractmethod
     def divergences(self, group: Sequence[Answer]) -> Floats:
-        """How much a prompt's answers disagree at each position, [longest answer], see
-        `emlocal.em.relatives.position_divergence`.
+        """Returns how much a prompt's answers disagree at each position, [longest answer].
 
-        Raises OutOfMemoryError.
+        See `emlocal.em.relatives.position_divergence`. Raises OutOfMemoryError.
         """
 
     @abstractmethod
     def accumulate(self, batch: Sequence[Answer], losses: TokenLosses) -> PolicyTerms:
-        """Forward and backward of one micro-batch; its gradient is added to what there is.
+        """Runs one micro-batch forward and backward, and adds its gradient to the sum so far.
 
-        Raises OutOfMemoryError, and ValueError where something is missing that the loss needs.
+        Raises OutOfMemoryError, and ValueError if an array that the loss needs is missing.
         """
 
 
 def padded(batch: Sequence[Answer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Token ids int64 [B, L], and bool [B, L]: whether that position predicts a token of the answer.
+    """Returns token ids, int64 [B, L], and whether each position predicts a token of the answer, bool [B, L].
 
-    Position t predicts token t + 1. So an answer's first token is predicted at the prompt's last, and its
-    last token (the end token, where there is one) is not fed at all. Padding is on the right.
+    Position t predicts token t + 1. So an answer's first token is predicted at the prompt's last position,
+    and its last token (the end token, if there is one) is not fed at all. Padding is on the right.
     """
     longest = max(len(each.prompt) + len(each.answer) - 1 for each in batch)
     tokens = np.zeros((len(batch), longest), dtype=np.int64)

@@ -1,12 +1,12 @@
-"""What torch and mlx have in common: a tokenizer of their own, and a slot of a cache for each sequence.
+"""The half of torch and mlx that is the same: a separate tokenizer, and a slot of a cache for each sequence.
 
-The rule for what is here and what is there twice: whatever runs on the host and would say the same in both is
-here, in device_sampler.py or learner.py: the contract's bookkeeping, options, settings, errors.
-Whatever touches an engine's arrays is in that engine's folder, in files of the same names (backend, cache,
-learner, model, sampler), even where the two read alike: the libraries differ in what is quick, in what is
-exact and in when they compute, and one text for both would be a third library of arrays.
+A rule decides what is shared. Code that runs on the host and would be the same in both is here, in
+device_sampler.py or in learner.py: the contract's bookkeeping, options, settings, errors. Code that touches
+an engine's arrays is in that engine's folder, in files of the same names (backend, cache, learner, model,
+sampler), even if the two look alike. The libraries differ in what is quick, in what is exact and in when they
+compute, and one text for both would be a third library of arrays.
 
-Cutting the feeds of one call into forward passes, so that little is computed that nobody asked for.
+`passes` cuts the feeds of one call into forward passes, so that few unneeded numbers are computed.
 """
 
 from abc import ABC, abstractmethod
@@ -36,10 +36,10 @@ class SlotCache(ABC):
     capacity = 0
 
     def reserve(self, slots: int, tokens: int, limit: int) -> None:
-        """Make room for so many slots and tokens, growing by half at least, up to `limit` tokens.
+        """Makes room for this many slots and tokens; grows by half at least, up to `limit` tokens.
 
-        Array by array, so that there are never two of the whole cache. Where memory runs out it raises the
-        library's RuntimeError, and all is as before.
+        It works array by array, so that there are never two copies of the whole cache. If memory runs out it
+        raises the library's RuntimeError, and the cache is as before.
         """
         if tokens > self.capacity:
             tokens = max(tokens, min(self.capacity * 3 // 2, limit))
@@ -56,23 +56,23 @@ class SlotCache(ABC):
 
     @abstractmethod
     def _grow(self, slots: int, tokens: int) -> None:
-        """Bring every array to this size."""
+        """Brings every array to this size."""
 
     @abstractmethod
     def _shrink(self) -> None:
-        """Bring every array back to `slots` and `capacity`, after `_grow` failed half-way."""
+        """Brings every array back to `slots` and `capacity`, after `_grow` failed half-way."""
 
     @abstractmethod
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` cells of one slot into another, empty one."""
+        """Copies the first `length` cells of one slot into another, empty one."""
 
     @abstractmethod
     def clear(self, slot: int, start: int, stop: int) -> None:
-        """Zero these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
+        """Zeroes these cells: a masked NaN would still spoil attention, as 0 · NaN is NaN."""
 
     @abstractmethod
     def drop(self) -> None:
-        """Free everything."""
+        """Frees everything."""
 
     @property
     @abstractmethod
@@ -81,12 +81,12 @@ class SlotCache(ABC):
 
 
 class Decoder(Protocol):
-    """What is asked of an engine's decoder here."""
+    """The parts of an engine's decoder that are used here."""
 
     @property
     def cache(self) -> SlotCache: ...
     def check(self) -> None:
-        """Raise ModelError for a model that it cannot run."""
+        """Raises ModelError for a model that it cannot run."""
 
 
 class SlotBackend(Tokenizing):
@@ -105,9 +105,9 @@ class SlotBackend(Tokenizing):
         place: Place,
         sampler: DeviceSampler | None,
     ) -> None:
-        """`sampler`: None to draw on the host; both draw the same tokens.
+        """Sets up the engine. `sampler`: None to draw on the host; both draw the same tokens.
 
-        Raises ModelError for a model that the decoder cannot run, BackendError where memory runs out.
+        Raises ModelError for a model that the decoder cannot run, BackendError if memory runs out.
         """
         self.info = info
         self.context = context_length(options.context, info.trained_context)
@@ -117,40 +117,40 @@ class SlotBackend(Tokenizing):
         self._tokenizer = tokenizer
         self._adapters = len(options.adapters)
         self._lengths: dict[int, int] = {}
-        self._rows: dict[int, int] = {}  # of the last call's logits, by sequence
+        self._rows: dict[int, int] = {}  # index of each sequence's row in the last call's logits
         self._logits: Any = None
         self._sampler = sampler
         self._host_sampler = Sampler(info.vocabulary)
         decoder.check()
-        if not options.shared:  # all at once: better to fail now than in the middle of a batch
+        if not options.shared:  # all at once: it is better to fail now than in the middle of a batch
             self._reserve(options.sequences, self.context)
 
     @abstractmethod
     def _reserve(self, slots: int, tokens: int) -> None:
-        """Make room for so many slots of so many tokens. Raises BackendError where memory runs out."""
+        """Makes room for this many slots of this many tokens. Raises BackendError if memory runs out."""
 
     @abstractmethod
     def _compute(self, feeds: Sequence[Feed], lengths: Sequence[int], cancelled: Callable[[], bool]) -> None:
-        """Run the passes and keep the rows that are wanted. `lengths`: tokens held before."""
+        """Runs the passes and keeps the rows that are wanted. `lengths`: tokens held before."""
 
     @abstractmethod
     def _fail(self, error: BaseException, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        """Bring the sequences back to these lengths after `_compute` raised an error.
+        """Brings the sequences back to these lengths after `_compute` raised an error.
 
         Raises BackendError for an error of the library's that has a plainer name; the caller raises others.
         """
 
     @abstractmethod
     def _on_host(self, at: int) -> NDArray[np.float32]:
-        """A row of the logits, float32 [V]; a view where it can be one."""
+        """Returns a row of the logits, float32 [V]; a view if it can be one."""
 
     @abstractmethod
     def _weights_bytes(self) -> int:
-        """Bytes of the model."""
+        """Returns the bytes of the model."""
 
     @abstractmethod
     def _give_back(self) -> None:
-        """Let the library free what nothing refers to any more."""
+        """Lets the library free memory that is no longer used."""
 
     def open(self) -> int:
         free = free_sequence(self._lengths, self.max_sequences)
@@ -200,24 +200,27 @@ class SlotBackend(Tokenizing):
             self._lengths[feed.sequence] += len(feed.tokens)
 
     def _lengths_of(self, feeds: Sequence[Feed]) -> list[int]:
-        """What the sequences hold. Raises ContextFullError where the feeds do not fit."""
+        """Returns how many tokens the sequences hold. Raises ContextFullError if the feeds do not fit."""
         lengths = [self._lengths[feed.sequence] for feed in feeds]
         for feed, held in zip(feeds, lengths, strict=True):
             if held + len(feed.tokens) > self.context:
                 raise ContextFullError(
                     f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
                     f" holds {held:,} of {self.context:,}",
-                    "give a larger --context",
+                    "set a larger --context",
                 )
         return lengths
 
     def _undo(self, feeds: Sequence[Feed], lengths: Sequence[int]) -> None:
-        """Take away what was computed of a call that failed."""
+        """Clears the cells that a failed call has written."""
         for feed, held in zip(feeds, lengths, strict=True):
             self._decoder.cache.clear(feed.sequence, held, held + len(feed.tokens))
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        """Rows whose EM step has no kernel on the device are drawn on the host, by the step's reference."""
+        """Draws a token for each row.
+
+        Rows whose EM step has no kernel on the device are drawn on the host, by the step's reference.
+        """
         there = [i for i, row in enumerate(rows) if self._sampler and kernel_of(row.params.em)]
         draws: dict[int, Draw] = {}
         if there and self._sampler:
@@ -227,7 +230,9 @@ class SlotBackend(Tokenizing):
         return [
             draws[i]
             if i in draws
-            else self._host_sampler.sample(self._on_host(self._rows[r.sequence]), r.params, r.u, r.seen)
+            else self._host_sampler.sample(
+                self._on_host(self._rows[r.sequence]), r.params, r.u, r.seen, r.legal
+            )
             for i, r in enumerate(rows)
         ]
 
@@ -239,7 +244,7 @@ class SlotBackend(Tokenizing):
         return ", ".join([*parts, counted(self._adapters, "adapter")] if self._adapters else parts)
 
     def _threads(self) -> Sequence[str]:
-        """How many the CPU computes with, where the engine has a say in that."""
+        """Returns the number of CPU threads in words, if the engine can set it; otherwise nothing."""
         return ()
 
     def memory_bytes(self) -> int:
@@ -254,18 +259,20 @@ class SlotBackend(Tokenizing):
 
 
 def check_kv_type(engine: str, asked: KVType | None, computed: str) -> None:
-    """Raise UsageError unless the keys and values that are asked for have the format that the model computes
-    them in ("float32")."""
+    """Raises UsageError unless `asked` is None or the format of keys and values that the model computes.
+
+    `computed` is that format ("float32").
+    """
     if asked is not None and _KV_TYPES.get(asked) != computed:
         raise UsageError(
-            f"--kv-type is {asked}; the {engine} engine keeps keys and values as the model"
-            f" computes them, in {computed}",
+            f"--kv-type is {asked}; the {engine} engine keeps keys and values in the"
+            f" model's own format, {computed}",
             "leave --kv-type out",
         )
 
 
 ALIKE = 0.8
-"""Chunks share a pass if the shortest is no shorter than this part of the longest; the rest is padding."""
+"""The least length of a chunk that shares a pass, as a share of the longest; the rest is padding."""
 
 
 @dataclass(frozen=True)
@@ -274,19 +281,19 @@ class Chunk:
 
     slot: int
     start: int
-    """The position of the first."""
+    """The position of the first token."""
     tokens: Sequence[int]
     wanted: bool
-    """Whether the logits after the last are wanted."""
+    """Whether the logits after the last token are wanted."""
 
     @property
     def stop(self) -> int:
-        """The position after the last."""
+        """The position after the last token."""
         return self.start + len(self.tokens)
 
 
 def passes(feeds: Sequence[Feed], lengths: Sequence[int], budget: int) -> Iterator[list[Chunk]]:
-    """Passes of at most `budget` tokens, padding included, in an order in which they can be run.
+    """Yields passes of at most `budget` tokens, padding included, in an order in which they can run.
 
     Args:
         lengths: tokens held by each feed's sequence before the call.
@@ -307,7 +314,7 @@ def passes(feeds: Sequence[Feed], lengths: Sequence[int], budget: int) -> Iterat
 
 
 def _of_similar_length(chunks: list[Chunk], budget: int) -> Iterator[list[Chunk]]:
-    """Groups with the longest first; within a group by slot, ascending."""
+    """Yields groups, those with the longest chunks first; within a group by slot, ascending."""
     group: list[Chunk] = []
     for chunk in sorted(chunks, key=lambda chunk: (-len(chunk.tokens), chunk.slot)):
         longest = len(group[0].tokens) if group else 0

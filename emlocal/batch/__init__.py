@@ -1,7 +1,8 @@
-"""JSONL in and out: a file of prompts becomes a file of completions that survives being killed.
+"""Batches: read a JSONL file of prompts and write a JSONL file of answers that survives a kill.
 
-- `journal`: the output file, to which rows are appended whole or not at all
-- `existing`: what an output already holds when a run begins, and whether it may go on
-- `manifest`: the file beside it that says which run it belongs to, and that only one process writes it
-- `keys`: a set of strings of any size in flat memory
+- `lines`: parses input lines and builds output rows
+- `run`: answers the lines with a method
+- `journal`: the output file; it appends each row whole or not at all
+- `output`: the manifest and the locks beside the output, and the rows that the output already holds
+- `keys`: sets of strings on disk, of any size, in constant memory
 """

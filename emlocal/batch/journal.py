@@ -1,9 +1,12 @@
-"""The output of a batch run: rows are appended, each whole or not at all, and a killed run goes on.
+"""The output of a batch run. It appends each row whole or not at all, so a killed run can be resumed.
 
-What can happen, and what becomes of it: a process that dies leaves at most one torn row at the end, which
-the next `Journal.open` cuts off; a write that fails (disk full) is taken back at once; after a power failure
-rows of the last second may be missing or torn, and are made again. What was durable is never written to
-again, except by `retry_errors`, which replaces the whole file in one step.
+Failures and their effects:
+
+- A process that dies leaves at most one torn row at the end. The next `Journal.open` cuts it off.
+- A write that fails (disk full) is undone at once.
+- After a power failure, rows of the last second may be missing or torn. The next run makes them again.
+
+Durable rows are never overwritten; `retry_errors` and `put_in_order` replace the whole file in one step.
 """
 
 import json
@@ -28,20 +31,20 @@ from emlocal.batch.output import (
 from emlocal.errors import EmlocalError
 
 _SECONDS_BETWEEN_SYNCS = 1.0
-_HINT = "free some space and run the same command again: it goes on where it stopped"
+_HINT = "free some space, then run the same command to resume"
 
 Row = Mapping[str, object]
 
 
 class Journal:
-    """An output file that one process appends rows to, and that knows what it holds.
+    """An output file to which one process appends rows. It knows which rows it holds.
 
-    `done` has the keys of its rows, `rows` and `errors` count them; `repaired` is how many torn bytes were
-    cut from its end on opening, `retried` how many error rows were dropped. Not for several threads.
+    `done` holds the keys of its rows; `rows` and `errors` count them. `repaired` is the number of torn bytes
+    cut from its end on opening, `retried` the number of dropped error rows. Not thread-safe.
     """
 
     def __init__(self, path: Path, manifest: Manifest, descriptor: int, held: Existing) -> None:
-        """For `Journal.open`, which has checked and repaired the file."""
+        """Stores its arguments. Use `Journal.open`, which checks and repairs the file first."""
         self.path = path
         self.done: Keys = held.done
         self.rows, self.errors = held.rows, held.errors
@@ -65,21 +68,25 @@ class Journal:
         restart: bool = False,
         retry_errors: bool = False,
     ) -> Self:
-        """Begin an output, or go on with one that the same settings made.
+        """Creates an output, or resumes one that was made with the same settings.
 
-        `key_of` and `is_error` may raise KeyError or TypeError for a row that is none of theirs. With
-        `restart` an output loses its rows, whoever made it; with `retry_errors` its error rows only.
+        `key_of` and `is_error` may raise KeyError or TypeError for a row that emlocal did not write.
+        `restart` deletes all rows, whoever wrote them; `retry_errors` deletes only the error rows.
 
-        Raises UsageError for an output that cannot be meant (a folder, another program's, other settings,
-        a broken line in its middle), EmlocalError where it is in use or the system says no.
+        Raises UsageError for an output that cannot be resumed (a folder, another program's file, other
+        settings, a broken line in its middle). Raises EmlocalError if another process uses the output, or for
+        an error of the operating system.
         """
-        target = Path(os.path.realpath(path))  # a link is followed: it shares manifest and lock with its file
+        # follow links: the manifest and the lock belong to the file itself
+        target = Path(os.path.realpath(path))
         check_kind(path, target)
         with ExitStack() as opened, _system_errors(path):
             if not restart and _size(target) and not manifest_path(target).exists():
-                check_settings(path, None, settings)  # before a manifest is left beside a stranger's file
+                # check before leaving a manifest beside another program's file
+                check_settings(path, None, settings)
             if target.exists() and not manifest_path(target).exists():
-                with target.open("rb+") as file:  # before a manifest is left beside another's output
+                # check before leaving a manifest beside an output that is in use
+                with target.open("rb+") as file:
                     lock_output(file.fileno(), path)
             manifest = Manifest.lock(target, path)
             opened.callback(manifest.close)
@@ -95,7 +102,7 @@ class Journal:
             else:
                 manifest.write(settings)
             manifest.sign()
-            if held.retried:  # the file is another one now
+            if held.retried:  # the file was replaced by a new one
                 os.close(descriptor)
                 descriptor = _open_locked(target, path)
             held.make_durable(descriptor)
@@ -104,14 +111,14 @@ class Journal:
         return journal
 
     def append(self, row: Row) -> None:
-        """Add a row at the end, whole or not at all; now and then make what there is durable.
+        """Appends a row, whole or not at all, and makes the rows durable about once a second.
 
-        Raises EmlocalError where the row cannot be written; the journal is then closed. ValueError for a
-        row that must not be written: its key is there already, or it holds a NaN, which JSON has not.
+        Raises EmlocalError if the row cannot be written; the journal is then closed. Raises ValueError if the
+        key already exists, or if the row contains NaN, which JSON cannot express.
         """
         key = self._key_of(row)
         if key in self.done:
-            raise ValueError(f"a row with the key {key!r} is in {self.path} already")
+            raise ValueError(f"a row with the key {key!r} is already in {self.path}")
         self._write(_line(row))
         self.rows += 1
         self.errors += self._is_error(row)
@@ -119,9 +126,9 @@ class Journal:
         self.sync(_SECONDS_BETWEEN_SYNCS)
 
     def sync(self, after_seconds: float = 0.0) -> None:
-        """Make all rows durable, if so much time has passed since that was last done.
+        """Makes all rows durable if at least `after_seconds` have passed since the last sync.
 
-        `append` does it; a loop that may wait long for its next row can do it besides.
+        `append` calls it. A loop that may wait long for its next row can call it too.
         """
         now = time.monotonic()
         if self._end == self._durable_end or now - self._synced_at < after_seconds:
@@ -129,13 +136,17 @@ class Journal:
         try:
             os.fsync(self._descriptor)
         except OSError as why:
-            # The system may have dropped the rows since the last sync while it still shows them.
+            # After a failed fsync the system may have dropped the rows since the last sync, though it still
+            # shows them.
             raise self._failure(why, self._durable_end, self._durable_rows) from why
         self._durable_end, self._durable_rows, self._synced_at = self._end, self.rows, now
 
     def put_in_order(self, places: Places) -> bool:
-        """Bring the rows into the order of the lines, where they are not: rows that were made again stand at
-        the end until then. Raises EmlocalError where it cannot be written; the rows are then as they were."""
+        """Sorts the rows into the order of the input lines; returns False if they already are.
+
+        Rows that were made again stand at the end until then. Raises EmlocalError if the file cannot be
+        written; the rows are then unchanged.
+        """
         self.sync()
         with _system_errors(self.path):
             if not self._held.rewrite_in_order(places):
@@ -146,7 +157,7 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """Make all rows durable and give the output free; raises EmlocalError as `append` does."""
+        """Makes all rows durable and releases the output. Raises EmlocalError as `append` does."""
         if self._descriptor >= 0:
             self.sync()
             self._release()
@@ -169,24 +180,24 @@ class Journal:
             self._cut(self._end)
             self.sync()
             raise self._failure(why, self._end, self.rows) from why
-        except BaseException:  # Ctrl-C between two parts of a row
+        except BaseException:  # for example Ctrl-C between two parts of a row
             self._cut(self._end)
             raise
 
     def _failure(self, why: OSError, end: int, rows: int) -> EmlocalError:
-        """The error of a failed write or sync, after which these rows are left and the journal is closed."""
+        """Closes the journal after a failed write or sync; returns the error with the number of safe rows."""
         self._cut(end)
         self.rows = rows
         self._release()
         return EmlocalError(f"cannot write {self.path}: {why.strerror or why}; {rows} rows are safe", _HINT)
 
     def _cut(self, end: int) -> None:
-        with suppress(OSError):  # what stays is a torn end, and the next opening cuts it
+        with suppress(OSError):  # if this fails, a torn row stays at the end; the next opening cuts it
             os.ftruncate(self._descriptor, end)
 
     def _release(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
-        with suppress(OSError):  # its rows are durable, or their loss has been reported
+        with suppress(OSError):  # the rows are durable, or their loss has been reported
             os.close(descriptor)
         self.done.close()
         self._manifest.close()
@@ -197,12 +208,12 @@ def _line(row: Row) -> bytes:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode() + b"\n"
     except UnicodeEncodeError:
-        # Half a surrogate pair is no UTF-8, but JSON has an escape for it: the row reads back as it was.
+        # UTF-8 cannot encode half a surrogate pair, but JSON can escape it: the row reads back unchanged.
         return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _open_locked(target: Path, called: Path) -> int:
-    """A descriptor that appends to the output, which is then locked under all its names."""
+    """Opens the output for appending and locks it under all its names; returns the descriptor."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
     try:
         lock_output(descriptor, called)

@@ -1,4 +1,4 @@
-"""A set of strings on disk: a million keys cost no more memory than ten."""
+"""Sets of strings on disk: a million keys need no more memory than ten."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -11,14 +11,15 @@ _CACHE_KIB = 4096
 
 
 class Keys:
-    """A set of strings, and how often each was added, in a temporary file that goes away by itself.
+    """A set of strings that counts how often each was added, in a temporary file that deletes itself.
 
-    The file is nameless: not even kill -9 leaves it behind. For one thread, as sqlite's connections are.
+    The file has no name, so not even kill -9 leaves it behind. Only one thread may use it, as with any sqlite
+    connection.
     """
 
     def __init__(self) -> None:
-        # The empty name is sqlite's temporary database, on disk as soon as it outgrows the cache. Nothing in
-        # it is worth saving, so there is no journal and one transaction that never ends.
+        # The empty name is sqlite's temporary database. It goes to disk once it outgrows the cache. Nothing
+        # in it needs saving, so there is no journal, and one transaction stays open.
         self._database = sqlite3.connect("", isolation_level=None)
         for statement in (
             "PRAGMA journal_mode = OFF",
@@ -31,13 +32,13 @@ class Keys:
         self._count = 0
 
     def add(self, key: str) -> int:
-        """Add it; how often it has been added now (1 the first time)."""
+        """Adds a key; returns how often it has been added, 1 the first time."""
         stored = _stored(key)
         try:
             if self._database.execute("INSERT OR IGNORE INTO keys VALUES (?, 1)", (stored,)).rowcount == 1:
                 self._count += 1
                 return 1
-            # No RETURNING: Red Hat 9 has sqlite 3.34.
+            # RETURNING would do this in one statement, but Red Hat 9 has sqlite 3.34, which lacks it.
             self._database.execute("UPDATE keys SET times = times + 1 WHERE key = ?", (stored,))
             found = self._database.execute("SELECT times FROM keys WHERE key = ?", (stored,))
             times: int = found.fetchone()[0]
@@ -70,7 +71,7 @@ class Keys:
 
 
 class Places:
-    """Where each of many keys belongs, and which part of a file has it; on disk, as `Keys` is."""
+    """The place of each key in the order of the lines, and its bytes in a file. On disk, like `Keys`."""
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("", isolation_level=None)
@@ -86,7 +87,7 @@ class Places:
         self._count = 0
 
     def add(self, key: str) -> None:
-        """Give the key the next place, if it has none."""
+        """Gives the key the next place, unless it already has one."""
         try:
             self._database.execute("INSERT OR IGNORE INTO places VALUES (?, ?)", (_stored(key), self._count))
         except sqlite3.OperationalError as why:
@@ -94,7 +95,10 @@ class Places:
         self._count += 1
 
     def put(self, key: str, start: int, length: int) -> int:
-        """Note which bytes of a file belong to the key; its place, behind all others where it has none."""
+        """Records which bytes of a file belong to the key.
+
+        Returns its place; a key without one comes last.
+        """
         try:
             found = self._database.execute(
                 "SELECT place FROM places WHERE key = ?", (_stored(key),)
@@ -106,7 +110,7 @@ class Places:
         return place
 
     def in_order(self) -> Iterator[tuple[int, int]]:
-        """(start, length) of all parts by place; of one place as they stand in the file."""
+        """Yields (start, length) of all parts, sorted by place, then by position in the file."""
         try:
             yield from self._database.execute("SELECT start, length FROM parts ORDER BY place, start")
         except sqlite3.OperationalError as why:
@@ -125,12 +129,12 @@ class Places:
 
 
 def _stored(key: str) -> bytes:
-    """Bytes, because sqlite's text takes no lone surrogates and stops at NUL in places."""
+    """Encodes a key as bytes, because sqlite's text refuses lone surrogates and sometimes stops at NUL."""
     return key.encode("utf-8", "surrogatepass")
 
 
 def _failure(why: sqlite3.OperationalError) -> EmlocalError:
     return EmlocalError(
-        f"cannot keep the keys of the rows in a temporary file: {why}",
-        "free some space in the folder for temporary files, or set SQLITE_TMPDIR to a folder with more",
+        f"cannot write the rows' keys to a temporary file: {why}",
+        "free some space in the temporary folder, or set SQLITE_TMPDIR to another folder",
     )

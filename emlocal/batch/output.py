@@ -1,11 +1,13 @@
-"""The file beside an output (`OUTPUT.run`) that says which settings it was made with, and who writes it now.
+"""The manifest beside an output (`OUTPUT.run`), and the rows that an output holds when a run begins.
 
-Its first line, `{"format": …, "settings": {…}}`, is written once and durable before the output has a row.
-While a process writes the output it holds a lock on this file, and a second line names the process. The
-system frees the lock when the process ends, however it ends; the file is never deleted or replaced,
-since a lock is on the file and not on its name.
+The manifest says which settings the output was made with, and which process is writing it. Its first line,
+`{"format": …, "settings": {…}}`, is written once and is durable before the output gets its first row.
 
-What an output already holds when a run begins: whether it may be gone on with, and its rows.
+A process that writes the output holds a lock on the manifest and names itself in a second line. The system
+releases the lock when the process ends, for whatever reason. The manifest is never deleted or replaced,
+because the lock belongs to the file and not to its name.
+
+`Existing` reads the rows of an output and says whether a run can continue it.
 """
 
 import json
@@ -32,12 +34,12 @@ else:
     BINARY = 0
 
 FORMAT = "emlocal-batch-1"
-_LOCKED_BYTE, _LOCKED_BYTE_OF_OUTPUT = 1 << 30, 1 << 62  # on Windows; elsewhere the whole file is locked
+_LOCKED_BYTE, _LOCKED_BYTE_OF_OUTPUT = 1 << 30, 1 << 62  # for Windows; other systems lock the whole file
 _START = json.dumps({"format": FORMAT}).encode()[:-1]
 
 
 class Manifest:
-    """An open, locked manifest. `settings` is what it holds: None where that is nothing, or was cut short."""
+    """An open, locked manifest. `settings` is its content, or None if it is empty or was cut short."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -45,17 +47,17 @@ class Manifest:
         content = _content(descriptor)
         if not _START.startswith(content[: len(_START)]):
             raise UsageError(
-                f"{path} exists and is not a file of this emlocal (format {FORMAT})",
-                "move it away, or use another -o",
+                f"{path} exists and was not written by this emlocal (format {FORMAT})",
+                "move it, or use another -o",
             )
         self.settings = _settings(content)
 
     @classmethod
     def lock(cls, output: Path, called: Path) -> "Manifest":
-        """The manifest of this output, created where there is none; `called` is the output's name for people.
+        """Opens and locks the manifest of an output; creates it if needed.
 
-        Raises EmlocalError where another process has it, UsageError where it is somebody else's file,
-        OSError where the system says no.
+        `called` is the output's name in messages. Raises EmlocalError if another process holds the lock,
+        UsageError if the file is not a manifest, and OSError if the system refuses.
         """
         path = manifest_path(output)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
@@ -68,7 +70,10 @@ class Manifest:
             raise
 
     def write(self, settings: Mapping[str, object]) -> None:
-        """Take these settings, durably. Only for an output without rows: a crash here loses the old ones."""
+        """Stores the settings durably.
+
+        Only for an output without rows: a crash here loses the old settings.
+        """
         os.ftruncate(self._descriptor, 0)
         self._write_at(0, {"format": FORMAT, "settings": settings})
         os.fsync(self._descriptor)
@@ -76,12 +81,12 @@ class Manifest:
         self.settings = dict(settings)
 
     def sign(self) -> None:
-        """Name this process as the one that writes: for the message that a second one gives."""
+        """Records the number of this process, for the error message of a second one."""
         start = self._cut_signature()
         self._write_at(start, {"process": os.getpid()})
 
     def close(self) -> None:
-        """Give the output free."""
+        """Releases the output."""
         if self._descriptor < 0:
             return
         try:
@@ -109,9 +114,9 @@ def manifest_path(output: Path) -> Path:
 
 
 def lock_output(descriptor: int, called: Path) -> None:
-    """Lock the output itself, which may have several names (hard links), each with a manifest of its own.
+    """Locks the output itself. It may have several names (hard links), each with its own manifest.
 
-    The lock goes when the descriptor is closed. Raises EmlocalError where another process has it.
+    Closing the descriptor releases the lock. Raises EmlocalError if another process holds it.
     """
     if not _lock(descriptor, _LOCKED_BYTE_OF_OUTPUT):
         raise EmlocalError(
@@ -121,7 +126,10 @@ def lock_output(descriptor: int, called: Path) -> None:
 
 
 def _content(descriptor: int) -> bytes:
-    """The whole file: a few kilobytes. NUL bytes at its end are what a power failure leaves."""
+    """Returns the whole file, a few kilobytes.
+
+    A power failure may leave NUL bytes at its end; they are cut.
+    """
     os.lseek(descriptor, 0, os.SEEK_SET)
     with open(descriptor, "rb", closefd=False) as file:
         return file.read().rstrip(b"\0")
@@ -143,7 +151,7 @@ def _in_use(called: Path, descriptor: int) -> EmlocalError:
     try:
         process = f" (process {int(parse_json(_content(descriptor).splitlines()[1])['process'])})"
     except (ValueError, LookupError, TypeError, OSError):
-        process = ""  # it has the lock and has not signed yet
+        process = ""  # the other process has the lock but has not signed yet
     return EmlocalError(
         f"{called} is being written by another emlocal{process}",
         "wait for it to end, or use another -o",
@@ -151,7 +159,7 @@ def _in_use(called: Path, descriptor: int) -> EmlocalError:
 
 
 if sys.platform == "win32":
-    # Windows forbids others to read what is locked, so the lock is on a byte far behind the content.
+    # Windows does not let others read locked bytes, so the lock is on a byte far behind the content.
 
     def _lock(descriptor: int, byte: int) -> bool:
         os.lseek(descriptor, byte, os.SEEK_SET)
@@ -182,7 +190,7 @@ _BUFFER = 1 << 20
 
 
 class Existing:
-    """The rows of an output, read once, line by line; the caller holds its lock."""
+    """The rows of an output, read once, line by line. The caller holds its lock."""
 
     def __init__(
         self,
@@ -191,14 +199,14 @@ class Existing:
         key_of: Callable[[Mapping[str, object]], str],
         is_error: Callable[[Mapping[str, object]], bool],
     ) -> None:
-        """`path` is what people call the file, `target` where it really is."""
+        """`path` is the file's name in messages, `target` its real location."""
         self.path, self.target = path, target
         self.key_of, self.is_error = key_of, is_error
         self.done = Keys()
         self.rows = self.errors = self.end = 0
         self.repaired = self.retried = 0
         self._temporary = target.with_name(target.name + ".run.tmp")
-        # One name, which the lock makes ours: what a killed process left is cleared away.
+        # The lock protects this fixed name, so a file that a killed process left can be deleted.
         self._temporary.unlink(missing_ok=True)
 
     def empty(self) -> None:
@@ -208,9 +216,10 @@ class Existing:
                 os.fsync(file.fileno())
 
     def scan(self, *, drop_errors: bool) -> None:
-        """Learn the rows, cut a torn end off, and drop the error rows if asked to.
+        """Reads the rows, cuts off a torn end and, on request, drops the error rows.
 
-        Raises UsageError for a broken line that has a whole one behind it: no crash of ours leaves that.
+        Raises UsageError for a broken line with a whole one behind it: emlocal never leaves that, even if
+        killed.
         """
         with self.target.open("r+b", buffering=_BUFFER) as file:
             for number, start, line, row in self._whole_lines(file):
@@ -224,9 +233,10 @@ class Existing:
             self._rewrite_without_errors()
 
     def rewrite_in_order(self, places: Places) -> bool:
-        """Put the rows into the order of these places, those without one last; False where they are so.
+        """Sorts the rows by these places, those without one last. Returns False if they already are sorted.
 
-        The file is replaced in one step: whatever stops it, all rows are there, in the old order or the new.
+        The file is replaced in one step. If that is interrupted, all rows remain, in the old or the new
+        order.
         """
         with self.target.open("rb") as old:
             in_order, last = True, -1
@@ -239,7 +249,7 @@ class Existing:
         return True
 
     def make_durable(self, descriptor: int) -> None:
-        """Before the first row: the file's name, and a cut at its end."""
+        """Makes the file's name durable, and a cut at its end. Called before the first row is appended."""
         os.fsync(descriptor)
         sync_folder(self.target.parent)
 
@@ -251,8 +261,8 @@ class Existing:
                 broken = broken or number
             elif broken:
                 raise UsageError(
-                    f"line {broken} of {self.path} is no JSON object, and whole rows follow it",
-                    "mend or delete that line, or use another -o, or --restart to overwrite the file",
+                    f"line {broken} of {self.path} is not a JSON object, but whole rows follow it",
+                    "fix or delete that line, or use another -o, or --restart to overwrite the file",
                 )
             else:
                 yield number, start, line, row
@@ -265,7 +275,7 @@ class Existing:
             key, failed = None, False
         if not isinstance(key, str):
             raise UsageError(
-                f"line {number} of {self.path} is no row of emlocal batch",
+                f"line {number} of {self.path} is not a row of emlocal batch",
                 "delete that line, or use another -o, or --restart to overwrite the file",
             )
         if failed and drop_errors:
@@ -273,7 +283,7 @@ class Existing:
             return
         if self.done.add(key) > 1:
             raise UsageError(
-                f"line {number} of {self.path} repeats the key {key!r} of a line before it",
+                f"line {number} of {self.path} repeats the key {key!r} of an earlier line",
                 "delete one of the two, or use another -o, or --restart to overwrite the file",
             )
         self.rows += 1
@@ -289,7 +299,7 @@ class Existing:
         return file.read(length)
 
     def _replace(self, lines: Iterable[bytes]) -> None:
-        """A file of these lines in the output's place."""
+        """Replaces the output by a file of these lines."""
         try:
             with self._temporary.open("wb", buffering=_BUFFER) as new:
                 new.writelines(lines)
@@ -301,14 +311,14 @@ class Existing:
 
 
 def check_kind(path: Path, target: Path) -> None:
-    """Raises UsageError where no file of rows can be."""
-    if target.is_symlink():  # though all links were followed
-        raise UsageError(f"{path} is a link that leads back to itself", "name another file with -o")
+    """Raises UsageError if the path cannot be an output file."""
+    if target.is_symlink():  # still a link after all links were followed
+        raise UsageError(f"{path} is a link to itself", "name another file with -o")
     if target.is_dir():
-        raise UsageError(f"{path} is a folder, not an output file", "name a file in it")
+        raise UsageError(f"{path} is a folder, not an output file", "name a file in that folder")
     if target.exists() and not target.is_file():
         raise UsageError(
-            f"{path} is a pipe or a device: a run that is to be resumed needs a regular file",
+            f"{path} is a pipe or a device; a resumable run needs a regular file",
             "name a file with -o",
         )
     if not target.parent.is_dir():
@@ -316,21 +326,21 @@ def check_kind(path: Path, target: Path) -> None:
 
 
 def check_settings(path: Path, old: Mapping[str, object] | None, new: Mapping[str, object]) -> None:
-    """Raises UsageError where an output with rows was not made with these settings (None: not by us)."""
+    """Raises UsageError if an output with rows was made with other settings (None: not made by emlocal)."""
     if old is None:
         raise UsageError(
-            f"{path} exists and is no output of emlocal",
+            f"{path} exists and is not an output of emlocal",
             "use another -o, or --restart to overwrite it",
         )
     if differing := differences(old, new):
         raise UsageError(
-            f"{path} was begun with other settings: {differing}",
-            "run it with the settings it was begun with, or use another -o, or --restart to overwrite it",
+            f"{path} was started with other settings: {differing}",
+            "use its own settings, or another -o, or --restart to overwrite it",
         )
 
 
 def _row(line: bytes) -> dict[str, object] | None:
-    """The object in a line; None where there is none, or no end of line."""
+    """Returns the object in a line, or None for other JSON, broken JSON or a missing line end."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,9 +1,9 @@
-"""Where messages come from: a terminal with line editing and history, or a pipe.
+"""Sources of messages: a terminal with line editing and history, or a pipe.
 
-A reader raises EmlocalError for a message that cannot be taken, and the next one can be read then. Whatever
-else it raises means that nothing more can be read.
+A reader raises EmlocalError for a message that it cannot accept; the caller can then read the next one. Any
+other error means that nothing more can be read.
 
-What was typed in earlier chats: in a file, and in memory alone where that fails.
+The history of earlier chats is kept in a file, or only in memory if the file fails.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings
 
 FENCE = '"""'
-_ATTEMPTS = 3  # after so many failures of the line editor in a row, the terminal is given up
+_ATTEMPTS = 3  # after this many failures of the line editor in a row, the terminal reader stops
 
 
 class PipeReader:
-    """Messages from stdin, one a line; several lines between fences."""
+    """Reads messages from stdin: one a line, or several lines between fences."""
 
     interactive = False
 
@@ -45,7 +45,7 @@ class PipeReader:
         while True:
             try:
                 inner = self._line()
-            except UsageError as error:  # the rest of the block is no message of its own
+            except UsageError as error:  # keep reading: the rest of the block is not a message of its own
                 broken = broken or error
                 continue
             if inner is None:
@@ -58,7 +58,10 @@ class PipeReader:
         return "\n".join(block)
 
     def _line(self) -> str | None:
-        """The next line without its end; None after the last. Raises UsageError for one that is not UTF-8."""
+        """Returns the next line without its end, or None after the last.
+
+        Raises UsageError if it is not UTF-8.
+        """
         raw = sys.stdin.buffer.readline()
         if not raw:
             return None
@@ -76,7 +79,7 @@ class PipeReader:
 
 
 class TerminalReader:
-    """Messages from a person: editing, history over sessions, completion of commands."""
+    """Reads messages from a person, with editing, history across sessions and completion of commands."""
 
     interactive = True
 
@@ -107,9 +110,9 @@ class TerminalReader:
                 )
             except KeyboardInterrupt:
                 if not self._warned:
-                    console.note("Ctrl-D or /exit leaves")
+                    console.note("press Ctrl-D or type /exit to leave")
                     self._warned = True
-                default = ""  # what was offered is declined
+                default = ""  # the person declined the offered text
                 continue
             except EOFError:
                 return None
@@ -117,8 +120,8 @@ class TerminalReader:
                 failures += 1
                 if failures == _ATTEMPTS:
                     raise
-                console.warn(f"the line editor failed ({error}) and begins again")
-                # what was typed is offered once more, unless that is what makes it fail
+                console.warn(f"the line editor failed ({error}) and was restarted")
+                # offer the typed text once more, unless it is the reason for the failure
                 default = well_formed(self._session.default_buffer.text) if failures == 1 else ""
                 continue
             self._say_if_history_fails()
@@ -128,29 +131,29 @@ class TerminalReader:
             return self._whole(text)
 
     def _catch_errors(self) -> None:
-        """Take the place of the editor's own handler, which shows a traceback and waits for Enter."""
+        """Replaces the editor's own error handler, which shows a traceback and waits for Enter."""
         asyncio.get_running_loop().set_exception_handler(self._end_editing)
 
     def _end_editing(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What was raised in the event loop ends the line that is being edited, not the chat."""
+        """Ends the line being edited, not the chat, after an error in the event loop."""
         app = self._session.app
-        if app.is_running and not app.is_done:  # else the line is complete, and nothing is lost
+        if app.is_running and not app.is_done:  # otherwise the line is complete and nothing is lost
             app.exit(exception=context.get("exception") or RuntimeError(str(context.get("message"))))
 
     def _whole(self, text: str) -> str:
         whole = well_formed(text)
         if whole != text:
-            console.warn("what was typed is not UTF-8 text; the bytes that are not were replaced by \ufffd")
+            console.warn("the input is not UTF-8 text; the invalid bytes were replaced by \ufffd")
         return whole
 
     def _say_if_history_fails(self) -> None:
         if self._history.failure:
-            console.warn(f"no history over sessions: {self._history.failure}")
+            console.warn(f"the history is not saved: {self._history.failure}")
             self._history.failure = ""
 
 
 def _bindings() -> "KeyBindings":
-    """Enter sends, except inside a fenced block; Alt-Enter makes a new line."""
+    """Returns the key bindings: Enter sends, except inside a fenced block; Alt-Enter adds a line."""
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     bindings = KeyBindings()
@@ -171,12 +174,14 @@ def _bindings() -> "KeyBindings":
     return bindings
 
 
-_MOST_BYTES = 4 << 20  # so much of the file's end is read
+_MOST_BYTES = 4 << 20  # only this much of the file's end is read
 
 
 class KeptHistory(FileHistory):
-    """A history file that can be missing, broken, huge, or on a full disk. `failure` says what is wrong with
-    it since that was last asked; what is typed is then remembered for this chat only."""
+    """A history file that may be missing, broken, huge, or on a full disk.
+
+    `failure` says what went wrong since it was last cleared. New texts are then kept for this chat only.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -185,8 +190,8 @@ class KeptHistory(FileHistory):
         self.failure = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
-                self._fail(f"{path} is no regular file")
+            if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would block
+                self._fail(f"{path} is not a regular file")
                 return
             with path.open("a+b"):
                 pass
@@ -196,7 +201,7 @@ class KeptHistory(FileHistory):
             self._fail(f"{path} cannot be written ({why.strerror})")
 
     def load_history_strings(self) -> Iterable[str]:
-        """Newest first. A file of any content gives some texts."""
+        """Returns the texts, newest first. Accepts a file of any content."""
         try:
             raw = self._end_of_file() if self._usable else b""
         except OSError as why:
@@ -213,7 +218,7 @@ class KeptHistory(FileHistory):
         return reversed(texts)
 
     def store_string(self, string: str) -> None:
-        """Add a text to the file."""
+        """Appends a text to the file."""
         try:
             if self._usable:
                 super().store_string(string.encode(errors="replace").decode())
@@ -229,4 +234,4 @@ class KeptHistory(FileHistory):
             left_out = max(0, self._path.stat().st_size - _MOST_BYTES)
             file.seek(left_out)
             raw = file.read(_MOST_BYTES)
-        return raw.partition(b"\n#")[2] if left_out else raw  # a text that began before is left out too
+        return raw.partition(b"\n#")[2] if left_out else raw  # leaves out the text that the cut splits

@@ -1,69 +1,78 @@
-"""The loop that reads lines, answers questions and runs commands; the same in a terminal and in a pipe."""
+"""The chat loop: it reads lines, answers questions and runs commands, in a terminal or a pipe alike."""
 
 import difflib
 import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from emlocal import console, rendering
-from emlocal.chat.session import AnswerEvent, ChatSession, Conversation, Turn, chat_file
+from emlocal.chat.session import (
+    AnswerEvent,
+    ChatSession,
+    Conversation,
+    Turn,
+    chat_file,
+    new_file,
+    newest_saved,
+)
 from emlocal.errors import EmlocalError, UsageError, explained
 from emlocal.generation import CancelledError, Completed, Completion, Token, interruptible
 from emlocal.sampling import Draw
 from emlocal.text import change, counted
 
 HELP = """\
-/help              this list
-/exit              leave (Ctrl-D too); Ctrl-C stops an answer
-/clear             forget what was said
+/help              show this list
+/exit              leave, as with Ctrl-D; Ctrl-C stops an answer
+/clear             clear the conversation
 /system [TEXT]     show or set the system message
-/set NAME VALUE    change a setting, named like its flag: /set temp 0.7
-/show              the settings and where each comes from
-/stats             figures of the last answer and of the chat
-/entropy [on|off]  the last answer's entropy; on colours every answer
-/em [on|off|NAME]  entropy minimization, or a preset: default, paper, em-pt
-/method [NAME|off] how to answer: vote:8, em-inf:paper; as sampling and EM are set
-/vote [N]          the last question again, by a vote of N answers (8)
-/compare           the last question again, EM off and on, from the same draws
-/regen             another answer to the last question
-/undo              take back the last question and answer
-/edit [TEXT]       take back the last question and ask it anew
-/save [NAME]       write the conversation: a name in emlocal's folder, or a path
-/load [NAME]       go on with a saved one
+/set NAME VALUE    change a setting by its flag's name: /set temp 0.7
+/show              show the settings and their sources
+/stats             show token counts and speed of answer and chat
+/entropy [on|off]  show the last answer's entropy; on colours answers
+/em [on|off|NAME]  switch EM as it was set, or choose a preset: default, paper, em-pt
+/method [NAME|off] set the method, such as vote:8; off: sampling and EM flags
+/vote [N]          answer the last question again by a vote of N answers (8)
+/compare           answer again with EM off and on, from the same draws
+/regen             answer the last question again with other draws
+/undo              remove the last question and answer
+/edit [TEXT]       change the last question and ask it again
+/save [NAME]       save the conversation under a name or path, or where it was saved before
+/load [NAME]       continue a saved conversation, or the one that was saved last
 Text over several lines goes between two lines of \"\"\" (in a terminal Alt-Enter also makes a new line);
 a message that begins with a slash is written with two."""
 
 
 class Settings(Protocol):
-    """The settings of a chat, as the command line keeps them."""
+    """The settings of a chat, as the command line stores them."""
 
     def turn(self, method: str | None = None) -> Turn:
-        """The settings for the next answer, or for one by another method. Raises UsageError."""
+        """Returns the settings of the next answer, or of one by another method. Raises UsageError."""
 
     def set(self, name: str, value: str) -> None:
-        """Change one, named like its flag. Raises UsageError."""
+        """Changes a setting, named like its flag. Raises UsageError."""
 
     def em(self, choice: str) -> None:
-        """on, off, or a preset. Raises UsageError."""
+        """Sets EM to on, off or a preset. Raises UsageError."""
 
     def em_text(self) -> str:
-        """The EM step in words."""
+        """Returns the EM settings in words."""
 
     def method(self, choice: str) -> None:
-        """A method as `emlocal batch --method` takes it, or off. Raises UsageError."""
+        """Sets the method, written as for `emlocal batch --method`, or off. Raises UsageError."""
 
     def method_text(self) -> str:
-        """The method as it was chosen, or off."""
+        """Returns the method as it was chosen, or off."""
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(name, value, where it comes from)."""
+        """Returns (name, value, source) of each setting."""
 
 
 class Reader(Protocol):
-    """Where messages come from."""
+    """A source of messages."""
 
     def read(self, default: str = "") -> str | None:
-        """The next message, to be edited from `default` where that can be; None at the end."""
+        """Returns the next message, or None at the end. A terminal offers `default` for editing."""
 
     interactive: bool
 
@@ -72,16 +81,27 @@ class Repl:
     """A chat in progress."""
 
     def __init__(
-        self, session: ChatSession, settings: Settings, reader: Reader, *, show_entropy: bool, quiet: bool
+        self,
+        session: ChatSession,
+        settings: Settings,
+        reader: Reader,
+        *,
+        show_entropy: bool,
+        quiet: bool,
+        thoughts: bool = True,
+        file: Path | None = None,
     ) -> None:
+        """`thoughts`: show them on a terminal; `file`: the conversation's own, if it has one."""
         self.session = session
         self.settings = settings
         self.reader = reader
         self.quiet = quiet
-        self.writer = rendering.AnswerWriter(show_entropy)
+        self._thoughts = thoughts
+        self.writer = rendering.AnswerWriter(show_entropy, thoughts=thoughts)
         self.failures = 0
-        self._draft = ""  # what /edit offers, or what could not be handled
-        self._in_file = _copy_of(session.conversation)  # what need not be kept
+        self._draft = ""  # text that /edit offers, or that could not be handled
+        self._file = file
+        self._in_file = _copy_of(session.conversation)  # copy of the conversation as it stands in a file
         self._done = False
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -104,9 +124,11 @@ class Repl:
         }
 
     def run(self) -> None:
-        """Until /exit or the end of the input. What fails says so, is counted, and the chat goes on.
+        """Runs until /exit or the end of the input.
 
-        Whatever ends it otherwise leaves a copy of the conversation, if that is in no file.
+        A failure is reported and counted, and the chat continues.
+
+        If anything else ends the chat, a copy of an unsaved conversation is written.
         """
         try:
             while not self._done and self._turn():
@@ -116,7 +138,7 @@ class Repl:
             raise
 
     def _turn(self) -> bool:
-        """Read and handle one message; False at the end of the input."""
+        """Reads and handles one message; returns False at the end of the input."""
         draft, self._draft = self._draft, ""
         try:
             message = self.reader.read(draft)
@@ -130,7 +152,7 @@ class Repl:
                 self.handle(message)
         except EmlocalError as error:
             self._fail(error)
-        except (CancelledError, BrokenPipeError):  # asked to end; nobody reads the answers any more
+        except (CancelledError, BrokenPipeError):  # told to stop, or nobody reads the answers any more
             raise
         except Exception as error:  # noqa: BLE001
             self._fail(explained(error))
@@ -142,7 +164,7 @@ class Repl:
         console.report(error)
 
     def _keep(self) -> None:
-        """Write a copy of what would be lost, and say where it is, as far as that can be done."""
+        """Writes a copy of an unsaved conversation and reports its path, if possible."""
         conversation = self.session.conversation
         if not conversation.exchanges or self._in_file == _copy_of(conversation):
             return
@@ -150,14 +172,14 @@ class Repl:
             path = conversation.keep(self.session.backend.info.name)
             found = path.parent.parent == chat_file("x").parent
             how = "emlocal chat --resume" if found else f"emlocal chat --load {shlex.quote(str(path))}"
-            console.warn(f"the conversation is in {path}; {how} goes on with it")
+            console.warn(f"the conversation is saved in {path}; continue it with {how}")
         except EmlocalError as error:
             console.report(error)
-        except OSError:  # the terminal is gone: nobody is there to be told
+        except OSError:  # the terminal is gone, so nobody can be told
             return
 
     def handle(self, message: str) -> None:
-        """One message: a command, or something to answer."""
+        """Handles one message: a command or a question."""
         if message.startswith("/") and not message.startswith("//"):
             name, _, argument = message[1:].strip().partition(" ")
             self._command(name)(argument.strip())
@@ -179,9 +201,11 @@ class Repl:
         ask: Callable[[Turn, Callable[[], bool]], Iterator[AnswerEvent]],
         method: str | None = None,
     ) -> None:
-        """Stream an answer and say how it went; where a method comes to it in the end, show it then.
+        """Answers a question and prints statistics.
 
-        `method`: another than the chat's, for this answer.
+        A method that does not stream shows its answer at the end.
+
+        `method` replaces the chat's method for this answer.
         """
         turn = self.settings.turn(method)
         show = self._show_events if turn.method.streams else self._show_result
@@ -189,15 +213,19 @@ class Repl:
             try:
                 show(ask(turn, cancelled))
             except CancelledError:
-                console.note("stopped before the answer began; the question was not kept")
+                console.note("stopped before the first token; the question was not kept")
                 return
         self.writer.end()
         if not self.quiet:
             self._stats_line()
+        last, context = self.session.last, self.session.backend.context
+        assert last is not None
+        rendering.check_whole([last.completion], turn.plan.constraint, context, quiet=self.quiet)
 
     def _show_events(self, events: Iterator[AnswerEvent]) -> None:
         for event in events:
             if isinstance(event, Token):
+                self.writer.thought(event.reasoning)
                 self.writer.piece(event.text, event.draw.entropy_before)
             elif isinstance(event, Completed):
                 self.writer.piece(event.completion.tail, 0.0)
@@ -226,22 +254,21 @@ class Repl:
 
     def _clear(self, _: str) -> None:
         self.session.forget()
-        console.note("forgotten; the system message stays")
+        self._file = None  # what comes now is another conversation
+        console.note("conversation cleared; the system message stays")
 
     def _system(self, text: str) -> None:
         if text:
             self.session.conversation.system = text
         shown = self.session.conversation.system
         console.note(
-            f"system message: {shown}"
-            if shown
-            else "no system message of yours (the template may add its own)"
+            f"system message: {shown}" if shown else "no system message is set; the template may add its own"
         )
 
     def _set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
         if not name or not value:
-            raise UsageError("/set takes a name and a value", "/set temp 0.7; /show lists the names")
+            raise UsageError("/set needs a name and a value", "/set temp 0.7; /show lists the names")
         self.settings.set(name.removeprefix("--"), value.strip())
 
     def _show(self, _: str) -> None:
@@ -250,7 +277,8 @@ class Repl:
 
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value, source in self.settings.rows():
-            cells = (Text(cell) for cell in (name, value, source))  # not markup, whatever --stop is
+            # not markup, even if --stop contains brackets
+            cells = (Text(cell) for cell in (name, value, source))
             table.add_row(*cells, style="dim" if source == "default" else "")
         console.err().print(table)
         used = self.session.context_used
@@ -260,7 +288,7 @@ class Repl:
 
     def _stats(self, _: str) -> None:
         if self.session.last is None:
-            raise UsageError("nothing has been answered yet")
+            raise UsageError("there is no answer yet", "ask a question first")
         self._stats_line()
         sure = self.session.confidence()
         if sure is not None:
@@ -277,23 +305,23 @@ class Repl:
 
     def _entropy(self, argument: str) -> None:
         if argument in ("on", "off"):
-            self.writer = rendering.AnswerWriter(argument == "on")
+            self.writer = rendering.AnswerWriter(argument == "on", thoughts=self._thoughts)
             return
         if argument:
-            raise UsageError(f"/entropy {argument}: it takes on, off or nothing")
+            raise UsageError(f"/entropy {argument}: it must be on, off or left out")
         if self.session.last is None:
-            raise UsageError("nothing has been answered yet")
+            raise UsageError("there is no answer yet", "ask a question first")
         self._show_entropy(self.session.last.completion)
 
     def _show_entropy(self, answer: Completion) -> None:
-        """The answer in colours where they can be shown, and its least certain tokens."""
+        """Shows the answer in colours, where the terminal can, and its least certain tokens."""
         piece = self.session.backend.token_bytes
         writer = rendering.AnswerWriter(show_entropy=True)
         if writer.colours:
             for draw in answer.draws:
                 writer.piece(piece(draw.token).decode(errors="replace"), draw.entropy_before)
             writer.end()
-        console.note("least certain tokens:")
+        console.note("tokens with the highest entropy:")
 
         def text(token: int) -> str:
             return repr(piece(token).decode(errors="replace")) if piece(token) else "(end)"
@@ -350,7 +378,7 @@ class Repl:
     def _undo(self, _: str) -> None:
         question, _answer = self.session.take_back()
         self.session.last = None
-        console.note(f"taken back: {_shortened(question)}")
+        console.note(f"removed: {_shortened(question)}")
 
     def _edit(self, text: str) -> None:
         question, answer = self.session.take_back()
@@ -360,24 +388,26 @@ class Repl:
             try:
                 self._answer(lambda turn, cancelled: self.session.ask(text, turn, cancelled))
             finally:
-                if len(exchanges) == before:  # no answer: the old one stays
+                if len(exchanges) == before:  # the new question got no answer, so the old exchange stays
                     exchanges.append((question, answer))
         elif self.reader.interactive:
             self._draft = question
         else:
             self.session.conversation.exchanges.append((question, answer))
-            raise UsageError("/edit needs the new text where there is no terminal", "/edit What is 17*4?")
+            raise UsageError("/edit needs the new text if stdin is not a terminal", "/edit What is 17*4?")
 
     def _save(self, name: str) -> None:
-        path = chat_file(name or "last")
+        path = chat_file(name) if name else self._file or new_file()
+        replaced = path.is_file() and path != self._file
         self.session.conversation.save(path, self.session.backend.info.name)
-        self._in_file = _copy_of(self.session.conversation)
-        console.note(f"saved {counted(len(self.session.conversation.exchanges), 'exchange')} to {path}")
+        self._in_file, self._file = _copy_of(self.session.conversation), path
+        count = counted(len(self.session.conversation.exchanges), "exchange")
+        console.note(f"saved {count} to {path}{', in place of the file of that name' if replaced else ''}")
 
     def _load(self, name: str) -> None:
-        path = chat_file(name or "last")
+        path = chat_file(name) if name else newest_saved()
         self.session.conversation = Conversation.load(path)
-        self._in_file = _copy_of(self.session.conversation)
+        self._in_file, self._file = _copy_of(self.session.conversation), path
         self.session.last = None
         console.note(f"loaded {counted(len(self.session.conversation.exchanges), 'exchange')} from {path}")
 

@@ -1,7 +1,7 @@
-"""A conversation on a backend: questions in, events out. Knows nothing of terminals.
+"""A conversation on a backend: questions in, events out. It knows nothing of terminals.
 
-`Conversation` is what has been said, with its file format, and the copy that is kept when a chat ends
-unforeseen.
+`Conversation` holds the messages. It reads and writes its file, and the copy that is kept when a chat ends
+unexpectedly.
 """
 
 import json
@@ -18,41 +18,45 @@ from emlocal.backends.base import Backend
 from emlocal.errors import ContextFullError, EmlocalError, ModelError, UsageError
 from emlocal.files import atomic_writer, data_dir, read_regular
 from emlocal.generation import Completed, Event, Runner, Timings, Token
-from emlocal.generation.prompt import Asked, prompt_tokens
+from emlocal.generation.dialogue import Warn
+from emlocal.generation.prompt import Asked, once, prompt_tokens, unheard
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
 from emlocal.methods.confidence import Calibration, Confidence, confidence_of, subject_of
+from emlocal.methods.hints import without_effect
 from emlocal.models.templates import Message
 from emlocal.sampling.draw import request_key
 from emlocal.settings import EMInf, Plan
 from emlocal.text import parse_json, well_formed
 
 FORMAT = "emlocal-chat-1"
-_MOST_BYTES = 256 << 20  # of a saved conversation
+_MOST_BYTES = 256 << 20  # largest saved conversation that is read
+_LISTED = 8  # most saved chats in a message
 
 
 @dataclass
 class Conversation:
-    """A system message, and questions and answers in turn."""
+    """A system message and a list of questions with their answers."""
 
     system: str | None = None
     exchanges: list[tuple[str, str]] = field(default_factory=list)
     """(question, answer), oldest first."""
 
     def messages(self, question: str) -> list[Message]:
-        """All of it as chat messages, `question` last."""
+        """Returns the conversation as chat messages, `question` last."""
         said: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answered in self.exchanges:
             said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return [*said, {"role": "user", "content": question}]
 
     def save(self, path: Path, model: str, *, private: bool = False) -> None:
-        """Write it as JSON, whole or not at all; `private`: for its owner only.
+        """Writes the conversation as JSON, whole or not at all; with `private`, readable by its owner only.
 
-        Raises UsageError for a pipe or a device, which no chat could go on with; EmlocalError.
+        Raises UsageError for a pipe or a device, which cannot be loaded again, and EmlocalError if writing
+        fails.
         """
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UsageError(f"{path} is not a regular file", "give /save another name")
+            raise UsageError(f"{path} is not a regular file", "use /save with another name")
         if path.parent in (_chats(), _interrupted()):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
@@ -67,28 +71,28 @@ class Conversation:
 
     @classmethod
     def load(cls, path: Path) -> "Conversation":
-        """Read a saved one. Raises UsageError for a missing file or one that is no conversation."""
+        """Reads a saved conversation. Raises UsageError if the file is missing or not a conversation."""
         try:
             content = parse_json(read_regular(path, _MOST_BYTES))
         except OSError as why:
-            raise UsageError(f"cannot read {path}: {why.strerror}") from why
-        except ModelError as why:  # a pipe would be waited for; or it is too long
+            raise UsageError(f"cannot read {path}: {why.strerror}", _what_to_load()) from why
+        except ModelError as why:  # a pipe, which would block, or a file that is too long
             raise UsageError(why.message, why.hint) from why
         except ValueError as why:
-            raise UsageError(f"{path} is no conversation: {why}") from why
+            raise UsageError(f"{path} is not a conversation: {why}", _what_to_load()) from why
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UsageError(f"{path} is no conversation: it does not say {FORMAT!r}")
+            raise UsageError(f"{path} is not a conversation: its format is not {FORMAT!r}", _what_to_load())
         system, pairs = content.get("system"), content.get("exchanges")
         if not (system is None or isinstance(system, str)) or not _are_pairs(pairs):
-            raise UsageError(f"{path} is no conversation: its messages are not texts")
+            raise UsageError(f"{path} is not a conversation: its messages are not texts", _what_to_load())
         said = [(well_formed(pair["question"]), well_formed(pair["answer"])) for pair in pairs]
         return cls(None if system is None else well_formed(system), said)
 
     def keep(self, model: str) -> Path:
-        """Write the copy that `newest_kept` finds, and return where it is. Raises EmlocalError.
+        """Writes the copy that `newest_kept` finds and returns its path. Raises EmlocalError.
 
-        Where emlocal's own folder cannot be written (a full disk), it goes into the folder for temporary
-        files, where only its path finds it.
+        If emlocal's own folder cannot be written (a full disk), the copy goes into the folder for temporary
+        files. There only its path finds it.
         """
         name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.json"
         path = _interrupted() / name
@@ -101,37 +105,70 @@ class Conversation:
 
 
 def chat_file(name: str) -> Path:
-    """The file that a name means: a path or an existing file as it is, else one in emlocal's own folder.
+    """Returns the file for a name: a path or an existing file as it is, else a file in emlocal's own folder.
 
-    Raises UsageError for what no file can be called.
+    Raises UsageError if no file can have this name.
     """
     try:
         if "\0" in name:
             raise ValueError("it has a NUL character")
         path = Path(name).expanduser()
         if path.suffix == ".json" or len(path.parts) > 1 or path.is_file():
-            path.exists()  # raises where the name is too long
+            path.exists()  # raises OSError if the name is too long
             return path
         own = _chats() / f"{name}.json"
         own.exists()
-    except (OSError, RuntimeError, ValueError) as why:  # too long; the home of nobody; a NUL byte
+    except (OSError, RuntimeError, ValueError) as why:  # too long; no such home; a NUL
         said = why.strerror if isinstance(why, OSError) else str(why)
-        raise UsageError(f"no file can be called {name[:60]!r}: {said}") from None
+        raise UsageError(f"a file cannot be named {name[:60]!r}: {said}") from None
     return own
 
 
+def new_file() -> Path:
+    """Returns a file in emlocal's own folder that does not exist; its name is the time."""
+    name = time.strftime("%Y-%m-%d-%H%M%S")
+    path, more = _chats() / f"{name}.json", 1
+    while path.exists():
+        more += 1
+        path = _chats() / f"{name}-{more}.json"
+    return path
+
+
+def newest_saved() -> Path:
+    """Returns the chat that was saved last in emlocal's own folder. Raises UsageError if there is none."""
+    saved = _newest_first(_chats())
+    if not saved:
+        raise UsageError("no chat is saved yet", "save one: /save NAME")
+    return saved[0]
+
+
 def newest_kept() -> Path:
-    """The copy of the chat that ended unforeseen last. Raises UsageError if there is none."""
-    try:
-        kept = [(path.stat().st_mtime_ns, path.name, path) for path in _interrupted().glob("*.json")]
-    except OSError as why:
-        raise UsageError(f"cannot read {_interrupted()}: {why.strerror}") from why
+    """Returns the copy of the chat that was interrupted last. Raises UsageError if there is none."""
+    kept = _newest_first(_interrupted())
     if not kept:
         raise UsageError(
-            "no chat was interrupted: there is nothing to resume",
-            "/save NAME in a chat keeps a conversation; emlocal chat --load NAME goes on with it",
+            "there is no interrupted chat to resume",
+            "save a chat with /save NAME, then continue it with emlocal chat --load NAME",
         )
-    return max(kept)[2]
+    return kept[0]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Returns the conversations in a folder. Raises UsageError if it cannot be read."""
+    try:
+        found = [(path.stat().st_mtime_ns, path.name, path) for path in folder.glob("*.json")]
+    except OSError as why:
+        raise UsageError(f"cannot read {folder}: {why.strerror}", f"make {folder} readable") from why
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _what_to_load() -> str:
+    """Returns the fix for a chat that cannot be loaded: the names of the saved ones."""
+    names = [path.stem for path in _newest_first(_chats())]
+    if not names:
+        return "no chat is saved yet; save one: /save NAME"
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return f"load one of the saved chats: {', '.join(names[:_LISTED])}{more}"
 
 
 def _chats() -> Path:
@@ -152,7 +189,7 @@ def _are_pairs(value: object) -> TypeGuard[list[dict[str, str]]]:
 
 
 AnswerEvent = Token | Completed | Answered
-_ROOM = "/undo or /clear makes room; emlocal chat --context N gives more"
+_ROOM = "make room with /undo or /clear, or restart with a larger --context"
 
 
 @dataclass(frozen=True)
@@ -165,7 +202,7 @@ class Turn:
 
 @dataclass
 class Totals:
-    """Of the whole chat."""
+    """Totals of the whole chat."""
 
     answers: int = 0
     prompt_tokens: int = 0
@@ -174,7 +211,7 @@ class Totals:
     generation_seconds: float = 0.0
 
     def add(self, timings: Timings) -> None:
-        """Count one answer."""
+        """Adds one answer."""
         self.answers += 1
         self.prompt_tokens += timings.prompt_tokens
         self.cached_tokens += timings.cached_tokens
@@ -185,8 +222,8 @@ class Totals:
 class ChatSession:
     """One conversation with one model.
 
-    Draws are keyed by the turn and by how often it was answered: the same seed and the same inputs give the
-    same chat, and /regen gives another answer.
+    The draws depend on the seed, the number of the turn and how often it was answered. The same seed and
+    inputs give the same chat, and /regen gives another answer.
     """
 
     def __init__(
@@ -195,25 +232,33 @@ class ChatSession:
         runner: Runner,
         conversation: Conversation | None = None,
         calibration: Calibration | None = None,
+        warn: Warn = unheard,
     ) -> None:
-        """Several sessions may have one runner; each finds what it has read."""
+        """Starts a chat.
+
+        Several sessions may share a runner; each reuses the tokens that it has already read.
+
+        `warn` takes a text for people.
+        """
         self.backend = backend
         self.runner = runner
         self.conversation = conversation or Conversation()
         self._calibration = calibration
+        self.warn = once(warn)
+        """Says each text once."""
         self.last: Outcome | None = None
-        """What the last answer came from, with its draws …"""
+        """Outcome of the last answer, with its draws."""
         self.last_turn: Turn | None = None
-        """… and its settings, which may have changed since."""
+        """Settings of the last answer; the chat's may have changed since."""
         self.timings = Timings()
-        """Of what ran last, answer or comparison."""
+        """Timings of the last answer or comparison."""
         self.context_used = 0
-        """Tokens of the conversation, up to the last answer."""
+        """Tokens of the conversation up to the last answer."""
         self.totals = Totals()
         self._attempt = 0
 
     def ask(self, question: str, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[AnswerEvent]:
-        """Answer a question; it joins the conversation with what was said, even if that was cut off.
+        """Answers a question and adds both to the conversation, even if the answer was cut off.
 
         Raises:
             ContextFullError: the conversation does not fit; nothing has changed.
@@ -221,6 +266,8 @@ class ChatSession:
             UsageError: the model's template refuses the conversation.
         """
         asked = self._question(question, turn, cancelled)
+        for text in without_effect(turn.plan, self.backend.info):
+            self.warn(text)
         for event in ask_one(self.runner, turn.method.collecting, asked, cancelled):
             if isinstance(event, Answered):
                 self.last, self.last_turn = outcome, _ = event.asking.result(), turn
@@ -232,7 +279,7 @@ class ChatSession:
             yield event
 
     def confidence(self) -> Confidence | None:
-        """How sure the last answer is; None where there is none."""
+        """Returns the confidence of the last answer; None without a last answer or confidence."""
         if self.last is None or self.last_turn is None:
             return None
         turn = self.last_turn
@@ -240,7 +287,7 @@ class ChatSession:
         return confidence_of(self.last, subject, self._calibration)
 
     def ask_again(self, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[AnswerEvent]:
-        """Answer the last question again, from other draws; the new answer takes the old one's place."""
+        """Answers the last question again with other draws; the new answer replaces the old one."""
         question, answer = self.take_back()
         self._attempt += 1
         attempt = self._attempt
@@ -255,9 +302,9 @@ class ChatSession:
             self._attempt = attempt
 
     def compare(self, turn: Turn, cancelled: Callable[[], bool]) -> Iterator[Event]:
-        """Answer the last question twice from the same draws: sample 0 without EM, sample 1 with it.
+        """Answers the last question twice with the same draws: sample 0 without EM, sample 1 with it.
 
-        The conversation stays as it is. Where EM is off, the comparison is with its default settings.
+        The conversation does not change. If EM is off, sample 1 uses the default EM settings.
         """
         question, answer = self.take_back()
         params = turn.plan.params
@@ -273,13 +320,13 @@ class ChatSession:
             yield event
 
     def take_back(self) -> tuple[str, str]:
-        """Remove the last question and answer and return them. Raises UsageError if there is none."""
+        """Removes the last question and answer and returns them. Raises UsageError if there are none."""
         if not self.conversation.exchanges:
-            raise UsageError("nothing has been asked yet")
+            raise UsageError("there is no question yet", "ask one first")
         return self.conversation.exchanges.pop()
 
     def forget(self) -> None:
-        """Start over; the system message stays."""
+        """Clears the conversation but keeps the system message."""
         self.conversation.exchanges.clear()
         self.last, self.context_used = None, 0
         self._attempt = 0
@@ -297,7 +344,7 @@ class ChatSession:
 
     def _prompt(self, asked: Asked, cancelled: Callable[[], bool]) -> list[int]:
         try:
-            tokens = prompt_tokens(self.backend, asked, cancelled)
+            tokens = prompt_tokens(self.backend, asked, cancelled, self.warn)
         except ContextFullError as error:
             raise ContextFullError(error.message, _ROOM) from None
         if len(tokens) >= self.backend.context:

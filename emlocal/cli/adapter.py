@@ -1,4 +1,4 @@
-"""`emlocal adapter`: what an adapter is, in another format, or merged into its model."""
+"""The command `emlocal adapter`: show an adapter, convert it, or merge it into its model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,12 +20,15 @@ app = typer.Typer(help="Show, convert and merge LoRA adapters.", no_args_is_help
 
 AdapterFormat = Literal["peft", "mlx", "gguf"]
 Path_ = Annotated[
-    Path, typer.Argument(help="A PEFT or MLX folder, or a GGUF file.", metavar="ADAPTER", show_default=False)
+    Path,
+    typer.Argument(
+        help="Read this adapter: a PEFT or MLX folder, or a GGUF file.", metavar="ADAPTER", show_default=False
+    ),
 ]
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base", help="The model it is for: a GGUF model, or a folder with config.json.", metavar="MODEL"
+        "--base", help="Set the base model: a GGUF model, or a folder with config.json.", metavar="MODEL"
     ),
 ]
 
@@ -36,7 +39,7 @@ def show(
     base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what an adapter is and, with --base, whether it fits that model."""
+    """Show an adapter's facts and, with --base, whether it fits that model."""
     console.show_facts(_facts(path, base), as_json=as_json)
 
 
@@ -44,27 +47,29 @@ def show(
 def convert(
     path: Path_,
     out: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder, or .gguf file, to write.", metavar="OUT")
+        Path,
+        typer.Option("-o", "--output", help="Write the adapter to this folder or .gguf file.", metavar="OUT"),
     ],
     to: Annotated[
-        AdapterFormat | None, typer.Option("--to", help="Format to write; gguf if OUT ends in .gguf.")
+        AdapterFormat | None,
+        typer.Option("--to", help="Set the format to write. (default: gguf if OUT ends in .gguf)"),
     ] = None,
     base: Base = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an adapter.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it holds an adapter.")] = False,
 ) -> None:
-    """Write an adapter in another format. To and from GGUF takes --base, a GGUF model."""
+    """Convert an adapter to another format. GGUF adapters need --base, a GGUF model."""
     kind = to or ("gguf" if out.suffix == ".gguf" else None)
     if kind is None:
-        raise UsageError(f"in which format is {out} to be?", "say --to peft, --to mlx or --to gguf")
+        raise UsageError(f"the format of {out} is not given", "add --to peft, --to mlx or --to gguf")
     if out.exists() and not force:
-        raise UsageError(f"{out} exists already", "choose another name, or --force to replace it")
+        raise UsageError(f"{out} exists already", "choose another name, or add --force to replace it")
     if out.exists() and out.resolve() == path.resolve():
-        raise UsageError(f"{out} is the adapter itself", "choose another name")
+        raise UsageError(f"{out} is the adapter that is being converted", "choose another name")
     header = _gguf_base(base) if base is not None and not _is_folder_model(base) else None
     if kind == "gguf" and header is None:
         raise UsageError(
-            "to write GGUF takes the base model as GGUF, for its tensors' names and numbers of heads",
-            "give it: --base MODEL",
+            "a GGUF adapter needs its base model in GGUF, for tensor names and head counts",
+            "name it: --base MODEL",
         )
     from emlocal.models.adapters import read_adapter
     from emlocal.models.adapters.folders import write_mlx, write_peft
@@ -88,16 +93,21 @@ def merge(
         typer.Option(
             "-m",
             "--model",
-            help="Short name, .gguf file (which is unpacked), folder, or org/name of the hub.",
+            help="Set the model: a short name, .gguf file (it is unpacked), folder or org/name.",
             metavar="MODEL",
         ),
     ],
     adapter: Annotated[
-        str, typer.Option("--adapter", help="The adapter, and optionally its scale.", metavar="PATH[=SCALE]")
+        str,
+        typer.Option(
+            "--adapter", help="Add this adapter, at this scale (1 without one).", metavar="PATH[=SCALE]"
+        ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
+    out: Annotated[
+        Path, typer.Option("-o", "--output", help="Write the merged model to this folder.", metavar="OUT")
+    ],
 ) -> None:
-    """Write a model as a folder of safetensors with an adapter added to its weights."""
+    """Add an adapter to a model's weights and write the result as a folder of safetensors."""
     from emlocal.loading import adapter_and_scale
     from emlocal.models.adapters import read_adapter
     from emlocal.models.adapters.merge import merge as merge_into
@@ -119,10 +129,10 @@ def merge(
 
 
 def _as_folder(model: str, progress: Progress) -> tuple[Path, GGUFHeader | None]:
-    """The model as a folder of safetensors, and its header where it is a GGUF model, which is unpacked."""
+    """Returns the model as a folder of safetensors. A GGUF model is unpacked; its header is returned too."""
     from emlocal.models.unpacked import unpack
 
-    if _is_folder_model(model):  # of any kind: nothing runs it here
+    if _is_folder_model(model):  # any architecture is fine, because nothing runs the model here
         return Path(model), None
     found = resolve(model, formats=("safetensors", "gguf"), progress=progress)
     return (unpack(found, progress), found.header) if isinstance(found, GGUFModel) else (found.path, None)
@@ -140,7 +150,7 @@ def _write_gguf(adapter: "Adapter", out: Path, base: GGUFHeader | None) -> None:
             read_adapter_pairs(out)
         except ModelError as why:
             raise UsageError(
-                f"{out} is no GGUF adapter, and --force replaces nothing else: {why.message}",
+                f"{out} is not a GGUF adapter, and --force replaces only adapters: {why.message}",
                 "choose another name",
             ) from why
     write_gguf(adapter, out, base)
@@ -166,7 +176,7 @@ def _facts(path: Path, base: str | None) -> dict[str, Any]:
     from emlocal.models.adapters.gguf_lora import read_in_file_order
 
     kind = format_of(path)
-    # For what is told here the order of rows does not matter, so no base is needed.
+    # These facts do not depend on the order of rows, so no base is needed.
     adapter = read_in_file_order(path)[1] if kind == "gguf" else read_adapter(path)
     pairs = adapter.pairs
     facts: dict[str, Any] = {
@@ -185,7 +195,7 @@ def _facts(path: Path, base: str | None) -> dict[str, Any]:
 
 
 def _fit(path: Path, adapter: "Adapter", base: str) -> dict[str, Any]:
-    """Whether it fits, and why not. Raises only for what is wrong with `base` itself."""
+    """Checks whether the adapter fits the base, and why not. Raises only for errors in `base` itself."""
     from emlocal.models.adapters import read_adapter
     from emlocal.models.adapters.origin import other_base
 

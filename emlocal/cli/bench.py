@@ -1,4 +1,4 @@
-"""`emlocal bench`: how fast a model runs here, and what EM costs on it."""
+"""The command `emlocal bench`: measures the speed of a model on this machine, and the cost of EM."""
 
 import time
 from collections.abc import Callable
@@ -28,22 +28,28 @@ _PROMPT_TOKENS = 256
 @with_options
 def bench(
     tokens: Annotated[
-        int, typer.Option("--tokens", help="Tokens that each side decodes in a round.", metavar="N")
+        int,
+        typer.Option(
+            "--tokens", help="Set the number of tokens that each side decodes per round.", metavar="N"
+        ),
     ] = 32,
     rounds: Annotated[
-        int, typer.Option("--rounds", help="Rounds; more make narrower intervals.", metavar="N")
+        int,
+        typer.Option(
+            "--rounds", help="Set the number of rounds; more rounds give narrower intervals.", metavar="N"
+        ),
     ] = 12,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the draws.", metavar="N")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Set the seed of all draws.", metavar="N")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
     given: Annotated[Given, EM, ENGINE] = NOTHING,
 ) -> None:
-    """Measure speed on this machine, and what entropy minimization costs.
+    """Measure speed and the cost of entropy minimization.
 
-    Decoding runs in rounds. In each, a bare llama.cpp loop (llama_decode and argmax), emlocal with EM off and
-    emlocal with EM on decode as many tokens at the same positions after the same prompt, with the same draws,
-    end tokens ignored. A ratio is the median over the rounds, with its 95 % interval, or with the range of
-    the rounds if they are fewer than six. A token's time includes the forward pass, the sampler, and the
-    assembly of text; not the prompt, and not the terminal.
+    Decoding runs in rounds. In each round three sides decode equally many tokens after the same
+    prompt: a bare llama.cpp loop (llama_decode and argmax), emlocal with EM off, and emlocal with EM on.
+    They use the same positions and draws, and ignore end tokens. A ratio is the median over the rounds with
+    its 95 % interval, or with the range of the rounds if there are fewer than six. A token's time includes
+    the forward pass, the sampler and the assembly of text. It excludes the prompt and the terminal.
     """
     from emlocal.generation import interruptible
     from emlocal.settings.resolve import read_config
@@ -54,7 +60,7 @@ def bench(
     layers = ("flag", _with_em(given, config)), ("config", config)
     resolved = resolve_settings(*layers)
     options = options_of(EngineOptions, *layers)
-    # An exception in the callback of a prefill would be lost; the flag is seen between two measurements.
+    # An exception in the callback of a prefill would be lost, so the flag is checked between measurements.
     with interruptible() as cancelled, console.progress() as progress:
 
         def say(text: str) -> None:
@@ -75,9 +81,11 @@ def bench(
 
 
 def _with_em(given: Given, config: Given) -> Given:
-    """The EM step to measure: the one that is asked for, else EM-INF."""
+    """Adds the EM step to measure: the requested one, or EM-INF."""
     if given.get("em_inf") is False:
-        raise UsageError("bench compares EM with none; --no-em-inf leaves nothing to compare")
+        raise UsageError(
+            "bench compares decoding with and without EM; --no-em-inf leaves one side only", "leave it out"
+        )
     asking = ("em_preset", *(switch_of(step).name for step in EM_STEPS))
     asked = any(layer.get(name) for layer in (given, config) for name in asking)
     return given if asked else {**given, "em_inf": True}
@@ -90,7 +98,7 @@ def _measure(
     load_seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Everything that `bench` reports, in the layout of --json."""
+    """Measures everything that `bench` reports, in the layout of --json."""
     from emlocal import machine, measure
     from emlocal.generation import Scheduler
 
@@ -110,6 +118,7 @@ def _measure(
         rounds=rounds,
         seed=seed,
         progress=lambda done: say(f"decoding, round {done + 1} of {rounds}"),
+        expected=lambda seconds: _warn_if_long(seconds, tokens, rounds),
     )
     say("sampling")
     rows = measure.recorded_rows(runner, params, rows=_SAMPLED_ROWS, seed=seed)
@@ -137,6 +146,14 @@ def _measure(
     }
 
 
+def _warn_if_long(seconds: float, tokens: int, rounds: int) -> None:
+    from emlocal.text import counted, long_run
+
+    why = f"{counted(rounds, 'round')} of {counted(tokens, 'token')} on each side"
+    for line in long_run(seconds, why, "--rounds or --tokens"):
+        console.note(line)
+
+
 def _settings(params: "SamplingParams") -> dict[str, Any]:
     return {"step": type(params.em).__name__, **asdict(params)["em"], "temperature": params.temperature}
 
@@ -158,7 +175,7 @@ def _decode_json(decoded: Any) -> dict[str, Any]:
 
 
 def _first_token(runner: "Scheduler", params: "SamplingParams", seed: int) -> dict[str, float]:
-    """From a loaded model to the first token: prefill, and the rest (template, tokenizer, draw)."""
+    """Times the first token of a loaded model: prefill, and the rest (template, tokenizer, draw)."""
     from emlocal.generation import Job, Request
     from emlocal.measure import PROMPTS, question_tokens
     from emlocal.sampling import Uniforms
@@ -179,7 +196,7 @@ def _first_token(runner: "Scheduler", params: "SamplingParams", seed: int) -> di
 
 
 def _show(measured: dict[str, Any]) -> None:
-    """The same for people."""
+    """Prints the measurements as a table."""
     from emlocal.text import counted, human_size
 
     machine, decode, sampler = measured["machine"], measured["decode"], measured["sampler"]

@@ -1,4 +1,4 @@
-"""`emlocal chat`: a conversation in a terminal or a pipe."""
+"""The command `emlocal chat`: a conversation in a terminal or a pipe."""
 
 import signal
 import sys
@@ -10,15 +10,15 @@ import typer
 
 from emlocal import console
 from emlocal.cli.options import OutputOptions, open_backend, with_options
-from emlocal.em.steps import EMInf
 from emlocal.errors import UsageError
 from emlocal.methods import HOW, Chosen, with_leave
 from emlocal.settings import EM_PRESETS, Given, Plan, Resolved, describe_em, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
-from emlocal.settings.em import EM, em_numbers
+from emlocal.settings.constraint import from_files
+from emlocal.settings.em import EM
 from emlocal.settings.options import ENGINE, EngineOptions
-from emlocal.settings.resolve import GENERATION, SAMPLING, random_seed
-from emlocal.settings.table import NOTHING, SET, options_of
+from emlocal.settings.resolve import CONSTRAINT, GENERATION, SAMPLING, random_seed
+from emlocal.settings.table import NOTHING, SET, options_of, shown
 from emlocal.text import counted
 
 if TYPE_CHECKING:
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from emlocal.chat.session import Turn
 
 _SEQUENCES = 4
-_PARALLEL = 2  # answers side by side: /compare, and methods that draw several
+_PARALLEL = 2  # answers side by side: /compare, and methods with several samples
 
 
 @with_options
 def chat(
     system: Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")] = None,
     load: Annotated[
-        str | None, typer.Option("--load", help="Go on with a saved conversation.", metavar="NAME")
+        str | None, typer.Option("--load", help="Continue a saved conversation.", metavar="NAME")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the last chat that ended unforeseen.")
+        bool, typer.Option("--resume", help="Continue the last chat that was interrupted.")
     ] = False,
     output: OutputOptions = OutputOptions(),
     how: Annotated[Given, HOW.only("method", "allow_code")] = NOTHING,
-    given: Annotated[Given, CALIBRATION, EM, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CALIBRATION, EM, SAMPLING, CONSTRAINT, ENGINE] = NOTHING,
 ) -> None:
-    """Talk with a model. /help inside lists the commands."""
+    """Chat with a model. Type /help inside to list the commands."""
     from emlocal.chat.input import PipeReader, TerminalReader
     from emlocal.chat.repl import Repl
     from emlocal.chat.session import ChatSession, Conversation, chat_file, newest_kept
@@ -51,13 +51,14 @@ def chat(
     from emlocal.files import data_dir
     from emlocal.generation import Scheduler
     from emlocal.methods.confidence import subject_of
+    from emlocal.methods.hints import without_effect
     from emlocal.settings.resolve import read_config
 
     if output.trace is not None:
-        raise UsageError("--trace belongs to emlocal generate")
+        raise UsageError("--trace works with emlocal generate only", "leave it out")
     if resume and load:
         raise UsageError("--resume and --load contradict each other", "leave one of them out")
-    config = read_config()
+    given, config = from_files(given), read_config()
     allow_code = how.get("allow_code", False)
     settings = ChatSettings(given, config, with_leave(how.get("method"), allow_code), allow_code)
     saved = newest_kept() if resume else chat_file(load) if load else None
@@ -69,9 +70,11 @@ def chat(
     calibration = calibration_in(options_of(ConfidenceOptions, *layers).calibration)
     with open_backend(options, sequences=_SEQUENCES, quiet=output.quiet) as backend:
         settings.model = backend.info.sampling
-        session = ChatSession(backend, Scheduler(backend, _PARALLEL), conversation, calibration)
+        session = ChatSession(backend, Scheduler(backend, _PARALLEL), conversation, calibration, console.warn)
         turn = settings.turn()
         warn_of_mismatch(calibration, subject_of(backend.info.name, turn.method, turn.plan))
+        for text in without_effect(turn.plan, backend.info, hides=output.hide_thinking):
+            session.warn(text)
 
         def status() -> str:
             used = f"{session.context_used:,}/{backend.context:,} tokens"
@@ -81,9 +84,17 @@ def chat(
         commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em", "method"]
         commands += ["vote", "compare", "regen", "undo", "edit", "save", "load"]
         reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
-        repl = Repl(session, settings, reader, show_entropy=output.show_entropy, quiet=output.quiet)
+        repl = Repl(
+            session,
+            settings,
+            reader,
+            show_entropy=output.show_entropy,
+            quiet=output.quiet,
+            thoughts=not (output.quiet or output.hide_thinking),
+            file=saved if load else None,
+        )
         if resume and not output.quiet:
-            console.note(f"going on with {counted(len(conversation.exchanges), 'exchange')} of {saved}")
+            console.note(f"continuing {counted(len(conversation.exchanges), 'exchange')} of {saved}")
         with _ended_like_sigterm():
             repl.run()
     if repl.failures and not terminal:
@@ -92,8 +103,11 @@ def chat(
 
 @contextmanager
 def _ended_like_sigterm() -> Iterator[None]:
-    """Within this block a terminal that is closed and Ctrl-\\ end the chat as SIGTERM does: after the answer
-    in hand, with the conversation kept. Without it they would end the process on the spot."""
+    """Ends the chat on SIGHUP (terminal closed) or SIGQUIT (Ctrl-\\) as on SIGTERM, within this block.
+
+    The current answer is finished and the conversation is kept. Otherwise these signals would end the process
+    at once.
+    """
     numbers = [n for name in ("SIGHUP", "SIGQUIT") if (n := vars(signal).get(name)) is not None]
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
     for number in before:
@@ -106,13 +120,18 @@ def _ended_like_sigterm() -> Iterator[None]:
 
 
 class ChatSettings:
-    """The flags, as /set and /em change them."""
+    """The settings of a chat: its flags, as changed by /set, /em and /method."""
 
     def __init__(self, given: Given, config: Given, method: Chosen, allow_code: bool = False) -> None:
-        """`allow_code`: methods may run code. Raises UsageError where the flags contradict each other."""
+        """`allow_code`: whether methods may run code.
+
+        Raises UsageError if the flags contradict each other.
+        """
         self._allow_code = allow_code
         self.model: Mapping[str, float] = {}
-        """The loaded model's own settings."""
+        """Sampling settings of the loaded model."""
+        self._before_off: Given | None = None
+        """EM settings of the flags before `/em off`, for `/em on`; empty if the config file set EM."""
         self._config = config
         self._base = Plan(seed=random_seed())
         self._given, self._method = given, method
@@ -138,19 +157,29 @@ class ChatSettings:
         return method.plan(resolved.plan, resolved.chosen)
 
     def set(self, name: str, value: str) -> None:
-        self._take({**self._given, **GENERATION.read_text(name, value, SET)})
+        new = from_files(GENERATION.read_text(name, value, SET))
+        others = self._given
+        if new.keys() & CONSTRAINT.settings.keys():  # an answer has one form
+            others = {known: v for known, v in others.items() if known not in CONSTRAINT.settings}
+        self._take({**others, **new})
 
     def em(self, choice: str) -> None:
+        own = {name: value for name, value in self._given.items() if name in EM.settings}
         others = {name: value for name, value in self._given.items() if name not in EM.settings}
+        is_on = self._resolved.plan.params.em is not None
         if choice == "off":
+            self._before_off = own if is_on else self._before_off
             self._take({**others, "em_inf": False})
-        elif choice == "on":  # what belongs to other steps goes with them
-            kept = self._given.keys() & {"em_preset", *em_numbers(EMInf)}
-            self._take({**others, **{name: self._given[name] for name in kept}, "em_inf": True})
+        elif choice == "on":
+            if not is_on:
+                before = {"em_inf": True} if self._before_off is None else self._before_off
+                self._take({**others, **before})
         elif choice in EM_PRESETS:
             self._take({**others, "em_preset": choice})
         else:
-            raise UsageError(f"/em {choice}: it takes on, off, or a preset ({', '.join(EM_PRESETS)})")
+            raise UsageError(
+                f"/em {choice}: it takes on, off, or a preset ({', '.join(EM_PRESETS)})", "/em on"
+            )
 
     def em_text(self) -> str:
         return describe_em(self._planned(self._resolved, self._method).params.em)
@@ -162,16 +191,23 @@ class ChatSettings:
         for name, known in SAMPLING.settings.items():
             source = now.sources[name]
             if isinstance(values[name], int | float):
-                shown = f"{values[name]:g}" if isinstance(values[name], float) else str(values[name])
-                rows.append((known.flag.removeprefix("--"), shown, source))
+                text = f"{values[name]:g}" if isinstance(values[name], float) else str(values[name])
+                rows.append((known.flag.removeprefix("--"), text, source))
         rows += [("stop", repr(text), now.sources["stop"]) for text in now.plan.stop]
         rows += [
             ("logit-bias", f"{token}={b:g}", now.sources["logit_bias"]) for token, b in now.params.logit_bias
         ]
+        constraint = now.plan.constraint
+        if constraint is not None:
+            flag = CONSTRAINT.settings[constraint.kind].flag.removeprefix("--")
+            rows.append((flag, shown(constraint.text), now.sources[constraint.kind]))
         return [*rows, ("em", self.em_text(), "")]
 
     def _take(self, given: Given) -> None:
-        """Use these from now on. Raises UsageError, and keeps the old ones, for a contradiction."""
+        """Uses these flags from now on.
+
+        If they contradict each other, raises UsageError and keeps the old ones.
+        """
         resolved = resolve_settings(("flag", given), ("config", self._config), base=self._base, words=SET)
         self._planned(resolved, self._method)
         self._given, self._resolved = given, resolved

@@ -1,4 +1,4 @@
-"""`emlocal doctor`: what this machine has, what is missing, and the line that mends it."""
+"""The command `emlocal doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -15,11 +15,11 @@ _STYLES = {"ok": "green", "info": "dim", "warn": "yellow", "fail": "bold red"}
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of lines.")] = False,
 ) -> None:
-    """Check this machine: engine, model, folders, settings.
+    """Check this machine: engines, model, folders and settings.
 
-    Exits with 0 when `emlocal chat` would work here, with 1 when it would not.
+    Exits with 0 if `emlocal chat` works here, with 1 if it does not.
     """
     findings = []
     for finding in _examine():
@@ -39,7 +39,7 @@ def doctor(
 
 
 def _examine() -> Iterator["Finding"]:
-    """All findings, in the order in which they are shown."""
+    """Yields all findings in the order in which they are shown."""
     from emlocal import diagnosis as checks
 
     yield from _safely("system", checks.system)
@@ -50,6 +50,7 @@ def _examine() -> Iterator["Finding"]:
     yield from _safely("numpy", checks.numpy)
     yield from _safely("sampler", checks.sampler)
     yield from checks.engines()
+    yield from checks.gpu()
     yield from _safely("compiler", checks.compiler)
     yield from _places()
     yield from _safely("model", checks.model)
@@ -57,7 +58,7 @@ def _examine() -> Iterator["Finding"]:
 
 
 def _safely(name: str, check: Callable[[], "Finding"]) -> Iterator["Finding"]:
-    """The finding of a check; one that fails, which is a finding too, where the check cannot run."""
+    """Runs a check and yields its finding; if the check cannot run, that is a failed finding."""
     from emlocal.diagnosis import Finding
 
     try:
@@ -78,7 +79,7 @@ def _places() -> Iterator["Finding"]:
 
 
 def _config() -> "Finding":
-    """The config file: found, and every value in it usable."""
+    """Checks the config file: it exists, and all its values are valid."""
     from emlocal.diagnosis import Finding
     from emlocal.settings import resolve_settings
     from emlocal.settings.resolve import config_path, read_config
@@ -87,7 +88,7 @@ def _config() -> "Finding":
     facts = {"path": str(path), "exists": path.exists()}
     resolve_settings(("config", read_config()))
     if not path.exists():
-        return Finding("config", "info", f"none; it would be {path}", facts=facts)
+        return Finding("config", "info", f"none; emlocal reads {path} if it exists", facts=facts)
     return Finding("config", "ok", str(path), facts=facts)
 
 

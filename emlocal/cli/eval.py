@@ -1,4 +1,4 @@
-"""`emlocal eval`: ways of answering compared on problems with known answers."""
+"""The command `emlocal eval`: compares methods of answering on problems with known answers."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
 
 _COVERAGES = (0.2, 0.5, 0.8, 1.0)
-"""Of the table on the screen."""
+"""Coverages in the table on the screen."""
 
 if TYPE_CHECKING:
     from emlocal.evaluation.report.document import Document
@@ -40,47 +40,58 @@ def eval(
         str,
         typer.Option(
             "--methods",
-            help="Such as greedy,sample:1,em-inf,em-inf:paper,self-consistency:4. The others are held against"
-            " the first.",
+            help="Compare these methods with the first, such as greedy,em-inf:paper,vote:8.",
             metavar="LIST",
         ),
     ] = "greedy,sample,em-inf",
     how: EvalOptions = EvalOptions(),
     given: Annotated[Given, CALIBRATION, SAMPLING, ENGINE] = NOTHING,
 ) -> None:
-    """Compare ways of answering on problems with known answers: accuracy, cost, and how sure that is.
+    """Compare decoding methods: accuracy with confidence intervals, and cost.
 
-    All methods have the same engine, prompts and draws. What is there is not answered again: a killed run
-    goes on, and methods can be added. The folder gets results.json, results.md and report.html.
+    All methods share the engine, prompts and draws. Existing answers are kept: a killed run resumes, and
+    methods can be added. The output folder gets results.json, results.md and report.html.
     """
-    from emlocal.evaluation.runner import prepare
+    from emlocal.evaluation.preparation import prepare
     from emlocal.settings.resolve import read_config
 
     config = {name: value for name, value in read_config().items() if name not in EM.settings}
-    layers = ("flag", given), ("config", config)  # EM is for methods to say
-    calibration = options_of(ConfidenceOptions, ("flag", given)).calibration  # one for all would be a mistake
+    layers = ("flag", given), ("config", config)  # only methods set EM
+    # not from the config: one calibration for all methods would be a mistake
+    calibration = options_of(ConfidenceOptions, ("flag", given)).calibration
     prepared = prepare(task, methods, how, resolve_settings(*layers), calibration)
     with open_for_batch(options_of(EngineOptions, *layers), how.parallel, quiet=how.quiet) as loaded:
         try:
             with _Progress(how.quiet) as progress:
-                done = prepared.carry_out(loaded, progress)
+                done = prepared.carry_out(loaded, progress, _no_note if how.quiet else console.note)
         except CancelledError:
             if not how.quiet:
-                console.note("stopped; the same command goes on where it stopped")
+                console.note("stopped; run the same command to resume")
             raise
     _show(done.document)
+    if not how.quiet:
+        from emlocal.evaluation.report.texts import LEGEND
+
+        console.note(LEGEND)
     for text in done.warnings:
         console.warn(text)
     if done.others:
-        console.note(f"not reported, since --methods does not name them: {', '.join(done.others)}")
+        console.note(f"not in the report, because --methods does not name them: {', '.join(done.others)}")
     if done.calibration is not None and not how.quiet:
         console.note(_calibrated(done.calibration))
     if not how.quiet:
-        console.note(f"{done.folder}: results.json, results.md, report.html, and all answers")
+        console.note(f"{done.folder} has results.json, results.md, report.html and all answers")
+
+
+def _no_note(text: str) -> None:
+    """For --quiet."""
 
 
 class _Progress:
-    """A bar for each thing that is done, or a line now and then. A context, which ends the last one."""
+    """Shows a bar for each activity, or a line now and then.
+
+    It is a context manager; leaving it ends the last bar.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -90,8 +101,9 @@ class _Progress:
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:
             self._shown.close()
-            self._what, self._show = what, self._shown.enter_context(console.counting(total, self._quiet))
-        self._show(done, what)
+            self._what = what
+            self._show = self._shown.enter_context(console.counting(total, self._quiet, what))
+        self._show(done, "")
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +113,7 @@ class _Progress:
 
 
 def _calibrated(found: "Calibration") -> str:
-    """What was fitted, in a line."""
+    """Describes a fitted calibration in a line."""
     from emlocal.methods.confidence import METHOD, Platt
 
     on, errs = found.fitted_on, found.cross_fitted
@@ -115,7 +127,7 @@ def _calibrated(found: "Calibration") -> str:
 
 
 def _show(document: "Document") -> None:
-    """The tables, on stdout."""
+    """Prints the tables to stdout."""
     from emlocal.evaluation.report import texts
 
     _show_table(texts.columns(document), texts.rows(document))
@@ -127,7 +139,7 @@ def _show(document: "Document") -> None:
 
 
 def _show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
-    """`words`: columns of texts, before those of numbers."""
+    """Prints a table; `words`: the number of text columns, which come before those of numbers."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

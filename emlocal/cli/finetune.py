@@ -1,4 +1,4 @@
-"""`emlocal finetune`: a LoRA adapter from the model's own, unlabelled answers (EM-FT)."""
+"""The command `emlocal finetune`: trains a LoRA adapter on the model's own, unlabelled answers (EM-FT)."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from emlocal.training.settings import (
     settings_of_run,
 )
 
-Recipe = Literal["default", "paper", "one-shot"]
+Recipe = Literal["default", "paper", "one-shot", "vote"]
 
 
 @with_options
@@ -24,7 +24,7 @@ def finetune(
     data: Data,
     output: Output,
     model: ModelName = None,
-    recipe: Annotated[Recipe, typer.Option("--recipe", help="Settings that others are changes to.")] = (
+    recipe: Annotated[Recipe, typer.Option("--recipe", help="Start from the settings of this recipe.")] = (
         "default"
     ),
     run: RunOptions = RunOptions(),
@@ -32,15 +32,16 @@ def finetune(
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
-    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT).
+    """Fine-tune a LoRA adapter on the model's own answers (EM-FT).
 
-    No labels are needed. Each step answers some prompts with the model as it is, and lowers the entropy
-    of the distributions that its tokens were drawn from. Afterwards: emlocal chat -m MODEL --adapter FOLDER.
+    The prompts need no labels. Each step answers some prompts with the current model, then lowers the
+    entropy of the distributions that the tokens were drawn from. Use the adapter with
+    emlocal chat -m MODEL --adapter FOLDER.
     """
     machine.go_offline_if_asked()
     from emlocal.cli.training_view import FINETUNE_COLUMNS, carry_out
-    from emlocal.training.rl import em_ft
+    from emlocal.training.rl import fine_tuning
 
     settings = settings_of_run(FineTuneSettings, given, run.config, RECIPES[recipe].values)
     setup = Setup(data, output, model, run, answers, machine, run.validate)
-    carry_out(em_ft(settings, recipe), setup, FINETUNE_COLUMNS)
+    carry_out(fine_tuning(settings, recipe), setup, FINETUNE_COLUMNS)

@@ -1,4 +1,4 @@
-"""`emlocal models`: what there is, fetching, looking at and removing models."""
+"""The command `emlocal models`: lists, fetches, shows and removes models."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,9 @@ import typer
 
 from emlocal import console
 from emlocal.errors import ModelError, UsageError
+from emlocal.loading import best_here, room_here
 from emlocal.models import hub, starter
+from emlocal.models.choice import fit
 from emlocal.models.folder import needed_files
 from emlocal.models.gguf.header import shown
 from emlocal.models.resolve import (
@@ -22,26 +24,32 @@ from emlocal.models.resolve import (
     on_disk,
     resolve,
 )
+from emlocal.settings.options import EngineOptions
 from emlocal.text import human_size
 
-app = typer.Typer(help="List, fetch, inspect and remove models.", no_args_is_help=True)
+app = typer.Typer(help="List, fetch, show and remove models.", no_args_is_help=True)
 
 Name = Annotated[
     str,
     typer.Argument(
-        help="A short name (see list), a .gguf file, a model folder, or org/name:QUANT of the hub.",
+        help="Name a model: a short name (see list), .gguf file, folder or org/name:QUANT.",
         metavar="NAME",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
-FORMATS: tuple[Format, ...] = ("gguf", "safetensors")  # of two that are there, the one any machine runs
-PLAIN_LINE_SECONDS = 5.0  # between lines of progress when stderr is no terminal
+# of two formats on disk, prefer the one that any machine can run
+FORMATS: tuple[Format, ...] = ("gguf", "safetensors")
+PLAIN_LINE_SECONDS = 5.0  # seconds between lines of progress when stderr is not a terminal
 
 
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
-    """List the models emlocal knows and those on this machine."""
+    """List the models that emlocal knows and those on this machine.
+
+    Fits: whether the memory that is free now takes a model with a context of 8192 tokens. Thinks: whether it
+    thinks before it answers, always or on request.
+    """
     rows = [*_catalog_rows(), *_cached_rows()]
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -49,7 +57,7 @@ def list_models(as_json: Json = False) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "parameters", "size", "on disk", "licence"):
+    for title in ("model", "parameters", "size", "on disk", "fits", "thinks", "licence"):
         table.add_column(title, justify="right" if title in ("parameters", "size") else "left", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -57,12 +65,15 @@ def list_models(as_json: Json = False) -> None:
             row["parameters"],
             human_size(row["bytes"]),
             "yes" if row["on_disk"] else "",
+            row["fits"],
+            "" if row["thinks"] == "no" else row["thinks"],
             row["license"],
         )
     console.out().print(table)
 
 
 def _catalog_rows() -> Iterator[dict[str, Any]]:
+    room = room_here()
     for entry in catalog().values():
         files = on_disk(meaning(entry.alias))
         size = sum(f.stat().st_size for f in files) or entry.bytes
@@ -71,12 +82,14 @@ def _catalog_rows() -> Iterator[dict[str, Any]]:
             "parameters": entry.parameters,
             "bytes": size,
             "on_disk": bool(files),
+            "fits": fit(entry, room).describe(),
+            "thinks": entry.thinks,
             "license": entry.license,
         }
 
 
 def _cached_rows() -> Iterator[dict[str, Any]]:
-    """Models in the cache that the catalog does not have, or has in another quantization."""
+    """Yields models in the cache that the catalog lacks or has in another quantization."""
     known = {meaning(alias) for alias in catalog()}
     for repo in hub.cached_repos():
         files = hub.cached_files(repo)
@@ -84,16 +97,22 @@ def _cached_rows() -> Iterator[dict[str, Any]]:
             name = HubName(repo, hub.quant_of(first) or first)
             if name not in known:
                 size = sum(files[f].stat().st_size for f in shards)
-                yield {"name": str(name), "parameters": "", "bytes": size, "on_disk": True, "license": ""}
+                yield _cached_row(str(name), size)
         weights = [files[name] for name in needed_files(files)]
         if weights:
             size = sum(f.stat().st_size for f in weights)
-            yield {"name": repo, "parameters": "", "bytes": size, "on_disk": True, "license": ""}
+            yield _cached_row(repo, size)
+
+
+def _cached_row(name: str, size: int) -> dict[str, Any]:
+    unknown = {"parameters": "", "fits": "", "thinks": "", "license": ""}
+    return {"name": name, "bytes": size, "on_disk": True} | unknown
 
 
 @app.command()
 def pull(name: Name) -> None:
-    """Fetch a model, unless it is there already, and print where it is."""
+    """Fetch a model if it is missing, and print its path. The name auto means the best that fits."""
+    name = _named(name)
     with console.progress() as progress:
         model = resolve(name, formats=FORMATS, progress=progress)
     console.err().print(_summary(model), markup=False)
@@ -102,7 +121,11 @@ def pull(name: Name) -> None:
 
 @app.command()
 def show(name: Name, as_json: Json = False) -> None:
-    """Show what a model is and the sampling settings its authors give. Fetches nothing."""
+    """Show a model's facts and its authors' sampling settings. Fetches nothing.
+
+    The name auto means the best that fits.
+    """
+    name = _named(name)
     entry = catalog_entry(name)
     if entry is not None and local_path(name, FORMATS) is None and not on_disk(meaning(name)):
         facts: dict[str, Any] = {
@@ -110,6 +133,8 @@ def show(name: Name, as_json: Json = False) -> None:
             "on_disk": False,
             "parameters": entry.parameters,
             "license": entry.license,
+            "thinks": entry.thinks,
+            "fits": fit(entry, room_here()).describe(),
             "gguf": f"{entry.gguf}:{entry.quant}",
             "download_bytes": entry.bytes,
         }
@@ -117,24 +142,29 @@ def show(name: Name, as_json: Json = False) -> None:
         facts = _facts(resolve(name, formats=FORMATS, download=False))
     console.show_facts(facts, as_json=as_json)
     if not facts["on_disk"] and not as_json:
-        console.err().print(f"Not on this machine yet. Fetch it: emlocal models pull {name}", markup=False)
+        console.err().print(f"not on this machine yet; fetch it: emlocal models pull {name}", markup=False)
 
 
 @app.command("rm")
-def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+def remove(
+    name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False
+) -> None:
     """Remove a fetched model from this machine."""
     path = local_path(name, FORMATS)
     if path is not None:
         how = "rm -r" if path.is_dir() else "rm"
         raise UsageError(
-            f"{path} is yours; emlocal removes only what it fetched", hint=f"delete it: {how} {path}"
+            f"{path} is your own file; emlocal removes only models that it fetched",
+            hint=f"delete it: {how} {path}",
         )
     meant = meaning(name)
     files = (
         list(hub.cached_files(meant.repo).values()) if isinstance(meant, HubName) else list(on_disk(meant))
     )
     if not files:
-        raise ModelError(f"{name} is not on this machine", hint="see what is: emlocal models list")
+        raise ModelError(
+            f"{name} is not on this machine", hint="list the models that are: emlocal models list"
+        )
     size = human_size(sum(f.stat().st_size for f in files))
     what = f"{meant.repo} from the Hugging Face cache" if isinstance(meant, HubName) else "the starter model"
     listing = ", ".join(f.name for f in files)
@@ -144,13 +174,19 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do
         hub.remove(meant.repo)
     else:
         starter.remove()
-    console.err().print(f"Removed {what}: {size} freed", markup=False)
+    console.err().print(f"removed {what}: {size} freed", markup=False)
 
 
 @app.command("path")
 def print_path(name: Name) -> None:
-    """Print the file (or folder) of a model that is on this machine, for scripts."""
-    typer.echo(resolve(name, formats=FORMATS, download=False).path)
+    """Print the path of a model that is on this machine, for scripts."""
+    typer.echo(resolve(_named(name), formats=FORMATS, download=False).path)
+
+
+def _named(name: str) -> str:
+    """Returns the short name of the best model that fits in place of "auto"."""
+    entry = best_here(EngineOptions(name))
+    return name if entry is None else entry.alias
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -175,7 +211,7 @@ def _facts(model: Model) -> dict[str, Any]:
 
 
 def _in_effect(own: Mapping[str, float]) -> dict[str, dict[str, float | str]]:
-    """What emlocal samples with when no flag is given: config file, then model, then its own defaults."""
+    """Returns the sampling settings without flags: the config file's, then the model's, then the defaults."""
     from emlocal.settings import SamplingParams, describe_em, resolve_settings, settings_of
     from emlocal.settings.resolve import read_config
 

@@ -1,17 +1,18 @@
-"""The command line's flags, made from the settings' records, and what verbs share: options, and a model.
+"""The command line's flags, made from the settings' records, and code that verbs share.
 
 A verb takes tables of settings, and groups of options:
 
     @with_options
     def chat(output: OutputOptions, given: Annotated[Given, EM, SAMPLING, ENGINE]) -> None: ...
 
-`with_options` shows typer each setting as a parameter of its own. Of a table, the verb is handed what was
-given and nothing else, so that the config file, the model and emlocal's defaults can follow; of a group, the
-dataclass. `open_backend` and `open_for_batch` load the model that the flags name, and say so.
+`with_options` shows typer each setting as a separate parameter. For a table, the verb receives only the given
+values, so that the config file, the model and emlocal's defaults can fill in the rest. For a group, it
+receives the dataclass. `open_backend` and `open_for_batch` load the model that the flags name, and report it.
 """
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -20,111 +21,135 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
 from emlocal import console
+from emlocal.cli.usage import Command
 from emlocal.errors import UsageError
 from emlocal.settings.table import FLAGS, Setting, Table, options_of, setting
 from emlocal.text import counted
 
 if TYPE_CHECKING:
     from emlocal.backends.base import Backend
-    from emlocal.batch.run import Speed
+    from emlocal.batch.forecast import Speed
     from emlocal.loading import Loaded
     from emlocal.methods.confidence import Calibration, Subject
+    from emlocal.models.resolve import CatalogEntry
     from emlocal.settings.options import EngineOptions
 
 R = TypeVar("R")
 _output = partial(setting, panel="Output")
 ALIASES: dict[str, dict[str, str]] = {}
-"""Of each verb: other programs' flags → emlocal's."""
+"""The flags of other programs, with emlocal's names for them, by verb."""
 
 
 Data = Annotated[
     str,
     typer.Option(
-        "--data", help="Prompts: .jsonl, text (one a line), or a dataset of the hub.", metavar="FILE"
+        "--data",
+        help="Read prompts from a .jsonl file, a text file (one a line) or a data set of the hub.",
+        metavar="FILE",
     ),
 ]
 Output = Annotated[
     Path,
     typer.Option(
-        "-o", "--output", help="Folder for the adapter, the metrics and the checkpoints.", metavar="FOLDER"
+        "-o", "--output", help="Write the adapter, metrics and checkpoints to this folder.", metavar="FOLDER"
     ),
 ]
 ModelName = Annotated[
     str | None,
     typer.Option(
-        "-m", "--model", help="Short name, .gguf file, folder, or org/name of the hub.", metavar="MODEL"
+        "-m", "--model", help="Set the model: a short name, .gguf file, folder or org/name.", metavar="MODEL"
     ),
 ]
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What is said before the answer."""
+    """The system message, and whether to use the chat template."""
 
-    system: str | None = setting(None, "--system --system-prompt", help="System message.", metavar="TEXT")
-    raw: bool = setting(False, "--raw", help="Send the prompt as it is, without chat template.")
+    system: str | None = setting(
+        None, "--system --system-prompt", help="Set the system message.", metavar="TEXT"
+    )
+    raw: bool = setting(False, "--raw", help="Send the prompt as it is, without a chat template.")
 
 
 def check_roles(raw: bool, system: str | None) -> None:
-    """Raise UsageError where a system message has no template to go into."""
+    """Raises UsageError if there is a system message but no template for it."""
     if raw and system is not None:
-        raise UsageError("--raw and --system contradict each other: without a template there are no roles")
+        raise UsageError(
+            "--raw and --system contradict each other: a raw prompt has no system role",
+            "leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is shown and written beside the answer."""
+    """Output beside the answer."""
 
     show_entropy: bool = _output(
         False, "--show-entropy", help="Colour the answer by each token's entropy before EM."
     )
-    trace: Path | None = _output(None, "--trace", help="Write one JSON line per token.", metavar="FILE")
-    quiet: bool = _output(False, "-q --quiet", help="No notes and no statistics on stderr.")
+    hide_thinking: bool = _output(
+        False, "--hide-thinking --hide-reasoning", help="Do not show the model's thoughts."
+    )
+    trace: Path | None = _output(
+        None, "--trace", help="Write a JSON line per token to this file.", metavar="FILE"
+    )
+    quiet: bool = _output(False, "-q --quiet", help="Print no notes or statistics on stderr.")
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What becomes of a batch's rows."""
+    """Settings for the lines and rows of a batch."""
 
-    resume: bool = setting(True, "--resume/--restart", help="Go on with an output that exists, or empty it.")
+    resume: bool = setting(True, "--resume/--restart", help="Resume an existing output, or overwrite it.")
     retry_errors: bool = setting(
-        False, "--retry-errors", help="Try lines again that are error rows in the output."
+        False, "--retry-errors", help="Retry the lines that have error rows in the output."
     )
     fail_fast: bool = setting(False, "--fail-fast", help="Stop at the first error row.")
     ordered: bool = setting(
-        False, "--ordered", help="Rows in the order of the lines, not as they are finished."
+        False, "--ordered", help="Write rows in the order of the input, not as they finish."
     )
-    keep: bool = setting(False, "--keep", help="Carry a line's other fields through, under 'kept'.")
+    keep: bool = setting(False, "--keep", help="Copy a line's other fields to its row, under 'kept'.")
     form: Literal["emlocal", "openai"] = setting(
-        "emlocal", "--format", help="emlocal's rows, or OpenAI's batch output."
+        "emlocal", "--format", help="Write emlocal's rows or OpenAI's batch output."
     )
     parallel: int | None = setting(
-        None, "--parallel --max-num-seqs", 1, 256, "Sequences at once. (default: measured)"
+        None, "--parallel --max-num-seqs", 1, 256, "Set the number of sequences at once. (default: measured)"
     )
     dry_run: bool = setting(
-        False, "--dry-run", help="Check every line, count tokens, estimate time; run nothing."
+        False, "--dry-run", help="Check every line, count tokens and estimate the time; answer nothing."
     )
     system: str | None = setting(
-        None, "--system --system-prompt", help="System message of lines without one.", metavar="TEXT"
+        None, "--system --system-prompt", help="Set the system message of lines without one.", metavar="TEXT"
     )
-    raw: bool = setting(False, "--raw", help="Send prompts as they are, without chat template.")
-    quiet: bool = setting(False, "-q --quiet", help="Nothing on stderr but errors.")
+    raw: bool = setting(False, "--raw", help="Send prompts as they are, without a chat template.")
+    connect: str | None = setting(
+        None, "--connect", help="Ask the OpenAI-compatible server at this URL.", metavar="URL"
+    )
+    api_key_file: Path | None = setting(
+        None,
+        "--api-key-file",
+        help="Read the server's key from this file. (default: OPENAI_API_KEY)",
+        metavar="FILE",
+    )
+    quiet: bool = setting(False, "-q --quiet", help="Print nothing but errors on stderr.")
 
 
-class Verb(TyperCommand):
-    """A verb that understands the flags of other programs, and underscores in flags."""
+class Verb(Command):
+    """A command that accepts other programs' flags, and underscores in flags."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, respelt(args, self.params, ALIASES.get(self.name or "", {})))
 
 
 def respelt(arguments: Iterable[str], parameters: Iterable[Any], aliases: Mapping[str, str]) -> list[str]:
-    """The arguments with each flag under its main name; values, and what follows `--`, stay as they are.
+    """Returns the arguments with each flag under its main name.
 
-    Raises UsageError where one setting is given under two names.
+    Values, and the arguments after `--`, do not change.
+
+    Raises UsageError if a setting is given under two names.
     """
     options = {name: p for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
     found: list[str] = []
@@ -141,9 +166,13 @@ def respelt(arguments: Iterable[str], parameters: Iterable[Any], aliases: Mappin
             option = options.get(main)
             if option is not None:
                 if typed.setdefault(main, name) != name:
-                    raise UsageError(f"{typed[main]} and {name} are the same setting", "give one of them")
+                    raise UsageError(
+                        f"{typed[main]} and {name} are the same setting", "give only one of them"
+                    )
                 argument = main + equals + value
             takes_next = option is not None and not option.is_flag and not equals
+        elif argument in options:  # one dash and several letters, such as -ngl
+            takes_next = not options[argument].is_flag
         else:
             takes_next = _ends_with_option(argument, options)
         found.append(argument)
@@ -153,7 +182,7 @@ def respelt(arguments: Iterable[str], parameters: Iterable[Any], aliases: Mappin
 
 
 def _ends_with_option(argument: str, options: Mapping[str, Any]) -> bool:
-    """Whether an argument like -n or -qn leaves the value of its last flag to the next argument."""
+    """Whether the last flag in an argument like -n or -qn takes its value from the next argument."""
     if not argument.startswith("-"):
         return False
     for position, letter in enumerate(argument[1:], start=2):
@@ -164,7 +193,7 @@ def _ends_with_option(argument: str, options: Mapping[str, Any]) -> bool:
 
 
 def with_options(verb: Callable[..., R]) -> Callable[..., R]:
-    """Let `verb` take tables of settings and groups of options; see the module."""
+    """Lets `verb` take tables of settings and groups of options; see the module."""
     signature = inspect.signature(verb)
     hints = get_type_hints(verb, include_extras=True)
     tables: dict[str, Table] = {}
@@ -192,19 +221,22 @@ def with_options(verb: Callable[..., R]) -> Callable[..., R]:
     def flat(**values: Any) -> R:
         for name, table in tables.items():
             own = {each: values.pop(each) for each in table.settings}
-            # typer has an empty list where a repeatable flag was not given
+            # typer passes an empty list for a repeatable flag that was not given
             given = table.read({n: value for n, value in own.items() if value != []}, FLAGS)
             values[name] = options_of(hints[name], ("flag", given)) if is_dataclass(hints[name]) else given
         return verb(**values)
 
     flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     flat.__annotations__ = {p.name: p.annotation for p in parameters}
-    del flat.__wrapped__  # or typer would look through to `verb`
+    del flat.__wrapped__  # otherwise typer would look through to `verb`
     return flat
 
 
 def _table_in(hint: Any) -> Table | None:
-    """The settings behind one parameter of a verb; None for a parameter that typer is to see itself."""
+    """Returns the table of settings behind a verb's parameter.
+
+    Returns None for a parameter that typer reads itself.
+    """
     if is_dataclass(hint):
         return Table.of(hint)  # type: ignore[arg-type]
     if get_origin(hint) is not Annotated:
@@ -214,7 +246,7 @@ def _table_in(hint: Any) -> Table | None:
 
 
 def _option(known: Setting) -> Any:
-    """What typer is to know of a setting."""
+    """Returns a setting as a typer option."""
     kinds: dict[str, Any] = {
         "number": float,
         "whole": int,
@@ -238,10 +270,14 @@ def _option(known: Setting) -> Any:
 
 @contextmanager
 def open_backend(options: "EngineOptions", *, sequences: int, quiet: bool) -> Iterator["Backend"]:
-    """The model of these flags, for one prompt at a time; freed at the end. Raises as `loading.load` does."""
-    from emlocal.loading import load
+    """Loads the model of these flags for one prompt at a time; frees it at the end.
+
+    Raises as `loading.load` does.
+    """
+    from emlocal.loading import load, settled
 
     _go_offline_if_asked(options)
+    options = settled(options, _may_fetch)
     with console.progress(quiet) as progress:
         loaded = load(options, sequences=sequences, progress=progress, warn=_warn(quiet))
     with _open(loaded, quiet):
@@ -249,14 +285,30 @@ def open_backend(options: "EngineOptions", *, sequences: int, quiet: bool) -> It
 
 
 @contextmanager
-def open_for_batch(options: "EngineOptions", parallel: int | None, *, quiet: bool) -> Iterator["Loaded"]:
-    """The same for many sequences, each with room of its own: `parallel`, or as memory allows."""
-    from emlocal.loading import check_parallel, load_for_batch
+def open_for_batch(
+    options: "EngineOptions",
+    parallel: int | None,
+    *,
+    quiet: bool,
+    spare: int = 0,
+    context: int | None = None,
+) -> Iterator["Loaded"]:
+    """Loads the model for many sequences, each with its own context.
+
+    There are `parallel` sequences, or as many as fit into memory. `spare` and `context`: see
+    `loading.load_for_batch`.
+    """
+    from emlocal.backends.engine import BATCH_CONTEXT
+    from emlocal.loading import check_parallel, load_for_batch, settled
 
     check_parallel(parallel)
     _go_offline_if_asked(options)
+    options = settled(options, _may_fetch)
     with console.progress(quiet) as progress:
-        loaded = load_for_batch(options, parallel, progress=progress, warn=_warn(quiet))
+        most = context or BATCH_CONTEXT
+        loaded = load_for_batch(
+            options, parallel, spare=spare, context=most, progress=progress, warn=_warn(quiet)
+        )
     with _open(loaded, quiet):
         yield loaded
 
@@ -264,6 +316,16 @@ def open_for_batch(options: "EngineOptions", parallel: int | None, *, quiet: boo
 def _go_offline_if_asked(options: "EngineOptions") -> None:
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _may_fetch(entry: "CatalogEntry") -> bool:
+    """Asks on the terminal whether to fetch the model that `-m auto` means; False without a terminal."""
+    from emlocal.text import human_size
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    what = f"{entry.alias} ({entry.parameters} parameters, {human_size(entry.bytes)}, {entry.license})"
+    return typer.confirm(f"The best model that fits here is {what}. Fetch it?", err=True)
 
 
 def _warn(quiet: bool) -> Callable[[str], None]:
@@ -281,7 +343,7 @@ def _open(loaded: "Loaded", quiet: bool) -> Iterator[None]:
 
 
 def calibration_in(path: Path | None) -> "Calibration | None":
-    """The calibration of a flag. Raises as `read_calibration` does."""
+    """Reads the calibration that a flag names. Raises as `read_calibration` does."""
     if path is None:
         return None
     from emlocal.methods.confidence import read_calibration
@@ -290,15 +352,18 @@ def calibration_in(path: Path | None) -> "Calibration | None":
 
 
 def warn_of_mismatch(calibration: "Calibration | None", subject: "Subject") -> None:
-    """Say where a calibration was made for other answers than these."""
+    """Warns if the calibration was made for another model, method or settings."""
     differing = None if calibration is None else calibration.mismatch(subject)
     if differing is not None:
         console.warn(differing)
 
 
 def choose_parallel(model: "Loaded", asked: int | None, answers: int | None, *, quiet: bool) -> "Speed":
-    """How many sequences at once, for so many answers at most, and how fast they are."""
-    from emlocal.batch.run import Speed, best_parallel, measure_parallel
+    """Chooses how many sequences run at once, for at most `answers` answers.
+
+    Returns their number and speed.
+    """
+    from emlocal.batch.forecast import Speed, best_parallel, measure_parallel
     from emlocal.loading import MOST_PARALLEL
 
     most = asked or MOST_PARALLEL
@@ -310,6 +375,6 @@ def choose_parallel(model: "Loaded", asked: int | None, answers: int | None, *, 
     chosen = most if asked else best_parallel(speeds)
     speed = min(speeds, key=lambda s: abs(s.sequences - chosen))
     if not quiet:
-        why = "as asked" if asked else "the fewest that are nearly the fastest"
+        why = "as asked" if asked else "the smallest number within reach of the fastest"
         console.note(f"{counted(chosen, 'sequence')} at once, {why}: {speed.tokens_per_second:.0f} tok/s")
     return Speed(chosen, speed.tokens_per_second)

@@ -1,4 +1,4 @@
-"""`emlocal plot`: training runs, evaluations and traces, as a picture or on the terminal."""
+"""The command `emlocal plot`: draws runs, evaluations and traces, as a picture or on the terminal."""
 
 import shutil
 import sys
@@ -10,15 +10,15 @@ import typer
 from emlocal import console
 from emlocal.errors import UsageError
 
-_NARROWEST = 40  # columns; a narrower terminal breaks the lines
+_NARROWEST = 40  # columns; the lines break on a narrower terminal
 
 
 def plot(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of finetune or rl, folders of eval, or files of generate --trace; several of a kind"
-            " are drawn together.",
+            help="Plot these folders of finetune or rl, folders of eval, or files of generate --trace."
+            " Several of one kind share a plot.",
             metavar="PATH…",
         ),
     ],
@@ -27,22 +27,22 @@ def plot(
         typer.Option(
             "-o",
             "--output",
-            help="A .png, .svg or .pdf file. (default: on the terminal)",
+            help="Write a .png, .svg or .pdf file. (default: plot on the terminal)",
             metavar="FILE",
         ),
     ] = None,
 ) -> None:
-    """Draw training runs, evaluations or traces: a picture with -o, else on the terminal.
+    """Plot training runs, evaluations or traces; with -o as a picture.
 
-    Runs: entropy, reward, KL, length, repetition. Evaluations: accuracy
-    with intervals, and cost. Traces: the entropy of each token before and
-    after EM, and which tokens EM changed.
+    A run's plot shows entropy, reward, KL, length and repetition. An evaluation's plot shows accuracy with
+    intervals, and cost. A trace's plot shows each token's entropy before and after EM, and the tokens that
+    EM changed.
     """
     from emlocal.plotting import screen_lines, write_picture
 
     if output is not None:
         write_picture(paths, output)
-        console.note(f"drawn: {output}")
+        console.note(f"plot written to {output}")
         return
     _check_encoding()
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
@@ -52,11 +52,11 @@ def plot(
 
 
 def _check_encoding() -> None:
-    """Raise UsageError where stdout cannot show blocks and braille."""
+    """Raises UsageError if stdout's encoding lacks blocks and braille."""
     try:
         "█░⣿●".encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         raise UsageError(
-            f"a plot is of characters that stdout's encoding, {sys.stdout.encoding}, does not have",
-            "set PYTHONIOENCODING=utf-8, or draw a picture: -o plot.png",
+            f"stdout's encoding, {sys.stdout.encoding}, lacks the characters of a plot",
+            "set PYTHONIOENCODING=utf-8, or write a picture: -o plot.png",
         ) from None

@@ -1,4 +1,4 @@
-"""`emlocal rl`: a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL)."""
+"""The command `emlocal rl`: trains a LoRA adapter with negative entropy as the reward (EM-RL)."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ def rl(
         str | None,
         typer.Option(
             "--recipe",
-            help=f"Settings that others are changes to: {', '.join(recipes())}, or a TOML file.",
+            help=f"Start from these settings: {', '.join(recipes())}, or a TOML file.",
             metavar="NAME",
         ),
     ] = None,
@@ -28,10 +28,10 @@ def rl(
     answers: AnswerOptions = AnswerOptions(),
     machine: MachineOptions = MachineOptions(),
 ) -> None:
-    """Train a LoRA adapter by reinforcement, with negative entropy as the only reward (EM-RL).
+    """Train a LoRA adapter with negative entropy as the reward (EM-RL).
 
-    No labels are needed, but for the reward verifier. Each step draws several answers to some prompts, and
-    makes those likelier that are worth more than the others to the same prompt. Afterwards:
+    Only the reward verifier needs labels. Each step draws several answers to some prompts. It makes the
+    answers with a higher reward than the others to the same prompt more likely. Use the adapter with
     emlocal chat -m MODEL --adapter FOLDER.
     """
     machine.go_offline_if_asked()

@@ -1,4 +1,4 @@
-"""Training from the command line: from flags to a setup, and what people see: a line a step, and a bar."""
+"""Training on the command line: a line for each step, a bar, and the report of a dry run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ import typer
 from emlocal import console
 from emlocal.files import Progress
 from emlocal.settings import settings_of
-from emlocal.text import CONTROLS, counted, human_size, plain
+from emlocal.text import CONTROLS, counted, duration, human_size, plain
 from emlocal.training.engines import Objective
 from emlocal.training.folder import View
 from emlocal.training.runner import TrainingResult, Trial, train, try_out
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Column = tuple[str, int, Callable[[Row], str]]
-"""Heading, width, and what stands there."""
+"""Heading, width in characters, and the function that fills the cell."""
 
 
 def number(name: str, digits: int) -> Callable[[Row], str]:
-    """A number of a line of metrics; nothing where it has none."""
+    """Returns a function that formats a number of the metrics; empty if the metrics lack it."""
     return lambda row: "" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
 
 def share(name: str, digits: int) -> Callable[[Row], str]:
-    """The same in percent."""
+    """Returns a function that formats a share of the metrics in percent; empty if the metrics lack it."""
     return lambda row: "" if row.get(name) is None else f"{row[name]:.{digits}%}"
 
 
@@ -53,9 +53,9 @@ RL_COLUMNS = (
 
 
 def carry_out(objective: Objective[Any], setup: Setup, columns: Sequence[Column]) -> None:
-    """Train, or with `--dry-run` tell what would be done.
+    """Trains or, with `--dry-run`, reports what a run would do.
 
-    Raises what any part of it raises, and Exit(1) for a run that stopped by itself.
+    Raises the errors of its parts, and Exit(1) for a run that stopped by itself.
     """
     with TerminalView(objective.settings.steps, columns, setup.run.quiet) as view:
         if setup.run.dry_run:
@@ -70,7 +70,7 @@ def carry_out(objective: Objective[Any], setup: Setup, columns: Sequence[Column]
 
 
 class TerminalView(View):
-    """Tells how a run goes, on stderr. Use it in a `with` block."""
+    """Reports a run on stderr. Use it in a `with` block."""
 
     def __init__(self, steps: int, columns: Sequence[Column], quiet: bool) -> None:
         super().__init__(console.warn)
@@ -91,7 +91,7 @@ class TerminalView(View):
         self.stop()
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Removes the bar."""
         self._opened.close()
         self._bars = self._progress = None
 
@@ -101,14 +101,14 @@ class TerminalView(View):
         self._progress(what, done, total)
 
     def begin(self, lines: Sequence[str], resumed: int | None) -> None:
-        """What is about to happen; lines short enough for 80 columns, a long name aside."""
+        """Describes the run before it begins; the lines fit 80 columns, apart from long names."""
         self.stop()
         if self._quiet:
             return
         for line in lines:
             console.note(line)
         if resumed is not None:
-            console.note(f"going on after step {resumed}")
+            console.note(f"resuming after step {resumed}")
         console.note(" ".join(f"{title:>{width}}" for title, width, _ in self._columns))
         if console.err().is_terminal:
             self._show_bars()
@@ -128,7 +128,7 @@ class TerminalView(View):
         self._bar(f"step {step}: training", done, total)
 
     def validating(self, done: int, total: int) -> None:
-        """Prompts of `--validate` answered."""
+        """Shows how many prompts of `--validate` are answered."""
         self._bar("validating", done, total)
 
     def _bar(self, text: str, done: int, total: int) -> None:
@@ -138,25 +138,31 @@ class TerminalView(View):
             self._bars.update(self._task, description=text, completed=done, total=total)
 
     def finished_step(self, row: dict[str, Any]) -> None:
-        """A line of the table."""
+        """Prints a line of the table."""
         super().finished_step(row)
         if self._quiet:
             return
         console.note(" ".join(f"{said(row):>{width}}" for _, width, said in self._columns))
 
     def validated(self, before: float, after: float) -> None:
-        """Accuracies of `--validate`."""
+        """Prints the accuracies of `--validate`."""
         if not self._quiet:
             console.note(f"accuracy on the validation prompts: {before:.1%} → {after:.1%}")
 
-    def stopped(self, output: Path) -> None:
-        """It was asked to."""
+    def said(self, text: str) -> None:
+        """Prints the result of a part of the run."""
         self.stop()
         if not self._quiet:
-            console.note(f"stopped; the same command with --resume goes on ({output})")
+            console.note(text)
+
+    def stopped(self, output: Path) -> None:
+        """Says that the run stopped on request, and how to resume it."""
+        self.stop()
+        if not self._quiet:
+            console.note(f"stopped ({output}); resume with the same command and --resume")
 
     def ended(self, result: TrainingResult) -> None:
-        """How it ended, and what to do next."""
+        """Prints how the run ended and what to do next."""
         self.stop()
         outcome, output = result.outcome, result.adapter
         if self._quiet:
@@ -167,19 +173,19 @@ class TerminalView(View):
         first, last = outcome.first, outcome.last
         if first and last:
             console.note(
-                f"entropy {first.entropy:.3f} → {last.entropy:.3f} nats a token,"
+                f"entropy {first.entropy:.3f} → {last.entropy:.3f} nats per token,"
                 f" length {first.length:.0f} → {last.length:.0f},"
                 f" repetition {first.repetition:.1%} → {last.repetition:.1%}"
             )
         if outcome.steps == 0:
-            console.note(f"no step was taken that could be kept: the adapter in {output} changes nothing")
+            console.note(f"no step could be kept; the adapter in {output} changes nothing")
             return
-        console.note(f"the adapter of {counted(outcome.steps, 'step')} is in {output}; try it:")
+        console.note(f"the adapter after {counted(outcome.steps, 'step')} is in {output}; try it:")
         console.command(["emlocal", "chat", "-m", result.model, "--adapter", str(output)])
 
 
 def show_trial(trial: Trial) -> None:
-    """Print the settings, one example as it would be trained on, and what a run takes."""
+    """Prints the settings, one example as it would be trained on, and the time and memory of a run."""
     settings = trial.settings
     console.heading("Settings")
     for name, value in vars(settings).items():
@@ -190,24 +196,31 @@ def show_trial(trial: Trial) -> None:
     for name, text in zip(("model", "adapter", "engine"), trial.described, strict=True):
         _line(name, text)
 
-    console.heading("One example")  # the prompt, which is not in the loss, and the answer, which is
+    console.heading("One example")  # the prompt is not in the loss, the answer is
     (prompt, asked), (answer, answered) = trial.example
     console.write(f"  not in the loss ({counted(asked, 'token')}; <n> is control token n):\n")
     console.write(_indented(prompt))
-    console.write(f"  in the loss ({counted(answered, 'token')} of an answer cut short here):\n")
+    console.write(f"  in the loss ({counted(answered, 'token')} of an answer, shortened here):\n")
     console.write(_indented(answer))
 
-    console.heading("A run, if every answer is as long as it may get")
-    answers = f"{settings.answers_per_step:,} answers of {settings.max_tokens:,} tokens"
+    console.heading("A run, if every answer has --max-tokens")
+    most = f"answers of {settings.max_tokens:,} tokens"
     _line("answering", f"{trial.answering_speed:,.0f} tokens/s")
     _line("training", f"{trial.training_speed:,.0f} tokens/s, prompts included")
-    _line("a step", f"{_duration(trial.step_seconds)} ({answers})")
-    _line(counted(settings.steps, "step"), _duration(trial.run_seconds))
+    if trial.votes:
+        _line(
+            "the votes", f"{duration(trial.voting_seconds)} ({trial.votes:,} {most}, before the first step)"
+        )
+        share = trial.voting_seconds / trial.run_seconds
+        _line("", f"{share:.0%} of the run{'; --limit or --samples shorten it' if share > 0.5 else ''}")
+    _line("a step", f"{duration(trial.step_seconds)} ({settings.answers_per_step:,} {most})")
+    steps = counted(settings.steps, "step")
+    _line(f"votes and {steps}" if trial.votes else steps, duration(trial.run_seconds))
     _line("memory", f"{human_size(trial.peak_memory)} at its peak, with one whole micro-batch")
 
 
 def _flag(settings: TrainingSettings, name: str) -> str:
-    """What people set it with."""
+    """Returns the flag of a setting."""
     numbers = settings_of(type(settings))
     return numbers[name].flag if name in numbers else "--" + name.replace("_", "-")
 
@@ -226,9 +239,3 @@ def _said(value: Any) -> str:
 
 def _indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.translate(CONTROLS).splitlines())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

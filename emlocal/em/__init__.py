@@ -1,12 +1,12 @@
-"""The method: entropy minimization, in numpy. What is here is about distributions, not about tokens or text.
+"""The method: entropy minimization (EM), in numpy. It deals with distributions, not with tokens or text.
 
-This module says what an EM step is. A step is one file in `emlocal.em.steps`: its settings and its
-reference, which works on the whole vocabulary in float64 and is written to be read beside the paper (Agarwal
-et al. 2025, arXiv 2505.15134). That is enough to run it on every engine. Faster ways (`fast`, the compiled
-sampler, torch's and mlx's kernels) are chosen by the step's type where they exist, and are tested against
-the reference.
+This module defines an EM step. Each step is one file in `emlocal.em.steps`, with its settings and its
+reference. The reference works on the whole vocabulary in float64 and is written to be read beside the paper
+(Agarwal et al. 2025, arXiv 2505.15134). A step with these two runs on every engine. Faster ways (`fast`, the
+compiled sampler, torch's and mlx's kernels) are chosen by the step's type if they exist, and are tested
+against the reference.
 
-No numpy at import: the settings of a step are needed for `emlocal --help`, which must be quick.
+This module does not import numpy: `emlocal --help` needs the settings of a step and must be quick.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What an EM step did to one row."""
+    """The result of an EM step on one row."""
 
     logits: "Float64"
     """[V]; only differences mean anything."""
@@ -29,12 +29,12 @@ class Outcome(NamedTuple):
     """Nats."""
     entropy_after: float
     steps: int
-    """EM steps taken; 0 where the row was left alone."""
+    """EM steps taken; 0 if the row was left unchanged."""
 
 
 @dataclass(frozen=True)
 class EMResult:
-    """What an EM step did to rows of shape [..., V]."""
+    """The result of an EM step on rows of shape [..., V]."""
 
     logits: "Float64"
     """[..., V]; only differences within a row mean anything."""
@@ -48,36 +48,44 @@ class EMResult:
 
 @dataclass(frozen=True)
 class EMStep(ABC):
-    """An entropy-minimizing step of the sampler: its settings, and what it does to a row of logits.
+    """A step of the sampler that lowers the entropy of a row of logits, with its settings.
 
     A subclass is a frozen dataclass whose fields are declared with `emlocal.settings.setting`.
     """
 
     name: ClassVar[str]
-    """What it is called as a method, in results and in evaluations: "em-inf"."""
+    """The step's name as a method, in results and in evaluations: "em-inf"."""
     flag: ClassVar[str]
-    """The flag that switches it on; a batch line's field has the same name: "--em-inf", `em_inf`."""
+    """The flag that switches the step on: "--em-inf". A batch line's field has the same name: `em_inf`."""
     help: ClassVar[str]
-    """Of that flag."""
+    """The flag's help text."""
 
     @classmethod
     def field(cls) -> str:
-        """The field of a batch line and the key of a config file that switch it on."""
+        """Returns the field of a batch line and the key of a config file that switch the step on."""
         return cls.flag.removeprefix("--").replace("-", "_")
 
     @abstractmethod
     def reference(self, z: "Float64") -> Outcome:
-        """The step on one row, float64 [V], which is not changed.
+        """Takes the step on one row, float64 [V], which is not changed.
 
-        The row is a distribution: no NaN, no +inf; −inf marks masked tokens, which must stay masked.
+        The row is a distribution: no NaN, no +inf. −inf marks masked tokens, which must stay masked.
         """
+
+    @property
+    def keeps_most_probable(self) -> bool:
+        """Whether each row's most probable token stays so, and greedy decoding does not change.
+
+        True only where that is proven; False only means that nobody has shown it.
+        """
+        return False
 
     @abstractmethod
     def describe(self) -> str:
-        """The step and its settings in a few words, for people."""
+        """Returns the step and its settings in a few words, for people."""
 
     def apply(self, logits: "ArrayLike") -> EMResult:
-        """The step on each row by itself.
+        """Takes the step on each row by itself.
 
         Args:
             logits: [..., V], any float dtype; −inf marks masked tokens, which stay masked.
@@ -100,5 +108,5 @@ class EMStep(ABC):
 
 
 def describe_em(step: EMStep | None) -> str:
-    """An EM step in words."""
+    """Returns an EM step in words; "off" for None."""
     return "off" if step is None else step.describe()

@@ -1,8 +1,8 @@
 r"""The fast ways of the EM steps: on a row split into head and tail, with a bound on the error.
 
-Each agrees with its step's reference or declines: where the bound exceeds `TOLERANCE`, or H lies so near δ
-that EM-INF's stopping is undecided, the answer is None; the caller tries a narrower cutoff and then the
-reference.
+Each way agrees with its step's reference or declines. It returns None where the bound exceeds `TOLERANCE`, or
+where H lies so near δ that EM-INF's stopping is undecided. The caller then tries a smaller cutoff and finally
+the reference.
 
 Notation: weights w, exponents s = log w, partition S = Σ w, p = w/S, a = log p + H, gradient of the loss
 g = −p·a (+ κ(p − p⁰)). A *tail* token has w ≤ cutoff, so log p ≤ log cutoff and a < 0: it only ever falls.
@@ -11,16 +11,16 @@ EM-INF by gradient descent
 --------------------------
 A tail token moves by u = Σ_t η p_t a_t, where p_t = w e^u / S_t. To first order in w,
 
-    u = w·(A s + B),   A = Σ_t η/S_t,   B = Σ_t η (H_t − log S_t)/S_t,
+    u = w·(A s + B),   A = Σ_t η/S_t,   B = Σ_t η (H_t − log S_t)/S_t.
 
-each step adding to |As + B|, since s + H_t − log S_t = a < 0. The KL term adds K = Σ_t ηκ(1/S_0 − 1/S_t), of
+Each step adds to |As + B|, since s + H_t − log S_t = a < 0. The KL term adds K = Σ_t ηκ(1/S_0 − 1/S_t), of
 either sign, to B. So the tail's mass and first moment after any number of steps follow from
 Q_k = Σ_tail w² s^k:
 
     Σ w e^u        ≈ M_0 + A Q_1 + (B+K) Q_0
     Σ w e^u (s+u)  ≈ M_1 + A (Q_2 + Q_1) + (B+K) (Q_1 + Q_0).
 
-*What is left out.* Let U = max|u| ≤ c·|A log c + B| at the cutoff c (w|As + B| grows with w there). The
+*The terms left out.* Let U = max|u| ≤ c·|A log c + B| at the cutoff c (w|As + B| grows with w there). The
 second-order terms are ½Σwu² and Σwu²(1 + |s|/2) ≤ c·(1 + |log c|)·q with q = Σ w²(As + B)² a quadratic form
 in the Q_k, and u itself is short by at most 2U·|u| (from e^u and from log p). With b_k = |A Q_{k+1} + B Q_k|
 = Σ w²|As + B||s|^k the errors of log S and of (Σ w s)/S are at most
@@ -30,9 +30,9 @@ in the Q_k, and u itself is short by at most 2U·|u| (from e^u and from log p). 
 plus the float32 rounding of the sweep, `ROUNDING` of the tail's sums. The KL term's largest |K| adds c|K| to
 U, |K| Σw²|s|^k to b_k and |K|(2 b_0 + |K| Q_0) to q.
 
-*How it spreads.* Let e be the error of the head's logits. The step's Jacobian is 1 + ηJ with
-J = −∇²H = diag(p(a+1)) − (x yᵀ + y xᵀ), x = p(a+½), y = p: symmetric, so |e|₂ grows by at most the larger of
-1 + ηλ and −1 − ημ, where λ and μ bound the eigenvalues of J from above and below:
+*How the error spreads.* Let e be the error of the head's logits. The step's Jacobian is 1 + ηJ with
+J = −∇²H = diag(p(a+1)) − (x yᵀ + y xᵀ), x = p(a+½), y = p. It is symmetric, so |e|₂ grows by at most the
+larger of 1 + ηλ and −1 − ημ, where λ and μ bound the eigenvalues of J from above and below:
 
     λ = max(0, λ') + (|x||y| − x·y),   μ = μ'   (and κ/2 more on either side: the KL term's Jacobian).
 
@@ -40,28 +40,29 @@ With α² = |y|/|x|, u = αx + y/α and v = αx − y/α, J = diag(d) − (uuᵀ
 top token's row is held apart from the others (r the norm of the rest of u): λ' is the largest eigenvalue of
 [[d₁ − u₁²/2, u₁r/2], [u₁r/2, d₂]], and μ' the smallest of the same with −e^(−H−2) − r²/2 for d₂, where d is
 least. d = p(a+1) grows with p where it is positive, so d₂ ≤ its value at min(p₁, 1 − p₁). Each step adds
-η(|p(a+1)|₂ ν + |p|₂ δH), δH = ν' + ν(1 + |Σ w s|/S), and `ROUNDING64` for the arithmetic of either side:
-nothing else separates the two where the head is the whole row, and ties that float64 breaks grow too.
+η(|p(a+1)|₂ ν + |p|₂ δH), δH = ν' + ν(1 + |Σ w s|/S), and `ROUNDING64` for the arithmetic of either side. If
+the head is the whole row, that arithmetic is the only difference between the two, and ties that float64
+breaks grow too.
 
-*What it means.* Σ p|e| ≤ |e|₂, so the head adds ≤ |e|₂/2 to the total variation, and giving the tail one
-common factor adds ≤ 2b_0/S.
+*The effect on the distribution.* Σ p|e| ≤ |e|₂, so the head adds ≤ |e|₂/2 to the total variation, and giving
+the tail one common factor adds ≤ 2b_0/S.
 
 EM-INF by Adam
 --------------
-The first step is η·g/(|g| + ε): the tail moves too, all of it by nearly −η a step, since a tail
-token's gradients are w·f_t(s) with f nearly constant in s, and Adam does not see the factor w while
-|g| ≫ ε = 1e-8. So the tail is moved as one, by what Adam does to a token of the tail's mean exponent. How
-far other tail tokens stray from it is measured, not assumed: *sentinels*, tokens of weight 0, take the same
-steps at the cutoff and far below it, with ε = 0. What ε itself does: in k steps a token moves by
-−ηk(1 − f), f ≤ ε/(√v̂ + ε), so its weight exceeds the common one by at most w f (1 − e^{−ηk}) (e^x is
-convex; where the KL term turns the tail round, the answer is None). The first of the k gradients alone gives
-√v̂ ≥ w|a|/(S_0 √k), with |a| at least its first value at the cutoff. All of them give w|a|/(S e^{ηk/2}), less
-the KL term's share: the weights shrink by e^{−η} a step at most, and a root mean square is no less than the
-geometric mean. So f ≤ ε'/(w + ε') with ε' = ε w/√v̂, and `light_tail_mass` sums w f.
+The first step is η·g/(|g| + ε). The tail moves too, all of it by nearly −η a step, since a tail token's
+gradients are w·f_t(s) with f nearly constant in s, and Adam does not see the factor w while |g| ≫ ε = 1e-8.
+So the tail is moved as one, by what Adam does to a token of the tail's mean exponent. How far other tail
+tokens stray from it is measured, not assumed: *sentinels*, tokens of weight 0, take the same steps at the
+cutoff and far below it, with ε = 0. The effect of ε itself: in k steps a token moves by −ηk(1 − f), f ≤
+ε/(√v̂ + ε), so its weight exceeds the common one by at most w f (1 − e^{−ηk}) (e^x is convex; where the KL
+term turns the tail round, the answer is None). The first of the k gradients alone gives √v̂ ≥ w|a|/(S_0 √k),
+with |a| at least its first value at the cutoff. All of them give w|a|/(S e^{ηk/2}), less the KL term's share:
+the weights shrink by e^{−η} a step at most, and a root mean square is no less than the geometric mean. So f ≤
+ε'/(w + ε') with ε' = ε w/√v̂, and `light_tail_mass` sums w f.
 
-In the head, an error δ of H makes the gradients err by p·δ, all with one sign, and a token's own error e by
-p(a+1)e more, which is how ties that rounding breaks come to grow. `_AdamTangent` carries both to first order
-through the moments, so that a token near the sign change a = 0, where it matters, is counted for what it is.
+In the head, an error δ of H makes the gradients err by p·δ, all with one sign. A token's own error e adds
+p(a+1)e, which is how ties that rounding breaks grow. `_AdamTangent` carries both to first order through the
+moments, so that a token near the sign change a = 0, where it matters, counts with its own error.
 
 Adaptive temperature
 --------------------
@@ -86,13 +87,16 @@ from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON, Adam, EMInf
 from emlocal.em.steps.power import Power
 
 DOUBT = 1e-5
-"""More than the float32 sweep can put the entropy off by."""
+"""Nats; the error of the entropy by the float32 sweep is less."""
 FAR_FROM_EPSILON = 1e12
-"""Adam ignores the gradient's scale but for ε; scaled by this, a sentinel shows what ε = 0 would do."""
+"""A factor on a sentinel's gradient, which shows what ε = 0 would do: but for ε, Adam ignores the scale."""
 
 
 def sharpen_em_inf(split: Split, settings: EMInf) -> Sharpened | None:
-    """EM-INF on a split row; None where agreement with the reference cannot be promised at this cutoff."""
+    """Takes the EM-INF step on a split row; returns None if agreement cannot be promised at this cutoff.
+
+    Agreement is with the reference.
+    """
     one_hot = len(split.head) == 1 and split.tail_mass == 0
     if one_hot or settings.steps == 0 or settings.threshold > split.entropy + DOUBT:
         return split.untouched()
@@ -102,16 +106,16 @@ def sharpen_em_inf(split: Split, settings: EMInf) -> Sharpened | None:
 
 
 def hottest_em_inf(settings: EMInf) -> float:
-    """The highest temperature that may follow EM-INF.
+    """Returns the highest temperature that may follow EM-INF.
 
-    The tail's tokens get a common factor, which their small mass forgives until heat makes it large: Adam's
-    steps are as large for rare tokens as for any, those of gradient descent tiny.
+    The tail's tokens get a common factor. Their small mass hides the error until heat makes it large. Adam's
+    steps are as large for rare tokens as for any; those of gradient descent are tiny.
     """
     return 1.0 if settings.optimizer == "adam" else 2.0
 
 
 def gradient_descent(split: Split, settings: EMInf) -> Sharpened | None:
-    """EM-INF with optimizer "sgd"; None where agreement with the reference cannot be promised."""
+    """Takes the EM-INF step with optimizer "sgd"; returns None if agreement cannot be promised."""
     Q = split.squared_tail()
     eta, pull = settings.learning_rate, settings.learning_rate * settings.kl_weight
     n = len(split.head)
@@ -124,7 +128,7 @@ def gradient_descent(split: Split, settings: EMInf) -> Sharpened | None:
     p0 = np.exp(h) / split.partition if pull else None
     tail_mass, tail_moment = split.tail_mass, split.tail_moment
     A = B = K = largest_K = 0.0
-    amplified = 0.0  # what an error of 1 at every step would grow to
+    amplified = 0.0  # the size to which an error of 1 at every step would grow
     undecided = math.inf  # how near H came to δ
     least_S = split.partition
     for step in range(settings.steps + 1):
@@ -155,7 +159,7 @@ def gradient_descent(split: Split, settings: EMInf) -> Sharpened | None:
             top = int(h.argmax())
         tail_mass = split.tail_mass + A * Q.Q1 + (B + K) * Q.Q0
         tail_moment = split.tail_moment + A * (Q.Q2 + Q.Q1) + (B + K) * (Q.Q1 + Q.Q0)
-        if h[top] > HIGHEST or tail_mass < 0:  # steps far beyond what the expansion can follow
+        if h[top] > HIGHEST or tail_mass < 0:  # steps far beyond the expansion's reach
             return None
 
     nu, delta_H, tail_tv = _left_out(split, Q, A, B, largest_K, least_S)
@@ -171,7 +175,7 @@ def gradient_descent(split: Split, settings: EMInf) -> Sharpened | None:
 def _left_out(
     split: Split, Q: SquaredTail, A: float, B: float, K: float, S: float
 ) -> tuple[float, float, float]:
-    """Bounds on the errors of log S and of H, and on the tail's share of the total variation.
+    """Returns bounds on the errors of log S and of H, and on the tail's share of the total variation.
 
     |As + B| grows over the steps: with the last A and B, the largest K ≥ 0 and the least S, the bounds hold
     for every step.
@@ -188,7 +192,7 @@ def _left_out(
 
 
 def _curvature(p1: float, H: float, gram: list[list[float]], S: float) -> tuple[float, float]:
-    """λ and μ, between which the curvature of −H lies; the KL term's share apart.
+    """Returns λ and μ, which bound the curvature of −H from above and below, without the KL term's share.
 
     Args:
         p1: probability of the top token.
@@ -211,14 +215,14 @@ def _curvature(p1: float, H: float, gram: list[list[float]], S: float) -> tuple[
 
 
 def adam_descent(split: Split, settings: EMInf) -> Sharpened | None:
-    """EM-INF with optimizer "adam"; None where agreement with the reference cannot be promised."""
+    """Takes the EM-INF step with optimizer "adam"; returns None if agreement cannot be promised."""
     n = len(split.head)
     sentinels = _sentinels(split)
     h = np.concatenate((split.head, sentinels))
     weights0 = np.exp(h)
     adam = Adam(h.shape, settings.learning_rate)
     tail_mass, tail_moment = split.tail_mass, split.tail_moment
-    # the tail's sums are off by the float32 sweep, and by what strays from the common shift
+    # the tail's sums are off by the float32 sweep, and by the tokens that stray from the common shift
     depth = abs(tail_moment / tail_mass) if tail_mass else 0.0
     tangent, off = _AdamTangent(h.shape), np.zeros(h.shape)
     shift = 0.0
@@ -227,7 +231,7 @@ def adam_descent(split: Split, settings: EMInf) -> Sharpened | None:
         S = float(weights[:n].sum()) + tail_mass
         H = max(0.0, math.log(S) - (float(weights[:n] @ h[:n]) + tail_moment) / S)
         p = weights / S
-        # nothing moves by much more than η a step
+        # a token moves by little more than η a step
         error = float(p[:n] @ np.minimum(np.abs(off[:n]), 2 * settings.learning_rate * step))
         stray = _stray(split, h[n:] - sentinels, S, settings, step)
         delta = (stray + ROUNDING * tail_mass / S) * (2 + depth + H) + error * (1 + H)
@@ -247,7 +251,7 @@ def adam_descent(split: Split, settings: EMInf) -> Sharpened | None:
         h = h - adam.step(gradient)
         dg = p * (delta + ROUNDING64 + np.abs((a + (1 - settings.kl_weight)) * off))
         off += settings.learning_rate * tangent.step(adam, gradient, dg)
-        if h.max() > HIGHEST:  # steps far beyond what anybody means
+        if h.max() > HIGHEST:  # steps far beyond any sensible setting
             return None
         shift = max(float(h[n] - sentinels[0]), -HIGHEST)
         tail_mass = split.tail_mass * math.exp(shift)
@@ -256,14 +260,14 @@ def adam_descent(split: Split, settings: EMInf) -> Sharpened | None:
 
 
 class _AdamTangent:
-    """How far Adam's update u = m̂/√v̂ moves, to first order, when its gradients are off by dg."""
+    """The error of Adam's update u = m̂/√v̂, to first order, from errors dg of its gradients."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.mean = np.zeros(shape)
         self.square = np.zeros(shape)
 
     def step(self, adam: Adam, gradient: Float64, dg: Float64) -> Float64:
-        """du = (dm̂ − u·dv̂/(2√v̂))/√v̂, after `adam` has taken the same step."""
+        """Returns du = (dm̂ − u·dv̂/(2√v̂))/√v̂, after `adam` has taken the same step."""
         self.mean += (1 - BETA1) * (dg - self.mean)
         self.square += (1 - BETA2) * (2 * gradient * dg - self.square)
         rms = adam.root_mean_square() + EPSILON
@@ -275,14 +279,14 @@ class _AdamTangent:
 
 
 def _sentinels(split: Split) -> Float64:
-    """Exponents of the tail tokens that are watched: its mean, its top, and far below."""
+    """Returns the exponents of the tail tokens that are watched: its mean, its top, and far below."""
     top = math.log(split.cutoff)
     mean = split.tail_moment / split.tail_mass if split.tail_mass else top
     return np.array([mean, top, 2 * top])
 
 
 def _stray(split: Split, moved: Float64, S: float, settings: EMInf, step: int) -> float:
-    """How much probability the tail's common shift may put in the wrong place after `step` Adam steps."""
+    """Returns how much probability the tail's common shift may misplace after `step` Adam steps."""
     if step == 0 or not split.tail_mass:
         return 0.0
     spread = min(float(np.abs(moved[1:] - moved[0]).max()), 1.0)
@@ -301,12 +305,15 @@ MAX_ROUNDS = 100
 
 
 def sharpen_adaptive_temperature(split: Split, settings: AdaptiveTemperature) -> Sharpened | None:
-    """Adaptive temperature on a split row; None where agreement with the reference cannot be promised."""
+    """Takes the adaptive-temperature step on a split row.
+
+    Returns None if agreement with the reference cannot be promised at this cutoff.
+    """
     before = split.entropy
     target = max(settings.ratio * before, settings.threshold)
     if before <= target:
         return split.untouched()
-    low, high = 0.0, -math.log(COLDEST)  # of log β: H(low) > target ≥ H(high), if any
+    low, high = 0.0, -math.log(COLDEST)  # bounds of log β: H(low) > target ≥ H(high), if any
     x = min(high, 0.5)
     for _ in range(MAX_ROUNDS):
         H, variance, tail, S, bound = _tempered(split, math.exp(x))
@@ -326,7 +333,10 @@ def sharpen_adaptive_temperature(split: Split, settings: AdaptiveTemperature) ->
 
 
 def raise_to_power(split: Split, settings: Power) -> Sharpened | None:
-    """A power of a split row, which is a temperature that is known; None as for that one."""
+    """Takes the power step on a split row; returns None if agreement cannot be promised at this cutoff.
+
+    The step is a temperature that is known, so the bound is that of adaptive temperature.
+    """
     H, _, tail, S, bound = _tempered(split, settings.alpha)
     if bound > TOLERANCE:
         return None
@@ -334,7 +344,7 @@ def raise_to_power(split: Split, settings: Power) -> Sharpened | None:
 
 
 def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, float]:
-    """H of w^β, the variance of β·s, the tail's mass, the partition, and the bound."""
+    """Returns H of w^β, the variance of β·s, the tail's mass, the partition, and the bound."""
     scaled = split.head * beta
     weights = np.exp(scaled)
     mean_s = split.tail_moment / split.tail_mass if split.tail_mass else 0.0
@@ -353,5 +363,5 @@ def _tempered(split: Split, beta: float) -> tuple[float, float, float, float, fl
 
 
 def hottest_adaptive_temperature(settings: AdaptiveTemperature | Power) -> float:
-    """The highest temperature that may follow adaptive temperature: any."""
+    """Returns the highest temperature that may follow adaptive temperature or power: any."""
     return math.inf

@@ -1,8 +1,9 @@
-"""EM-RL's loss: the policy gradient of drawn tokens, and what keeps it near where it was.
+"""The losses of EM-RL and EM-FT: the reference that the engines' kernels are tested against.
 
-Everything here is about M drawn tokens, flat: ℓ_t = log π(y_t | y_<t) now, ℓ°_t when they were drawn
-("old"), ℓʳ_t under the reference (the model without its adapter), and A_t the advantage of the token's
-answer. With the ratio ρ_t = exp(ℓ_t − ℓ°_t), a token's loss is
+EM-RL's loss is the policy gradient of drawn tokens, with terms that keep the policy near where it was. It is
+about M drawn tokens, flat. ℓ_t = log π(y_t | y_<t) is the current log-probability, ℓ°_t the one when the
+token was drawn ("old"), and ℓʳ_t the reference's (the model without its adapter). A_t is the advantage of the
+token's answer. With the ratio ρ_t = exp(ℓ_t − ℓ°_t), a token's loss is
 
     reinforce   −A_t ℓ_t                                            Williams 1992; slope −A_t
     ppo-clip    −min(ρ_t A_t, clip(ρ_t, 1−ε_low, 1+ε_high) A_t)     Schulman et al. 2017, eq. 7
@@ -10,33 +11,32 @@ answer. With the ratio ρ_t = exp(ℓ_t − ℓ°_t), a token's loss is
 
     + β k3_t,           k3 = e^d − d − 1 with d = ℓʳ − ℓ            Schulman 2020; slope β (1 − e^d)
     + κ_t |ℓ_t − ℓ°_t|  on KL-Cov's tokens                          arXiv 2505.22617; slope κ_t sign(ℓ − ℓ°)
-    − c H_t                                                         the entropy bonus: c = 0 unless asked for
+    − c H_t                                                         the entropy bonus; c = 0 by default
 
-"Slope" is the derivative by ℓ_t; the gradient by logits is slope · (1[v = y_t] − p_v) / T, and that of the
-bonus c p_v (log p_v + H) / T. While ρ = 1 (the first update after drawing) both losses have the same slope.
-The released code left a bonus of 0.001 on, which works against the method. With c = −1 it is the term that
-the token reward leaves out, and EM-FT follows.
+"Slope" is the derivative with respect to ℓ_t. The gradient with respect to logits is slope · (1[v = y_t] −
+p_v) / T, and that of the bonus is c p_v (log p_v + H) / T. While ρ = 1 (the first update after drawing) both
+losses have the same slope. The released code left a bonus of 0.001 on, which works against the method. With c
+= −1 the bonus is the term that the token reward omits and that EM-FT follows.
 
 k3 is never negative, and its mean over tokens drawn from π is KL(π ‖ reference). As a loss, however, it is
-followed through ℓ_t alone, and that slope's mean is the gradient of the reverse, KL(reference ‖ π).
+followed through ℓ_t alone, and the mean of that slope is the gradient of the reverse, KL(reference ‖ π).
 
 Clip-Cov and TW-GRPO (`emlocal.em.relatives`) need no loss of their own: both scale the advantages of tokens,
 by 0 and by w_t > 0.
 
-EM-FT: fine-tune on the entropy of the model's own distributions (paper §3.1, eq. 2), with a KL term.
-
-For the logits z of a position that predicts a generated token, at temperature T and with p = softmax(z/T),
-p⁰ the same of the model before training:
+EM-FT fine-tunes on the entropy of the model's own distributions (paper §3.1, eq. 2), with a KL term. Let z be
+the logits of a position that predicts a generated token, T the temperature, p = softmax(z/T), and p⁰ the same
+distribution of the model before training:
 
     loss(z) = H(p) + β·KL(p ‖ p⁰)
     ∂loss/∂z_i = p_i ((β−1) log p_i − β log p⁰_i − H − β·KL) / T
 
-The tokens themselves are constants: no gradient goes through sampling (that is what tells EM-FT from EM-RL).
-β = 0 is the paper's equation. Its minimum is a one-hot row, wherever it leads. β > 1 has another: the base
-model's own distribution sharpened to temperature (β−1)/β, since loss = (β−1)·KL(p ‖ q) + const with
-q ∝ (p⁰)^(β/(β−1)). So β = 2 heads for T = 1/2, and cannot go beyond.
+The tokens themselves are constants: no gradient goes through sampling, unlike in EM-RL. β = 0 is the paper's
+equation. Its minimum is a one-hot row, wherever that leads. β > 1 has another minimum: the base model's own
+distribution, sharpened to temperature (β−1)/β, since loss = (β−1)·KL(p ‖ q) + const with q ∝ (p⁰)^(β/(β−1)).
+So β = 2 leads to T = 1/2, and cannot go beyond.
 
-The reference that engines' kernels are tested against: one row after the other, full vocabulary, float64.
+Both are written plainly: one row after the other, full vocabulary, float64.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """Which loss. ε = ∞ takes the clipping out, as KL-Cov does."""
+    """The choice of a policy loss. ε = ∞ turns the clipping off, as KL-Cov does."""
 
     kind: Kind = "reinforce"
     clip_low: float = 0.2
@@ -63,18 +63,18 @@ class PolicyObjective:
     beta: float = 0.0
     """Weight of k3 to the reference."""
     entropy_bonus: float = 0.0
-    """c."""
+    """c, the weight of the entropy bonus."""
 
 
 class PolicyTerms(NamedTuple):
-    """What each token costs."""
+    """The loss of each token, and its parts."""
 
     loss: Float64
     """[M], unweighted."""
     slope: Float64
     """[M], ∂loss_t / ∂ℓ_t."""
     clipped: Bool
-    """[M]: the policy term is held at the clip, and gives no slope."""
+    """[M]: whether the policy term is held at the clip and gives no slope."""
     kl: Float64
     """[M], k3 in nats; zeros without a reference."""
 
@@ -89,17 +89,17 @@ def policy_loss(
     pull: ArrayLike | None = None,
     entropies: ArrayLike | None = None,
 ) -> PolicyTerms:
-    """The loss of each token by itself; `averaging_weights` says how they add up.
+    """Returns the loss of each token by itself; `averaging_weights` says how they add up.
 
     Args:
         log_probs: [M], ℓ, nats.
         advantages: [M], A of each token.
         old: [M], ℓ°; needed for ppo-clip and for `pull`.
-        reference: [M], ℓʳ; needed where beta is not 0.
+        reference: [M], ℓʳ; needed if beta is not 0.
         pull: [M], κ of KL-Cov: its coefficient at the tokens that it chose, else 0.
         entropies: [M], H; needed for the entropy bonus, whose gradient is not part of the slope.
     Raises:
-        ValueError: something that is needed is not there.
+        ValueError: a needed array is missing.
     """
     now, a = np.asarray(log_probs, dtype=np.float64), np.asarray(advantages, dtype=np.float64)
     if old is None and (objective.kind == "ppo-clip" or pull is not None):
@@ -127,7 +127,7 @@ def policy_loss(
 
 
 def _ppo_clip(ratio: Float64, a: Float64, objective: PolicyObjective) -> tuple[Float64, Float64, Bool]:
-    """Loss, slope and whether it is clipped, each [M]."""
+    """Returns the loss, its slope and whether it is clipped, each [M]."""
     held = np.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high) * a
     clipped = held < ratio * a
     loss = -np.where(clipped, held, ratio * a)
@@ -135,9 +135,10 @@ def _ppo_clip(ratio: Float64, a: Float64, objective: PolicyObjective) -> tuple[F
 
 
 def k3(log_probs: ArrayLike, reference: ArrayLike) -> Float64:
-    """e^d − d − 1 ≥ 0 with d = ℓʳ − ℓ, per token, nats (Schulman 2020, "Approximating KL Divergence").
+    """Returns e^d − d − 1 ≥ 0 with d = ℓʳ − ℓ, per token, nats.
 
-    Over tokens drawn from π its mean is KL(π ‖ reference): E[e^d] = 1, and E[−d] is the divergence.
+    Over tokens drawn from π its mean is KL(π ‖ reference): E[e^d] = 1, and E[−d] is the divergence. Source:
+    Schulman 2020, "Approximating KL Divergence".
     """
     d = np.asarray(reference, dtype=np.float64) - np.asarray(log_probs, dtype=np.float64)
     estimate: Float64 = np.expm1(d) - d
@@ -145,13 +146,15 @@ def k3(log_probs: ArrayLike, reference: ArrayLike) -> Float64:
 
 
 def averaging_weights(lengths: ArrayLike, averaging: Averaging) -> Float64:
-    """The weight of each token's loss, [M], for N ≥ 1 answers of these lengths [N], M = Σ lengths.
+    """Returns the weight of each token's loss, [M], for N ≥ 1 answers of these lengths [N], M = Σ lengths.
 
-    token: 1/M, the mean over all tokens (verl's default, the paper's runs). sequence: 1/(N·length), the
-    mean over answers of the mean over their tokens (GRPO's eq. 3). sum: 1/N, the mean over answers of the
-    sum over their tokens. Where lengths differ only `sum` follows the gradient of the expected reward.
-    `token` has its direction within a step, but steps with long answers are shorter; `sequence` lets the
-    tokens of long answers count less, so a long wrong answer is hardly blamed.
+    - token: 1/M, the mean over all tokens (verl's default, the paper's runs).
+    - sequence: 1/(N·length), the mean over answers of the mean over their tokens (GRPO's eq. 3).
+    - sum: 1/N, the mean over answers of the sum over their tokens.
+
+    If lengths differ, only `sum` follows the gradient of the expected reward. `token` has its direction
+    within a step, but steps with long answers are shorter. `sequence` gives the tokens of long answers less
+    weight, so a long wrong answer is hardly blamed.
 
     Raises ValueError for lengths below 1.
     """
@@ -166,31 +169,31 @@ def averaging_weights(lengths: ArrayLike, averaging: Averaging) -> Float64:
 
 
 def log_prob_gradient(log_p: Float64, token: int) -> Float64:
-    """∂ log p[token] / ∂z = 1[v = token] − p_v, [V], of a row log p = log_softmax(z), at temperature 1."""
+    """Returns ∂ log p[token] / ∂z = 1[v = token] − p_v, [V], of a row log p = log_softmax(z), at T = 1."""
     gradient: Float64 = -np.exp(log_p)
     gradient[token] += 1
     return gradient
 
 
 class EMFTLoss(NamedTuple):
-    """What the rows of a batch cost; nats."""
+    """The loss of each row of a batch and its gradient; nats."""
 
     entropy: Float64
     """[M]."""
     kl: Float64
-    """[M], KL(p ‖ p⁰); zeros where no base was given."""
+    """[M], KL(p ‖ p⁰); zeros if no base was given."""
     gradient: Float64
-    """[M, V]: of each row's own loss, by that row's logits."""
+    """[M, V]: the gradient of each row's own loss with respect to that row's logits."""
 
 
 def em_ft(
     logits: ArrayLike, base: ArrayLike | None = None, *, beta: float = 0.0, temperature: float = 1.0
 ) -> EMFTLoss:
-    """The loss of each row by itself.
+    """Returns the loss of each row by itself.
 
     Args:
         logits: [M, V], any float dtype; −inf marks masked tokens.
-        base: [M, V], the logits of the model before training; needed where beta is not 0.
+        base: [M, V], the logits of the model before training; needed if beta is not 0.
         beta: weight of the KL term.
         temperature: T > 0.
     Raises:
@@ -213,5 +216,8 @@ def em_ft(
 
 
 def tempered_by(beta: float) -> float:
-    """The temperature of the base distribution that H + β·KL is least at; 0 (a one-hot row) for β ≤ 1."""
+    """Returns the temperature of the base distribution at which H + β·KL is least.
+
+    It is 0 (a one-hot row) for β ≤ 1.
+    """
     return max(0.0, (beta - 1) / beta) if beta else 0.0

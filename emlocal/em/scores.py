@@ -1,8 +1,8 @@
-"""Scores of one answer: how sure the model was while it wrote it, from what decoding computes anyway.
+"""Scores of one answer: how sure the model was while it wrote it, from numbers that decoding computes anyway.
 
-All of them look at the model's own distribution, before the EM step, temperature and truncation. Sources:
-means and windows of DeepConf (arXiv 2508.15260), whose windows of 2,048 tokens are 32 here, since answers are
-short; summed and mean log-probability as in the literature on best-of-N.
+All of them are about the model's own distribution, before the EM step, temperature and truncation. Sources:
+means and windows of DeepConf (arXiv 2508.15260), with windows of 32 tokens instead of 2,048, since answers
+are short; summed and mean log-probability as in the literature on best-of-N.
 """
 
 import math
@@ -11,34 +11,36 @@ from dataclasses import dataclass
 from statistics import fmean
 
 WINDOW = 32
-"""Tokens of a window, and of the answer's end."""
+"""Tokens in a window, and in the tail of the answer."""
 UNSURE = 1.0
-"""Nats: a token with more is one at which the model was unsure."""
+"""Nats; at a token with more entropy the model was unsure."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one answer. Entropies in nats, logarithms natural; an answer has at least one token."""
+    """The scores of one answer, which has at least one token. Entropies in nats, logarithms natural."""
 
     tokens: int
     mean_entropy: float
     largest_entropy: float
-    """Of a single token."""
+    """Largest entropy of a single token."""
     window_entropy: float
-    """Mean of the `WINDOW` consecutive tokens where it is largest; of all, where the answer is shorter."""
+    """Largest mean over `WINDOW` consecutive tokens; the mean of all if the answer is shorter."""
     tail_entropy: float
     """Mean of the last `WINDOW` tokens."""
     unsure: float
     """Share of tokens with more than `UNSURE` nats."""
     log_probability: float
-    """Of the whole answer, the end token included: a sum over tokens."""
+    """Log-probability of the whole answer, the end token included: a sum over tokens."""
     mean_log_probability: float
     answer_entropy: float | None = None
-    """Mean over the tokens of the answer proper (what stands in the box, the last number); None where it is
-    not known which these are."""
+    """Mean over the tokens of the answer proper: the content of the box, or the last number.
+
+    None if it is not known which tokens these are.
+    """
 
     def as_json(self) -> dict[str, float | int | None]:
-        """For output files; nats and shares to six places."""
+        """Returns the scores for output files; nats and shares to six decimal places."""
         return {
             name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()
         }
@@ -54,11 +56,11 @@ RANKED: Mapping[str, Callable[[Scores], float]] = {
     "log-probability": lambda s: s.log_probability,
     "mean-log-probability": lambda s: s.mean_log_probability,
 }
-"""By name, what ranks answers by a score: the greater, the surer."""
+"""The functions that rank answers by a score, by name: the greater, the surer."""
 
 
 def scores(entropies: Sequence[float], probabilities: Sequence[float], answer: slice | None = None) -> Scores:
-    """The scores of one answer.
+    """Returns the scores of one answer.
 
     Args:
         entropies: of each token's distribution, nats.
@@ -68,7 +70,9 @@ def scores(entropies: Sequence[float], probabilities: Sequence[float], answer: s
     """
     n = len(entropies)
     if n == 0 or n != len(probabilities):
-        raise ValueError(f"an answer of {n} entropies and {len(probabilities)} probabilities has no scores")
+        raise ValueError(
+            f"an answer of {n} entropies and {len(probabilities)} probabilities cannot be scored"
+        )
     logs = _logs(probabilities)
     own = entropies[answer] if answer is not None else ()
     return Scores(
@@ -88,7 +92,7 @@ _LEAST = 1e-45  # float32's smallest: a token that was drawn had some probabilit
 
 
 def mean_log_probability(probabilities: Sequence[float]) -> float:
-    """Of a text, by its tokens' probabilities; nats a token. There is at least one."""
+    """Returns the mean log-probability of a text's tokens, in nats per token; the text has at least one."""
     return math.fsum(_logs(probabilities)) / len(probabilities)
 
 

@@ -1,12 +1,12 @@
-"""A row of logits split into a head that is held token by token and a summed-up tail.
+"""A row of logits split into a head, held token by token, and a tail, held as sums.
 
 One float32 sweep over the row gives weights w_i = exp(z_i − max z). Tokens with w_i > `cutoff` form the head
-(some hundreds of 151,936 in practice), in float64; the others are the tail, kept as the sums that the
-EM steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.fast` takes the steps, and
-knows how far it may be from the full-vocabulary reference.
+(some hundreds of 151,936 in practice), in float64. The others are the tail, kept as the sums that the EM
+steps need. After the sweep a step costs O(head), whatever V is. `emlocal.em.fast` takes the steps, and bounds
+its distance from the full-vocabulary reference.
 
-The tail's weights stay in the sweep's buffer, summed by blocks of 128 tokens, so that a draw by inverse
-CDF in token order needs no cumulative sum over the vocabulary.
+The tail's weights stay in the sweep's buffer, summed by blocks of 128 tokens. A draw by inverse CDF in token
+order therefore needs no cumulative sum over the vocabulary.
 """
 
 import math
@@ -20,10 +20,13 @@ from emlocal.em.entropy import Float64, checked
 
 BLOCK = 128
 CUTOFFS = (1e-6, 1e-8, 1e-9)
-"""Tried in turn until the bound on the error is small enough. Gradient descent passes at the first."""
+"""Cutoffs, tried in turn until the bound on the error is small enough.
+
+Gradient descent passes at the first.
+"""
 PLAIN_RANGE = (-15.0, 40.0)
-"""Rows whose largest logit lies here need no shift: exp and its squares stay well inside float32."""
-UNDERFLOW = np.float32(-200.0)  # exp is 0 in float32 long before; stands for −inf in products with w = 0
+"""The range of largest logits that need no shift: exp and its squares stay well inside float32."""
+UNDERFLOW = np.float32(-200.0)  # in float32, exp is 0 long before; replaces −inf in products with w = 0
 
 Float32 = NDArray[np.float32]
 
@@ -33,9 +36,9 @@ TOLERANCE = 9e-6
 ROUNDING = 5e-7
 """Relative error of the tail's float32 sums: 2.5 ulp in exp, and sums of 128."""
 ROUNDING64 = 1e-14
-"""What a step's float64 arithmetic may add to a logit's error, here and in the reference."""
+"""The most that a step's float64 arithmetic may add to a logit's error, here and in the reference."""
 HIGHEST = 80.0
-"""Exponents after EM up to which no sum overflows; step sizes that lead beyond are left to the reference."""
+"""The largest exponent after EM at which no sum overflows; larger ones are left to the reference."""
 
 
 class Sharpened(NamedTuple):
@@ -45,9 +48,9 @@ class Sharpened(NamedTuple):
     """New exponents of the head, [n]."""
     tail_factor: float
     tail_power: float
-    """A tail token's new weight is tail_factor · w^tail_power …"""
+    """A tail token's new weight is tail_factor · w^tail_power."""
     tail_mass: float
-    """… and this is their sum."""
+    """Σ of the tail's new weights."""
     partition: float
     """Σ of all new weights."""
     entropy_before: float
@@ -56,7 +59,7 @@ class Sharpened(NamedTuple):
 
 
 class SquaredTail(NamedTuple):
-    """Q_k = Σ_tail w² s^k for k = 0, 1, 2: to first order, what gradient descent does to the tail."""
+    """Q_k = Σ_tail w² s^k for k = 0, 1, 2: to first order, the effect of gradient descent on the tail."""
 
     Q0: float
     Q1: float
@@ -78,11 +81,11 @@ class Split:
     blocks: Float64
     """Σ_tail w within each block of 128 token ids, [⌈V/128⌉]."""
     tail: Float32
-    """Each token's weight as the sweep left it, 0 for the head's, [V padded to whole blocks]; a view."""
+    """Each token's weight from the sweep, 0 for the head's, [V padded to whole blocks]; a view."""
     scale: float
     """w = scale · tail."""
     row: Float32
-    """The exponents as the sweep took them, −inf where masked, [V]; a view."""
+    """The exponents that the sweep used, −inf where masked, [V]; a view."""
     offset: float
     """s = row − offset."""
     cutoff: float
@@ -93,16 +96,16 @@ class Split:
     """H of the row in nats: log S − (Σ w s)/S."""
 
     def untouched(self) -> Sharpened:
-        """The row as it is."""
+        """Returns the row without a change."""
         H = self.entropy
         return Sharpened(self.head, 1.0, 1.0, self.tail_mass, self.partition, H, H, 0)
 
     def squared_tail(self) -> SquaredTail:
-        """The tail's second moments; one more sweep, needed only where gradient descent takes steps."""
+        """Returns the tail's second moments, by one more sweep. Only steps of gradient descent need them."""
         tail = self.tail[: len(self.row)]
         with np.errstate(invalid="ignore"):
             product = tail * self.row
-        # they make corrections of second order: float32 sums will do
+        # they make corrections of second order, so float32 sums are enough
         q0, q1, q2 = float(tail @ tail), float(product @ tail), float(product @ product)
         if not math.isfinite(q1):  # masked tokens: 0·(−inf)
             product = tail * np.maximum(self.row, UNDERFLOW)
@@ -112,7 +115,7 @@ class Split:
         return SquaredTail(*(q * self.scale**2 for q in moments))
 
     def light_tail_mass(self, weight: float) -> float:
-        """Σ_tail w·f with f = weight/(w + weight): the mass of the tokens lighter than `weight`, softly."""
+        """Returns Σ_tail w·f with f = weight/(w + weight): a soft sum over tokens lighter than `weight`."""
         epsilon = np.float32(min(weight / self.scale, 1e30))
         share = self.tail + epsilon
         np.divide(self.tail, share, out=share)
@@ -120,9 +123,10 @@ class Split:
 
 
 class Splitter:
-    """Splits rows of one vocabulary; owns the buffers, so a Split lives until the next call of `split`.
+    """A splitter of rows of one vocabulary. Rows are float32 [V]: what the engines produce.
 
-    Rows are float32 [V]: what the engines produce. Not for use from two threads at once.
+    It owns the buffers, so a Split is valid until the next call of `split`. Not for use from two threads at
+    once.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -133,7 +137,7 @@ class Splitter:
         self._ones = np.ones(BLOCK, dtype=np.float32)
 
     def split(self, row: Float32, cutoff: float = CUTOFFS[0]) -> Split:
-        """One sweep over `row`, float32 [V]; the result may be a view of it.
+        """Splits `row`, float32 [V], in one sweep; the result may be a view of it.
 
         Raises LogitsError as `emlocal.em.entropy.checked` does.
         """
@@ -165,8 +169,8 @@ class Splitter:
 
 
 def _dot(a: Float32, b: Float32) -> float:
-    """a·b: float32 within blocks, float64 across them, so that the error does not grow with V."""
+    """Returns a·b: float32 within blocks, float64 across them, so that the error does not grow with V."""
     whole = len(a) // BLOCK * BLOCK
-    with np.errstate(invalid="ignore"):  # 0·(−inf) where tokens are masked; the caller looks
+    with np.errstate(invalid="ignore"):  # 0·(−inf) where tokens are masked; the caller checks for it
         blocks = np.vecdot(a[:whole].reshape(-1, BLOCK), b[:whole].reshape(-1, BLOCK))
         return float(blocks.sum(dtype=np.float64)) + float(a[whole:] @ b[whole:])

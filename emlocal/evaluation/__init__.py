@@ -1,1 +1,1 @@
-"""Honest comparisons: tasks, judging, statistics and reports for `emlocal eval`."""
+"""Comparisons of decoding methods: tasks, judging, statistics and reports for `emlocal eval`."""

@@ -1,10 +1,11 @@
-"""A task's questions, answered by one contender through the batch, into a journal.
+"""Answers and verdicts of one contender: the batch answers a task's questions and writes a journal.
 
-Questions go in blocks, each of which begins with an empty engine and ends before the next. A block that was
-cut short is answered anew from its beginning, and what was there of it is kept: an engine's sums depend on
-what is computed in the same pass, so only then are a killed run's answers those of one that was not.
+Questions run in blocks. Each block starts on an empty engine and ends before the next begins. A block that
+was interrupted is answered again from its beginning, and the rows that it already wrote are kept. An engine's
+floating-point sums depend on what else is computed in the same pass. Only whole blocks give a resumed run the
+same answers as an uninterrupted one.
 
-Verdicts on answers, remembered: a run that goes on, or is reported again, judges nothing twice.
+`Judge` stores its verdicts, so a run that is resumed or reported again judges nothing twice.
 """
 
 import json
@@ -19,47 +20,50 @@ from emlocal.backends.base import Backend
 from emlocal.batch.journal import Journal
 from emlocal.batch.lines import Item, is_error
 from emlocal.batch.run import Batch, BatchSettings
-from emlocal.errors import UsageError
 from emlocal.evaluation.tasks.task import Problem, Task, Verdict
 from emlocal.generation import Scheduler
-from emlocal.generation.prompt import Asked, chat_tokens
+from emlocal.generation.prompt import Asked
+from emlocal.models.template_traits import traits
 from emlocal.text import parse_json
 
 Row = Mapping[str, Any]
 _ROUNDS_OF_A_BLOCK = 6.25
-"""So many times more samples than run at once, 100 for 16: at a block's end places are empty. People ask for
-round numbers of questions."""
+"""Samples in a block for each sequence that runs at once: 100 for 16.
+
+More make fewer idle places, because places only stay idle at a block's end. People ask for round numbers of
+questions.
+"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one problem, as its row has it."""
+    """One answer to one problem, with its row."""
 
     problem: Problem
     repetition: int
-    """From 1."""
+    """Number of the repetition, from 1."""
     row: Row
     earlier: Mapping[str, str]
-    """Texts that it built on, by problem id."""
+    """Texts that the answer builds on, by problem id."""
 
     @property
     def text(self) -> str:
-        """Empty where it failed."""
+        """The answer's text; empty if it failed."""
         return str(self.row.get("text", ""))
 
     @property
     def error(self) -> str | None:
-        """Why there is none."""
+        """The error message, or None if there is an answer."""
         return str(self.row["error"]) if is_error(self.row) else None
 
 
 def name_of(problem: Problem, repetition: int) -> str:
-    """The name of an answer: it addresses the draws, so that all contenders share them."""
+    """Returns the name of an answer. It determines the draws, so all contenders share them."""
     return f"{problem.id}#{repetition}"
 
 
 class Answering:
-    """One contender's run over a task. The journal is open, and its settings are these."""
+    """One contender's run over a task. The journal must be open, with the same settings."""
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class Answering:
         parallel: int,
         system: str | None,
     ) -> None:
-        """`system`: said before each question; `settings` has none of its own."""
+        """`system` is the system message of each question; `settings` has none."""
         self._backend, self._task, self._settings, self._system = backend, task, settings, system
         self._journal, self._parallel = journal, parallel
         self.repetitions = repetitions
@@ -79,11 +83,12 @@ class Answering:
         self._takes_system = takes_system(backend)
 
     def run(self, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Row]:
-        """Answer what is not answered, yielding each row once it is in the journal.
+        """Answers the open questions; yields each row once it is in the journal.
 
-        A row has the seconds since the one before besides; their sum is the time that the answers took.
+        A row also has `elapsed`, the seconds since the previous row. Their sum is the time that the answers
+        took.
 
-        Raises CancelledError, and what the engine and the journal raise.
+        Raises CancelledError, and the errors of the engine and the journal.
         """
         for stage in self._task.stages():
             asked = self._asked(stage)
@@ -108,11 +113,11 @@ class Answering:
 
     @property
     def total(self) -> int:
-        """Answers that the whole run has."""
+        """Number of answers in the whole run."""
         return len(self._task.problems) * self.repetitions
 
     def answers(self) -> list[Answer]:
-        """Those that are there, in the order of the problems."""
+        """Returns the answers so far, in the order of the problems."""
         return [
             Answer(problem, k, self._rows[name_of(problem, k)], self._earlier(problem, k))
             for problem, k in self._asked(self._task.problems)
@@ -120,7 +125,10 @@ class Answering:
         ]
 
     def _asked(self, problems: Sequence[Problem]) -> list[tuple[Problem, int]]:
-        """Repetitions of a problem follow one another: its prompt is then read once."""
+        """Returns (problem, repetition) pairs.
+
+        A problem's repetitions are adjacent, so its prompt is read once.
+        """
         return [(problem, k) for problem in problems for k in range(1, self.repetitions + 1)]
 
     def _item(self, problem: Problem, repetition: int, line: int) -> Item:
@@ -145,7 +153,7 @@ class Answering:
 
 
 def asked_as(question: str, system: str | None, takes_system: bool | None) -> Asked:
-    """A question as it is asked. `takes_system`: see the function of that name."""
+    """Returns a question as a prompt or as messages. `takes_system`: see the function of that name."""
     if takes_system is None:
         return f"{system}\n\n{question}\n\n" if system else f"{question}\n\n"
     if system and takes_system:
@@ -154,19 +162,13 @@ def asked_as(question: str, system: str | None, takes_system: bool | None) -> As
 
 
 def takes_system(backend: Backend) -> bool | None:
-    """Whether the chat template takes a system message; None where there is no template.
+    """Whether the chat template accepts a system message; None if the model has no template.
 
-    Where it does not, what it would say comes first in the user's message.
+    If it does not, `asked_as` puts the system message at the start of the user's message.
     """
     if backend.info.chat_template is None:
         return None
-    try:
-        chat_tokens(
-            backend, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-        )
-    except UsageError:
-        return False
-    return True
+    return traits(backend.info.chat_template, backend.info.bos, backend.info.eos).system == "shown"
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -184,9 +186,11 @@ class Judged:
 
 
 class Judge:
-    """Judges a task's answers. Verdicts are appended to a file, by the digest of what was judged.
+    """Judges a task's answers.
 
-    Two processes may append to it: lines are short, and one that is torn is judged again.
+    Appends each verdict to a file, under the digest of the problem and the answer.
+
+    Two processes may append to the file: lines are short, and an answer with a torn line is judged again.
     """
 
     def __init__(self, task: Task, path: Path) -> None:
@@ -199,7 +203,7 @@ class Judge:
     def judge(
         self, answers: Iterable[Answer], cancelled: Callable[[], bool] = lambda: False
     ) -> Iterator[Judged]:
-        """The answers with their verdicts, in their order; fewer, where it is cancelled."""
+        """Yields the answers with their verdicts, in order; stops early if cancelled."""
         for answer in answers:
             if cancelled():
                 return
@@ -218,7 +222,7 @@ class Judge:
             right, said = self._task.check(answer.problem, what)
             said = said.encode(
                 errors="replace"
-            ).decode()  # a program may raise any text, half a surrogate too
+            ).decode()  # a program may raise any text, even half a surrogate
             self._known[key] = (right, said)
             line = json.dumps({"key": key, "right": right, "said": said}) + "\n"
             self._file.write(line)
@@ -227,7 +231,7 @@ class Judge:
         return Verdict("right" if right else "wrong", shown, said or how)
 
     def close(self) -> None:
-        """Close the file and what the task's judging holds."""
+        """Closes the file and the task's judging resources."""
         self._file.close()
         self._task.close()
 
@@ -241,7 +245,7 @@ class Judge:
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether its last line has no end."""
+    """Whether the file's last line lacks its end."""
     return path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
 

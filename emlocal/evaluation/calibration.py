@@ -1,11 +1,12 @@
-"""A calibration fitted on judged answers: from a score to the chance that the answer is right.
+"""Calibrations fitted on judged answers: they map a score to the probability that the answer is right.
 
-Score and curve are those of least log loss on questions that the curve was not fitted on. The curves:
+The chosen score and curve are those with the lowest log loss on questions that the curve was not fitted on.
+The curves:
 
-- Platt's: logistic, two numbers. Platt 1999, with the targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1
-  and 0, fitted by Newton's method as in Lin, Lin and Weng 2007. A slope below 0 becomes 0.
-- Isotonic: the rising steps nearest to the answers by least squares, from pooling adjacent violators (Ayer et
-  al. 1955), each step's share with half an answer more of either kind: no step says 0 or 1.
+- Platt's: logistic, two parameters. Platt 1999, with the targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of
+  1 and 0, fitted by Newton's method as in Lin, Lin and Weng 2007. A negative slope becomes 0.
+- Isotonic: the rising steps with the least squared error, found by pooling adjacent violators (Ayer et al.
+  1955). Each step's share counts half an answer more of either kind, so no step is 0 or 1.
 """
 
 import math
@@ -28,52 +29,52 @@ from emlocal.methods.confidence import FREE, METHOD, Curve, Isotonic, Platt
 Array = NDArray[np.float64]
 FOLDS = 5
 LEAST = 5
-"""Right answers, and wrong ones, without which there is nothing to fit."""
+"""Minimum number of right answers, and of wrong answers, for a fit."""
 _PRIOR = 0.5
-"""Answers of either kind that each share has more than there are."""
+"""Number of right and of wrong answers that are added to those of each share."""
 _MOST_STEPS, _HALVINGS = 100, 40
 _FLAT = 700.0
-"""Where e^x ends."""
+"""Largest exponent; e^x overflows a float64 a little above it."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of it."""
+    """A fitted calibration with its figures."""
 
     score: str
-    """`METHOD`, or a name of `RANKED`."""
+    """`METHOD` or a name of `RANKED`."""
     curve: Curve
     auroc: float | None
-    """On questions that neither score nor curve was chosen on: from five folds, each with its own choice …"""
+    """Measured in five folds, on questions that neither the score nor the curve was chosen on."""
     calibration_error: float
     brier: float
-    """… and so are these two."""
+    """`calibration_error` and `brier` come from the same five folds."""
 
 
 def check_target(path: Path | None, methods: int) -> None:
-    """Raise UsageError where --calibrate cannot write its file, or there are several methods."""
+    """Raises UsageError if --calibrate cannot write its file, or if there are several methods."""
     if path is None:
         return
     if methods > 1:
         raise UsageError(
-            f"--calibrate is for one method; --methods names {methods}",
-            "name one: answers that are there are not made again",
+            f"--calibrate needs exactly one method; --methods names {methods}",
+            "name one method; its existing answers are used again",
         )
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"--calibrate {path}: no file can be there", "name a file in a folder that exists")
+        raise UsageError(f"--calibrate {path} cannot be written", "name a file in a folder that exists")
 
 
 def fit(cases: Cases, seed: int) -> Fitted:
-    """Choose a score and its curve.
+    """Chooses a score and its curve.
 
-    Raises EmlocalError where there are too few right or wrong answers.
+    Raises EmlocalError if there are too few right or wrong answers.
     """
     right = sum(cases.right)
     wrong = len(cases.right) - right
     if min(right, wrong) < LEAST:
         raise EmlocalError(
             f"a calibration needs {LEAST} right and {LEAST} wrong answers; here are {right:,} and {wrong:,}",
-            "take more questions, with a larger --limit",
+            "ask more questions with a larger --limit",
         )
     p = [0.0] * len(cases.right)
     for inside, outside in folds(cases.problems, seed):
@@ -88,7 +89,10 @@ def fit(cases: Cases, seed: int) -> Fitted:
 
 
 def folds(problems: Sequence[str], seed: int) -> list[tuple[list[int], list[int]]]:
-    """(places to fit on, places left out), five times; all answers to a problem are in one of the two."""
+    """Returns five pairs (places to fit on, places left out).
+
+    All answers to a problem are in the same part.
+    """
     names = list(dict.fromkeys(problems))
     order = Generator(Philox(key=seed)).permutation(len(names))
     fold = {names[i]: place % FOLDS for place, i in enumerate(order)}
@@ -102,7 +106,7 @@ def folds(problems: Sequence[str], seed: int) -> list[tuple[list[int], list[int]
 
 
 def _choose(cases: Cases, seed: int) -> tuple[str, Curve]:
-    """The score and curve of least log loss on questions that the curve was not fitted on."""
+    """Returns the score and curve with the lowest log loss on questions that the curve was not fitted on."""
     names = [METHOD] if cases.own else [FREE, *(name for name in RANKED if name != FREE)]
     parts = folds(cases.problems, seed)
     losses = {}
@@ -126,7 +130,7 @@ def _log_loss(p: float, right: bool) -> float:
 
 
 def platt(raw: Sequence[float], right: Sequence[bool]) -> Curve:
-    """The logistic curve. Raises ValueError for no answers."""
+    """Fits the logistic curve. Raises ValueError if there are no answers."""
     n, hits = _counted(raw, right)
     low, high = _PRIOR / (n + 2 * _PRIOR), 1 - _PRIOR / (n + 2 * _PRIOR)
     mean = fmean(raw)
@@ -143,7 +147,10 @@ def platt(raw: Sequence[float], right: Sequence[bool]) -> Curve:
 
 
 def _logistic(z: Array, targets: Array, level: float) -> tuple[float, float]:
-    """(slope, intercept) of least cross entropy, by Newton's method with halved steps; z has unit spread."""
+    """Returns the (slope, intercept) of least cross entropy, by Newton's method with halved steps.
+
+    `z` has unit standard deviation.
+    """
     design = np.stack([z, np.ones_like(z)])
     found = np.array([0.0, level])
     loss = _cross_entropy(found @ design, targets)
@@ -173,7 +180,7 @@ def _cross_entropy(y: Array, targets: Array) -> float:
 
 @dataclass
 class _Block:
-    """Answers of neighbouring scores that get one share."""
+    """Answers with neighbouring scores, which share one probability."""
 
     low: float
     high: float
@@ -185,7 +192,7 @@ class _Block:
 
 
 def isotonic(raw: Sequence[float], right: Sequence[bool]) -> Curve:
-    """The rising curve. Raises ValueError for no answers."""
+    """Fits the isotonic curve. Raises ValueError if there are no answers."""
     _counted(raw, right)
     blocks: list[_Block] = []
     for x, y in sorted(zip(raw, right, strict=True)):
@@ -199,7 +206,7 @@ def isotonic(raw: Sequence[float], right: Sequence[bool]) -> Curve:
         while len(steps) > 1 and steps[-2].right * steps[-1].n >= steps[-1].right * steps[-2].n:
             last = steps.pop()
             steps[-1] = steps[-1].joined(last)
-    # half an answer more of either kind moves small steps furthest, past their neighbours maybe
+    # Adding half an answer of either kind moves small steps most, perhaps past their neighbours.
     risen: list[_Block] = []
     for block in steps:
         risen.append(block)
@@ -223,7 +230,7 @@ def _logit(p: float) -> float:
 
 
 def _counted(raw: Sequence[float], right: Sequence[bool]) -> tuple[int, int]:
-    """How many answers, and how many of them are right."""
+    """Returns the number of answers and the number of right ones."""
     if not raw or len(raw) != len(right):
-        raise ValueError(f"{len(raw)} scores and {len(right)} verdicts tell nothing")
+        raise ValueError(f"{len(raw)} scores and {len(right)} verdicts cannot be evaluated")
     return len(raw), sum(right)

@@ -1,4 +1,4 @@
-"""How sure the answers of an evaluation were, and how much that says: a line of figures for each score."""
+"""Figures that say how well each score of an evaluation's answers predicts whether they are right."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,43 +11,45 @@ from emlocal.evaluation.selective import calibration_error, select
 from emlocal.methods.confidence import METHOD, Calibration
 
 CONFIDENCE = "confidence"
-"""The name, among the scores, of what rows have as confidence …"""
+"""Name, among the scores, of the confidence that rows contain."""
 CALIBRATED = "calibrated"
-"""… and of that as a calibration has it."""
+"""Name, among the scores, of the confidence after calibration."""
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What one score of one contender's answers is worth."""
+    """How well one score of one contender's answers predicts whether they are right."""
 
     score: str
     """`CONFIDENCE`, `CALIBRATED`, or a name of `emlocal.em.scores.RANKED`."""
     answers: int
     auroc: Estimate | None
-    """The chance that a right answer has more than a wrong one; None where all are right, or none is."""
+    """Probability that a right answer scores higher than a wrong one; None if all are right, or none is."""
     calibration_error: float | None
-    """Expected, of ten bins; None of scores that are no shares."""
+    """Expected calibration error over ten bins; None for scores that are not shares."""
     risks: tuple[Estimate, ...]
-    """The share of wrong answers among the surest, by `selective.COVERAGES`."""
+    """Share of wrong answers among the most confident, for each of `selective.COVERAGES`."""
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Answers with their scores and whether they are right, side by side."""
+    """Parallel lists of answers' scores and whether the answers are right."""
 
     scores: Mapping[str, Sequence[float]]
     """By name of `RANKED`."""
     confidence: Sequence[float]
     own: bool
-    """Whether that is the method's own."""
+    """Whether the confidence is the method's own."""
     right: Sequence[bool]
     problems: Sequence[str]
-    """Whole ones, by their ids."""
+    """Ids of the whole problems."""
 
     @classmethod
     def of(cls, judged: Sequence[Judged], wholes: Sequence[str]) -> "Cases":
-        """Of those answers whose rows have scores: earlier versions wrote none. Where some have a confidence
-        of the method's own, of these."""
+        """Returns the cases of those answers whose rows have scores; earlier versions wrote none.
+
+        If some answers have a confidence of the method's own, only these count.
+        """
         pairs = [
             (one, whole)
             for one, whole in zip(judged, wholes, strict=True)
@@ -68,11 +70,11 @@ class Cases:
         )
 
     def raw(self, score: str) -> Sequence[float]:
-        """What a calibration of this score begins with."""
+        """Returns the values that a calibration of this score starts from."""
         return self.confidence if score == METHOD else self.scores[score]
 
     def part(self, which: Sequence[int]) -> "Cases":
-        """Some of them, by their places."""
+        """Returns the cases at these places."""
         return Cases(
             {name: [values[i] for i in which] for name, values in self.scores.items()},
             [self.confidence[i] for i in which],
@@ -83,7 +85,10 @@ class Cases:
 
 
 def score_results(cases: Cases, seed: int, calibration: Calibration | None = None) -> list[ScoreResult]:
-    """The figures of confidence and of all scores; none of no answers. With a calibration also its own."""
+    """Returns the figures of the confidence, of the calibrated confidence (if any) and of all scores.
+
+    Without answers, the list is empty.
+    """
     if not cases.right:
         return []
     shares: dict[str, Sequence[float]] = {CONFIDENCE: cases.confidence}
@@ -109,7 +114,7 @@ def score_results(cases: Cases, seed: int, calibration: Calibration | None = Non
 
 
 def as_json(result: ScoreResult) -> dict[str, Any]:
-    """The object in results.json."""
+    """Returns the object for results.json."""
     return {
         "score": result.score,
         "answers": result.answers,

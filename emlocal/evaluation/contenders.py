@@ -1,6 +1,7 @@
-"""What is compared: methods as people write them (`emlocal.methods`), and their settings in words.
+"""Contenders of an evaluation: methods as people write them, with their settings in words.
 
-What an evaluation is besides its methods' settings. No numpy: `emlocal eval --help` reads this.
+Also the settings of an evaluation itself. `emlocal.methods` parses the methods. This module imports no numpy,
+because `emlocal eval --help` imports it.
 """
 
 from dataclasses import dataclass
@@ -18,15 +19,17 @@ class Contender:
     """One method with its settings."""
 
     name: str
-    """As it was written."""
+    """The name as it was written."""
     method: Chosen
 
     def plan(self, base: Plan, chosen: frozenset[str]) -> Plan:
-        """The base's settings as this method has them. `chosen`: fields that were set on purpose.
+        """Returns the base plan with this method's settings.
 
-        Raises UsageError where the settings contradict each other.
+        `chosen`: settings that the user chose explicitly.
+
+        Raises UsageError if the settings contradict each other.
         """
-        # --temp is for those that sample; greedy stands beside them
+        # --temp is meant for the methods that sample; greedy, beside them, keeps its own.
         method = self.method
         plan = method.plan(base, chosen - method.drawing.fixed - method.collecting.fixed)
         try:
@@ -37,13 +40,13 @@ class Contender:
 
 
 def read_contenders(text: str, allow_code: bool = False) -> list[Contender]:
-    """The contenders of a comma-separated list; with `allow_code`, methods that run code have leave to.
+    """Returns the contenders of a comma-separated list. `allow_code` permits methods to run code.
 
-    Raises UsageError for one that is unknown, or given twice.
+    Raises UsageError for an unknown or repeated method.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UsageError("--methods names none", "name some, such as greedy,sample:1,em-inf:paper")
+        raise UsageError("--methods names no method", "name some, such as greedy,sample:1,em-inf:paper")
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--methods has {name} twice")
@@ -51,9 +54,9 @@ def read_contenders(text: str, allow_code: bool = False) -> list[Contender]:
 
 
 def describe(contender: Contender, plan: Plan, base: Plan) -> str:
-    """The settings in words: "T 0.8, min-p 0.05, EM-INF δ 0.3 …; the majority of 4".
+    """Returns the settings in words: "T 0.8, min-p 0.05, EM-INF δ 0.3 …; the majority of 4".
 
-    What `base` has too is left out where it is no setting of the draw: limits and stops.
+    Limits and stops that equal those of `base` are left out.
     """
     params = plan.params
     words = ["the most probable token"] if params.temperature == 0 else [f"T {params.temperature:g}"]
@@ -79,41 +82,63 @@ def describe(contender: Contender, plan: Plan, base: Plan) -> str:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is asked, and what becomes of it."""
+    """Settings of an evaluation."""
 
     data: Path | None = setting(
-        None, "--data", help="Problems, .jsonl or .json; without it, from the hub.", metavar="FILE"
+        None,
+        "--data",
+        help="Read problems from this .jsonl or .json file. (default: from the hub)",
+        metavar="FILE",
     )
     targets: Path | None = setting(
-        None, "--targets", help="SciCode's test_data.h5, for problems without gold code.", metavar="FILE"
+        None,
+        "--targets",
+        help="Read targets from SciCode's test_data.h5, for problems without gold code.",
+        metavar="FILE",
     )
-    limit: int | None = setting(None, "--limit", 1, help="Only the first N problems.")
+    limit: int | None = setting(None, "--limit", 1, help="Use only the first N problems.")
     samples: int = setting(
-        1, "-n --samples --n --num-return-sequences", 1, 1024, "Answers to each: mean@N and pass@k."
+        1,
+        "-n --samples --n --num-return-sequences",
+        1,
+        1024,
+        "Set the number of answers to each problem, for mean@N and pass@k.",
     )
     system: str | None = setting(
-        None, "--system --system-prompt", help="System message, instead of the task's.", metavar="TEXT"
+        None, "--system --system-prompt", help="Set the system message. (default: the task's)", metavar="TEXT"
     )
     calibrate: Path | None = setting(
-        None, "--calibrate", help="Fit a calibration of the one method, and write it.", metavar="FILE"
+        None,
+        "--calibrate",
+        help="Fit a calibration of the method's confidence and write it here.",
+        metavar="FILE",
     )
     output: Path | None = setting(
-        None, "-o --output --output-dir", help="Folder. (default: eval-TASK-MODEL)", metavar="DIR"
+        None,
+        "-o --output --output-dir",
+        help="Write results to this folder. (default: eval-TASK-MODEL)",
+        metavar="DIR",
     )
-    allow_code: bool = setting(False, "--allow-code", help="Run code that the model writes, contained.")
+    allow_code: bool = setting(
+        False, "--allow-code", help="Allow programs that the model writes to run, in a sandbox."
+    )
     code_seconds: float | None = setting(
         None,
         "--code-seconds",
         0,
         3600,
-        "For such a program. (default: 10; scicode 300)",
+        "Set the CPU-time limit of each program, in seconds. (default: 10; scicode 300)",
         low_is_open=True,
         unit="seconds",
     )
     resume: bool = setting(
-        True, "--resume/--restart", help="Go on with answers that are there, or begin anew."
+        True, "--resume/--restart", help="Keep answers from an earlier run, or discard them."
     )
     parallel: int | None = setting(
-        None, "--parallel --max-num-seqs", 1, 256, "Sequences at once. (default: 16, or as memory allows)"
+        None,
+        "--parallel --max-num-seqs",
+        1,
+        256,
+        "Set the number of sequences at once. (default: 16, or as memory allows)",
     )
-    quiet: bool = setting(False, "-q --quiet", help="Only the table.")
+    quiet: bool = setting(False, "-q --quiet", help="Print the table only.")

@@ -1,7 +1,7 @@
-"""The process that `MathJudge` asks: a line [gold, answer] in, true or false out.
+"""The worker process of `MathJudge`: reads lines [gold, answer], writes true or false.
 
-Its argument is how many seconds an answer may take. MathJudge ends it before; where MathJudge was killed, the
-system's alarm does.
+Its argument is the time limit of an answer in seconds. MathJudge ends the process before that; if MathJudge
+was killed, the system's alarm does.
 """
 
 import json
@@ -19,13 +19,16 @@ def _limit_memory() -> None:
 
 
 def _alarm(seconds: int) -> None:
-    """End this process in so many seconds; 0: do not. Without a handler: sympy's long divisions hear none."""
+    """Ends this process in so many seconds; 0 cancels the alarm.
+
+    There is no signal handler, because Python cannot run one during sympy's long divisions.
+    """
     if sys.platform != "win32":
         signal.alarm(seconds)
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answers until stdin ends."""
     _limit_memory()
     from math_verify import parse, verify
 
@@ -33,7 +36,7 @@ def main() -> None:
     for line in sys.stdin:
         _alarm(int(sys.argv[1]))
         gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
-        # no timeouts of its own: they are signals, which sympy's long divisions do not hear
+        # math-verify's own timeouts are signals, whose handlers cannot run during sympy's long divisions
         print(json.dumps(bool(verify(gold, answer, timeout_seconds=None))), flush=True)
         _alarm(0)
 

@@ -1,7 +1,7 @@
-"""From judged answers to figures: accuracies with intervals, costs, and paired differences.
+"""Figures from judged answers: accuracies with intervals, costs, and paired differences.
 
-The unit is the *whole* problem: answers to one question, or the steps of one problem, are not independent,
-so intervals draw whole problems, and a paired difference is one number a problem.
+The unit is the *whole* problem, because several answers to one question, or the steps of one problem, are not
+independent. So intervals resample whole problems, and a paired difference is one number for each problem.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ from emlocal.evaluation.statistics import (
 from emlocal.evaluation.tasks.task import Task
 
 BINS = 40
-"""Points of the curve of entropy along the answer, at most."""
-_ENOUGH = 0.25  # the curve ends where fewer of the answers go on
+"""Maximum number of points on the curve of entropy along the answer."""
+_ENOUGH = 0.25  # the curve ends where less than this share of the answers is as long
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share or a mean, with its 95 % interval."""
+    """A share or a mean with its 95 % interval."""
 
     value: float
     low: float
@@ -36,33 +36,33 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one answer by the method, on average: everything that was sampled for it counts."""
+    """Mean cost of one answer by the method. Everything that was sampled for it counts."""
 
     read: float
-    """Prompt tokens, as if each question were asked alone: what prompts share counts for each."""
+    """Prompt tokens, as if each question were asked alone: a shared prefix counts for each prompt."""
     written: float
-    """Tokens drawn."""
+    """Generated tokens."""
     passes: float
-    """Forward passes that it took part in."""
+    """Forward passes that the answer took part in."""
     seconds: float
-    """Of the run, over its answers; it depends on how many sequences run at once."""
+    """Duration of the run divided by its answers. It depends on how many sequences run at once."""
     flops: float
-    """2 P D: two for each parameter and each token read or written."""
+    """2 P D: two operations for each parameter and each token read or written."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean entropy along the answers, nats."""
+    """Mean entropy along the answers, in nats."""
 
     position: tuple[float, ...]
-    """Tokens from the beginning of the answer."""
+    """Tokens from the start of the answer."""
     before: tuple[float, ...]
     after: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """How one contender did."""
+    """Results of one contender."""
 
     name: str
     settings: str
@@ -70,47 +70,50 @@ class MethodResult:
     accuracy: Estimate
     """mean@K."""
     pass_at: Mapping[int, Estimate]
-    """By k, where there are several answers to each question."""
+    """pass@k by k; empty with one answer to each question."""
     solved: Estimate | None
-    """Whole problems with all steps right, where problems have steps."""
+    """Share of whole problems with all steps right; None if problems have no steps."""
     no_answer: int
-    """Answers in which none was found."""
+    """Number of texts in which no answer was found."""
     guessed: int
-    """Answers found without the form that was asked for: the last number of a text without a box."""
+    """Number of answers without the requested form: the last number of a text without a box."""
     cut_off: int
-    """Answers that reached a limit; of a vote, the share of its samples that did counts."""
+    """Number of answers that reached a limit. A vote counts by the share of its samples that did."""
     errors: int
-    """Questions that could not be asked: the prompt does not fit the context."""
+    """Number of questions that could not be asked because the prompt does not fit the context."""
     cost: Cost
     entropy_before: float
-    """Mean over tokens, nats."""
+    """Mean over tokens, in nats."""
     entropy_after: float
     curve: Curve | None
     right: Mapping[str, float]
-    """By whole problem: its right answers, the mean over repetitions."""
+    """By whole problem: its number of right answers, averaged over the repetitions."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One contender against the reference, problem by problem."""
+    """Paired comparison of one contender with the reference, problem by problem."""
 
     name: str
     reference: str
     difference: Estimate
-    """Of mean@K: positive where `name` is better."""
+    """Difference of mean@K; positive if `name` is better."""
     wins: int
-    """Whole problems on which it is better, and …"""
+    """Whole problems on which `name` is better; `losses` counts those on which it is worse."""
     losses: int
     p: float
-    """McNemar's exact test for single answers, else random flips of signs."""
+    """p-value of McNemar's exact test for single answers, otherwise of random sign flips."""
     p_holm: float
-    """The same, adjusted for all comparisons of the evaluation."""
+    """The p-value adjusted by Holm for all comparisons of the evaluation."""
 
 
 def summarize(
     task: Task, name: str, settings: str, judged: Sequence[Judged], parameters: int, seed: int
 ) -> MethodResult:
-    """The figures of one contender. `parameters`: that a token is multiplied with, for the FLOPs."""
+    """Computes the figures of one contender.
+
+    `parameters`: those that each token is multiplied with, for the FLOPs.
+    """
     repetitions = max(one.answer.repetition for one in judged)
     rows = [one.answer.row for one in judged]
     before, after = _entropy(rows)
@@ -135,7 +138,7 @@ def summarize(
 
 
 def compare(task: Task, results: Sequence[MethodResult], seed: int) -> list[Comparison]:
-    """Each contender against the first."""
+    """Compares each contender with the first."""
     reference, *others = results
     right = {result.name: result.right for result in results}
     return compare_pairs(right, [(other.name, reference.name) for other in others], _sizes(task), seed)
@@ -147,9 +150,9 @@ def compare_pairs(
     sizes: Mapping[str, int],
     seed: int,
 ) -> list[Comparison]:
-    """The first of each pair against the second, adjusted for being so many.
+    """Compares the first of each pair with the second; adjusts for multiple comparisons.
 
-    `right`: by contender, `MethodResult.right`; `sizes`: the problems in each whole one.
+    `right`: `MethodResult.right` by contender. `sizes`: number of problems in each whole problem.
     """
     found = []
     for name, reference in pairs:
@@ -163,7 +166,7 @@ def compare_pairs(
 
 
 def _sizes(task: Task) -> dict[str, int]:
-    """Problems in each whole one."""
+    """Returns the number of problems in each whole problem."""
     sizes: dict[str, int] = {}
     for problem in task.problems:
         whole = task.whole(problem)
@@ -189,15 +192,17 @@ def _accuracy(
 
 
 def _interval(mean: float, values: Sequence[float], sizes: Sequence[int], seed: int) -> Interval:
-    """Of a mean over whole problems. Where all are right, or none, there is nothing to resample: it is as if
-    each were one answer."""
+    """Returns the interval of a mean over whole problems.
+
+    If all are right, or none, resampling gives no width; Wilson's interval then treats each as one answer.
+    """
     if mean in (0.0, 1.0):
         return wilson(round(mean * len(values)), len(values))
     return bootstrap_mean(values, seed, sizes=sizes)
 
 
 def _pass_at(judged: Sequence[Judged], repetitions: int, seed: int) -> dict[int, Estimate]:
-    """At 1, 2, 4, … and K. Of single steps, where problems have steps."""
+    """Returns pass@k for k = 1, 2, 4, … and K. If problems have steps, each step counts by itself."""
     if repetitions == 1:
         return {}
     right: dict[str, int] = {}
@@ -214,14 +219,17 @@ def _pass_at(judged: Sequence[Judged], repetitions: int, seed: int) -> dict[int,
 
 
 def _solved(task: Task, right: Mapping[str, float]) -> Estimate:
-    """Of one repetition: with several, a problem counts where all of them are right throughout."""
+    """Returns the share of solved problems.
+
+    With several repetitions, a problem is solved if all its answers are right.
+    """
     sizes = _sizes(task)
     solved = sum(right[whole] >= size for whole, size in sizes.items())
     return _estimate(solved / len(sizes), wilson(solved, len(sizes)))
 
 
 def share_cut_off(row: Mapping[str, Any]) -> float:
-    """The share of an answer's samples that reached a limit."""
+    """Returns the share of an answer's samples that reached a limit."""
     drawn = row.get("samples") or [row]
     return fmean(one.get("finish_reason") in ("length", "context") for one in drawn)
 
@@ -242,14 +250,17 @@ def _cost(rows: Sequence[Mapping[str, Any]], parameters: int) -> Cost:
 
 
 def _entropy(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Mean over all tokens of the chosen answers, before and after EM."""
+    """Returns the mean entropy over all tokens of the chosen answers, before and after EM."""
     before = [h for row in rows if "entropies" in row for h in row["entropies"]["before"]]
     after = [h for row in rows if "entropies" in row for h in row["entropies"]["after"]]
     return (fmean(before), fmean(after)) if before else (0.0, 0.0)
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> Curve | None:
-    """Mean over the answers that are so long, in bins of tokens; None where there is nothing."""
+    """Returns the mean over the answers that reach each position, in bins of tokens.
+
+    Returns None without entropies.
+    """
     traces = [row["entropies"] for row in rows if "entropies" in row and row["entropies"]["before"]]
     if not traces:
         return None

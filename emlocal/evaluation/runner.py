@@ -1,9 +1,9 @@
-"""An evaluation: contenders one after the other over a task's questions, then the verdicts, then the report.
+"""Evaluations: each contender answers a task's questions, then the answers are judged and reported.
 
-    prepare(task, methods, …) → Prepared.carry_out(loaded, progress) → Evaluation
+    Prepared.carry_out(loaded, progress) → Evaluation
 
-A contender's answers are a batch output of its own in OUT/answers, so that a run goes on where it stopped,
-and contenders can be added to one that is finished.
+Each contender writes its own batch output in OUT/answers. So a run can be resumed, and contenders can be
+added to a finished one.
 """
 
 import hashlib
@@ -11,24 +11,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from emlocal.backends.base import Backend
 from emlocal.batch.journal import Journal
 from emlocal.batch.lines import canonical, is_error, key_of
 from emlocal.batch.run import BatchSettings
 from emlocal.cancel import interruptible
-from emlocal.errors import CancelledError, EmlocalError, UsageError
+from emlocal.errors import CancelledError
 from emlocal.evaluation.answering import Answer, Answering, Judge, Judged
-from emlocal.evaluation.calibration import FOLDS, check_target, fit
+from emlocal.evaluation.calibration import FOLDS, fit
 from emlocal.evaluation.confidence import Cases, score_results
-from emlocal.evaluation.contenders import Contender, EvalOptions, describe, read_contenders
+from emlocal.evaluation.contenders import Contender, EvalOptions, describe
+from emlocal.evaluation.forecast import Forecast, rows_in
+from emlocal.evaluation.remarks import remarks
 from emlocal.evaluation.report.document import (
     Document,
     answered_otherwise,
-    check_folder,
     note_answering,
     provenance,
     write_json,
@@ -36,46 +35,38 @@ from emlocal.evaluation.report.document import (
 from emlocal.evaluation.report.page import write_page
 from emlocal.evaluation.report.texts import write_markdown
 from emlocal.evaluation.results import Comparison, MethodResult, compare, summarize
-from emlocal.evaluation.tasks import open_task
 from emlocal.evaluation.tasks.task import Task
 from emlocal.generation.prompt import sent_as_it_is
 from emlocal.identity import batch_identity, sha256
-from emlocal.loading import MOST_PARALLEL, Adapters, Loaded, Warn, load_for_batch, warn_in_python
-from emlocal.methods.confidence import Calibration, read_calibration, subject_of
-from emlocal.sandbox.run import check_containment
-from emlocal.settings import Resolved, resolve_settings
-from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
-from emlocal.settings.options import EngineOptions
-from emlocal.settings.resolve import SAMPLING
-from emlocal.settings.table import NAMES, Table, options_of
-from emlocal.text import counted
-
-_PACKAGES = {"math_verify": "math-verify", "matplotlib": "matplotlib", "scipy": "scipy"}
+from emlocal.loading import MOST_PARALLEL, Loaded
+from emlocal.methods.confidence import Calibration, subject_of
+from emlocal.methods.hints import without_effect
+from emlocal.settings import Resolved
 
 Progress = Callable[[str, int, int], None]
-"""Takes what is being done, how many are done, and of how many."""
+"""Receives what is being done, the number done, and the total."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender in an evaluation."""
+    """A contender of an evaluation with its settings."""
 
     name: str
     described: str
-    """Its settings in words."""
+    """The settings in words."""
     settings: BatchSettings
     identity: Mapping[str, object]
-    """What a run that goes on must have the same."""
+    """Everything that must be equal for a run to be resumed."""
     repetitions: int
 
 
 def answers_path(folder: Path, name: str) -> Path:
-    """Where a contender's answers are."""
+    """Returns the file of a contender's answers."""
     return folder / "answers" / (re.sub(r"[^\w.+=-]", "_", name) + ".jsonl")
 
 
 def others_in(folder: Path, entries: Sequence[Entry]) -> list[str]:
-    """The files of other contenders' answers, by their names without the ending."""
+    """Returns the names, without suffix, of the files with other contenders' answers."""
     own = {answers_path(folder, entry.name) for entry in entries}
     return sorted(path.stem for path in (folder / "answers").glob("*.jsonl") if path not in own)
 
@@ -93,12 +84,12 @@ def answer(
     cancelled: Callable[[], bool] = lambda: False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, list[Answer]]:
-    """Every contender's answers to every question, by the contender's name.
+    """Returns every contender's answers to every question, by the contender's name.
 
-    `made_with` is remembered for those that are answered now.
+    `made_with` is recorded for the contenders that answer now.
 
-    Raises CancelledError, UsageError for answers that are there and were made otherwise, and what the engine
-    and the journal raise.
+    Raises CancelledError, UsageError for existing answers that were made with other settings, and the errors
+    of the engine and the journal.
     """
     answers_path(folder, "").parent.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -132,9 +123,9 @@ def judge(
     cancelled: Callable[[], bool] = lambda: False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, list[Judged]]:
-    """The verdicts on all answers, with `restart` all made anew.
+    """Returns the verdicts on all answers; with `restart`, all are judged again.
 
-    Raises CancelledError, and what the task's judging raises.
+    Raises CancelledError and the errors of the task's judging.
     """
     verdicts = folder / "verdicts.jsonl"
     if restart:
@@ -155,99 +146,65 @@ def judge(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of it. The folder has results.json, results.md, report.html, and all answers."""
+    """Results of an evaluation. The folder holds results.json, results.md, report.html and all answers."""
 
     document: Document
     folder: Path
     others: Sequence[str]
-    """Methods whose answers are in the folder, and that this run does not report."""
+    """Methods whose answers are in the folder but not in this report."""
     warnings: Sequence[str]
     calibration: Calibration | None = None
-    """What `calibrate` was fitted to."""
+    """The calibration that `calibrate` asked for."""
 
     @property
     def methods(self) -> Sequence[MethodResult]:
-        """How each method did."""
+        """Results of each method."""
         return self.document.methods
 
     @property
     def comparisons(self) -> Sequence[Comparison]:
-        """The others against the first."""
+        """Comparisons of the other methods with the first."""
         return self.document.comparisons
-
-
-def evaluate(
-    task: str,
-    methods: str = "greedy,sample,em-inf",
-    *,
-    progress: Progress = lambda what, done, total: None,
-    warn: Warn = warn_in_python,
-    **given: Any,
-) -> Evaluation:
-    """Compare ways of answering on problems with known answers, as `emlocal eval`.
-
-    Args:
-        task: gsm8k, math500, …; "questions" for any file of questions and answers.
-        methods: as on the command line; the others are held against the first.
-        progress: takes what is being done, how many are done, and of how many.
-        given: settings by the names of their flags, with underscores: of the evaluation (data, limit,
-            samples, output, calibrate, …), of loading (model, backend, context, …) and of sampling, and
-            calibration; `adapters` as `emlocal.load` has them.
-    Raises:
-        UsageError: unknown or bad settings, methods or data; a folder with other settings.
-        ModelError: a model or adapter that cannot be used.
-        CancelledError: Ctrl-C; the same call goes on where it stopped.
-    """
-    given = {name: str(v) if isinstance(v, Path) and name == "model" else v for name, v in given.items()}
-    adapters: Adapters = given.pop("adapters", ())
-    tables = Table.of(EvalOptions).without("quiet"), Table.of(EngineOptions).without("adapter"), SAMPLING
-    values = (tables[0] | tables[1] | tables[2] | CALIBRATION).read(given, NAMES)
-    keywords = ("keyword", values)
-    calibration = options_of(ConfidenceOptions, keywords).calibration
-    options, settings = options_of(EvalOptions, keywords), resolve_settings(keywords)
-    prepared = prepare(task, methods, options, settings, calibration)
-    wanted = options_of(EngineOptions, keywords)
-    loaded = load_for_batch(wanted, prepared.asked.parallel, adapters, warn=warn)
-    try:
-        found = prepared.carry_out(loaded, progress)
-    finally:
-        loaded.backend.close()
-    for text in found.warnings:
-        warn(text)
-    return found
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An evaluation that was checked as far as it can be without a model."""
+    """An evaluation that passed all checks that need no model."""
 
     asked: EvalOptions
     task: Task
     contenders: Sequence[Contender]
     settings: Resolved
-    """What all methods begin with. EM is for methods to say."""
+    """Settings that all methods start from. Only methods set EM."""
     calibration: Calibration | None = None
-    """Confidence is reported as this has it, too."""
+    """Calibration under which confidence is reported too."""
 
     @property
     def system(self) -> str | None:
-        """Said before each question."""
+        """System message of each question."""
         said = self.asked.system
         return self.task.system if said is None else said or None
 
-    def carry_out(self, loaded: Loaded, progress: Progress = lambda what, done, total: None) -> Evaluation:
-        """Answer, judge, and write the folder's files.
+    def carry_out(
+        self,
+        loaded: Loaded,
+        progress: Progress = lambda what, done, total: None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Evaluation:
+        """Answers, judges, and writes the folder's files. `note` is told if that will take long.
 
-        Raises CancelledError where Ctrl-C stopped it: the same evaluation goes on from there.
+        Raises CancelledError if Ctrl-C stopped it; the same evaluation then resumes there.
         """
         asked, task, backend = self.asked, self.task, loaded.backend
         parallel = asked.parallel or min(MOST_PARALLEL, loaded.parallel)
         entries = self._entries(loaded, parallel)
         name = f"eval-{task.name}-{backend.info.name}"
-        folder = asked.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))  # as Windows has them, too
+        # Windows forbids these characters in names
+        folder = asked.output or Path(re.sub(r'[/\\:*?"<>|]', "-", name))
         folder.mkdir(parents=True, exist_ok=True)
         made_with = provenance(backend.name)
         restart = not asked.resume
+        progress = Forecast(self._missing(folder, entries), progress, note, at_once=parallel)
         with interruptible() as cancelled:
             answers = answer(
                 backend,
@@ -269,19 +226,31 @@ class Prepared:
         write_markdown(document, folder / "results.md")
         write_page(document, folder / "report.html")
         calibration = self._calibrate(entries[0], loaded, judged)
-        warnings = [
-            f"{method.name}: {counted(method.errors, 'question')} could not be asked; a larger --context"
-            " needs --restart, or another -o"
-            for method in document.methods
-            if method.errors
-        ]
+        warnings = remarks(document.methods, judged, self.settings.plan.max_tokens)
         if loaded.backend.info.chat_template is None:
             warnings.append(sent_as_it_is(loaded.backend.info.name))
         warnings += self._mismatches(entries, backend.info.name)
+        warnings += [
+            f"{entry.name}: {text}"
+            for entry in entries
+            for text in without_effect(entry.settings.plan, backend.info)
+        ]
         return Evaluation(document, folder, others_in(folder, entries), warnings, calibration)
 
+    def _missing(self, folder: Path, entries: Sequence[Entry]) -> list[tuple[str, int, int]]:
+        """Returns each method's name, its number of missing answers, and its samples of an answer."""
+        n, keep = len(self.task.problems), self.asked.resume
+        return [
+            (
+                entry.name,
+                n * entry.repetitions - (rows_in(answers_path(folder, entry.name)) if keep else 0),
+                entry.settings.plan.samples,
+            )
+            for entry in entries
+        ]
+
     def _mismatches(self, entries: Sequence[Entry], model: str) -> list[str]:
-        """Warnings of methods that the calibration was not made for."""
+        """Returns a warning for each method that the calibration was not made for."""
         if self.calibration is None:
             return []
         found = (
@@ -293,7 +262,7 @@ class Prepared:
     def _calibrate(
         self, entry: Entry, loaded: Loaded, judged: Mapping[str, Sequence[Judged]]
     ) -> Calibration | None:
-        """The calibration of the only contender, written. Raises EmlocalError where nothing can be fitted."""
+        """Fits and writes the only contender's calibration. Raises EmlocalError if nothing can be fitted."""
         path, task = self.asked.calibrate, self.task
         if path is None:
             return None
@@ -327,7 +296,7 @@ class Prepared:
         return Cases.of(judged, [self.task.whole(one.answer.problem) for one in judged])
 
     def _entries(self, loaded: Loaded, parallel: int) -> list[Entry]:
-        """The contenders as they will run. How many run at once is part of what an answer comes from."""
+        """Returns the contenders as they will run. Answers also depend on how many sequences run at once."""
         task, chosen = self.task, self.settings.chosen
         base = self.settings.with_model(loaded.backend.info.sampling).plan
         entries = []
@@ -395,47 +364,9 @@ class Prepared:
         )
 
 
-def prepare(
-    task: str, methods: str, asked: EvalOptions, settings: Resolved, calibration: Path | None = None
-) -> Prepared:
-    """Check everything that can be checked before a model is loaded.
-
-    Raises UsageError for what cannot be used, EmlocalError for what would fail at the end.
-    """
-    contenders = read_contenders(methods, asked.allow_code)
-    for contender in contenders:  # what contradicts itself fails before a model is loaded
-        contender.plan(settings.plan, settings.chosen)
-    found = open_task(task, asked.data, asked.limit, asked.code_seconds, asked.targets)
-    _check(found, contenders, asked)
-    check_folder(asked.output)
-    check_target(asked.calibrate, len(contenders))
-    known = None if calibration is None else read_calibration(calibration)
-    return Prepared(asked, found, contenders, settings, known)
-
-
-def _check(task: Task, contenders: Sequence[Contender], asked: EvalOptions) -> None:
-    for module, package in _PACKAGES.items():
-        if find_spec(module) is None:
-            raise EmlocalError(f"emlocal eval needs the package {package}", "pip install 'emlocal[eval]'")
-    if task.runs_code:
-        if not asked.allow_code:
-            raise UsageError(
-                f"--task {task.name} runs code that the model writes",
-                "add --allow-code; docs/evaluation.md says how it is contained",
-            )
-        check_containment()
-    voting = [c.name for c in contenders if c.method.collecting.votes]
-    if voting and not task.votes:
-        raise UsageError(
-            f"{voting[0]} votes on answers; those of {task.name} are programs", "leave it out of --methods"
-        )
-    running = [c.name for c in contenders if c.method.collecting.runs_code]
-    if running and not task.runs_code:
-        raise UsageError(
-            f"{running[0]} runs programs; the answers of {task.name} are none", "leave it out of --methods"
-        )
-
-
 def _digest(text: str) -> str:
-    """Of the first question as it is asked: a sign of the words that this version asks with."""
+    """Returns a hash of the first question as asked.
+
+    It changes when a version words questions differently.
+    """
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

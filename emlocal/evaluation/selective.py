@@ -1,11 +1,11 @@
-"""How well a score tells right answers from wrong ones, and what answering only the surest is worth.
+"""How well a score separates right answers from wrong ones, and the risk at each coverage.
 
-Ties are settled as by lot, and what is given is the mean over all lots: a score of few values (the votes of
-eight) gets neither more nor less than it deserves. Intervals are bootstrap percentiles that draw whole
-problems, since answers to one problem are not independent; all randomness is a Philox stream of the seed.
+Ties are broken at random, and the figures are the mean over all orders. So a score with few values (the votes
+of eight) is neither favoured nor penalised. Intervals are bootstrap percentiles that resample whole problems,
+because answers to one problem are not independent. All randomness is a Philox stream of the seed.
 
-Sources: risk and coverage, El-Yaniv and Wiener 2010; AUROC as the chance that a right answer scores above a
-wrong one, Mann and Whitney 1947; bins of equal mass, Nguyen and O'Connor 2015.
+Sources: risk and coverage, El-Yaniv and Wiener 2010; AUROC as the probability that a right answer scores
+above a wrong one, Mann and Whitney 1947; bins of equal mass, Nguyen and O'Connor 2015.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -27,26 +27,26 @@ _CHUNK = 1 << 22  # numbers held at once
 
 @dataclass(frozen=True)
 class Selection:
-    """What a score is worth on answers that were judged."""
+    """Figures of a score on judged answers."""
 
     auroc: float | None
-    """None where all are right, or none is."""
+    """Probability that a right answer scores above a wrong one; None if all are right, or none is."""
     auroc_interval: Interval | None
     risks: tuple[float, ...]
-    """By `COVERAGES`: the share of wrong ones among the surest."""
+    """Share of wrong answers among the most confident, for each of `COVERAGES`."""
     risk_intervals: tuple[Interval, ...]
 
 
 def select(
     scores: Sequence[float], right: Sequence[bool], problems: Sequence[Hashable], seed: int = 0
 ) -> Selection:
-    """A score's figures with their intervals.
+    """Computes a score's figures with their intervals.
 
     Args:
-        scores: of each answer, the greater the surer.
-        right: whether it is right.
-        problems: what it answers; resampling draws these.
-    Raises ValueError for no answers.
+        scores: of each answer; greater means more confident.
+        right: whether each answer is right.
+        problems: the problem of each answer; resampling draws these.
+    Raises ValueError if there are no answers.
     """
     groups = _Groups(scores, right)
     once = np.ones((1, len(groups.right)))
@@ -68,9 +68,9 @@ def select(
 
 
 def auroc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
-    """The chance that a right answer scores above a wrong one, equal ones counting half.
+    """Returns the probability that a right answer scores above a wrong one; equal scores count half.
 
-    None where all are right, or none is. Raises ValueError for no answers.
+    Returns None if all are right, or none is. Raises ValueError if there are no answers.
     """
     groups = _Groups(scores, right)
     value = groups.figures(np.ones((1, len(groups.right))))[0][0]
@@ -78,17 +78,23 @@ def auroc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
 
 
 def risks(scores: Sequence[float], right: Sequence[bool]) -> tuple[float, ...]:
-    """By `COVERAGES`, the share of wrong answers among so many of the surest; of the last of them a fraction
-    counts where the share of answers is no whole number. Raises ValueError for no answers."""
+    """Returns, for each of `COVERAGES`, the share of wrong answers among the most confident.
+
+    If the coverage is not a whole number of answers, a fraction of the last one counts. Raises ValueError if
+    there are no answers.
+    """
     groups = _Groups(scores, right)
     return tuple(map(float, groups.figures(np.ones((1, len(groups.right))))[1][0]))
 
 
 def calibration_error(p: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
-    """The expected calibration error: how far the mean confidence is from the share of right answers, as a
-    mean over bins of equally many answers (an answer between two bins counts in both, by its parts).
+    """Returns the expected calibration error over bins of equally many answers.
 
-    It is never negative, so that of few answers it is above 0 by chance alone. Raises ValueError for none.
+    It is the mean distance between a bin's mean confidence and its share of right answers. An answer between
+    two bins counts partly in both.
+
+    The error is never negative, so with few answers it is above 0 by chance alone. Raises ValueError if there
+    are no answers.
     """
     x, y = _checked(p, right)
     values, starts = np.unique(x, return_index=True)  # ascending; the order of the sorted answers
@@ -107,7 +113,10 @@ def calibration_error(p: Sequence[float], right: Sequence[bool], bins: int = BIN
 
 
 def brier(p: Sequence[float], right: Sequence[bool]) -> float:
-    """The mean square of what is missing to 1 or 0. Raises ValueError for no answers."""
+    """Returns the mean squared difference between confidence and 1 (right) or 0 (wrong).
+
+    Raises ValueError if there are no answers.
+    """
     x, y = _checked(p, right)
     return float(np.mean((x - y) ** 2))
 
@@ -115,12 +124,12 @@ def brier(p: Sequence[float], right: Sequence[bool]) -> float:
 def _checked(scores: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
     x, y = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if x.size == 0 or x.shape != y.shape or np.isnan(x).any():
-        raise ValueError(f"{x.size} scores and {y.size} verdicts tell nothing")
+        raise ValueError(f"{x.size} scores and {y.size} verdicts cannot be evaluated")
     return x, y
 
 
 class _Groups:
-    """Answers from the surest down, in groups of equal score."""
+    """Answers in descending order of score, grouped by equal score."""
 
     def __init__(self, scores: Sequence[float], right: Sequence[bool]) -> None:
         x, y = _checked(scores, right)
@@ -130,13 +139,13 @@ class _Groups:
         self._starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
 
     def figures(self, weights: Array) -> tuple[Array, Array]:
-        """(AUROCs, risks by coverage) of each row of weights (rows, answers in `order`)."""
+        """Returns (AUROCs, risks by coverage) for each row of `weights`, shape (rows, answers in `order`)."""
         hits = np.add.reduceat(weights * self.right, self._starts, axis=1)
         misses = np.add.reduceat(weights, self._starts, axis=1) - hits
         return self._aurocs(hits, misses), self._risks(hits, misses)
 
     def _aurocs(self, hits: Array, misses: Array) -> Array:
-        """NaN where all are right, or none is."""
+        """Returns one AUROC for each row; NaN if all are right, or none is."""
         below = misses.sum(axis=1, keepdims=True) - np.cumsum(misses, axis=1)
         pairs = hits.sum(axis=1) * misses.sum(axis=1)
         won = np.sum(hits * (below + misses / 2), axis=1)
@@ -145,7 +154,10 @@ class _Groups:
         return found
 
     def _risks(self, hits: Array, misses: Array) -> Array:
-        """(rows, coverages). Within a group the right ones come evenly, as they do on average over lots."""
+        """Returns risks of shape (rows, coverages).
+
+        Within a group of ties, right answers are spread evenly, which is the mean over random orders.
+        """
         mass = np.cumsum(hits + misses, axis=1)
         wrong = np.cumsum(misses, axis=1)
         found = []
@@ -158,7 +170,7 @@ class _Groups:
 
 
 def _resamples(order: NDArray[np.intp], problems: Sequence[Hashable], seed: int) -> Iterator[Array]:
-    """How often each answer is drawn, in `order`: rows of weights, in chunks."""
+    """Yields chunks of weights: rows that say how often each answer is drawn, in `order`."""
     names = {problem: i for i, problem in enumerate(dict.fromkeys(problems))}
     owner = np.array([names[problem] for problem in problems])[order]
     random = Generator(Philox(key=seed))

@@ -1,8 +1,8 @@
 """Intervals and tests for accuracies over questions, single or paired.
 
-A question is the unit that is drawn: several answers to one question are not independent, so they enter as
+The unit of resampling is a question. Several answers to one question are not independent, so they count as
 the question's mean, and resampling draws whole questions. All randomness is a Philox stream of the seed.
-Wilson's interval, the binomial test and BCa are scipy's, which is imported where they are needed.
+Wilson's interval, the binomial test and BCa come from scipy, which is imported where it is needed.
 """
 
 import math
@@ -26,13 +26,13 @@ class Interval:
 
 
 def wilson(right: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """The score interval of a share, `right` of n independent answers.
+    """Returns the Wilson score interval of a share, `right` of n independent answers.
 
-    Unlike mean ± 2 s.e. it never leaves [0, 1] and has a width where all or none are right.
-    Source: Wilson 1927. Raises ValueError unless 0 ≤ right ≤ n and n ≥ 1.
+    Unlike mean ± 2 s.e., it never leaves [0, 1], and it has a width even if all or none are right. Source:
+    Wilson 1927. Raises ValueError unless 0 ≤ right ≤ n and n ≥ 1.
     """
     if not 0 <= right <= n or n < 1:
-        raise ValueError(f"{right} of {n} is no share")
+        raise ValueError(f"{right} of {n} is not a share")
     from scipy.stats import binomtest
 
     found = binomtest(right, n).proportion_ci(confidence, method="wilson")
@@ -47,15 +47,15 @@ def bootstrap_mean(
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """The BCa interval of a mean over questions; of paired differences, if these are the values.
+    """Returns the BCa interval of a mean over questions, or of a mean paired difference.
 
-    Where what is drawn comes in clusters (problems of several steps), `values` are the clusters' sums and
-    `sizes` their numbers of members, and the interval is of the mean over members.
+    If the units are clusters (problems with several steps), `values` are the clusters' sums and `sizes` their
+    numbers of members. The interval is then that of the mean over members.
 
-    Bias-corrected and accelerated (Efron 1987), the acceleration by the jackknife. Where all means are
-    equal there is nothing to resample, and both ends are that value.
+    BCa is bias-corrected and accelerated (Efron 1987), with the acceleration from the jackknife. If all means
+    are equal, resampling changes nothing, and both ends are that value.
 
-    Raises ValueError for no values.
+    Raises ValueError if there are no values.
     """
     x = np.asarray(values, dtype=np.float64)
     n = np.ones_like(x) if sizes is None else np.asarray(sizes, dtype=np.float64)
@@ -80,9 +80,10 @@ def bootstrap_mean(
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p of the exact McNemar test: questions that one method alone got right, and the other alone.
+    """Returns the two-sided p of the exact McNemar test.
 
-    Questions on which both agree say nothing about which is better. Source: McNemar 1947, binomial form.
+    `wins` and `losses` count the questions that only one method, or only the other, got right. Questions on
+    which both agree say nothing about which is better. Source: McNemar 1947, binomial form.
     """
     from scipy.stats import binomtest
 
@@ -90,10 +91,11 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0, *, resamples: int = RESAMPLES) -> float:
-    """Two-sided p that paired differences are as likely of either sign (Fisher's randomization test).
+    """Returns the two-sided p of Fisher's randomisation test of paired differences.
 
-    For differences of -1, 0 and 1 it is McNemar's test and exact; else signs are drawn at random, and the
-    observed ones count as one draw, so that p is never 0.
+    The null hypothesis: each difference is positive or negative with equal probability. Differences of -1, 0
+    and 1 give McNemar's exact test. Otherwise signs are drawn at random. The observed signs count as one
+    draw, so p is never 0.
     """
     x = np.asarray([d for d in differences if d], dtype=np.float64)
     if set(x.tolist()) <= {-1.0, 1.0}:
@@ -109,9 +111,10 @@ def sign_flip(differences: Sequence[float], seed: int = 0, *, resamples: int = R
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for being many, in their order: each may be held against the level by itself.
+    """Returns the p-values adjusted for multiple tests, in their order.
 
-    Source: Holm 1979. The chance of any false finding stays below the level, however the tests depend.
+    Each can be compared with the level by itself. The probability of any false finding stays below the level,
+    however the tests depend on each other. Source: Holm 1979.
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -122,10 +125,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that k answers drawn from a question's n, `right` of them right, hold a right one.
+    """Returns the probability that k answers, drawn from n of which `right` are right, contain a right one.
 
-    Unbiased: 1 - C(n - right, k) / C(n, k). Source: Chen et al. 2021, eq. 1.
-    Raises ValueError unless 0 ≤ right ≤ n and 1 ≤ k ≤ n.
+    Unbiased: 1 - C(n - right, k) / C(n, k). Source: Chen et al. 2021, eq. 1. Raises ValueError unless 0 ≤
+    right ≤ n and 1 ≤ k ≤ n.
     """
     if not 0 <= right <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {right} right answers among {n}")

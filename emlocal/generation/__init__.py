@@ -1,4 +1,4 @@
-"""Prompts in, completions out: the runner and its scheduler above a backend, stop strings, streaming text."""
+"""Prompts in, completions out: the runner and its scheduler above an engine, stop strings, streamed text."""
 
 from emlocal.cancel import Cancellation, interruptible
 from emlocal.errors import CancelledError

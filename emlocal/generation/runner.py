@@ -1,12 +1,12 @@
-"""What answers: jobs in at any time, events out token by token.
+"""The contract of a runner: jobs in at any time, events out token by token.
 
-This is the contract between those that ask (methods, chat, batch, evaluation, training, a server) and what
-answers them. `Scheduler` is the runner over an engine of tokens; an engine that takes whole requests can be
-a runner by itself.
+It stands between the rooms that ask (methods, chat, batch, evaluation, training, a server) and the engine
+that answers. `Scheduler` is the runner over an engine of tokens; an engine that takes whole requests can be a
+runner by itself.
 
-A runner belongs to one thread. `submit` and `cancel` are for between two steps, and take effect in the next
-one. A server gives the runner a thread of its own, which takes what others want from a queue, calls `step`,
-and hands the events on (`loop.call_soon_threadsafe`); nothing here needs a lock then.
+A runner belongs to one thread. Call `submit` and `cancel` between two steps; they take effect in the next
+one. A server gives the runner a thread of its own, which takes other threads' requests from a queue, calls
+`step`, and passes the events on (`loop.call_soon_threadsafe`). Then nothing here needs a lock.
 """
 
 from abc import ABC, abstractmethod
@@ -18,58 +18,64 @@ from typing import NamedTuple, Self
 
 from emlocal.cancel import never
 from emlocal.errors import CancelledError, ContextFullError, EmlocalError, UsageError
+from emlocal.generation.alternatives import Alternative
 from emlocal.generation.sample import Completion, Request
 from emlocal.sampling import Draw
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A prompt, and the samples to be drawn from it."""
+    """A prompt, and the samples to draw from it."""
 
     prompt: Sequence[int]
     requests: Sequence[Request]
     at_once: bool = False
-    """Read the whole prompt in one pass where nothing else runs, and begin all samples with its last row:
-    the first token comes as soon as it can, and what is submitted meanwhile waits for that pass."""
+    """Whether to read the whole prompt in one pass, if nothing else runs, and begin all samples there.
+
+    The first token then comes as soon as it can, and jobs submitted meanwhile wait for that pass.
+    """
     session: Hashable | None = None
-    """Jobs of one session follow each other: what an earlier one left is cut to what the next one begins
-    with. Without a session it stays beside the new one, as long as there is room."""
+    """The session of the job; jobs of one session follow each other.
+
+    The sequence that an earlier job left is cut to the beginning of the next one. Without a session it stays
+    beside the new one, as long as there is room.
+    """
     first_sample: int = 0
-    """The number of the first of `requests`, where a method asks for samples in several jobs."""
+    """The number of the first of `requests`, if a method asks for samples in several jobs."""
 
 
 @dataclass
 class Timings:
-    """What a job took. Seconds and tokens."""
+    """The tokens and seconds of a job."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of the prompt's tokens, those that were held already."""
+    """The prompt's tokens that a sequence held already."""
     prompt_seconds: float = 0.0
-    """From the job's first pass, or what it waited for to share, to its first draw."""
+    """Seconds from the job's first pass, or from its wait for a shared beginning, to its first draw."""
     generated_tokens: int = 0
-    """Of all samples."""
+    """Tokens of all samples."""
     generation_seconds: float = 0.0
-    """From the first draw to the last so far."""
+    """Seconds from the first draw to the last so far."""
 
     def __add__(self, other: "Timings") -> "Timings":
         return Timings(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Handle:
-    """A job that was submitted, and how far it is. For reading; the runner writes it."""
+    """A submitted job and its progress. Only the runner writes it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.timings = Timings(prompt_tokens=len(job.prompt))
         self.forward_passes = 0
-        """In how many it took part, summed over its samples."""
+        """Forward passes that it took part in, summed over its samples."""
         self.seconds = 0.0
-        """From its admission to its end; others ran beside it."""
+        """Seconds from its admission to its end; other jobs ran beside it."""
         self.completions: list[Completion] = []
         """The samples that ended, in the order of their numbers once the job is finished."""
         self.error: EmlocalError | None = None
-        """Why there are no completions."""
+        """The reason why there are no completions."""
         self.finished = False
 
     @property
@@ -78,7 +84,7 @@ class Handle:
         return any(completion.finish_reason == "cancelled" for completion in self.completions)
 
     def result(self) -> list[Completion]:
-        """The completions of a finished job. Raises its error."""
+        """Returns the completions of a finished job. Raises its error."""
         if self.error is not None:
             raise self.error
         return self.completions
@@ -91,17 +97,21 @@ class Token(NamedTuple):
     sample: int
     draw: Draw
     text: str
+    reasoning: str = ""
+    """Text of the thought before the answer."""
+    alternatives: Sequence[Alternative] = ()
+    """Where the request asks for them."""
 
 
 class Completed(NamedTuple):
-    """A sample ended."""
+    """The end of a sample."""
 
     handle: Handle
     completion: Completion
 
 
 class Finished(NamedTuple):
-    """A job ended: with all its completions, or with an error."""
+    """The end of a job, with all its completions or with an error."""
 
     handle: Handle
 
@@ -112,51 +122,53 @@ Event = Token | Completed | Finished
 
 @dataclass
 class Counters:
-    """Of all jobs so far. Tokens and seconds."""
+    """Tokens and seconds of all jobs so far."""
 
     steps: int = 0
     prompt_tokens: int = 0
-    """Computed, not those that were shared."""
+    """Computed tokens, without shared ones."""
     generated_tokens: int = 0
     forward_seconds: float = 0.0
     reading_seconds: float = 0.0
-    """Of these, in steps that read prompts."""
+    """Part of `forward_seconds` in steps that read prompts."""
     sampling_seconds: float = 0.0
 
 
 class Runner(ABC):
-    """See the module. A context manager, which closes it."""
+    """A runner of jobs. A context manager, which closes it."""
 
     def __init__(self, context: int) -> None:
-        """`context`: the most tokens of a prompt and its answer together."""
+        """Sets the limit. `context`: the most tokens of a prompt and its answer together."""
         self.context = context
         self.counters = Counters()
         self._inboxes: dict[Handle, deque[Event]] = {}
 
     @abstractmethod
     def submit(self, job: Job) -> Handle:
-        """Take a job. It begins when there is a place, in the order of submission.
+        """Takes a job. It begins when there is a place, in the order of submission.
 
-        Raises UsageError and ContextFullError as `check` does; a job that cannot be done never gets in.
+        Raises UsageError and ContextFullError as `check` does; an impossible job never gets in.
         """
 
     @abstractmethod
     def cancel(self, handle: Handle) -> list[Event]:
-        """End a job; the others go on as if nothing had happened. Returns its last events: its samples
-        with what they said so far ("cancelled"), and `Finished`. Nothing for one that is finished."""
+        """Ends a job, without any effect on the others, and returns its last events.
+
+        They are its samples with their text so far ("cancelled"), and `Finished`. A finished job has none.
+        """
 
     @abstractmethod
     def step(self, cancelled: Callable[[], bool] = never) -> list[Event]:
-        """One forward pass over what is being read and decoded; its events.
+        """Runs one forward pass over everything that is being read and decoded; returns its events.
 
-        Raises CancelledError when `cancelled()` becomes true while prompts are read; all jobs are as they
-        were before, and the next step tries again. What else the engine raises leaves them so, too.
+        Raises CancelledError when `cancelled()` becomes true while prompts are read. All jobs are then as
+        before, and the next step tries again. The same is true after other errors of the engine.
         """
 
     @property
     @abstractmethod
     def free(self) -> int:
-        """How many more samples could be decoded beside those that were submitted."""
+        """How many more samples could be decoded beside the submitted ones."""
 
     @property
     @abstractmethod
@@ -165,23 +177,27 @@ class Runner(ABC):
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop the tokens that are kept for prompts to come."""
+        """Drops the tokens that are kept for later prompts."""
 
     @abstractmethod
     def close(self) -> None:
-        """Cancel all jobs and drop what is kept; the engine holds nothing of this runner's afterwards."""
+        """Cancels all jobs and drops everything kept; the engine then holds nothing of this runner."""
 
     def check(self, job: Job) -> None:
-        """Raise UsageError for an empty prompt or no samples, ContextFullError for a prompt that leaves no
-        room for a token."""
+        """Raises an error for a job that cannot be done.
+
+        UsageError for an empty prompt or no samples, ContextFullError for a prompt that leaves no room for a
+        token.
+        """
         check_prompt(job.prompt, self.context)
         if not job.requests:
-            raise UsageError("no samples are asked for")
+            raise UsageError("the number of samples must be at least 1")
 
     def follow(self, jobs: Sequence[Job], cancelled: Callable[[], bool] = never) -> Iterator[Event]:
-        """The events of these jobs until all are finished; what else is followed or run goes on meanwhile.
+        """Yields the events of these jobs until all are finished; other jobs continue meanwhile.
 
-        When `cancelled()` becomes true their samples end with what they said so far. Who walks away cancels.
+        When `cancelled()` becomes true, their samples end with their text so far. Leaving the iterator
+        cancels them, too.
 
         Raises:
             UsageError, ContextFullError: see `check`.
@@ -210,12 +226,10 @@ class Runner(ABC):
                 self.cancel(handle)
 
     def run(self, source: Callable[[], Job | None], cancelled: Callable[[], bool] = never) -> Iterator[Event]:
-        """The events of the jobs that `source` gives, which is asked whenever there is a free place.
+        """Yields the events of the jobs that `source` returns; it is called whenever there is a free place.
 
-        None means that it has none at the moment; the run ends when it has none and all are finished.
-        Who walks away cancels.
-
-        Raises CancelledError, and what `submit` raises.
+        None means that it has no job at the moment; the run ends when it has none and all are finished.
+        Leaving the iterator cancels the jobs. Raises CancelledError, and the errors of `submit`.
         """
         mine: set[Handle] = set()
         inbox: deque[Event] = deque()
@@ -241,7 +255,7 @@ class Runner(ABC):
                 self.cancel(handle)
 
     def _deliver(self, cancelled: Callable[[], bool]) -> None:
-        """A step, whose events go to those that wait for them."""
+        """Takes a step, and gives its events to those that wait for them."""
         for event in self.step(cancelled):
             self._inboxes[event.handle].append(event)
 
@@ -255,12 +269,12 @@ class Runner(ABC):
 
 
 def check_prompt(prompt: Sequence[int], context: int) -> None:
-    """Raise UsageError for an empty prompt, ContextFullError for one that leaves no room for a token."""
+    """Raises UsageError for an empty prompt, ContextFullError for one that leaves no room for a token."""
     if not prompt:
-        raise UsageError("the prompt is empty", "give some text as an argument, with -f FILE or on stdin")
+        raise UsageError("the prompt is empty", "give a text as an argument, with -f FILE or on stdin")
     if len(prompt) >= context:
         raise ContextFullError(
             f"the prompt has {len(prompt):,} tokens;"
             f" the context holds {context:,}, one of them for the answer",
-            "shorten the prompt or give a larger --context",
+            "shorten the prompt or set a larger --context",
         )

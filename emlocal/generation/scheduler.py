@@ -1,20 +1,22 @@
-"""The runner over an engine of tokens: continuous batching, each place going to the next sample at once.
+"""The runner over an engine of tokens: continuous batching.
 
-A step is one forward pass. It carries the next token of every sample that is being decoded, and beside them
-the next part of prompts that are being read. A prompt's samples share its reading: the last token of the
-prompt is fed to each sample as its first step, on a copy of the rest.
+A free place goes to the next sample at once. A step is one forward pass. It has the next token of every
+sample that is being decoded, and the next part of prompts that are being read. A prompt's samples share its
+reading: the last token of the prompt is fed to each sample as its first step, on a copy of the rest.
 
-Nothing is read twice: a prompt starts from the longest beginning that a running sequence has, or one that
-was kept (`sequences`). In a `run`, where prompts come one after the other, what two of them begin with is
-read before both, into a sequence of its own, the *root*.
+Nothing is read twice: a prompt starts from the longest beginning that a running or a kept sequence has
+(`sequences`). In a `run`, prompts come one after the other. The common beginning of two of them is read
+before both, into a sequence of its own, the *root*.
 
-Draws are addressed by request, sample and token, so what is said does not depend on who else is in the batch,
-as far as the engine's arithmetic does not (docs/batch.md).
+Draws are addressed by request, sample and token. An answer therefore does not depend on the other samples in
+the batch, as far as the engine's arithmetic does not (docs/batch.md).
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
 
 from emlocal.backends.base import Backend, Feed, Row
 from emlocal.cancel import never
@@ -26,22 +28,26 @@ from emlocal.errors import (
     LogitsError,
     UsageError,
 )
+from emlocal.generation.alternatives import Alternative, alternatives
+from emlocal.generation.constraints import Constrainer, ConstraintError
 from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token
-from emlocal.generation.sample import FinishReason
+from emlocal.generation.sample import FinishReason, Request, Sample
 from emlocal.generation.sequences import WORTH_SHARING, Group, Kept, Sequences, Stream, common, tokens_of
+from emlocal.generation.thinking import Marks, Thoughts
 from emlocal.sampling import Draw
+from emlocal.sampling.draw import certain
 
 PROMPT_TOKENS_PER_STEP = 256
-"""Of prompts being read, beside the samples being decoded."""
+"""Tokens of prompts that a step reads, beside the samples that are decoded."""
 SPARE_SEQUENCES = 2
-"""Held beside the samples: the root, and a prompt whose samples have not all begun."""
+"""Sequences in addition to the samples': the root, and a prompt whose samples have not all begun."""
 
 
 class Scheduler(Runner):
-    """See the module. `parallel` samples are decoded at once at most.
+    """A runner over a token engine. It decodes at most `parallel` samples at once.
 
     The engine must hold one sequence more, for a prompt whose samples have not all begun; with
-    `SPARE_SEQUENCES` there is one for the root as well. What it can hold beyond them keeps earlier prompts.
+    `SPARE_SEQUENCES` there is one for the root as well. Any further sequences keep earlier prompts.
     """
 
     def __init__(self, backend: Backend, parallel: int) -> None:
@@ -54,21 +60,52 @@ class Scheduler(Runner):
         self.backend = backend
         self.parallel = parallel
         self._queue: deque[Group] = deque()
-        self._reading: list[Group] = []  # some samples have not begun
+        self._reading: list[Group] = []  # some of their samples have not begun
         self._streams: list[Stream] = []
         roomy = backend.max_sequences > parallel + SPARE_SEQUENCES
         self._sequences = Sequences(backend, parallel, roomy, self._reading, self._streams)
         self._full = False  # no job is admitted before another has ended
         self._events: list[Event] = []  # of this step
-        self._previous = tokens_of(())  # the prompt admitted last, less its last token
+        self._previous = tokens_of(())  # the prompt admitted last, without its last token
+        self._constrainer = Constrainer(backend)
 
     # ------------------------------------------------------------------------------------ the contract
 
     def submit(self, job: Job) -> Handle:
         self.check(job)
-        group = Group(job)
+        samples = [self._sample(i, request, job) for i, request in enumerate(job.requests, job.first_sample)]
+        group = Group(job, samples)
         self._queue.append(group)
         return group
+
+    def check(self, job: Job) -> None:
+        """Checks as `Runner.check` does; also raises UsageError for a constraint that cannot be used."""
+        super().check(job)
+        for request in job.requests:
+            if request.constraint is not None:
+                self._constrainer.compiled(request.constraint)
+
+    def _sample(self, number: int, request: Request, job: Job) -> Sample:
+        """A sample before its first token, after those of its answer that the prompt holds."""
+        matcher = None
+        if request.constraint is not None:
+            matcher = self._constrainer.compiled(request.constraint).copy()
+        thoughts = None
+        if request.reasoning is not None and self._marks is not None:
+            prompt = job.prompt[: len(job.prompt) - len(request.begun)]
+            inside = self._marks.inside(prompt, self.backend)
+            thoughts = Thoughts(self._marks, request.reasoning, inside=inside)
+        for token in request.begun:
+            if matcher is not None and (thoughts is None or thoughts.part == "answer"):
+                matcher.take(token)
+            if thoughts is not None:
+                thoughts.push(token, self.backend.token_bytes(token))
+        return Sample(number, request, job.prompt, matcher, thoughts)
+
+    @cached_property
+    def _marks(self) -> Marks | None:
+        """The marks of the model's thoughts."""
+        return Marks.of(self.backend)
 
     def cancel(self, handle: Handle) -> list[Event]:
         if handle.finished:
@@ -99,7 +136,7 @@ class Scheduler(Runner):
 
     def run(self, source: Callable[[], Job | None], cancelled: Callable[[], bool] = never) -> Iterator[Event]:
         if self._sequences.root is None and self.backend.max_sequences >= self.parallel + SPARE_SEQUENCES:
-            # before all others: engines like the numbers of those that are decoded to follow in order
+            # the root comes first, because engines prefer decoded sequences whose numbers follow in order
             self._sequences.start_root(tokens_of(()), None)
         try:
             yield from super().run(source, cancelled)
@@ -117,13 +154,13 @@ class Scheduler(Runner):
         self.forget()
 
     def sequence(self, handle: Handle) -> int:
-        """The engine's sequence of a job with one sample, while that is decoded."""
+        """Returns the engine's sequence of a job with one sample, while it is decoded."""
         return next(stream.sequence for stream in self._streams if stream.group is handle)
 
     # ------------------------------------------------------------------------- from the queue to a place
 
     def _admit(self, cancelled: Callable[[], bool]) -> None:
-        """Take jobs while places are free; those that waiting samples will fill count as taken."""
+        """Admits jobs while places are free; places for waiting samples count as taken."""
         self._full = self._full and bool(self._streams or self._reading)
         new: list[Group] = []
         taken = len(self._streams) + sum(len(group.waiting) for group in self._reading)
@@ -142,16 +179,16 @@ class Scheduler(Runner):
             self._reading.append(group)
 
     def _is_being_read(self, group: Group, new: Sequence[Group]) -> bool:
-        """Whether another job is about to read what this one begins with: then it waits for that."""
+        """Returns whether another job is about to read this one's beginning; this job then waits for it."""
         there, most = self._sequences.longest(group)[0], len(group.tokens) - 1
         coming = (common(other.tokens, group.tokens, most) for other in (*self._reading, *new))
         return max(coming, default=0) >= there + WORTH_SHARING
 
     def _read_common(self, group: Group, cancelled: Callable[[], bool]) -> None:
-        """Bring into the root what this prompt and the one before it begin with, if that is much.
+        """Reads into the root the common beginning of this prompt and the one before it, if it is long.
 
-        It is read by itself, unless a running job has it: what is in the root, to the last bit, then does not
-        depend on the prompt that came first, and a run that was killed goes on as it was.
+        It is read by itself, unless a running job has it. So the root, to the last bit, does not depend on
+        the prompt that came first, and a run that was killed continues as it was.
         """
         tokens = group.tokens[:-1]
         shared, held = common(self._previous, tokens), self._sequences.in_root(tokens, len(tokens))
@@ -174,14 +211,14 @@ class Scheduler(Runner):
         self._previous = tokens
 
     def _attach(self, group: Group) -> None:
-        """Give a job its sequence: one that is kept, a copy as far as it agrees, or an empty one."""
+        """Gives a job its sequence: a kept one, a copy as far as it agrees, or an empty one."""
         most = len(group.tokens) - 1
         shared, source = self._sequences.longest(group)
         own, kept = self._sequences.of_session(group)
         if kept is None or own + WORTH_SHARING <= shared:
             own, kept = shared, self._sequences.at(source)
             if kept is not None and common(kept.tokens, group.tokens) < len(kept.tokens):
-                kept = None  # what else it holds may be continued, too
+                kept = None  # its other tokens may be continued, too
         in_root = self._sequences.in_root(group.tokens, most)
         in_root = in_root if in_root >= WORTH_SHARING else 0
         if kept is not None and own >= in_root:
@@ -195,7 +232,7 @@ class Scheduler(Runner):
         group.read = group.timings.cached_tokens = self.backend.trim(group.sequence, own)
 
     def _begin(self) -> None:
-        """Start samples of prompts that are read: on copies, the last one in the prompt's own sequence."""
+        """Starts samples of prompts that are read: on copies, the last one in the prompt's own sequence."""
         for group in self._reading:
             while not group.unread and group.waiting and len(self._streams) < self.parallel:
                 assert group.sequence is not None
@@ -209,7 +246,7 @@ class Scheduler(Runner):
     # ------------------------------------------------------------------------------------------ passes
 
     def _lone(self) -> Group | None:
-        """The job that is read at once: the only one, with a place for each of its samples."""
+        """Returns the job to read at once, if it is the only one and has a place for each sample; or None."""
         if len(self._reading) != 1 or self._streams:
             return None
         group = self._reading[0]
@@ -217,7 +254,7 @@ class Scheduler(Runner):
         return group if whole else None
 
     def _read_at_once(self, group: Group, cancelled: Callable[[], bool]) -> None:
-        """Read a prompt with its last token, and begin all samples with that row."""
+        """Reads a prompt with its last token, and begins all samples with that row."""
         assert group.sequence is not None
         while True:
             try:
@@ -230,8 +267,8 @@ class Scheduler(Runner):
         self._reading.remove(group)
         samples = [*group.waiting]
         group.waiting.clear()
-        draws = self._draw([sample.row(group.sequence) for sample in samples])
-        own = len(samples) == 1  # else the prompt stays, for others to come
+        draws = self._draw([(sample, group.sequence) for sample in samples])
+        own = len(samples) == 1  # otherwise the prompt stays, for later jobs
         for sample in samples:
             sequence = group.sequence if own else self._sequences.copy(group.sequence)
             self._streams.append(Stream(group, sample, sequence, -1))
@@ -242,10 +279,13 @@ class Scheduler(Runner):
         self._take(draws)
 
     def _pass(self, cancelled: Callable[[], bool]) -> None:
-        """A step of all samples, and the next part of the prompts that are read."""
+        """Takes a step of all samples, and reads the next part of the prompts."""
         while self._streams or self._reading:
             parts = self._parts_of_prompts()
-            feeds = [Feed(stream.sequence, (stream.next_token,)) for stream in self._streams]
+            feeds = [
+                Feed(stream.sequence, (stream.next_token,), stream.sample.forced is None)
+                for stream in self._streams
+            ]
             feeds += [Feed(sequence, tokens, wanted=False) for _, sequence, tokens in parts]
             try:
                 self._forward(feeds, cancelled if parts else never)
@@ -256,7 +296,7 @@ class Scheduler(Runner):
             for group, _, tokens in parts:
                 group.read += len(tokens)
                 group.forward_passes += 1
-            self._take(self._draw([stream.sample.row(stream.sequence) for stream in self._streams]))
+            self._take(self._draw([(stream.sample, stream.sequence) for stream in self._streams]))
             return
 
     def _parts_of_prompts(self) -> list[tuple[Group, int, Sequence[int]]]:
@@ -283,18 +323,20 @@ class Scheduler(Runner):
         self.counters.prompt_tokens += read
 
     def _look_again(self) -> None:
-        """After a pass that failed: an engine that cannot go back a part of the way has emptied sequences."""
+        """Adjusts jobs after a failed pass, in which an engine may have emptied sequences."""
         for group in self._reading:
             if group.sequence is not None:
                 group.read = min(group.read, self.backend.length(group.sequence))
         for stream in [*self._streams]:
             if not stream.group.finished and self.backend.length(stream.sequence) != stream.held:
-                lost = BackendError("the engine lost what it had read, in a pass that was broken off")
+                lost = BackendError("the engine lost its cached tokens in an interrupted forward pass")
                 self._events += self._end_group(stream.group, "stop", lost)
 
     def _give_way(self, error: ContextFullError) -> None:
-        """There is no room for the pass: possible only where sequences share it. The job that came last
-        waits; where all are being decoded, the longest one ends."""
+        """Makes room if a pass has none, which happens only if sequences share it.
+
+        The job that came last waits. A lone prompt fails. If all are being decoded, the longest one ends.
+        """
         self._full = True
         if self._reading and (self._streams or len(self._reading) > 1):
             group = self._reading.pop()
@@ -310,27 +352,45 @@ class Scheduler(Runner):
                 stream.sample.end("context")
                 self._end_stream(stream)
 
-    def _draw(self, rows: Sequence[Row]) -> list[Draw | EmlocalError]:
-        """A token for each row. One that is no distribution fails alone."""
+    def _draw(self, samples: Sequence[tuple[Sample, int]]) -> list[Draw | EmlocalError]:
+        """Draws a token for each sample, from its row. A row that is not a distribution fails alone."""
         started = time.perf_counter()
+        rows = [sample.row(sequence) for sample, sequence in samples if sample.forced is None]
+        for sample, sequence in samples:
+            if sample.request.top:
+                self._note_alternatives(sample, sequence)
         try:
             draws: list[Draw | EmlocalError] = [*self.backend.sample(rows)]
         except (LogitsError, UsageError):
             draws = [self._draw_one(row) for row in rows]
+        if len(draws) < len(samples):
+            drawn = iter(draws)
+            draws = [
+                next(drawn) if sample.forced is None else certain(sample.forced) for sample, _ in samples
+            ]
         self.counters.sampling_seconds += time.perf_counter() - started
         self.counters.generated_tokens += len(draws)
         return draws
 
+    def _note_alternatives(self, sample: Sample, sequence: int) -> None:
+        """Notes what else could be drawn for a sample; nothing where only one token is legal."""
+        found: tuple[Alternative, ...] = ()
+        if sample.forced is None:
+            row, logits = sample.row(sequence), self.backend.logits(sequence)
+            with suppress(LogitsError, UsageError):  # the draw from this row fails as well, and alone
+                found = alternatives(logits, row.params, row.seen, sample.request.top, row.legal)
+        sample.completion.alternatives.append(found)
+
     def _draw_one(self, row: Row) -> Draw | EmlocalError:
         try:
             return self.backend.sample([row])[0]
-        except (LogitsError, UsageError) as error:  # the latter: a bias on a token that is not there
+        except (LogitsError, UsageError) as error:  # UsageError: a bias on a token that does not exist
             return error
 
-    # --------------------------------------------------------------------------- what comes of a pass
+    # ------------------------------------------------------------------------- the results of a pass
 
     def _take(self, draws: Sequence[Draw | EmlocalError]) -> None:
-        """A draw for each stream."""
+        """Takes in a draw for each stream."""
         now = time.perf_counter()
         for stream, draw in zip([*self._streams], draws, strict=True):
             group, sample = stream.group, stream.sample
@@ -345,8 +405,14 @@ class Scheduler(Runner):
                 group.first_draw, timings.prompt_seconds = now, now - group.admitted
             timings.generated_tokens += 1
             timings.generation_seconds = time.perf_counter() - group.first_draw
-            text = sample.accept(draw, self.backend)
-            self._events.append(Token(group, sample.completion.sample, draw, text))
+            try:
+                text, reasoning = sample.accept(draw, self.backend)
+            except ConstraintError as error:
+                self._events += self._end_group(group, "stop", error)
+                continue
+            noted = sample.completion.alternatives
+            tops = noted[-1] if noted else ()
+            self._events.append(Token(group, sample.completion.sample, draw, text, reasoning, tops))
             stream.next_token = draw.token
             if not sample.done and stream.held >= self.context:
                 sample.end("context")
@@ -354,7 +420,7 @@ class Scheduler(Runner):
                 self._end_stream(stream)
 
     def _end_stream(self, stream: Stream) -> None:
-        """Free the place of a sample that ended; its job ends with the last one."""
+        """Frees the place of a sample that ended; its job ends with the last one."""
         group, completion = stream.group, stream.sample.completion
         self._leave(stream)
         group.completions.append(completion)
@@ -363,7 +429,7 @@ class Scheduler(Runner):
             self._events.append(self._finish(group))
 
     def _leave(self, stream: Stream) -> None:
-        """Keep what a stream holds."""
+        """Keeps a stream's sequence."""
         self._streams.remove(stream)
         tokens = stream.group.tokens + tokens_of(stream.sample.completion.tokens)
         self._sequences.keep(Kept(stream.sequence, tokens, stream.group.job.session))
@@ -373,7 +439,7 @@ class Scheduler(Runner):
     def _end_group(
         self, group: Group, reason: FinishReason, error: EmlocalError | None = None
     ) -> list[Event]:
-        """End a job, wherever it is. Its samples' completions are not given where there is an error."""
+        """Ends a job, wherever it is. With an error, it has no completions."""
         samples = [*group.waiting]
         group.waiting.clear()
         for stream in [stream for stream in self._streams if stream.group is group]:

@@ -1,8 +1,8 @@
-"""The engine's sequences: those that are kept so that nothing is read twice, and which number each gets.
+"""The engine's sequences: those kept so that nothing is read twice, and the number of each.
 
-A finished sequence stays until its room is needed; the one that nobody has used for the longest goes first.
-Engines compute sequences in one pass only where their numbers follow in order, or nearly, so numbers count
-where each sequence has room of its own.
+A finished sequence stays until its room is needed; the least recently used one goes first. Engines compute
+sequences in one pass only if their numbers follow in order, or nearly. So numbers matter if each sequence has
+room of its own.
 """
 
 from array import array
@@ -17,19 +17,19 @@ from emlocal.generation.runner import Handle, Job
 from emlocal.generation.sample import Sample
 
 WORTH_SHARING = 16
-"""Tokens that a copy must save: engines whose sequences have room of their own copy all of it."""
-_FIRST_BLOCK = 16  # tokens that are compared at first; most prompts part there, or not at all
+"""The fewest tokens that a copy must save, because engines with separate rooms copy the whole sequence."""
+_FIRST_BLOCK = 16  # tokens compared at first; most prompts part there, or not at all
 
-Tokens = array  # of C ints: these are compared as fast as memory is read
+Tokens = array  # of C ints, which are compared as fast as memory is read
 
 
 def tokens_of(tokens: Sequence[int]) -> "Tokens[int]":
-    """The tokens as they are kept and compared."""
+    """Returns the tokens in the form in which they are kept and compared."""
     return array("i", tokens)
 
 
 def common(a: "Tokens[int]", b: "Tokens[int]", most: int | None = None) -> int:
-    """How many tokens two runs begin with alike, `most` at most."""
+    """Returns the length of the common beginning of two runs of tokens, at most `most`."""
     n = min(len(a), len(b)) if most is None else min(len(a), len(b), most)
     start, size = 0, _FIRST_BLOCK
     while start < n:
@@ -49,22 +49,21 @@ def common(a: "Tokens[int]", b: "Tokens[int]", most: int | None = None) -> int:
 
 
 class Group(Handle):
-    """A job being worked on: its prompt, and the samples that have not begun."""
+    """A job in progress: its prompt, and the samples that have not begun."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, samples: Sequence[Sample]) -> None:
+        """`samples`: one for each request, before its first token."""
         super().__init__(job)
         self.tokens = tokens_of(job.prompt)
-        self.waiting = deque(
-            Sample(i, request, job.prompt) for i, request in enumerate(job.requests, job.first_sample)
-        )
+        self.waiting = deque(samples)
         self.sequence: int | None = None
-        """Holds the first `read` tokens of the prompt. The last sample takes it over."""
+        """The sequence with the first `read` tokens of the prompt. The last sample takes it over."""
         self.read = 0
         self.admitted = self.first_draw = 0.0
 
     @property
     def unread(self) -> int:
-        """Tokens that are to be read before the samples begin: all but the last."""
+        """Tokens to read before the samples begin: all but the last."""
         return len(self.tokens) - 1 - self.read
 
 
@@ -85,7 +84,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Kept:
-    """A sequence that nobody decodes, and the tokens in it."""
+    """A sequence that is not decoded, and its tokens."""
 
     sequence: int
     tokens: "Tokens[int]"
@@ -93,7 +92,7 @@ class Kept:
 
 
 class Sequences:
-    """Opens, copies and keeps sequences."""
+    """The sequences of an engine: opens, copies and keeps them."""
 
     def __init__(
         self,
@@ -103,20 +102,23 @@ class Sequences:
         reading: Sequence[Group],
         streams: Sequence[Stream],
     ) -> None:
-        """`roomy`: there are more than `parallel` samples and the root need. The last two are the scheduler's
-        own lists, which change."""
+        """Sets up an empty store of sequences.
+
+        `roomy`: there are more than `parallel` samples and the root need. `reading` and `streams` are the
+        scheduler's own lists, which change.
+        """
         self.root: Kept | None = None
-        """What consecutive prompts begin with, in a run."""
+        """The common beginning of consecutive prompts, in a run."""
         self._backend, self._roomy = backend, roomy
         self._reading, self._streams = reading, streams
         self._numbers_matter = parallel > 1
         self._kept: list[Kept] = []  # the least recently used first
         self._freed: list[int] = []  # numbers that streams have left since the ranks were closed
 
-    # ---------------------------------------------------------------------------------- what is kept
+    # -------------------------------------------------------------------------------- kept sequences
 
     def keep(self, kept: Kept) -> None:
-        """Keep a sequence as far as the engine really holds these tokens; release one that is empty."""
+        """Keeps a sequence, with the tokens that the engine really holds; releases an empty one."""
         del kept.tokens[self._backend.length(kept.sequence) :]
         if kept.tokens:
             self._kept.append(kept)
@@ -124,17 +126,17 @@ class Sequences:
             self._backend.release(kept.sequence)
 
     def at(self, sequence: int | None) -> Kept | None:
-        """The kept one of this number."""
+        """Returns the kept sequence of this number, or None."""
         return next((kept for kept in self._kept if kept.sequence == sequence), None)
 
     def longest(self, group: Group) -> tuple[int, int | None]:
-        """The longest beginning of a prompt that a sequence holds, except the root, and that sequence."""
-        length, kept = _longest(self._kept[::-1], group)  # the last used of equal ones
+        """Returns the longest beginning of a prompt in any sequence except the root, and that sequence."""
+        length, kept = _longest(self._kept[::-1], group)  # of equal ones, the one used last
         best = length, None if kept is None else kept.sequence
         return max(best, self.longest_running(group), key=lambda pair: pair[0])
 
     def longest_running(self, group: Group) -> tuple[int, int | None]:
-        """The same among those that are being read and decoded."""
+        """Returns the same among the sequences that are being read and decoded."""
         most = len(group.tokens) - 1
         found: tuple[int, int | None] = (0, None)
         for other in self._reading:
@@ -150,21 +152,21 @@ class Sequences:
         return found
 
     def of_session(self, group: Group) -> tuple[int, Kept | None]:
-        """The same among what is kept of the job's session; the first of equal ones."""
+        """Returns the same among the kept sequences of the job's session; of equal ones, the first."""
         return _longest(self._of(group.job.session), group)
 
     def _of(self, session: Hashable | None) -> list[Kept]:
         return [kept for kept in self._kept if session is not None and kept.session == session]
 
     def take(self, kept: Kept) -> int:
-        """Its sequence, which is no longer kept; others of its session are dropped."""
+        """Returns a kept sequence, which is then no longer kept; others of its session are dropped."""
         self._kept.remove(kept)
         for other in self._of(kept.session):
             self._drop(other)
         return kept.sequence
 
     def make_room(self) -> bool:
-        """Drop what nobody has used for the longest, and the root last; False where there is nothing."""
+        """Drops the least recently used sequence, and the root last; returns False if there is none."""
         if self._drop_oldest():
             return True
         if self.root is None:
@@ -173,12 +175,15 @@ class Sequences:
         return True
 
     def in_root(self, prompt: "Tokens[int]", most: int) -> int:
-        """How many tokens of the prompt the root holds."""
+        """Returns how many tokens of the prompt the root holds."""
         return 0 if self.root is None else common(self.root.tokens, prompt, most)
 
     def start_root(self, tokens: "Tokens[int]", donor: int | None) -> Kept:
-        """The root with nothing but these tokens, which `donor` begins with; with those of them that it has
-        already where there is no donor."""
+        """Returns the root with these tokens only, or with a beginning of them.
+
+        `donor` is a sequence that begins with them. Without a donor the root keeps those of the tokens that
+        it has already.
+        """
         if self.root is None or donor is not None:
             self.give_up_root()
             self.root = Kept(self.open() if donor is None else self.copy(donor), tokens)
@@ -187,13 +192,13 @@ class Sequences:
         return self.root
 
     def give_up_root(self) -> None:
-        """Release the root's sequence."""
+        """Releases the root's sequence."""
         if self.root is not None:
             self._backend.release(self.root.sequence)
             self.root = None
 
     def clear(self) -> None:
-        """Drop all that is kept."""
+        """Drops all kept sequences."""
         while self._drop_oldest():
             pass
 
@@ -210,17 +215,17 @@ class Sequences:
     # ------------------------------------------------------------------------------- numbers in order
 
     def open(self) -> int:
-        """A new sequence. Raises BackendError where all are in use."""
+        """Returns a new sequence. Raises BackendError if all are in use."""
         return self._number(self._backend.open, None)
 
     def copy(self, source: int | None) -> int:
-        """A copy of a sequence; itself, if it is kept and there is no room for another.
+        """Returns a copy of a sequence; the sequence itself, if it is kept and there is no room for another.
 
-        Raises BackendError where all are in use.
+        Raises BackendError if all are in use.
         """
         assert source is not None
         kept = self.at(source)
-        if kept is not None:  # others are less recently used now
+        if kept is not None:  # makes it the most recently used
             self._kept.remove(kept)
             self._kept.append(kept)
         try:
@@ -240,10 +245,10 @@ class Sequences:
                     raise
 
     def _make_way(self, spared: Kept | None) -> None:
-        """Before a sequence gets the smallest free number: drop what is kept where it leaves a gap then.
+        """Drops a kept sequence that would leave a gap when a new sequence gets the smallest free number.
 
-        In a run what is decoded has the smallest numbers; else it is enough that nothing lies between. Where
-        there is room to keep it elsewhere, `close_ranks` does that.
+        In a run, decoded sequences have the smallest numbers; otherwise it is enough that no kept one is
+        between them. If there is room to keep it elsewhere, `close_ranks` moves it.
         """
         fed = self._numbers()
         if not self._numbers_matter or self._roomy or not (fed or self.root):
@@ -256,18 +261,17 @@ class Sequences:
             self._drop(min(within, key=lambda kept: kept.sequence) if self.root else within[0])
 
     def left(self, sequence: int) -> None:
-        """A stream has this number no more."""
+        """Records that a stream has left this number."""
         if self._numbers_matter:
             self._freed.append(sequence)
 
     def _numbers(self) -> list[int]:
-        """Of the sequences that are fed."""
+        """Returns the numbers of the sequences that are fed."""
         reading = [group.sequence for group in self._reading if group.sequence is not None]
         return [stream.sequence for stream in self._streams] + reading
 
     def close_ranks(self) -> None:
-        """Move streams into numbers that nobody has taken: in a run into all that are free, else into those
-        that lie between others.
+        """Moves streams into free numbers: in a run into all of them, otherwise into those between others.
 
         Without it the last samples of a run, with gaps between them, would take a pass each.
         """
@@ -289,7 +293,7 @@ class Sequences:
             self._backend.release(copy)
 
     def _move_away(self, kept: Kept) -> None:
-        """Free the number of a sequence that is kept; it gets another where there is room for keeping."""
+        """Frees the number of a kept sequence, which gets another one if there is room."""
         if self._roomy:
             with suppress(BackendError):  # all numbers are taken
                 copy = self._backend.fork(kept.sequence)

@@ -1,9 +1,10 @@
-"""Ways to answer: EM and what it is compared with. A method is one file here and one line in `_ALL`
-(docs/extending.md).
+"""Methods of answering: EM and the methods that it is compared with.
 
-People write a method as NAME[:VALUE][:SETTING=VALUE…]: `em-inf:paper`, `sample:1`, `self-consistency:4`; and
-two with + between, where one says how samples are drawn and the other what is done with them:
-em-inf+self-consistency:4. Settings are those that a line of a batch may set (docs/batch.md).
+Each method is one file here and one line in `_ALL` (docs/extending.md).
+
+People write a method as NAME[:VALUE][:SETTING=VALUE…]: `em-inf:paper`, `sample:1`, `self-consistency:4`. They
+can join two by +, if one sets how samples are drawn and the other what is done with them:
+em-inf+self-consistency:4. The settings are those that a line of a batch may set (docs/batch.md).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,22 +58,23 @@ _ALL: Sequence[type[Method]] = (
     DynamicTemperature,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _ALL}
-_EXAMPLES = "such as greedy, sample:1, em-inf:paper, self-consistency:4 or em-inf+self-consistency:4"
+_EXAMPLES = "use greedy, sample:1, em-inf:paper, self-consistency:4 or em-inf+self-consistency:4, for example"
 _COMMON: Mapping[str, str] = {
-    "seed": "all methods share their draws; --seed says which",
-    "samples": "self-consistency:N says how many vote, and --samples how many answers each question gets",
+    "seed": "all methods share their draws, which --seed sets",
+    "samples": "self-consistency:N sets the votes, --samples the answers to each question",
 }
-"""What cannot be one method's own."""
+"""Settings that no method can set for itself, with the reason."""
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is chosen with any method."""
+    """Settings that apply to any method."""
 
     method: str | None = setting(
         None,
         "--method",
-        help=f"How to answer: {', '.join(METHODS)}; without it, as the sampling and EM flags say. NAME:VALUE"
+        help=f"Choose how to answer: {', '.join(METHODS)}; without it, as the sampling and EM flags"
+        " say. NAME:VALUE"
         " and A+B as in eval.",
         metavar="METHOD",
     )
@@ -81,12 +83,12 @@ class _Choice:
         "-n --samples --n --num-return-sequences",
         1,
         1024,
-        "Answers to each prompt. (default: 1; 8 to vote)",
+        "Set the number of answers to each prompt. (default: 1; 8 to vote)",
     )
 
 
 HOW = Table.of(_Choice, *_ALL)
-"""What chooses a method: its name, how many samples, and the methods' own settings."""
+"""The settings that choose a method: its name, the number of samples, and the methods' own settings."""
 _SAMPLES = HOW.settings["samples"]
 _OWN = HOW.without("method")
 
@@ -94,11 +96,11 @@ _OWN = HOW.without("method")
 class Chosen:
     """A method with its settings, as people choose it; `emlocal.Method` in Python.
 
-    A way to draw samples, and what is done with them; each may be left as it is.
+    It has two parts: how samples are drawn, and what is done with them. Each may be the default.
     """
 
     def __init__(self, name: str | None = None, samples: int | None = None, **settings: Any) -> None:
-        """Choose a method.
+        """Chooses a method.
 
         Args:
             name: as above; None: one answer, with the sampling settings as they are.
@@ -109,7 +111,7 @@ class Chosen:
         """
         self.written = name
         self.settings: dict[str, Any] = {}
-        """What the name sets of a line's settings."""
+        """Settings of a line that the name sets."""
         own: dict[str, Any] = {}
         kinds: dict[bool, type[Method]] = {}
         for part in (name or "").split("+") if name else ():
@@ -132,43 +134,43 @@ class Chosen:
             owners = [method.name for method in _ALL if left in Table.of(method).settings]
             raise UsageError(f"{_OWN.settings[left].flag} belongs to --method {' or '.join(owners)}")
         self.samples = self.collecting.samples(self._asked)
-        """How many are drawn for each prompt."""
+        """Number of samples for each prompt."""
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is what is drawn, as it is drawn."""
+        """Whether the answer can be shown as it is drawn."""
         return self.samples == 1 and not self.collecting.collects
 
     @property
     def name(self) -> str | None:
-        """The method's, of two that of what is done with the samples; None where none was chosen."""
+        """The method's name; of two, that of the collecting one; None if none was chosen."""
         return self.collecting.name or self.drawing.name or None
 
     def plan(self, base: Plan, chosen: frozenset[str] = frozenset()) -> Plan:
-        """The settings of an answer as this method has them.
+        """Returns the settings of an answer by this method.
 
         Args:
-            base: what flags, config file and model say.
-            chosen: the settings that were given on purpose, which a method does not override.
+            base: the settings from flags, config file and model.
+            chosen: explicitly chosen settings, which a method does not override.
         Raises:
-            UsageError: the settings say what the method denies; it has no leave to do what it does.
-            EmlocalError: it cannot do it on this machine.
+            UsageError: the settings contradict the method, or it may not run code.
+            EmlocalError: the method cannot run on this machine.
         """
         self.collecting.check_leave()
         plan = replace(base, params=self._sampler.params(base.params, chosen), samples=self.samples)
         return overridden(plan, self.settings)
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
-        """The sampling settings of a line whose own are in `given` already; otherwise like `plan`."""
+        """Like `plan`, for the sampling settings of a line whose own are already in `given`."""
         return self._sampler.params(given, chosen | names_in(self.settings))
 
     @property
     def _sampler(self) -> Method:
-        """Which of the two says how tokens are drawn, where nobody has chosen otherwise."""
+        """The one of the two that sets the sampling settings which nobody chose explicitly."""
         return self.drawing if self.drawing.name else self.collecting
 
     def identity(self) -> dict[str, Any]:
-        """What makes answers by two of them different, beside the settings of the plan."""
+        """Returns what makes answers by two methods differ, beside the settings of the plan."""
         identity: dict[str, Any] = {
             "method": self.name,
             "rounds": 0,
@@ -181,17 +183,17 @@ class Chosen:
         return identity
 
     def collected(self) -> "Chosen":
-        """The same samples' use, drawn with the sampling settings as they are."""
+        """Returns a method with the same use of samples that leaves the sampling settings unchanged."""
         other = Chosen()
         other.collecting, other.samples = self.collecting, self.samples
-        if self.collecting.name:  # which would say again how tokens are drawn
+        if self.collecting.name:  # which would set the sampling settings again
             other.drawing = _Settled()
         return other
 
 
 @dataclass(frozen=True)
 class _Settled(Method):
-    """The sampling settings as they are: who was to say something about them has."""
+    """Leaves the sampling settings unchanged, because a method already set them."""
 
     name = "settled"
 
@@ -200,42 +202,45 @@ class _Settled(Method):
 
 
 def chosen_by(how: Given) -> Chosen:
-    """The method that flags choose; see `HOW`."""
+    """Returns the method that flags choose; see `HOW`."""
     own = {known: value for known, value in how.items() if known not in ("method", _SAMPLES.name)}
     return Chosen(how.get("method"), how.get(_SAMPLES.name), **own)
 
 
 def with_leave(name: str | None, allow_code: bool) -> Chosen:
-    """The method of this name, which has leave to run code where it does and `allow_code` says so."""
+    """Returns the method of this name.
+
+    It may run code if `allow_code` says so and the method does run code.
+    """
     chosen = Chosen(name)
     return Chosen(name, allow_code=True) if allow_code and chosen.collecting.runs_code else chosen
 
 
 def name_of(params: SamplingParams) -> str:
-    """The method that these settings are."""
+    """Returns the name of the method that these settings amount to."""
     if params.em is not None:
         return params.em.name
     return Greedy.name if params.temperature == 0 else Sample.name
 
 
 def _made(kind: type[Method] | None, given: dict[str, Any]) -> Method:
-    """The method with those of the settings that are its own, which are taken out of `given`."""
+    """Makes a method with its own settings, which are removed from `given`."""
     known = Table.of(kind or Method).settings
     own = {known[name].field: given.pop(name) for name in [*given] if name in known}
     return (kind or Method)(**own)
 
 
 def _arguments(part: str, kind: type[Method], texts: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
-    """(setting, value, whether it is the method's own) of what follows a method's name."""
+    """Yields (setting, value, whether it is the method's own) for the arguments after a method's name."""
     names: set[str] = set()
     table = Table.of(kind) | (Table({_SAMPLES.name: _SAMPLES}) if kind.collects else Table({}))
     for position, argument in enumerate(texts):
         name, equals, text = argument.partition("=")
         if not equals:
             if kind.collects and (position or not argument.isdecimal()):
-                raise UsageError(f"in {part!r}, after {kind.name}: comes one number", _EXAMPLES)
+                raise UsageError(f"in {part!r}, after {kind.name}: one number is expected", _EXAMPLES)
             if position or not kind.value:
-                raise UsageError(f"in {part!r}, {argument!r} says nothing there", _EXAMPLES)
+                raise UsageError(f"in {part!r}, {argument!r} is not a setting", _EXAMPLES)
             if kind.value == PRESET.name and argument not in EM_PRESETS:
                 raise UsageError(f"in {part!r}, the presets are {', '.join(EM_PRESETS)}")
             name, text = kind.value, argument
@@ -253,7 +258,7 @@ def _of_a_line(part: str, name: str) -> Setting:
     known = LINE.find(name)
     if known is None:
         near = LINE.meant(name)
-        hint = f"did you mean {near.name}?" if near else "docs/batch.md lists them"
+        hint = f"did you mean {near.name}?" if near else "docs/batch.md lists the settings"
         raise UsageError(f"in {part!r}, there is no setting {name!r}", hint)
     if known.name in _COMMON:
         raise UsageError(f"in {part!r}, {_COMMON[known.name]}")
@@ -261,7 +266,7 @@ def _of_a_line(part: str, name: str) -> Setting:
 
 
 def _value(text: str) -> Any:
-    """A number or true or false, as JSON has them; else the text."""
+    """Parses a number, true or false as JSON; any other text stays text."""
     try:
         return parse_json(text)
     except ValueError:

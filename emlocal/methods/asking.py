@@ -1,4 +1,4 @@
-"""Questions on a runner, each through its method: one of a chat, or as many at once as there are places."""
+"""Questions on a runner, each answered by its method: one at a time, or as many as there are places."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -9,45 +9,52 @@ from typing import NamedTuple
 from emlocal.cancel import never
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.generation import Completed, Finished, Handle, Job, Request, Runner, Token
-from emlocal.generation.prompt import Asked
+from emlocal.generation.dialogue import dialogue_of
+from emlocal.generation.prompt import Asked, with_more
+from emlocal.generation.thinking import Reasoning
 from emlocal.methods import Outcome
 from emlocal.methods.method import Method
-from emlocal.models.templates import Message
 from emlocal.sampling import Uniforms
 from emlocal.settings import Plan, SamplingParams
 
 DRAWS_OF_A_ROUND = 1 << 20
-"""Sample indices apart: a later round's draws are its own."""
+"""Distance between the sample indices of two rounds, so that each round has its own draws."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and how its answers are drawn."""
+    """A question, and how its answers are drawn."""
 
     asked: Asked
     plan: Plan
     encode: Callable[[Asked], list[int]]
-    """The prompt's tokens. Raises EmlocalError."""
+    """Returns the prompt's tokens. Raises EmlocalError."""
     key: int = 0
-    """Of the draws, which are addressed by seed, key, sample and token."""
+    """Key of the draws, which depend on seed, key, sample and token."""
     attempt: int = 0
-    """How often it was asked before: other draws each time."""
+    """How often the question was asked before; each attempt has other draws."""
     at_once: bool = False
     session: Hashable | None = None
-    """See `Job`."""
+    """`at_once` and `session`: see `Job`."""
+    top: int = 0
+    """Number of alternatives to note for each token."""
 
     @cached_property
     def prompt(self) -> Sequence[int]:
-        """Its tokens. Raises EmlocalError where it cannot be made."""
-        return self.encode(self.asked)
+        """The prompt's tokens. Raises EmlocalError if it cannot be made."""
+        asked, variables = self.asked, self.plan.template_variables
+        if variables and not isinstance(asked, str):
+            own = dialogue_of(asked)
+            asked = replace(own, variables={**own.variables, **variables})
+        return self.encode(asked)
 
     @property
     def greedy(self) -> SamplingParams:
-        """The plan's settings for the most probable token each time, without EM."""
+        """The plan's settings, but with the most probable token each time and without EM."""
         return replace(self.plan.params, temperature=0.0, dynatemp_range=0.0, em=None)
 
     def uniforms(self, round: int, sample: int, start: int = 0) -> Uniforms:
-        """The random numbers of one sample of a round, from its token `start` on."""
+        """Returns the random numbers of one sample of a round, from token `start` on."""
         first = round * DRAWS_OF_A_ROUND + self.attempt * self.plan.samples
         return Uniforms(self.plan.seed, self.key, first + sample, start)
 
@@ -61,32 +68,44 @@ class Question:
         after: Sequence[int] = (),
         max_tokens: int | None = None,
         pause: Callable[[str, int], bool] | None = None,
+        free: bool = False,
     ) -> Job:
-        """Samples of one round.
+        """Makes the job for samples of one round.
 
         Args:
-            round: of the draws: a later round's are its own.
-            samples: which of the round's, by number; all that the plan has.
-            params: how they are drawn, where not as the plan says.
-            first: how the first of these samples is drawn, where not as the others.
-            after: tokens of an answer that was begun, which they go on from; so do the draws.
-            max_tokens: of each sample beyond these; as many as the plan leaves.
+            round: the number of the round; each round has its own draws.
+            samples: numbers of the samples in the round; default: all that the plan has.
+            params: sampling settings; default: the plan's.
+            first: sampling settings of the first of these samples, if they differ.
+            after: tokens of a begun answer, which the samples and their draws continue.
+            max_tokens: limit of each sample beyond these tokens; default: as many as the plan leaves.
             pause: see `Request`.
-        Raises EmlocalError where the prompt cannot be made.
+            free: the plan's constraint does not apply: this is not an answer to the question.
+
+        Raises EmlocalError if the prompt cannot be made.
         """
         plan = self.plan
         samples = range(plan.samples) if samples is None else samples
         most = plan.max_tokens - len(after)
-        requests = [
-            Request(
-                (first if i == samples.start else None) or params or plan.params,
-                self.uniforms(round, i, len(after)),
-                most if max_tokens is None else min(max_tokens, most),
-                plan.stop,
-                pause,
+        constraint = None if free else plan.constraint
+        requests = []
+        for i in samples:
+            given = (first if i == samples.start else None) or params or plan.params
+            of_answer, of_thought = plan.by_part(given)
+            reasoning = None if isinstance(self.asked, str) else Reasoning(plan.think_budget, of_thought)
+            requests.append(
+                Request(
+                    given if reasoning is None else of_answer,
+                    self.uniforms(round, i, len(after)),
+                    most if max_tokens is None else min(max_tokens, most),
+                    plan.stop,
+                    pause,
+                    constraint,
+                    tuple(after),
+                    reasoning,
+                    self.top,
+                )
             )
-            for i in samples
-        ]
         return Job(
             [*self.prompt, *after],
             requests,
@@ -96,24 +115,23 @@ class Question:
         )
 
     def then(self, answer: str, said: str) -> "Question":
-        """The question that follows on this one, its answer, and what is said to that."""
+        """Returns the question that follows this one, its answer, and the reply to the answer."""
         if isinstance(self.asked, str):
             return replace(self, asked=f"{self.asked}{answer}\n\n{said}\n\n")
-        more: list[Message] = [{"role": "assistant", "content": answer}, {"role": "user", "content": said}]
-        return replace(self, asked=[*self.asked, *more])
+        return replace(self, asked=with_more(self.asked, answer, said))
 
 
 class Asking:
-    """A question on its way through a method."""
+    """A question in progress, answered by a method."""
 
     def __init__(self, method: Method, question: Question) -> None:
         self.question = question
         self.outcome: Outcome | None = None
         self.error: EmlocalError | None = None
-        """Why there is no outcome."""
+        """The error, if there is no outcome."""
         self._answering = method.answer(question)
         self._round: Sequence[Job] = ()
-        self._handles: dict[Job, Handle] = {}  # of the round, those that are finished
+        self._handles: dict[Job, Handle] = {}  # finished jobs of the round
 
     @property
     def done(self) -> bool:
@@ -121,18 +139,18 @@ class Asking:
         return self.outcome is not None or self.error is not None
 
     def result(self) -> Outcome:
-        """The outcome. Raises the error."""
+        """Returns the outcome, or raises the error."""
         if self.error is not None:
             raise self.error
         assert self.outcome is not None
         return self.outcome
 
     def start(self, check: Callable[[Job], None]) -> Sequence[Job]:
-        """The jobs of the first round; none where it is done already. `check` raises for a bad job."""
+        """Returns the jobs of the first round; none if it is done already. `check` raises for a bad job."""
         return self._next(lambda: next(self._answering), check)
 
     def go_on(self, handle: Handle, check: Callable[[Job], None]) -> Sequence[Job]:
-        """A job is finished. The jobs of the next round, where it was the last of its own."""
+        """Takes a finished job. Returns the jobs of the next round if it was the last of its round."""
         self._handles[handle.job] = handle
         if len(self._handles) < len(self._round):
             return ()
@@ -143,8 +161,10 @@ class Asking:
         )
 
     def stop(self, why: CancelledError, check: Callable[[Job], None]) -> Sequence[Job]:
-        """The round was cancelled before it had said anything. Raises CancelledError where the method has
-        no answer yet."""
+        """Cancels the round before any answer of it began.
+
+        Raises CancelledError if the method has no answer yet.
+        """
         return self._next(lambda: self._answering.throw(why), check)
 
     def _next(self, step: Callable[[], Sequence[Job]], check: Callable[[Job], None]) -> Sequence[Job]:
@@ -163,7 +183,7 @@ class Asking:
 
 
 def _refusal(jobs: Sequence[Job], check: Callable[[Job], None]) -> EmlocalError | None:
-    """Why the runner will not take one of the jobs."""
+    """Returns the error with which the runner refuses one of the jobs, or None."""
     try:
         for job in jobs:
             check(job)
@@ -173,7 +193,7 @@ def _refusal(jobs: Sequence[Job], check: Callable[[Job], None]) -> EmlocalError 
 
 
 class Answered(NamedTuple):
-    """A question is answered, or failed."""
+    """A question that was answered or that failed."""
 
     asking: Asking
 
@@ -181,15 +201,15 @@ class Answered(NamedTuple):
 def ask(
     runner: Runner, source: Callable[[], Asking | None], cancelled: Callable[[], bool] = never
 ) -> Iterator[Token | Completed | Answered]:
-    """Answer the questions that `source` gives, which is asked whenever there is a free place.
+    """Answers the questions from `source`, which is called whenever there is a free place.
 
-    None means that it has none at the moment; the run ends when it has none and all are answered. What
-    fails is answered with its error, and the others go on.
+    `source` returns None if it has no question at the moment. The run ends when it has none and all are
+    answered. A question that fails is returned with its error, and the others continue.
 
-    Raises CancelledError, and what the engine raises.
+    Raises CancelledError, and the engine's errors.
     """
     asking_of: dict[Job, Asking] = {}
-    waiting: deque[Job] = deque()  # of later rounds, which go first
+    waiting: deque[Job] = deque()  # jobs of later rounds, which go first
     done: deque[Asking] = deque()
 
     def take(asking: Asking, jobs: Sequence[Job]) -> None:
@@ -217,18 +237,18 @@ def ask(
                 yield Answered(done.popleft())
         if not done:
             return
-        while done:  # failed before they began; with their place the source may go on
+        while done:  # these failed before they began; their places are free for the source
             yield Answered(done.popleft())
 
 
 def ask_one(
     runner: Runner, method: Method, question: Question, cancelled: Callable[[], bool] = never
 ) -> Iterator[Token | Completed | Answered]:
-    """Answer one question. When `cancelled()` becomes true it ends with what was said so far.
+    """Answers one question. When `cancelled()` becomes true, it ends with the text so far.
 
     Raises:
         CancelledError: it was cancelled before there was an answer.
-        EmlocalError: what it failed with.
+        EmlocalError: the error of the question.
     """
     asking = Asking(method, question)
     jobs = asking.start(runner.check)

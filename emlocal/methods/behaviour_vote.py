@@ -1,7 +1,7 @@
-"""Behaviour vote: several programs are run on inputs that the model writes, and the most alike win.
+"""Behaviour vote: runs several programs on inputs that the model writes; the largest group that agrees wins.
 
-Programs that do the same are one cluster, whatever they look like (SemanticVote, arXiv 2605.08680; FMV,
-2604.15618). What the prompt prints as examples may rule programs out.
+Programs with equal results form a cluster, whatever their text (SemanticVote, arXiv 2605.08680; FMV,
+2604.15618). Examples in the prompt may rule programs out.
 """
 
 import math
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from emlocal.generation import Completion, Handle, Job
     from emlocal.methods.asking import Question
 
-_SAMPLES = 8  # where nobody says how many
+_SAMPLES = 8  # default number of samples
 INPUTS = 8
-"""The most that the model writes."""
-_EXAMPLES = 8  # the most of the prompt's that are used
+"""Maximum number of inputs that the model writes."""
+_EXAMPLES = 8  # maximum number of the prompt's examples that are used
 _INPUT_TOKENS = 400
 SECONDS_A_CALL, SECONDS_A_PROGRAM = 0.5, 4.0
-"""Of the processor; on the clock a program has twice its own and five more."""
+"""Processor time in seconds. On the clock, a program may take twice its own time and 5 s more."""
 MEMORY = 1 << 30
 """Bytes of address space of a program."""
 ASK_INPUTS = (
@@ -37,7 +37,7 @@ _SUCH_AS = " A tuple looks like {example}, but write others."
 
 @dataclass(frozen=True)
 class BehaviourVote(Method):
-    """`behaviour-vote:N` runs N programs; it needs leave to run code."""
+    """`behaviour-vote:N` runs N programs; it needs the user's permission to run code."""
 
     name: ClassVar[str] = "behaviour-vote"
     collects: ClassVar[bool] = True
@@ -46,17 +46,21 @@ class BehaviourVote(Method):
     sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.8, "min_p": 0.05}
 
     allow_code: bool = setting(
-        False, "--allow-code", help="Run code that the model writes, contained (behaviour-vote)."
+        False,
+        "--allow-code",
+        help="Allow programs that the model writes to run, in a sandbox (behaviour-vote).",
     )
     use_examples: bool = setting(
         True,
         "--use-examples/--no-use-examples",
-        help="Results that the prompt prints rule programs out (behaviour-vote).",
+        help="Exclude programs that contradict the prompt's examples (behaviour-vote).",
     )
 
     def samples(self, asked: int | None) -> int:
         if asked == 1:
-            raise UsageError("--samples is 1; behaviour-vote needs at least 2 programs")
+            raise UsageError(
+                "--samples is 1; behaviour-vote needs at least 2 programs", "set a larger --samples"
+            )
         return asked or _SAMPLES
 
     def check_leave(self) -> None:
@@ -71,7 +75,7 @@ class BehaviourVote(Method):
 
     def check(self, params: SamplingParams) -> None:
         if params.temperature == 0:
-            raise UsageError("greedy samples are all alike, and cannot vote")
+            raise UsageError("greedy samples are all alike and cannot vote")
 
     def describe(self, samples: int) -> list[str]:
         without = "" if self.use_examples else ", whatever the examples say"
@@ -99,10 +103,10 @@ class BehaviourVote(Method):
                 such_as = next(iter(examples), None)
                 inputs = yield [_ask_inputs(question, completions[0].text, function.signature, such_as)]
             except (ContextFullError, _NoQuestionError):
-                pass  # the examples are what there is
+                pass  # the examples alone must do
             except CancelledError:
                 return _undecided([drawn], len(programs))
-            if any(handle.was_cancelled for handle in inputs):  # and nobody waits for programs
+            if any(handle.was_cancelled for handle in inputs):  # nobody waits for programs any more
                 return _undecided([drawn, *inputs], len(programs))
             for completion in (completion for handle in inputs for completion in handle.completions):
                 for arguments in written(completion.text, function, INPUTS):
@@ -123,22 +127,22 @@ class BehaviourVote(Method):
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of a vote."""
+    """The result of a vote."""
 
     index: int
     """The sample that is the answer."""
     cluster: int
-    """How many programs do as it does, itself included."""
+    """Number of programs with the same behaviour as the answer, itself included."""
     behaviours: int
-    """Different ones, of the programs that were not ruled out."""
+    """Number of different behaviours among the programs that were not ruled out."""
     inputs: int
-    """On which at least one program returned something; the others are not looked at."""
+    """Number of inputs on which at least one program returned something; the others are ignored."""
     ruled_out: int
-    """Programs that met fewer of the expected results than others did."""
+    """Number of programs that met fewer of the expected results than others did."""
     undecided: bool = False
 
     def fields(self, programs: int) -> Mapping[str, int]:
-        """For output rows. `programs`: how many answers had one."""
+        """Returns the fields of an output row. `programs`: the number of answers with a program."""
         return {
             "programs": programs,
             "cluster": self.cluster,
@@ -148,11 +152,11 @@ class Decision:
         }
 
     def said(self, programs: int) -> list[str]:
-        """For people."""
+        """Returns remarks for people."""
         if self.undecided:
-            return ["no programs to choose among, or no inputs to tell them apart"]
-        did = f"do the same on {counted(self.inputs, 'input')}" if self.inputs else "are the same text"
-        out = f"{self.ruled_out} ruled out by the prompt's examples"
+            return ["there are no programs to choose from, or no inputs to test them with"]
+        did = f"agree on {counted(self.inputs, 'input')}" if self.inputs else "are the same text"
+        out = f"{self.ruled_out} contradict the prompt's examples"
         return [f"{self.cluster} of {counted(programs, 'program')} {did}", *([out] if self.ruled_out else [])]
 
 
@@ -161,12 +165,12 @@ def decide(
     expected: Sequence[tuple[object] | None],
     certainty: Sequence[float],
 ) -> Decision:
-    """The vote of programs.
+    """Decides the vote of programs.
 
     Args:
-        results: of each sample that has a program, what came of it on each input, as the sandbox says it.
-        expected: for each input what should be returned, in a tuple; None where that is not known.
-        certainty: of each sample: the greater, the surer was the model. Sample 0 is the greedy one.
+        results: for each sample with a program, its result on each input, as the sandbox reports it.
+        expected: for each input, the expected value in a tuple, or None if unknown.
+        certainty: of each sample; greater means that the model was more certain. Sample 0 is the greedy one.
     """
     returning = [i for i in range(len(expected)) if any(_returns(each[i]) for each in results.values())]
     wrong = {
@@ -177,7 +181,7 @@ def decide(
     clusters: dict[tuple[str, ...], list[int]] = {}
     for sample in left:
         signature = tuple(results[sample][i] for i in returning)
-        if any(map(_returns, signature)):  # one that fails everywhere is right about nothing
+        if any(map(_returns, signature)):  # a program that fails everywhere is right about nothing
             clusters.setdefault(signature, []).append(sample)
     undecided = not clusters
     best = max(
@@ -194,7 +198,7 @@ _NONE = Decision(0, 0, 0, 0, 0, undecided=True)
 
 
 def _undecided(jobs: "Sequence[Handle]", programs: int) -> Outcome:
-    """The greedy answer, of the first of these jobs."""
+    """Returns the greedy answer, from the first of these jobs."""
     fields, said = _NONE.fields(programs), _NONE.said(programs)
     return Outcome(jobs, jobs[0].completions, fields=fields, undecided=True, said=said)
 
@@ -204,7 +208,7 @@ def _returns(result: str) -> bool:
 
 
 def _contradicts(result: str, expected: tuple[object] | None) -> bool:
-    """Whether this is not what the prompt says. A float need be right to as many places as are printed."""
+    """Whether a result differs from the prompt's example. A float must be right to the printed decimals."""
     from emlocal.sandbox.canonical import canonical, shortened
 
     if expected is None:
@@ -221,37 +225,41 @@ def _contradicts(result: str, expected: tuple[object] | None) -> bool:
 
 
 def _places(value: float) -> int | None:
-    """Of a float with at least two places behind the point; others are meant as they stand."""
+    """Returns the decimals of a float with at least two; None for other floats, which must be exact."""
     places = len(repr(value).partition(".")[2])
     return places if places >= 2 and "e" not in repr(value) else None
 
 
 def _certainty(completion: "Completion") -> float:
-    """Mean log-probability of its tokens, nats."""
+    """Returns the mean log-probability of the tokens, in nats."""
     if not completion.draws:
         return -math.inf
     return mean_log_probability([draw.p_before for draw in completion.draws])
 
 
 def _said_last(question: "Question") -> str:
-    """What the person asks for."""
+    """Returns the person's last message."""
     asked = question.asked
-    return asked if isinstance(asked, str) else asked[-1]["content"]
+    from emlocal.generation.dialogue import text_of
+
+    return asked if isinstance(asked, str) else text_of(asked[-1])
 
 
 class _NoQuestionError(EmlocalError):
-    """The inputs cannot be asked for."""
+    """The model cannot be asked for inputs."""
 
 
 def _ask_inputs(question: "Question", answer: str, signature: str, such_as: str | None) -> "Job":
-    """The job that asks for inputs; `such_as`: one that the prompt has. Raises _NoQuestionError where the
-    template does not take a longer conversation."""
+    """Returns the job that asks for inputs; `such_as`: an example from the prompt.
+
+    Raises _NoQuestionError if the template refuses a longer conversation.
+    """
     said = ASK_INPUTS.format(most=INPUTS, signature=signature)
     if such_as is not None:
         said += _SUCH_AS.format(example=such_as)
     try:
         job = question.then(answer, said).job(
-            1, samples=range(1), params=question.greedy, max_tokens=_INPUT_TOKENS
+            1, samples=range(1), params=question.greedy, max_tokens=_INPUT_TOKENS, free=True
         )
     except EmlocalError as why:
         raise _NoQuestionError(why.message) from why
@@ -259,7 +267,7 @@ def _ask_inputs(question: "Question", answer: str, signature: str, such_as: str 
 
 
 def _run(programs: Mapping[int, str], name: str, inputs: Sequence[str]) -> dict[int, list[str]]:
-    """What each program does on each input; the same program is run once."""
+    """Returns the results of each program on each input. Equal programs run only once."""
     from emlocal.sandbox.run import Calls, Limits, results
 
     if not inputs:

@@ -1,10 +1,12 @@
-"""Confidence: one number from 0 to 1 for an answer, and what it means.
+"""Confidence: one number from 0 to 1 for an answer, and its meaning.
 
-A method that knows more than one text says gives its own: of a vote, the winner's share. Else it is
-exp(mean log-probability): the geometric mean of the probabilities of the answer's tokens, which is a number
-between 0 and 1 and rises with how sure the model was, but is no chance of being right. Calibrated, by a file
-that `emlocal eval --calibrate` wrote, it is such a chance: of answers with 0.8, eight in ten were right on
-the questions that the file was made from.
+There are three kinds:
+
+- A method that knows more than one text gives its own, for example the winner's share of a vote.
+- Otherwise it is exp(mean log-probability), the geometric mean of the probabilities of the answer's tokens.
+  It is between 0 and 1 and rises with the model's certainty, but it is not the probability of being right.
+- With a calibration, written by `emlocal eval --calibrate`, it is that probability: of the answers with 0.8,
+  eight in ten were right on the questions that the file was made from.
 """
 
 import hashlib
@@ -27,27 +29,26 @@ from emlocal.text import harmless, parse_json
 
 FORMAT = "emlocal-calibration-1"
 METHOD = "method"
-"""Where a confidence comes from that the method has itself."""
+"""Source of a confidence that the method itself computes."""
 FREE = "mean-log-probability"
-"""The score that it comes from otherwise, before any calibration."""
+"""The score behind all other confidences, before any calibration."""
 _LARGEST = 1 << 20
-"""Bytes of a file; a calibration from a thousand answers has a tenth of it."""
+"""Maximum size of a calibration file in bytes; one from a thousand answers has a tenth of it."""
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure an answer is."""
+    """The confidence of an answer."""
 
     value: float
     """From 0 to 1."""
     source: str
-    """`METHOD`, or the score that it is made from, of `emlocal.em.scores.RANKED`."""
+    """`METHOD`, or the score behind it, from `emlocal.em.scores.RANKED`."""
     calibrated: bool
-    """It is the share of right answers among answers like this one, by a calibration of this very model and
-    method."""
+    """Whether `value` is a share of right answers, from a calibration for this model and method."""
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of an output row."""
+        """Returns the fields of an output row."""
         return {
             "confidence": round(self.value, 6),
             "confidence_from": self.source,
@@ -57,16 +58,16 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Subject:
-    """What gives the answers that a confidence is of: another one needs another calibration."""
+    """The model, method and settings behind a confidence; a calibration is valid for one subject."""
 
     model: str
     method: str
     samples: int
     drawn: str
-    """Temperature, EM, and what is done with several samples, in words."""
+    """Temperature, EM, and the use of several samples, in words."""
 
     def differences(self, other: "Subject") -> str:
-        """ "method vote, not greedy; samples 8, not 1"; nothing where they are alike."""
+        """Describes the differences: "method vote, not greedy; samples 8, not 1"; empty if there are none."""
         ours, theirs = asdict(self), asdict(other)
         return "; ".join(
             f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]
@@ -74,7 +75,7 @@ class Subject:
 
 
 def subject_of(model: str, method: Chosen, plan: Plan) -> Subject:
-    """Of answers by this method, drawn with these settings."""
+    """Returns the subject of answers by this method with these settings."""
     params = plan.params
     drawn = [f"T {params.temperature:g}", f"EM {describe_em(params.em)}"]
     words = ", ".join([*drawn, *method.collecting.describe(plan.samples)])
@@ -86,7 +87,7 @@ def subject_of(model: str, method: Chosen, plan: Plan) -> Subject:
 
 @dataclass(frozen=True)
 class Platt:
-    """p = 1 / (1 + exp(−(slope · raw + intercept))), kept within `low` and `high`."""
+    """A logistic curve: p = 1 / (1 + exp(−(slope · raw + intercept))), limited to `low` and `high`."""
 
     slope: float
     intercept: float
@@ -94,7 +95,7 @@ class Platt:
     high: float
 
     def __call__(self, raw: float) -> float:
-        """The chance of being right."""
+        """Returns the probability of being right."""
         z = self.slope * raw + self.intercept
         p = 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
         return min(max(p, self.low), self.high)
@@ -102,12 +103,12 @@ class Platt:
 
 @dataclass(frozen=True)
 class Isotonic:
-    """Rising lines between knots (raw, p); before the first and behind the last as at them."""
+    """Rising lines between knots (raw, p), constant before the first knot and after the last."""
 
     knots: tuple[tuple[float, float], ...]
 
     def __call__(self, raw: float) -> float:
-        """The chance of being right."""
+        """Returns the probability of being right."""
         xs = [x for x, _ in self.knots]
         i = bisect_right(xs, raw)
         if i == 0 or i == len(xs):
@@ -121,22 +122,21 @@ Curve = Platt | Isotonic
 
 @dataclass(frozen=True)
 class Calibration:
-    """From a raw confidence or a score to the chance that the answer is right."""
+    """Maps a raw confidence or a score to the probability that the answer is right."""
 
     subject: Subject
     score: str
-    """What it begins with: `METHOD`, or a name of `RANKED`."""
+    """The curve's input: `METHOD`, or a name of `RANKED`."""
     curve: Curve
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
-    """Task, data, answers, how many of them were right, adapters, date."""
+    """Task, data, number of answers and of right ones, adapters, date."""
     cross_fitted: Mapping[str, float] = field(default_factory=dict)
-    """How well it does on questions that it was not fitted on: AUROC, expected calibration error, Brier
-    score, over five folds."""
+    """AUROC, expected calibration error and Brier score over five folds, on questions outside the fit."""
     path: str = ""
-    """Where it was read."""
+    """The file that it was read from."""
 
     def __call__(self, outcome: Outcome, subject: Subject) -> Confidence | None:
-        """The confidence of an outcome; None where it lacks what the calibration begins with."""
+        """Returns the confidence of an outcome; None if the outcome lacks the curve's input."""
         if self.score == METHOD:
             raw = _own(outcome)
         else:
@@ -147,21 +147,21 @@ class Calibration:
         return Confidence(self.curve(raw), self.score, subject == self.subject)
 
     def mismatch(self, subject: Subject) -> str | None:
-        """A warning where it was made for other answers than these."""
+        """Returns a warning if the calibration was made for other answers than these, else None."""
         differing = self.subject.differences(subject)
         return (
-            f"{self.path} was made for other answers ({differing}): rows say calibrated false"
+            f"{self.path} was fitted on other answers ({differing}); rows say calibrated false"
             if differing
             else None
         )
 
     @property
     def digest(self) -> str:
-        """Of what it does, 16 hexadecimal digits."""
+        """Hash of the calibration's content, 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def as_json(self) -> dict[str, Any]:
-        """The object in its file."""
+        """Returns the object in the calibration's file."""
         kind = "isotonic" if isinstance(self.curve, Isotonic) else "platt"
         return {
             "format": FORMAT,
@@ -173,7 +173,7 @@ class Calibration:
         }
 
     def write(self, path: Path) -> None:
-        """Write its file. Raises EmlocalError where it cannot be written."""
+        """Writes the file. Raises EmlocalError if it cannot be written."""
         with atomic_writer(path) as file:
             json.dump(self.as_json(), file, ensure_ascii=False, indent=1)
             file.write("\n")
@@ -182,13 +182,16 @@ class Calibration:
 def confidence_of(
     outcome: Outcome, subject: Subject, calibration: Calibration | None = None
 ) -> Confidence | None:
-    """How sure an outcome is: calibrated where that can be, else raw; None for an answer without tokens."""
+    """Returns an outcome's confidence, calibrated if possible, else raw.
+
+    Returns None for an answer without tokens.
+    """
     found = None if calibration is None else calibration(outcome, subject)
     return found or raw_confidence(outcome)
 
 
 def raw_confidence(outcome: Outcome) -> Confidence | None:
-    """Before any calibration."""
+    """Returns the confidence before any calibration."""
     own = _own(outcome)
     if own is not None:
         return Confidence(own, METHOD, False)
@@ -204,10 +207,10 @@ def _own(outcome: Outcome) -> float | None:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """The calibration in a file.
+    """Reads a calibration from a file.
 
-    Raises UsageError for a file that is not there, is none of `eval --calibrate`, of another version, or
-    damaged; EmlocalError where it cannot be read.
+    Raises UsageError for a file that is missing, damaged, of another version, or not written by `eval
+    --calibrate`. Raises EmlocalError if it cannot be read.
     """
     try:
         with path.expanduser().open("rb") as file:
@@ -216,16 +219,16 @@ def read_calibration(path: Path) -> Calibration:
             raise ValueError(f"it has more than {_LARGEST:,} bytes")
         found = parse_json(raw)
     except FileNotFoundError:
-        raise UsageError(f"there is no file {path}", "emlocal eval --calibrate FILE writes one") from None
+        raise UsageError(f"there is no file {path}", "write one with emlocal eval --calibrate FILE") from None
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
     except (ValueError, RecursionError) as why:
-        raise UsageError(f"{path} is no calibration: {why}") from None
+        raise UsageError(f"{path} is not a calibration: {why}") from None
     name = found.get("format") if isinstance(found, dict) else None
     if name != FORMAT:
         raise UsageError(
-            f"{path} is no calibration of this version of emlocal: its format is {name!r}, not {FORMAT!r}",
-            "emlocal eval --calibrate FILE writes one",
+            f"{path} is not a calibration of this version of emlocal: its format is {name!r}, not {FORMAT!r}",
+            "write one with emlocal eval --calibrate FILE",
         )
     try:
         return Calibration(
@@ -273,11 +276,11 @@ def _rises(knots: Sequence[tuple[float, float]]) -> bool:
 
 def _text(of: Mapping[str, Any], name: str) -> str:
     if not isinstance(of[name], str):
-        raise TypeError(f"{name} is no text")
+        raise TypeError(f"{name} is not a text")
     return str(of[name])
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{value!r} is not a number")
     return float(value)

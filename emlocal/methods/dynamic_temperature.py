@@ -1,4 +1,4 @@
-"""llama.cpp's dynamic temperature: hotter where the model is unsure. A rival of EM, for comparison."""
+"""llama.cpp's dynamic temperature: higher where the model is unsure. It serves for comparison with EM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from emlocal.methods.method import Method
 
 @dataclass(frozen=True)
 class DynamicTemperature(Method):
-    """`dynamic-temperature:R` has the temperature ± R."""
+    """`dynamic-temperature:R` lets the temperature vary by ± R."""
 
     name: ClassVar[str] = "dynamic-temperature"
     value: ClassVar[str] = "dynatemp_range"

@@ -1,4 +1,4 @@
-"""One answer, drawn with an EM step: each step of `EM_STEPS` is a method of its own name."""
+"""One answer with an EM step: each step of `EM_STEPS` is a method with the step's name."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +9,10 @@ from emlocal.settings.em import PRESET, em_numbers
 
 
 def method_of(em: type[EMStep]) -> type[Method]:
-    """The method that samples with a step. NAME:VALUE sets EM-INF's preset, another step's first setting."""
+    """Returns the method that samples with a step.
+
+    NAME:VALUE sets EM-INF's preset, or another step's first setting.
+    """
 
     @dataclass(frozen=True)
     class WithStep(Method):

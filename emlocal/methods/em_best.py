@@ -1,5 +1,7 @@
-"""The surest of several answers: entropy minimization over whole answers, for texts that nothing can be voted
-on."""
+"""The method em-best: chooses the most certain of several answers.
+
+It minimises entropy over whole answers, and suits texts on which nothing can vote.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,12 @@ if TYPE_CHECKING:
     from emlocal.methods.asking import Question
 
 SCORE: Score = "mean-entropy"
-_SAMPLES = 8  # where nobody says how many
+_SAMPLES = 8  # default number of samples
 
 
 @dataclass(frozen=True)
 class EMBest(Method):
-    """`em-best:N` takes the answer of the lowest entropy among N."""
+    """`em-best:N` takes the answer with the lowest entropy among N."""
 
     name: ClassVar[str] = "em-best"
     collects: ClassVar[bool] = True
@@ -33,7 +35,7 @@ class EMBest(Method):
     def __post_init__(self) -> None:
         check_settings(self)
         if self.score == "none":
-            raise UsageError("--score none leaves em-best nothing to choose by", f"such as --score {SCORE}")
+            raise UsageError("em-best needs a score to choose by; --score is none", f"use --score {SCORE}")
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
         params = super().params(given, chosen)
@@ -42,7 +44,9 @@ class EMBest(Method):
 
     def samples(self, asked: int | None) -> int:
         if asked == 1:
-            raise UsageError("--samples is 1; em-best needs at least 2 to choose among")
+            raise UsageError(
+                "--samples is 1; em-best needs at least 2 to choose among", "set a larger --samples"
+            )
         return asked or _SAMPLES
 
     def answer(self, question: "Question") -> Answering:
@@ -54,28 +58,28 @@ class EMBest(Method):
             is_whole(c.finish_reason, repeated(c.tokens)) and bool(c.text.strip()) for c in done.completions
         ]
         index = surest([scores_of(c) for c in done.completions], whole, score)
-        said = f"the surest of {len(whole)} by {score}"
+        said = f"the most certain of {len(whole)} by {score}"
         if sum(whole) < len(whole):
             said += f", {sum(whole)} of them whole"
         fields = {"chosen_by": score, "drawn": len(whole), "whole": sum(whole)}
         return Outcome([done], done.completions, index, fields, said=[said])
 
     def describe(self, samples: int) -> list[str]:
-        return [f"the surest of {samples} by {self.score or SCORE}"]
+        return [f"the most certain of {samples} by {self.score or SCORE}"]
 
     def check(self, params: SamplingParams) -> None:
         if params.temperature == 0:
-            raise UsageError("greedy samples are all alike, and none is the surest")
+            raise UsageError("greedy samples are all alike, so em-best cannot choose")
 
 
 def surest(scores: Sequence[Scores | None], whole: Sequence[bool], score: str = SCORE) -> int:
-    """Index of the surest answer; of those that are not whole only where none is. The first of equals.
+    """Returns the index of the most certain answer, or of the first of equal ones.
 
-    A text that loops is as sure as can be, and one that was cut off has not come to the hard part: so neither
-    is compared with whole ones.
+    A text that loops is very certain, and one that was cut off has not reached the hard part. So answers that
+    are not whole are considered only if there are no others.
 
     Args:
-        scores: of each answer; None: it has no token.
+        scores: of each answer; None for one without tokens.
         score: a name of `RANKED`.
     """
 

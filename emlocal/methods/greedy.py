@@ -1,4 +1,4 @@
-"""The most probable token at each step."""
+"""The method greedy: takes the most probable token at each step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from emlocal.methods.method import Method
 
 @dataclass(frozen=True)
 class Greedy(Method):
-    """Temperature 0."""
+    """Sampling at temperature 0."""
 
     name: ClassVar[str] = "greedy"
     sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.0}

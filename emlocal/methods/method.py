@@ -1,4 +1,4 @@
-"""What a method is: one file here, with its settings and how it answers; `emlocal.methods` lists them all.
+"""The base of all methods. A method is one file here with its settings; `emlocal.methods` lists them all.
 
     @dataclass(frozen=True)
     class Twice(Method):
@@ -10,8 +10,8 @@
             [second] = yield [question.job(round=1)]
             return Outcome([first, second], second.completions)
 
-Its settings are fields made by `setting(...)`; flags, Python's keywords and eval's specs follow from them. No
-numpy here: `emlocal --help` must be quick.
+A method's settings are fields made by `setting(...)`. Flags, Python keywords and eval's specs follow from
+them. This module imports no numpy, because `emlocal --help` must be quick.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -33,34 +33,36 @@ _SWITCHES = frozenset(switch_of(step).name for step in EM_STEPS)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method came to."""
+    """The result of a method."""
 
     jobs: "Sequence[Handle]"
-    """All that it took, in the order in which they were asked."""
+    """All finished jobs, in the order in which they were yielded."""
     completions: "Sequence[Completion]"
-    """What the answer was chosen among, by sample; at least one."""
+    """The completions among which the answer was chosen, by sample; at least one."""
     index: int = 0
-    """Which of them is the answer."""
+    """Index of the answer among them."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What the method has to say of it, for output rows: values as JSON has them."""
+    """The method's own fields for output rows, as JSON values."""
     drafts: Sequence[str] = ()
-    """The texts that led to it, each a revision of the one before, and itself; none without revisions."""
+    """The successive revisions, the answer last; empty without revisions."""
     confidence: float | None = None
-    """How sure the method is that the answer is right, from 0 to 1, before any calibration; None: it does not
-    know more than the scores of the answer say."""
+    """The method's confidence that the answer is right, from 0 to 1, before any calibration.
+
+    It is None if the method knows no more than the answer's scores.
+    """
     undecided: bool = False
-    """The method could not choose: the answer is the first completion."""
+    """Whether the method could not choose, so that the answer is the first completion."""
     said: Sequence[str] = ()
-    """What it has to say for people, in a few words each; where there is nothing, they are shown `fields`."""
+    """Remarks for people, a few words each; if empty, people see `fields`."""
 
     @property
     def timings(self) -> "Timings":
-        """Of all jobs."""
+        """Timings of all jobs together."""
         return reduce(add, [handle.timings for handle in self.jobs])
 
     @property
     def generated_tokens(self) -> int:
-        """Of all jobs' answers, end tokens not counted."""
+        """Tokens of all jobs' answers, without end tokens."""
         return sum(len(c.tokens) for handle in self.jobs for c in handle.completions)
 
     @property
@@ -70,50 +72,54 @@ class Outcome:
 
 
 Answering = Generator["Sequence[Job]", "Sequence[Handle]", Outcome]
-"""Yields jobs, is sent them once all are finished, and returns the outcome. What one of them failed with is
-raised where it was yielded; a method that does not catch it fails with it."""
+"""Yields jobs, receives their handles once all are finished, and returns the outcome.
+
+A job's error is raised at the yield; a method that does not catch it fails with it.
+"""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods, and the one without a name: the sampling settings as they are, one answer.
+    """Base of all methods. By itself it is the nameless method: unchanged sampling settings, one answer.
 
-    A method either sets how samples are drawn, or `collects`: says what is done with them. One of each can
-    be chosen together. Raises UsageError for settings that contradict each other.
+    A method either sets how samples are drawn, or it `collects`: it decides what to do with them. One of each
+    kind can be combined. Raises UsageError for settings that contradict each other.
     """
 
     name: ClassVar[str] = ""
     collects: ClassVar[bool] = False
     votes: ClassVar[bool] = False
-    """It compares the answers in several texts, so they must have some: programs do not."""
+    """Whether it compares the answers within texts. Programs contain no such answers."""
     runs_code: ClassVar[bool] = False
-    """It runs programs in the answers, so that these must be programs."""
+    """Whether it runs programs in the answers, which must then be programs."""
     sampling: ClassVar[Mapping[str, float]] = {}
-    """Sampling settings, where nobody has chosen others."""
+    """Sampling settings that apply unless others were chosen explicitly."""
     fixed: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that nobody may choose otherwise."""
+    """Names of those settings that must not be changed."""
     step: ClassVar[type[EMStep] | None] = None
     """The EM step that it samples with."""
     value: ClassVar[str] = ""
-    """What NAME:VALUE sets: a setting of its own or of a batch line."""
+    """The setting that NAME:VALUE sets: the method's own, or one of a batch line."""
     with_value: ClassVar[Mapping[str, float]] = {}
-    """What NAME:VALUE sets besides."""
+    """Other settings that NAME:VALUE sets too."""
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
-        """The sampling settings of this method.
+        """Returns the sampling settings of this method.
 
         Args:
-            given: what flags, config file and model say.
-            chosen: the settings that were given on purpose, which a method does not override.
+            given: the settings from flags, config file and model.
+            chosen: explicitly chosen settings, which a method does not override.
         Raises:
-            UsageError: the settings say what the method denies.
+            UsageError: the settings contradict the method.
         """
         if not self.name:
             return given
         for name in sorted(self.fixed & chosen):
             if vars(given)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag
-                raise UsageError(f"--method {self.name} and {flag} contradict each other")
+                raise UsageError(
+                    f"--method {self.name} and {flag} contradict each other", "leave one of them out"
+                )
         own: dict[str, Any] = {name: v for name, v in self.sampling.items() if name not in chosen}
         if self.collects:
             return replace(given, **own) if own else given
@@ -121,25 +127,29 @@ class Method:
         if self.step is not None and em is None and not chosen & _SWITCHES:
             em = self.step()
         if type(em) is not (self.step or type(None)):
-            raise UsageError(f"--method {self.name} and the EM flags contradict each other")
+            raise UsageError(
+                f"--method {self.name} and the EM flags contradict each other", "leave one of them out"
+            )
         return replace(given, em=em, **own)
 
     def samples(self, asked: int | None) -> int:
-        """How many are drawn for each prompt; `asked`: by a person. Raises UsageError."""
+        """Returns the number of samples for each prompt; `asked`: the user's number. Raises UsageError."""
         return asked or 1
 
     def answer(self, question: "Question") -> Answering:
-        """Answer a question."""
+        """Answers a question."""
         [done] = yield [question.job()]
         return Outcome([done], done.completions)
 
     def describe(self, samples: int) -> list[str]:
-        """What is done with the samples, in words; nothing where one is the answer."""
+        """Describes the use of the samples in words; empty if a single one is the answer."""
         return []
 
     def check(self, params: SamplingParams) -> None:
-        """Raise UsageError for sampling settings with which it can do nothing."""
+        """Raises UsageError for sampling settings with which the method cannot work."""
 
     def check_leave(self) -> None:
-        """Raise where it may not do what it does here: UsageError without the user's leave, EmlocalError
-        where programs cannot be contained."""
+        """Raises an error if the method may not run code here.
+
+        UsageError: the user did not allow it. EmlocalError: this machine cannot contain programs.
+        """

@@ -1,4 +1,4 @@
-"""Min-p sampling, as its paper has it (arXiv 2407.01082)."""
+"""Min-p sampling, as in its paper (arXiv 2407.01082)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from emlocal.methods.method import Method
 
 @dataclass(frozen=True)
 class MinP(Method):
-    """`min-p:P` drops tokens below the share P of the most probable one."""
+    """`min-p:P` drops tokens with less than the share P of the most probable token's probability."""
 
     name: ClassVar[str] = "min-p"
     value: ClassVar[str] = "min_p"

@@ -1,9 +1,9 @@
-"""Power-SMC: answers as the law p(answer)^α has them, by particles (arXiv 2602.10273).
+"""Power-SMC: draws answers from the distribution p(answer)^α with particles (arXiv 2602.10273).
 
-Low temperature is not that law: it sharpens each token without looking at what follows from it. Here N
-answers are written beside each other, each token drawn from p^α of its row; what the row's Σ p^α was is the
-answer's weight, and answers of little weight give way to copies of others. For one α, without the paper's
-ramp from 1 to it, and without truncation, which would change the law.
+A low temperature gives another distribution: it sharpens each token without regard to later ones. Here N
+answers are written in parallel, and each token is drawn from p^α of its row. The product of the rows' Σ p^α
+is an answer's weight. Answers with little weight are replaced by copies of others. α is constant, without the
+paper's ramp from 1. There is no truncation, because it would change the distribution.
 """
 
 import math
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from emlocal.sampling import Draw
 
 KAPPA = 0.5
-"""Particles are drawn again where the effective number of them falls below this share."""
-_PARTICLES = 8  # where nobody says how many
-_CHOICES = 1 << 20  # the round of draws that resampling and the last choice come from
-_LEAST = 1e-45  # float32's smallest: a token that was drawn had some probability
+"""Particles are resampled if the effective number of them falls below this share."""
+_PARTICLES = 8  # default number of particles
+_CHOICES = 1 << 20  # the round whose draws decide resampling and the final choice
+_LEAST = 1e-45  # smallest positive float32: a drawn token had some probability
 
 
 def log_weight(draws: "Sequence[Draw]", alpha: float) -> float:
-    """Σ over tokens of α·log p − log q, q = p^α / Σ p^α: so of log Σ p^α over each row."""
+    """Returns Σ over tokens of α·log p − log q with q = p^α / Σ p^α, that is of log Σ p^α over each row."""
     return math.fsum(
         alpha * math.log(max(draw.p_before, _LEAST)) - math.log(max(draw.p_after, _LEAST)) for draw in draws
     )
 
 
 def normalized(log_weights: Sequence[float]) -> list[float]:
-    """Their exponentials, divided by the sum."""
+    """Returns the exponentials of the log weights, divided by their sum."""
     top = max(log_weights)
     weights = [math.exp(each - top) for each in log_weights]
     total = math.fsum(weights)
@@ -46,10 +46,12 @@ def normalized(log_weights: Sequence[float]) -> list[float]:
 
 
 def systematic(weights: Sequence[float], u: float) -> list[int]:
-    """N indices, ascending: index i ⌊N·w_i⌋ or ⌈N·w_i⌉ times, N·w_i in the mean over u in [0, 1).
+    """Draws N indices in ascending order: index i occurs ⌊N·w_i⌋ or ⌈N·w_i⌉ times.
+
+    Its mean number over u in [0, 1) is N·w_i.
 
     Args:
-        weights: N, which sum to 1.
+        weights: N numbers that sum to 1.
     """
     n, chosen = len(weights), list[int]()
     for i, reached in enumerate(accumulate(weights)):
@@ -60,7 +62,7 @@ def systematic(weights: Sequence[float], u: float) -> list[int]:
 
 @dataclass(frozen=True)
 class _Particle:
-    """An answer on its way."""
+    """An answer in progress."""
 
     parts: "Sequence[Completion]" = ()
     tokens: tuple[int, ...] = ()
@@ -72,7 +74,7 @@ class _Particle:
 
     @property
     def where(self) -> tuple[bool, tuple[int, ...]]:
-        """Alike for copies that go on from the same place."""
+        """Equal for copies that continue from the same place."""
         return self.goes_on, self.tokens
 
     def then(self, part: "Completion", alpha: float) -> "_Particle":
@@ -80,7 +82,7 @@ class _Particle:
         return _Particle([*self.parts, part], (*self.tokens, *part.tokens), more)
 
     def answer(self, sample: int, broken: "FinishReason | None") -> "Completion":
-        """The whole, and why it ended: where it would have gone on, `broken`."""
+        """Returns the whole answer; `broken` is its finish reason if it was interrupted."""
         from emlocal.generation import joined
 
         answer = joined(self.parts, sample)
@@ -91,7 +93,7 @@ class _Particle:
 
 @dataclass(frozen=True)
 class Power(Method):
-    """`power:N` has N particles."""
+    """`power:N` uses N particles."""
 
     name: ClassVar[str] = "power"
     collects: ClassVar[bool] = True
@@ -109,14 +111,19 @@ class Power(Method):
     fixed: ClassVar[frozenset[str]] = frozenset({"temperature", "dynatemp_range", "top_k", "top_p", "min_p"})
 
     alpha: float = setting(
-        2.0, "--power-alpha", 1, 100, "α of power: how much sharper than the model.", name="power_alpha"
+        2.0,
+        "--power-alpha",
+        1,
+        100,
+        "Set the exponent α of --method power: it samples from p^α.",
+        name="power_alpha",
     )
     block: int = setting(
         32,
         "--power-block",
         1,
         4096,
-        "After so many tokens power looks at its particles.",
+        "Resample the particles of --method power after this many tokens.",
         unit="tokens",
         name="power_block",
     )
@@ -138,7 +145,7 @@ class Power(Method):
         while broken is None and any(particle.goes_on for particle in particles):
             try:
                 done = yield self._jobs(question, particles, rounds)
-            except (ContextFullError, CancelledError) as error:  # no more fits, or is wanted
+            except (ContextFullError, CancelledError) as error:  # the context is full, or the user cancelled
                 if not handles:
                     raise
                 broken = "cancelled" if isinstance(error, CancelledError) else "context"
@@ -161,7 +168,7 @@ class Power(Method):
         return Outcome(handles, answers, _drawn(weights, choices[0]), fields)
 
     def _jobs(self, question: "Question", particles: Sequence[_Particle], round: int) -> "list[Job]":
-        """The next block of those that go on: one job for neighbours that are copies of each other."""
+        """Returns jobs for the next block of all unfinished particles; adjacent copies share one job."""
         params = replace(question.plan.params, em=Raised(self.alpha))
         jobs = []
         for (goes_on, tokens), alike in groupby(range(len(particles)), lambda i: particles[i].where):
@@ -182,24 +189,30 @@ class Power(Method):
 
     def check(self, params: SamplingParams) -> None:
         if params.em is not None:
-            raise UsageError("--method power and the EM flags contradict each other: it sharpens by itself")
+            raise UsageError(
+                "--method power and the EM flags contradict each other: power sharpens by itself",
+                "leave one of them out",
+            )
         for name in sorted(self.fixed):
             if vars(params)[name] != self.sampling[name]:
                 flag = records_of(SamplingParams)[name].flag
-                raise UsageError(f"--method power and {flag} contradict each other: it draws from p^α")
+                raise UsageError(
+                    f"--method power and {flag} contradict each other: power samples from p^α",
+                    "leave one of them out",
+                )
 
 
 def _effective(weights: Sequence[float]) -> float:
-    """The effective number of particles, 1 to N; `weights` sum to 1."""
+    """Returns the effective number of particles, from 1 to N; `weights` sum to 1."""
     return 1 / math.fsum(weight * weight for weight in weights)
 
 
 def _drawn(weights: Sequence[float], u: float) -> int:
-    """An index by its weight; they sum to 1, u is in [0, 1)."""
+    """Draws an index with probability by weight; the weights sum to 1, u is in [0, 1)."""
     reached = accumulate(weights)
     return next((i for i, sum_ in enumerate(reached) if u < sum_), _last(weights))
 
 
 def _last(weights: Sequence[float]) -> int:
-    """The last index with weight: where a sum of all was rounded down, it is the one that was meant."""
+    """Returns the last index with a positive weight. It is the right one if rounding kept the sum below u."""
     return max(i for i, weight in enumerate(weights) if weight > 0)

@@ -1,7 +1,7 @@
-"""Programs in texts: where an answer has its code, which function is asked for, what it may be called with.
+"""Programs in texts: the code in an answer, the requested function, and arguments for it.
 
-Texts of models and of people; nothing of them is run here. Values are read by `ast.literal_eval` alone, and
-only short ones.
+The texts come from models and people, and nothing in them is run here. Values are only read by
+`ast.literal_eval`, and only short ones.
 """
 
 import ast
@@ -20,19 +20,19 @@ _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 _DEFINED = re.compile(r"^(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
 _GIVEN = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 LONGEST = 1000
-"""Characters of the arguments of a call, and of an expected value, that are still read."""
+"""Maximum number of characters of a call's arguments, or of an expected value, that is still read."""
 
 
 def head_of(prompt: str) -> str:
-    """The prompt as a program: its imports and the functions that it gives, which an answer may leave out."""
+    """Returns the prompt as a program: its imports and functions, which an answer may leave out."""
     started = [line for line in prompt.splitlines() if line.lstrip().startswith("def ")]
     indent = len(started[-1]) - len(started[-1].lstrip()) if started else 0
     program = f"{prompt.rstrip()}\n{' ' * (indent + 4)}pass\n" if started else prompt
-    return "" if parsed_code(program) is None else program  # "": a description in words
+    return "" if parsed_code(program) is None else program  # a description in words gives no program
 
 
 def joined(*parts: str) -> str:
-    """One program of several; imports from __future__ must come first."""
+    """Joins several programs into one, with the imports from __future__ first, as Python requires."""
     program = "\n".join(parts)
     futures = "".join(line.rstrip("\n") + "\n" for line in _FUTURE.findall(program))
     return futures + _FUTURE.sub("", program)
@@ -40,27 +40,27 @@ def joined(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that is asked for."""
+    """A function that a prompt asks for."""
 
     name: str
     signature: str
-    """As it is defined: "def f(a, b=1)"; nothing is known of it where this has no parentheses."""
+    """Its definition: "def f(a, b=1)"; without parentheses if nothing more is known."""
     least: int = 0
     most: float = 0
-    """Positional arguments that it must be given, and that it takes."""
+    """Minimum and maximum number of positional arguments."""
     head: str = ""
-    """The program of the prompt that goes before answers."""
+    """The part of the prompt that runs before an answer."""
 
     def takes(self, arguments: int) -> bool:
-        """Whether it can be called with so many."""
+        """Whether it can be called with this many arguments."""
         return self.least <= arguments <= self.most
 
 
 def asked_for(prompt: str, answers: Sequence[str]) -> Function | None:
-    """The function that a prompt asks for: the last that it begins, else the one that most answers define.
+    """Returns the function that a prompt asks for, or None if no answer defines any.
 
-    Where several are defined as often: one that the prompt names, then the last of the first answer. None
-    where no answer defines any.
+    It is the last function that the prompt begins, or else the one that most answers define. If several are
+    defined equally often, one that the prompt names wins, then the last one in the first answer.
     """
     given = [each for code in _blocks(prompt) for each in _given(code)]
     head = "\n".join(map(ast.unparse, given))
@@ -79,20 +79,22 @@ def asked_for(prompt: str, answers: Sequence[str]) -> Function | None:
 
 
 def _blocks(text: str) -> list[str]:
-    """The code of a text: its blocks, else all of it."""
+    """Returns the code of a text: its Python blocks, or all of it if it has no blocks."""
     blocks = list(_FENCED.finditer(text.replace("\r\n", "\n")))
     code = [textwrap.dedent(block[3]) for block in blocks if block[2].lower() in PYTHON]
     return code if blocks else [text]
 
 
 def _names(answer: str) -> list[str]:
-    """The functions that an answer defines by themselves, in their order."""
+    """Returns the names of the top-level functions in an answer, in order."""
     return [match[1] for code in _blocks(answer) for match in _DEFINED.finditer(code)]
 
 
 def _given(code: str) -> list[ast.stmt]:
-    """What the code of a prompt gives: imports, definitions and constants. What it does is left out, since it
-    may call what is asked for."""
+    """Returns the imports, definitions and constants in a prompt's code.
+
+    Other statements are left out, because they may call the requested function.
+    """
     tree = parsed_code(code) or parsed_code(head_of(code))
     return [each for each in tree.body if isinstance(each, _GIVEN) or _is_constant(each)] if tree else []
 
@@ -108,7 +110,7 @@ def _is_constant(line: ast.stmt) -> bool:
 
 
 def _begun(given: Sequence[ast.stmt]) -> str | None:
-    """The last function, where it has no body but a description."""
+    """Returns the name of the last function, if its body is only a description."""
     functions = [each for each in given if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
     if not functions:
         return None
@@ -121,7 +123,7 @@ def _begun(given: Sequence[ast.stmt]) -> str | None:
 
 
 def _function(name: str, head: str, codes: Sequence[str]) -> Function:
-    """The function as the first of these programs that defines it does."""
+    """Returns the function as defined in the first of these programs that defines it."""
     for code in codes:
         tree = parsed_code(code)
         for each in tree.body if tree else ():
@@ -141,17 +143,19 @@ def _function(name: str, head: str, codes: Sequence[str]) -> Function:
 
 @dataclass(frozen=True)
 class Example:
-    """A call, and what it should return where that is known."""
+    """A call, with its expected value if known."""
 
     arguments: tuple[object, ...]
     expected: tuple[object] | None = None
-    """In a tuple, since it may be None."""
+    """The value in a tuple, since it may be None."""
 
 
 def printed(prompt: str, name: str) -> list[Example]:
-    """The examples of a function that a prompt prints: `>>> f(1)` with the line below it, f(1) == 2,
-    f(1) ➞ 2, "f(1) returns 2". Each call once, where its arguments are literals; what is not read for sure
-    is not expected.
+    """Returns a function's examples in a prompt.
+
+    `>>> f(1)` with its result, f(1) == 2, f(1) ➞ 2, "f(1) returns 2".
+
+    Each call counts once, and its arguments must be literals. An uncertain result is left out.
     """
     found: dict[str, Example] = {}
     for match in re.finditer(rf"(?<![\w.]){re.escape(name)}[ ]?(?=\()", prompt):
@@ -171,8 +175,10 @@ def printed(prompt: str, name: str) -> list[Example]:
 
 
 def written(text: str, function: Function, most: int) -> list[tuple[object, ...]]:
-    """The arguments that a model wrote: one tuple, or call of the function, a line, or a list of tuples in
-    one. Each once, at most so many; lines that are something else are passed over."""
+    """Returns the arguments that a model wrote, each once, at most `most`.
+
+    A line has one tuple, one call of the function, or a list of tuples. Other lines are skipped.
+    """
     found: dict[str, tuple[object, ...]] = {}
     for line in text.splitlines():
         for arguments in _line(line, function):
@@ -198,12 +204,12 @@ def _line(line: str, function: Function) -> list[tuple[object, ...]]:
         found = value
     if found is None or function.takes(len(found)):
         return [] if found is None else [found]
-    # one argument that is a tuple itself
+    # a single argument that is itself a tuple
     return [(found,)] if not call and found and function.takes(1) else []
 
 
 def _arguments(source: str) -> tuple[object, ...] | None:
-    """What stands in these parentheses, where all of it is literals."""
+    """Returns the arguments in these parentheses, or None unless all are literals."""
     call = _expression(f"f{source}")
     if not isinstance(call, ast.Call) or call.keywords:
         return None
@@ -211,7 +217,7 @@ def _arguments(source: str) -> tuple[object, ...] | None:
 
 
 def _literal(text: str) -> tuple[object] | None:
-    """The value, in a tuple; true and null as JSON has them."""
+    """Returns the value in a tuple, or None. Accepts true and null as in JSON."""
     text = {"true": "True", "false": "False", "null": "None", "none": "None"}.get(text, text).strip()
     found = _expression(text) if text else None
     value = None if found is None else _value(ast.Tuple([found]))
@@ -219,7 +225,7 @@ def _literal(text: str) -> tuple[object] | None:
 
 
 def _value(node: ast.Tuple) -> tuple[object, ...] | None:
-    """The values; None where they are no literals, or cannot be written as such (1e999 is infinite)."""
+    """Returns the values, or None if they are not literals or cannot be written so (1e999 is infinite)."""
     try:
         found: tuple[object, ...] = ast.literal_eval(repr(ast.literal_eval(node)))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
@@ -239,7 +245,10 @@ _OPENING, _CLOSING = "([{", ")]}"
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Behind the bracket that closes the one at `start`; None where none does, or it is far away."""
+    """Returns the place after the bracket that closes the one at `start`.
+
+    Returns None if there is none within reach.
+    """
     depth, quote, at = 0, "", start
     while at < min(len(text), start + LONGEST + 2):
         char = text[at]
@@ -269,7 +278,7 @@ _GOES_ON = re.compile(r"[\w\"'\[({]|\s*(?:[-+*/%|&^<>=]|(?:or|if|else|in|not|is)
 
 
 def _said(before: str, after: str) -> tuple[object] | None:
-    """What a call should return, from the text before it in its line, and that after it."""
+    """Returns a call's expected value from the text before it on its line and the text after it."""
     line, _, below = after.partition("\n")
     prompted = before.strip() == ">>>"
     if before.rstrip().endswith("print(") and line.startswith(")"):
@@ -284,7 +293,7 @@ def _said(before: str, after: str) -> tuple[object] | None:
 
 
 def _first_literal(text: str) -> tuple[object] | None:
-    """The literal that a text begins with, where what follows is no more of the expression."""
+    """Returns the literal at the start of a text, unless the expression continues after it."""
     if text[:1] in _OPENING:
         end = _closing(text, 0) if text else None
     elif text[:1] in ('"', "'"):
@@ -296,4 +305,4 @@ def _first_literal(text: str) -> tuple[object] | None:
         return None
     found = _literal(text[:end])
     in_parentheses = text[:1] == "(" and found is not None and not isinstance(found[0], tuple)
-    return None if in_parentheses else found  # ("a") was meant as a tuple by some
+    return None if in_parentheses else found  # in ("a") some writers meant a tuple

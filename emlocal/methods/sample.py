@@ -1,4 +1,4 @@
-"""One answer, drawn as the sampling settings say, without EM."""
+"""The method sample: one answer with the sampling settings, without EM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from emlocal.methods.method import Method
 
 @dataclass(frozen=True)
 class Sample(Method):
-    """`sample:T` is the model's own distribution at temperature T, with nothing between it and the draw."""
+    """`sample:T` draws from the model's distribution at temperature T, without truncation or penalties."""
 
     name: ClassVar[str] = "sample"
     value: ClassVar[str] = "temperature"

@@ -1,5 +1,7 @@
-"""The scores of a finished answer: its draws' entropies and probabilities, and which tokens are the answer
-proper."""
+"""Scores of a finished answer, from its draws' entropies and probabilities.
+
+Some scores use only the tokens of the answer proper, such as the content of a box.
+"""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,11 +12,11 @@ from emlocal.em.scores import Scores, scores
 from emlocal.generation import Completion
 
 Span = tuple[int, int]
-"""Characters of a text: the first, and the one behind the last."""
+"""Range of characters in a text: the first, and the one after the last."""
 
 
 def scores_of(completion: Completion) -> Scores | None:
-    """The scores of an answer; None where it was cancelled before its first token."""
+    """Returns the scores of an answer; None if it was cancelled before its first token."""
     draws = completion.draws
     if not draws:
         return None
@@ -24,13 +26,13 @@ def scores_of(completion: Completion) -> Scores | None:
 
 
 def scores_json(completion: Completion) -> dict[str, float | int | None] | None:
-    """The same for output files."""
+    """Returns the scores as an object for output files."""
     found = scores_of(completion)
     return None if found is None else found.as_json()
 
 
 def tokens_of(ends: Sequence[int], span: Span) -> slice:
-    """The tokens that wrote these characters, those that wrote only a part of them included.
+    """Returns the tokens that wrote these characters, including those that wrote only part of them.
 
     Args:
         ends: `Completion.ends`.
@@ -38,14 +40,17 @@ def tokens_of(ends: Sequence[int], span: Span) -> slice:
     """
     first, behind = span
     start = 0 if first == 0 else bisect_left(ends, first)
-    if first and start < len(ends) and ends[start] == first:  # its characters end before the span
+    if first and start < len(ends) and ends[start] == first:  # this token's characters end before the span
         start += 1
     return slice(start, min(len(ends), bisect_left(ends, behind) + 1))
 
 
 def answer_span(text: str) -> Span | None:
-    """Where the answer proper stands: what the last box holds, else the last block of code, else the last
-    number; None where there is none of them."""
+    """Finds the answer proper in a text.
+
+    It is the last box's content, else the last code block, else the last number. Returns None if there is
+    none of these.
+    """
     found = find(text)
     if found is not None and found.how == "boxed":
         return found.start, found.end

@@ -1,4 +1,4 @@
-"""Sequential refinement: the model is asked to revise its answer, a few times over."""
+"""Sequential refinement: asks the model to revise its answer a few times."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,7 +15,7 @@ REVISE = (
     "Check your answer above step by step. If you find a mistake, correct it. Then give the complete, final"
     " answer in the same form."
 )
-"""What it says. The authors' code says nothing: it repeats the prompt."""
+"""The request for a revision. The authors' code has none: it repeats the prompt."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,16 @@ class SequentialRefinement(Method):
     collects: ClassVar[bool] = True
     value: ClassVar[str] = "rounds"
 
-    rounds: int = setting(2, "--rounds", 1, 100, "Revisions of sequential-refinement.")
+    rounds: int = setting(2, "--rounds", 1, 100, "Set the number of revisions (sequential-refinement).")
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def samples(self, asked: int | None) -> int:
         if (asked or 1) > 1:
-            raise UsageError("--samples and --method sequential-refinement contradict each other")
+            raise UsageError(
+                "--samples and --method sequential-refinement contradict each other", "leave one of them out"
+            )
         return 1
 
     def answer(self, question: "Question") -> Answering:
@@ -42,11 +44,11 @@ class SequentialRefinement(Method):
             question = question.then(rounds[-1].completions[0].text, REVISE)
             try:
                 job = question.job(round=number)
-            except EmlocalError:  # the template does not take the longer conversation
+            except EmlocalError:  # the template refuses the longer conversation
                 break
             try:
                 [revision] = yield [job]
-            except (ContextFullError, CancelledError):  # it does not fit, or is not wanted: the answer stands
+            except (ContextFullError, CancelledError):  # the context is full, or the user cancelled
                 break
             if revision.completions[0].finish_reason == "cancelled":
                 break

@@ -1,8 +1,9 @@
-"""Think-EM: entropy minimization over the steps of an answer, where EM-INF has it over tokens.
+"""Think-EM: entropy minimization over the steps of an answer, where EM-INF minimises over tokens.
 
-Of several ways to go on, the one of which the model is surest is kept, for the answer's first steps; from
-there on it is greedy. After "Improving reasoning at inference time via uncertainty minimisation" (arXiv
-2603.07159), which came without code: what a step is, and which ones lose, is emlocal's.
+For the first steps of an answer it draws several continuations and keeps the one that the model is most
+certain of. After that it is greedy. It follows "Improving reasoning at inference time via uncertainty
+minimisation" (arXiv 2603.07159), which has no published code. The definition of a step, and the rules for
+dropping steps, are emlocal's.
 """
 
 import re
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
     from emlocal.methods.asking import Question
 
 SHORTEST, LONGEST = 8, 64
-"""Tokens of a step; one that ends the answer may be shorter."""
-_CONTINUATIONS = 4  # where nobody says how many
-_CHOICES = 1 << 20  # the round of draws that random choices come from
+"""Minimum and maximum number of tokens of a step; one that ends the answer may be shorter."""
+_CONTINUATIONS = 4  # default number of continuations
+_CHOICES = 1 << 20  # the round whose draws decide random choices
 _END = re.compile(r"""(?:\n|(?:(?<!\d)\.|[!?。！？])["')\]*_”’»」』]*)[ \t]*\Z""")
 
 
 def step_ends(text: str, tokens: int) -> bool:
     """Whether a step is complete: at a line break or the end of a sentence.
 
-    A full stop after a digit may be a decimal point or a list's, and ends none.
+    A full stop after a digit does not count, since it may be a decimal point or belong to a list.
     """
     return tokens >= LONGEST or (tokens >= SHORTEST and _END.search(text) is not None)
 
 
 @dataclass(frozen=True)
 class ThinkEM(Method):
-    """`think-em:K` chooses among K ways to go on."""
+    """`think-em:K` chooses among K continuations."""
 
     name: ClassVar[str] = "think-em"
     collects: ClassVar[bool] = True
@@ -52,13 +53,21 @@ class ThinkEM(Method):
     }
 
     steps: int = setting(
-        4, "--think-steps", 1, 1000, "Steps that think-em chooses; then it is greedy.", name="think_steps"
+        4,
+        "--think-steps",
+        1,
+        1000,
+        "Choose this many steps, then decode greedily (think-em).",
+        name="think_steps",
     )
     score: Literal["entropy", "log-probability"] = setting(
-        "entropy", "--think-score", help="How sure think-em takes a step to be.", name="think_score"
+        "entropy", "--think-score", help="Judge each step by this score (think-em).", name="think_score"
     )
     choice: Literal["surest", "random", "least-sure"] = setting(
-        "surest", "--think-choice", help="Which step think-em keeps; the others test it.", name="think_choice"
+        "surest",
+        "--think-choice",
+        help="Keep this step; all but the default are controls (think-em).",
+        name="think_choice",
     )
 
     def __post_init__(self) -> None:
@@ -85,7 +94,7 @@ class ThinkEM(Method):
                 job = question.job(samples=range(1), params=greedy, after=after)
             try:
                 [done] = yield [job]
-            except (ContextFullError, CancelledError) as error:  # no more fits, or is wanted
+            except (ContextFullError, CancelledError) as error:  # the context is full, or the user cancelled
                 if not parts:
                     raise
                 why = "cancelled" if isinstance(error, CancelledError) else "context"
@@ -93,7 +102,7 @@ class ThinkEM(Method):
             handles.append(done)
             found = done.completions
             if done.was_cancelled:
-                parts.append(found[0])  # greedy's beginning
+                parts.append(found[0])  # the beginning of the greedy continuation
                 why = "cancelled"
                 break
             if not chooses:
@@ -101,7 +110,7 @@ class ThinkEM(Method):
                 continue
             considered += sum(len(completion.tokens) for completion in found)
             if any(completion.finish_reason == "context" for completion in found):
-                chooses = False  # where sequences share their room, there may be enough for one
+                chooses = False  # where sequences share the context, there may be enough for one
                 continue
             kept = self._chosen(question, found, parts)
             steps += 1
@@ -116,7 +125,7 @@ class ThinkEM(Method):
     def _chosen(
         self, question: "Question", found: "Sequence[Completion]", parts: "Sequence[Completion]"
     ) -> "Completion":
-        """One of these ways to go on; of equal ones the first, which is greedy's."""
+        """Chooses a continuation; of equal ones the first, which is the greedy one."""
         said = {_words(part) for part in parts} - {""}
         fine = [c for c in found if _words(c) not in said and (parts or c.finish_reason != "stop")]
         fine = fine or [*found]
@@ -127,21 +136,21 @@ class ThinkEM(Method):
         return best(fine, key=self._certainty)
 
     def _certainty(self, step: "Completion") -> float:
-        """Mean over its tokens, the end token included: the greater, the surer."""
+        """Returns the mean over a step's tokens, including the end token; greater means more certain."""
         if self.score == "entropy":
             return -fmean(draw.entropy_before for draw in step.draws)
         return mean_log_probability([draw.p_before for draw in step.draws])
 
     def describe(self, samples: int) -> list[str]:
         score = "" if self.choice == "random" else f" by {self.score}"
-        which = {"surest": "the surest", "random": "one at random", "least-sure": "the least sure"}
+        which = {"surest": "the most certain", "random": "a random one", "least-sure": "the least certain"}
         return [f"{counted(self.steps, 'step')}, {which[self.choice]} of {samples}{score}, then greedy"]
 
     def check(self, params: SamplingParams) -> None:
         if params.temperature == 0:
-            raise UsageError("at temperature 0 all ways to go on are greedy's, and think-em cannot choose")
+            raise UsageError("at temperature 0 all steps are alike, so think-em cannot choose")
 
 
 def _words(step: "Completion") -> str:
-    """The text of a step, as far as it matters for whether it was said before."""
+    """Returns a step's text without case and spacing, to recognise one that was said before."""
     return " ".join(step.text.split()).casefold()

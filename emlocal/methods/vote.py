@@ -1,12 +1,13 @@
-"""A vote: the greedy answer first, then samples in waves, until it is clear what most of them come to."""
+"""The method vote: the greedy answer first, then samples in waves until it is clear which answer wins."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from emlocal.errors import CancelledError, UsageError
+from emlocal.methods.clustering import Clusters, normalised
 from emlocal.methods.method import Answering, Outcome
-from emlocal.methods.self_consistency import SelfConsistency
+from emlocal.methods.self_consistency import SelfConsistency, shortened, without_answers
 from emlocal.methods.voting import (
     Ballot,
     Decision,
@@ -28,53 +29,61 @@ if TYPE_CHECKING:
     from emlocal.methods.asking import Question
 
 DRAWN_WITH: Mapping[str, float] = {"temperature": 0.7, "min_p": 0.05}
-"""The samples beside greedy's, where nobody says otherwise."""
+"""Default sampling settings of the samples beside the greedy one."""
+Cluster = Literal["meaning", "text", "model"]
 SCORE: Score = "tail-entropy"
-BETA = 1.0
+BETA = 0.5
 SCORE_HELP = (
-    "Rank the samples of vote and em-best by this score."
-    " (default: tail-entropy for vote, mean-entropy for em-best)"
+    "Rank samples by this score (vote, em-best). (default: tail-entropy for vote, mean-entropy for em-best)"
 )
-_SAMPLES = 8  # where nobody says how many
-_LONGEST = 40  # characters of an answer in a line for people
+_SAMPLES = 8  # default number of samples
 
 
 @dataclass(frozen=True)
 class Vote(SelfConsistency):
-    """`vote:N` has N answers vote: greedy's, and samples for as long as they can change something."""
+    """`vote:N` lets up to N answers vote: the greedy one, and samples while they can change the result."""
 
     name: ClassVar[str] = "vote"
     sampling: ClassVar[Mapping[str, float]] = DRAWN_WITH
 
+    cluster: Cluster = setting(
+        "meaning",
+        "--cluster",
+        help="Count answers as the same by meaning (numbers, formulas), by text (free text), or by asking the"
+        " model (experimental).",
+    )
     score: Score | None = setting(None, "--score", help=SCORE_HELP)
     beta: float | None = setting(
         None,
         "--vote-beta",
         0,
         100,
-        "Weigh the surer samples of a vote by up to e^X (0 = all alike). (default: 1)",
+        "Weigh the most certain samples of a vote by up to e^X (0 = equally). (default: 0.5)",
     )
     alpha: float | None = setting(
         None,
         "--vote-alpha",
         1,
         100,
-        "Weigh samples by the probability of their text to the power X - 1 instead (1 = all alike).",
+        "Weigh the samples of a vote by their probability to the power X - 1 (1 = equally).",
     )
-    wave: int = setting(4, "--wave", 1, 1024, "Draw the samples of a vote in waves of this size.")
+    wave: int = setting(4, "--wave", 1, 1024, "Draw a vote's samples in waves of this size.")
     sure: float = setting(
         0.95,
         "--vote-sure",
         0.5,
         1,
-        "Stop a vote when its leader is ahead with more than this probability (1 = when none can catch it).",
+        "Stop a vote once its leader is this likely to win (1 = certain).",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_settings(self)
         if self.alpha is not None and self.beta is not None:
-            raise UsageError("--vote-alpha and --vote-beta contradict each other: each sets the weights")
+            raise UsageError(
+                "--vote-alpha and --vote-beta contradict each other: both set the weights",
+                "leave one of them out",
+            )
 
     def params(self, given: SamplingParams, chosen: frozenset[str] = frozenset()) -> SamplingParams:
         params = super().params(given, chosen)
@@ -83,12 +92,12 @@ class Vote(SelfConsistency):
 
     def samples(self, asked: int | None) -> int:
         if asked == 1:
-            raise UsageError("--samples is 1; vote needs at least 2")
+            raise UsageError("--samples is 1; vote needs at least 2", "set a larger --samples")
         return asked or _SAMPLES
 
     @property
     def rules(self) -> Rules:
-        """How it is counted, and when it stops."""
+        """The rules for counting and stopping."""
         beta = BETA if self.beta is None else self.beta
         return Rules(self.score or SCORE, beta, self.alpha, self.wave, self.sure)
 
@@ -97,23 +106,33 @@ class Vote(SelfConsistency):
         jobs: list[Handle] = []
         completions: list[Completion] = []
         ballots: list[Ballot] = []
+        clusters = Clusters(question)
         for wave in waves(n, rules.wave):
             try:
-                # one job, greedy's sample 0 in the first of them: its prompt is read once
+                # A single job, with greedy decoding as sample 0 of the first one, reads the prompt only once.
                 first = question.greedy if wave.start == 0 else None
                 [done] = yield [question.job(samples=wave, first=first)]
+                jobs.append(done)
+                completions += done.completions
+                cast = [ballot for c in done.completions if (ballot := self.ballot(c)) is not None]
+                if self.cluster == "model":
+                    jobs += yield from clusters.add(
+                        [ballot.answer for ballot in cast if ballot.key is not None]
+                    )
+                    cast = [
+                        ballot if ballot.key is None else replace(ballot, key=clusters.key(ballot.answer))
+                        for ballot in cast
+                    ]
             except CancelledError:
                 if not jobs:
                     raise
                 stopped: Stopped | None = "cancelled"
                 break
-            jobs.append(done)
-            completions += done.completions
-            ballots += [ballot for c in done.completions if (ballot := self.ballot(c)) is not None]
+            ballots += cast
             stopped = "cancelled" if done.was_cancelled else over(ballots, n - wave.stop, rules)
             if stopped is not None:
                 break
-        assert stopped is not None  # once all are drawn
+        assert stopped is not None  # `over` always stops after the last wave
         decision = decide(ballots, rules)
         return Outcome(
             jobs,
@@ -122,11 +141,15 @@ class Vote(SelfConsistency):
             fields_of(decision, stopped),
             confidence=decision.confidence,
             undecided=decision.winner is None,
-            said=said_of(decision, n if stopped in ("decided", "sure") else decision.drawn),
+            said=said_of(
+                decision,
+                n if stopped in ("decided", "sure") else decision.drawn,
+                "" if decision.winner is None else self._read_as(completions[decision.winner.sample].text),
+            ),
         )
 
     def ballot(self, completion: "Completion") -> Ballot | None:
-        """What a sample has to say; None where it was stopped before it had."""
+        """Returns a sample's ballot; None if it was cancelled before it gave an answer."""
         from emlocal.methods.scoring import scores_of
 
         repeats, found = repeated(completion.tokens), scores_of(completion)
@@ -135,15 +158,26 @@ class Vote(SelfConsistency):
     def ballot_of(
         self, sample: int, text: str, finish_reason: str, repeats: float, scores: "Scores | None"
     ) -> Ballot | None:
-        """The same of a stored answer. `repeats`: see `voting.repeated`."""
-        from emlocal.answers.finding import extract  # many patterns, compiled on import
+        """Returns the ballot of a stored answer. `repeats`: see `voting.repeated`."""
+        from emlocal.answers.finding import extract  # imported late: it compiles many patterns
         from emlocal.answers.meaning import canonical
 
         whole = is_whole(finish_reason, repeats)
-        answer = self._found(text) if whole or extract(text, "boxed") is not None else None
+        reads_boxes = self.extraction == "boxed" or (self.extraction is None and self.cluster == "meaning")
+        boxed = reads_boxes and extract(text, "boxed") is not None  # the box came before the text was cut off
+        answer = self._found(text) if whole or boxed else None
         if answer is None:
             return None if finish_reason == "cancelled" else Ballot(sample, whole=whole)
-        return Ballot(sample, canonical(answer), answer, scores, whole)
+        key = canonical(answer) if self.cluster == "meaning" else normalised(answer)
+        return Ballot(sample, key, answer, scores, whole) if key else Ballot(sample, whole=whole)
+
+    def _read_as(self, text: str) -> str:
+        return super()._read_as(text) if self.cluster == "meaning" else ""
+
+    def _found(self, text: str) -> str | None:
+        if self.cluster != "meaning" and self.extraction is None:
+            return text.strip() or None  # the whole text
+        return super()._found(text)
 
     def describe(self, samples: int) -> list[str]:
         rules = self.rules
@@ -152,11 +186,12 @@ class Vote(SelfConsistency):
         else:
             weighed = "all alike" if rules.plain else f"weighed by {rules.score} (β {rules.beta:g})"
         drawn = f"vote of greedy and up to {counted(samples - 1, 'sample')} in waves of {rules.wave}"
-        return [drawn, weighed, f"sure at {rules.sure:g}"]
+        compared = {"meaning": [], "text": ["compared by text"], "model": ["compared by the model"]}
+        return [drawn, weighed, *compared[self.cluster], f"sure at {rules.sure:g}"]
 
 
 def fields_of(decision: Decision, stopped: Stopped) -> dict[str, Any]:
-    """For output rows; shares and nats to six places."""
+    """Returns the fields of an output row; shares and nats have six decimals."""
     winner, entropy = decision.winner, decision.entropy
     return {
         "answer": None if winner is None else winner.answer,
@@ -169,18 +204,17 @@ def fields_of(decision: Decision, stopped: Stopped) -> dict[str, Any]:
     }
 
 
-def said_of(decision: Decision, samples: int) -> Sequence[str]:
-    """The same for people. `samples`: how many there could have been."""
+def said_of(decision: Decision, samples: int, read_as: str) -> Sequence[str]:
+    """Returns remarks for people.
+
+    `samples`: the number that could have been drawn; `read_as`: how the answer was found.
+    """
     if decision.winner is None:
-        return [f"none of {decision.drawn} has an answer to vote on"]
-    said = [f"answer {_shortened(decision.winner.answer)}", f"{decision.votes} of {decision.drawn} agree"]
+        return [without_answers(decision.drawn)]
+    said = [f"answer {shortened(decision.winner.answer)}{read_as}"]
+    said.append(f"{decision.votes} of {decision.drawn} agree")
     if decision.answers > 1:
         said.append(f"{decision.answers} different answers")
     if samples > decision.drawn:
         said.append(f"{counted(samples - decision.drawn, 'more sample')} not needed")
     return said
-
-
-def _shortened(answer: str) -> str:
-    line = " ".join(answer.split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

@@ -1,14 +1,15 @@
-"""Who wins a vote, and when it is over: pure functions of what the samples say, without any engine.
+"""The result of a vote, and when it stops: pure functions of the samples' answers, without an engine.
 
-A method asks them while it draws (`vote.Vote`), and so does whoever has stored answers: the same votes can be
-decided by another score, with other weights, in other waves or for fewer samples, and nothing is asked again.
+A method calls them while it draws (`vote.Vote`). They also work on stored answers: the same votes can be
+decided by another score, with other weights, in other waves or for fewer samples, without asking the model
+again.
 
     ballots = [Ballot(0, canonical("18"), "18", scores), Ballot(1), Ballot(2, canonical("3"), "3", others)]
     decide(ballots, Rules(score="mean-entropy", beta=0.5)).winner
     replay(ballots, Rules(sure=1.0)).stopped
 
-Sources: the vote is self-consistency (arXiv 2203.11171), saturated ranks as weights are arXiv 2608.14420's,
-the Beta rule of stopping is Adaptive-Consistency's (arXiv 2305.11860).
+Sources: the vote is self-consistency (arXiv 2203.11171), saturated ranks as weights come from arXiv
+2608.14420, and the Beta rule of stopping is that of Adaptive-Consistency (arXiv 2305.11860).
 """
 
 import math
@@ -32,52 +33,60 @@ Score = Literal[
 ]
 """A name of `RANKED`, or none."""
 Stopped = Literal["decided", "sure", "budget", "cancelled"]
-"""The leader cannot be caught any more; it is ahead with the wanted probability; all samples are drawn;
-Ctrl-C."""
+"""Why a vote stopped.
+
+decided: the leader cannot be caught; sure: it is ahead with the wanted probability; budget: all samples are
+drawn; cancelled: Ctrl-C.
+"""
 SATURATED = 0.75
-"""From this rank on (share of the samples that are less sure) a sample weighs no more."""
+"""Rank (share of less certain samples) from which on the weight no longer grows."""
 GRAM = 4
-"""Tokens that make a repetition."""
+"""Length, in tokens, of a sequence that counts as repeated."""
 LOOPS = 0.5
-"""A text of which a larger share repeats itself does."""
+"""Largest share of repeated sequences in a text that does not count as a loop."""
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """What one sample has to say."""
+    """The vote of one sample."""
 
     sample: int
-    """Its number; 0 is the greedy one."""
+    """Number of the sample; 0 is the greedy one."""
     key: Hashable | None = None
-    """The same for answers that mean the same; None: it has no vote."""
+    """Equal for answers with the same meaning; None: the sample has no vote."""
     answer: str = ""
-    """As it was written."""
+    """The answer as it was written."""
     scores: Scores | None = None
-    """Needed by all rules that look at a score."""
+    """Scores of the sample; all rules with a score need them."""
     whole: bool = True
-    """Its text was not cut off, and does not loop."""
+    """Whether the text was not cut off and does not loop."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a vote is counted, and when it stops. Raises ValueError for what has no meaning."""
+    """Rules for counting and stopping a vote. Raises ValueError for meaningless values."""
 
     score: Score = "none"
-    """What says how sure a sample is: it ranks samples for their weights, breaks ties, chooses the text."""
+    """Score that ranks the samples for their weights, breaks ties and chooses the text."""
     beta: float = 0.0
-    """A sample weighs exp(beta · s(u)), u its rank by `score` among the samples, in (0, 1], and s
-    `saturated`; 0: all weigh the same, and that is the plain vote."""
+    """Strength of the weights.
+
+    A sample weighs exp(beta · s(u)); u in (0, 1] is its rank by `score` among the samples, and s is
+    `saturated`. With 0 all weigh the same, which is the plain vote.
+    """
     alpha: float | None = None
-    """Weigh by p^(alpha − 1) instead, p the probability of the whole text: what power sampling would draw,
-    out of samples that are there; 1 is the plain vote."""
+    """If set, a sample weighs p^(alpha − 1) instead, with p the probability of the whole text.
+
+    This approximates power sampling with existing samples. 1 is the plain vote.
+    """
     wave: int = 4
-    """Samples that are drawn before it is asked whether more are needed."""
+    """Number of samples drawn before each check whether more are needed."""
     sure: float = 0.95
-    """Stop where the leader is ahead with more than this probability; 1: never for that."""
+    """Stop when the leader is ahead with more than this probability; 1: never stop for that reason."""
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score) or self.beta < 0 or self.wave < 1:
-            raise ValueError(f"a vote has no such rules: {self}")
+            raise ValueError(f"these rules of a vote are out of range: {self}")
 
     @property
     def plain(self) -> bool:
@@ -87,32 +96,41 @@ class Rules:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a vote came to."""
+    """The result of a vote."""
 
     winner: Ballot | None
-    """The sample whose text stands for the winning answer; None where none has a vote."""
+    """The sample whose text stands for the winning answer; None if no sample has a vote."""
     votes: int
-    """For the winner."""
+    """Number of votes for the winner."""
+    second: int
+    """Number of votes for the strongest other answer."""
     drawn: int
-    """Samples, those without a vote included."""
+    """Number of samples, including those without a vote."""
     confidence: float
-    """The winner's share of the weights; a sample without a vote counts against it, with the mean weight of
-    those that have one. In the plain vote it is the agreement. Not calibrated: 4 of 4 and 8 of 8 both are 1.
+    """The winner's share of the weights.
+
+    A sample without a vote counts against it, with the mean weight of the voters. In the plain vote this is
+    the agreement. It is not calibrated: 4 of 4 and 8 of 8 both give 1.
     """
     answers: int
-    """Different ones."""
+    """Number of different answers."""
     entropy: float | None
-    """Semantic entropy: of the answers' shares of the weight, nats; None without any vote."""
+    """Semantic entropy in nats, that of the answers' shares of the weight; None without any vote."""
 
     @property
     def agreement(self) -> float:
         """The share of the samples that vote for the winner."""
         return self.votes / self.drawn if self.drawn else 0.0
 
+    @property
+    def margin(self) -> float:
+        """The winner's share of the samples minus the second's; negative if the weights decided otherwise."""
+        return (self.votes - self.second) / self.drawn if self.drawn else 0.0
+
 
 @dataclass(frozen=True)
 class Ended:
-    """A vote over stored samples, stopped where it would have been while drawing."""
+    """A vote over stored samples, stopped where it would have stopped while drawing."""
 
     decision: Decision
     stopped: Stopped
@@ -120,7 +138,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class _Party:
-    """Those that say the same."""
+    """The ballots with the same answer."""
 
     members: Sequence[Ballot]
     weights: Sequence[float]
@@ -128,7 +146,7 @@ class _Party:
 
     @property
     def weight(self) -> float:
-        return math.fsum(self.weights)  # whatever the order
+        return math.fsum(self.weights)  # exact in any order
 
     @property
     def has_greedy(self) -> bool:
@@ -136,25 +154,28 @@ class _Party:
 
     @property
     def rank(self) -> tuple[float, bool, float, int]:
-        """Larger than any other's: by weight; ties go to greedy's answer, then to the surest single sample,
-        then to the earliest."""
+        """Sort key; the largest wins.
+
+        It compares weights. Ties go to the greedy answer, then to the most certain single sample, then to the
+        earliest.
+        """
         surest = max(_score(member, self.score) for member in self.members)
         return self.weight, self.has_greedy, surest, -min(member.sample for member in self.members)
 
     @property
     def text(self) -> Ballot:
-        """The surest of them, of those whose text is whole if there are any."""
+        """The most certain ballot; whole texts come first."""
         return max(self.members, key=lambda b: (b.whole, _score(b, self.score), -b.sample))
 
 
 def decide(ballots: Sequence[Ballot], rules: Rules = Rules()) -> Decision:
-    """Count a vote. The order of the ballots does not matter, only their samples' numbers do.
+    """Counts a vote. The order of the ballots does not matter, only the numbers of their samples.
 
-    Raises ValueError where the rules need scores and a ballot has none.
+    Raises ValueError if the rules need scores and a ballot has none.
     """
     parties = _parties(ballots, rules)
     if not parties:
-        return Decision(None, 0, len(ballots), 0.0, 0, None)
+        return Decision(None, 0, 0, len(ballots), 0.0, 0, None)
     best = max(parties, key=lambda party: party.rank)
     total = math.fsum(weight for party in parties for weight in party.weights)
     voters = sum(len(party.members) for party in parties)
@@ -162,6 +183,7 @@ def decide(ballots: Sequence[Ballot], rules: Rules = Rules()) -> Decision:
     return Decision(
         best.text,
         len(best.members),
+        max((len(party.members) for party in parties if party is not best), default=0),
         len(ballots),
         best.weight * voters / (total * len(ballots)),
         len(parties),
@@ -170,11 +192,11 @@ def decide(ballots: Sequence[Ballot], rules: Rules = Rules()) -> Decision:
 
 
 def over(ballots: Sequence[Ballot], left: int, rules: Rules = Rules()) -> Stopped | None:
-    """Why no more samples are needed; None where they are.
+    """Returns why no more samples are needed, or None if they are.
 
     Args:
         ballots: of all samples so far.
-        left: samples that may still be drawn.
+        left: number of samples that may still be drawn.
     """
     if left == 0:
         return "budget"
@@ -188,7 +210,7 @@ def over(ballots: Sequence[Ballot], left: int, rules: Rules = Rules()) -> Stoppe
 
 
 def ahead(votes: int, second: int) -> float:
-    """P(p > 1/2) for p ~ Beta(votes + 1, second + 1): how sure it is that the leader is ahead of the second.
+    """Returns P(p > 1/2) for p ~ Beta(votes + 1, second + 1): the probability that the leader is ahead.
 
     For whole numbers the incomplete beta function at 1/2 is a sum of binomial coefficients, so this is exact
     up to one rounding.
@@ -198,13 +220,13 @@ def ahead(votes: int, second: int) -> float:
 
 
 def waves(samples: int, size: int) -> Iterator[range]:
-    """The samples' numbers, wave by wave; the last one may be smaller."""
+    """Yields the samples' numbers wave by wave; the last wave may be smaller."""
     for start in range(0, samples, size):
         yield range(start, min(samples, start + size))
 
 
 def replay(ballots: Sequence[Ballot], rules: Rules = Rules()) -> Ended:
-    """The vote over stored samples as it would have been: wave by wave, until it is over."""
+    """Decides a vote over stored samples wave by wave, as if they were being drawn, until it stops."""
     if not ballots:
         raise ValueError("a vote needs at least one sample")
     ordered = sorted(ballots, key=lambda ballot: ballot.sample)
@@ -213,23 +235,23 @@ def replay(ballots: Sequence[Ballot], rules: Rules = Rules()) -> Ended:
         stopped = over(so_far, len(ordered) - wave.stop, rules)
         if stopped is not None:
             break
-    assert stopped is not None  # at the end at the latest
+    assert stopped is not None  # the last wave always stops it
     return Ended(decide(so_far, rules), stopped)
 
 
 def repeated(tokens: Sequence[int]) -> float:
-    """The share of a text's `GRAM`-grams of tokens that occurred in it before; 0 for shorter texts."""
+    """Returns the share of a text's `GRAM`-grams of tokens that occurred before; 0 for shorter texts."""
     grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def is_whole(finish_reason: str, repeats: float) -> bool:
-    """Whether a text came to its own end and does not loop. `repeats`: see `repeated`."""
+    """Whether a text ended by itself and does not loop. `repeats`: see `repeated`."""
     return finish_reason == "stop" and repeats <= LOOPS
 
 
 def saturated(u: float) -> float:
-    """s(u) = 1 − (1 − min(u / 0.75, 1))²: what a rank u in (0, 1] is worth."""
+    """Returns the value of a rank u in (0, 1]: s(u) = 1 − (1 − min(u / 0.75, 1))²."""
     return 1 - (1 - min(u / SATURATED, 1)) ** 2
 
 
@@ -258,27 +280,28 @@ def _weight(u: float, rules: Rules) -> float:
 
 
 def _midranks(voters: Sequence[Ballot], score: Score) -> list[float]:
-    """From 1, the least sure, to their number; those that are equally sure share the mean of their ranks."""
+    """Returns ranks from 1 (least certain) to the number of voters; equal scores share their mean rank."""
     values = [_score(ballot, score) for ballot in voters]
     ordered = sorted(values)
     return [(bisect_left(ordered, value) + bisect_right(ordered, value) + 1) / 2 for value in values]
 
 
 def _score(ballot: Ballot, score: Score) -> float:
-    """The greater, the surer."""
+    """Returns a ballot's score; greater means more certain."""
     if score == "none":
         return 0.0
     if ballot.scores is None:
-        raise ValueError(f"sample {ballot.sample} has no scores, and {score} is asked for")
+        raise ValueError(f"sample {ballot.sample} has no scores, but the vote needs {score} is asked for")
     return RANKED[score](ballot.scores)
 
 
 def _cannot_be_caught(parties: Sequence[_Party], left: int, rules: Rules) -> bool:
-    """Whether the first party wins whatever the samples left say.
+    """Whether the first party wins whatever the remaining samples say.
 
-    With weights by rank, later samples move the ranks of those that are there: of n, a sample at rank r may
-    end anywhere from r / (n + left), all others being surer, to (r + left) / (n + left). So this is certain,
-    but not the earliest moment. Weights by probability have no bound: one later sample may outweigh all.
+    With weights by rank, later samples move the ranks of earlier ones. Of n samples, one at rank r may end
+    anywhere from r / (n + left), if all others are more certain, to (r + left) / (n + left). The bound is
+    therefore safe, but it may stop later than possible. Weights by probability have no bound: a single later
+    sample may outweigh all others.
     """
     if rules.alpha is not None and not rules.plain:
         return False
@@ -286,11 +309,11 @@ def _cannot_be_caught(parties: Sequence[_Party], left: int, rules: Rules) -> boo
     most = max((high for _, high in rivals), default=0.0) + left * _weight(1.0, rules)
     if rules.plain and least[0] == most:
         return parties[0].has_greedy
-    return least[0] > most * (1 + 1e-12)  # rounding
+    return least[0] > most * (1 + 1e-12)  # allows for rounding
 
 
 def _bounds(parties: Sequence[_Party], left: int, rules: Rules) -> list[tuple[float, float]]:
-    """The least and the most that the samples which are there may weigh in the end, by party."""
+    """Returns the minimum and maximum final weight of the existing samples, by party."""
     voters = [member for party in parties for member in party.members]
     ranks = dict(zip((v.sample for v in voters), _midranks(voters, rules.score), strict=True))
     end = len(voters) + left

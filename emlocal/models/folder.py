@@ -1,7 +1,7 @@
-"""Hugging Face model folders: config.json, safetensors and a tokenizer. Only these are ever read.
+"""Hugging Face model folders: config.json, safetensors and a tokenizer. Nothing else is read.
 
-Weights in .bin, .pt or .pth files are pickles, which run code as they are loaded: a folder that has no others
-is refused. Code that a folder brings along (`auto_map` in its config) is never run.
+Weights in .bin, .pt or .pth files are pickles, which run code as they are loaded: a folder that has only such
+weights is refused. Code in a folder (`auto_map` in its config) is never run.
 """
 
 import re
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from emlocal.errors import ModelError
-from emlocal.files import read_chat_template, read_json
+from emlocal.files import TOOL_USE, read_chat_template, read_json
 from emlocal.models.gguf.header import shown
 from emlocal.models.header import Weights
 from emlocal.models.safetensors import SafeTensor, read_safetensors_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# In the order in which they are fetched: weights last, so that who finds these finds all.
+# In the order of the download: weights last, so that a folder with weights has everything.
 _SMALL_FILES = (
-    *("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", f"additional_chat_templates/{TOOL_USE}.jinja"),
     *("tokenizer.json", CONFIG, INDEX),
 )
 _SHARD = re.compile(r"model-\d{5}-of-(?P<count>\d{5})\.safetensors")
@@ -34,18 +35,21 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class FolderHeader(Weights):
-    """What a model folder says of itself. `files` are its weights."""
+    """The facts that a model folder gives about itself. `files` are its weights."""
 
     path: Path
     files: tuple[Path, ...]
     file_size: int
     """Bytes of the weights' files."""
     config: Mapping[str, Any]
-    """config.json; the part on the language model, where it has several."""
+    """config.json; if it describes several models, the part on the language model."""
     tensors: Mapping[str, SafeTensor]
 
     def count(self, name: str) -> int:
-        """Number of weights in a tensor: MLX packs several into 32 bits, beside scales and offsets."""
+        """Returns the number of weights in a tensor.
+
+        MLX packs several weights into 32 bits, and stores scales and offsets beside them.
+        """
         numbers = super().count(name)
         layer, _, kind = name.rpartition(".")
         weight = self.tensors.get(f"{layer}.weight")
@@ -54,7 +58,7 @@ class FolderHeader(Weights):
             return numbers
         if kind != "weight":
             return 0
-        own = packed.get(layer)  # layers may be packed in their own way
+        own = packed.get(layer)  # a layer can have a packing of its own
         bits = (own if isinstance(own, dict) else packed).get("bits")
         return numbers * 32 // bits if isinstance(bits, int) and bits > 0 else numbers
 
@@ -65,7 +69,7 @@ class FolderHeader(Weights):
 
     @property
     def name(self) -> str:
-        """The folder's name; of one in the Hugging Face cache, the repository's."""
+        """The folder's name; in the Hugging Face cache, the repository's."""
         if self.path.parent.name == "snapshots":
             return self.path.parent.parent.name.rpartition("--")[2]
         return self.path.resolve().name
@@ -97,6 +101,10 @@ class FolderHeader(Weights):
         ) * self.block_count
 
     @property
+    def cached_heads(self) -> tuple[int, ...]:
+        return self.head_count_kv
+
+    @property
     def key_length(self) -> int:
         return self._number("head_dim") or self.embedding_length // max(
             self._number("num_attention_heads"), 1
@@ -120,13 +128,18 @@ class FolderHeader(Weights):
         return read_chat_template(self.path)
 
     @cached_property
+    def tool_template(self) -> str | None:
+        """The one for conversations with tools, where the model has one of its own."""
+        return read_chat_template(self.path, TOOL_USE)
+
+    @cached_property
     def sampling(self) -> dict[str, float]:
         """The authors' sampling settings, by SamplingParams field."""
         return sampling_settings(self.path)
 
     @property
     def quantization(self) -> str:
-        """Such as "BF16": what most bytes are. "4-bit" and the like, where the config says so."""
+        """The format of most bytes, such as "BF16"; "4-bit" and the like if the config says so."""
         packed = self.config.get("quantization") or self.config.get("quantization_config")
         if isinstance(packed, dict):
             bits, method = packed.get("bits"), packed.get("quant_method")
@@ -142,9 +155,9 @@ class FolderHeader(Weights):
 
 
 def sampling_settings(folder: Path) -> dict[str, float]:
-    """The authors' settings out of generation_config.json, by SamplingParams field.
+    """Returns the authors' settings in generation_config.json, by SamplingParams field.
 
-    Raises ModelError for a file that is no JSON.
+    Raises ModelError for a file that is not JSON.
     """
     said = read_json(folder / "generation_config.json", required=False)
     found = {ours: said.get(theirs) for theirs, ours in _SAMPLING.items()}
@@ -152,13 +165,16 @@ def sampling_settings(folder: Path) -> dict[str, float]:
 
 
 def has_folder_model(names: Iterable[str]) -> bool:
-    """Whether files with these names look like a model folder, with weights of any kind."""
+    """Returns whether files with these names look like a model folder, with weights of any kind."""
     found = set(names)
     return CONFIG in found and (bool(weight_files(found)) or bool(_pickles(found)))
 
 
 def weight_files(names: Iterable[str]) -> tuple[str, ...]:
-    """The weights among the files of a folder: the single file, else all shards; empty if none or not all."""
+    """Returns the weights among a folder's files: the single file, or all shards.
+
+    Returns none if there are no weights, or if a shard is missing.
+    """
     found = set(names)
     if WEIGHTS in found:
         return (WEIGHTS,)
@@ -168,7 +184,7 @@ def weight_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def needed_files(names: Iterable[str]) -> tuple[str, ...]:
-    """What is needed of a repository, weights last; empty if it has no model in safetensors."""
+    """Returns the needed files of a repository, weights last; none without a safetensors model."""
     found = set(names)
     weights = weight_files(found)
     if not weights or not {CONFIG, "tokenizer.json"} <= found:
@@ -177,17 +193,17 @@ def needed_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def why_not(names: Iterable[str]) -> str:
-    """Why the files with these names are no model that emlocal could use from safetensors."""
+    """Returns why emlocal cannot use files with these names as a model in safetensors."""
     found = set(names)
     if _pickles(found) and not weight_files(found):
         return (
-            f"its weights are in {_pickles(found)[0]} only, a format that runs code as it is loaded;"
+            f"its weights are in {_pickles(found)[0]} only, a format that can run code;"
             " emlocal loads safetensors"
         )
     for name in (CONFIG, "tokenizer.json"):
         if weight_files(found) and name not in found:
             return f"it has no {name}"
-    return "it has no safetensors, or not all of them"
+    return "its safetensors are missing or incomplete"
 
 
 def _pickles(names: Iterable[str]) -> list[str]:
@@ -195,9 +211,9 @@ def _pickles(names: Iterable[str]) -> list[str]:
 
 
 def read_folder_header(folder: Path) -> FolderHeader:
-    """Read and check a model folder: its config, and the header of every file of its weights.
+    """Reads and checks a model folder: its config, and the header of every file of its weights.
 
-    Raises ModelError, in one line, where a file is missing or broken, or the files contradict each other.
+    Raises ModelError, in one line, if a file is missing or broken, or if the files contradict each other.
     """
     try:
         names = {p.name for p in folder.iterdir() if p.is_file()}
@@ -205,7 +221,9 @@ def read_folder_header(folder: Path) -> FolderHeader:
         raise ModelError(f"cannot read {folder}: {error.strerror}") from error
     weights = weight_files(names)
     if not weights or not {CONFIG, "tokenizer.json"} <= names:
-        raise ModelError(f"{folder} is no model that emlocal can use: {why_not(names)}", hint="get it again")
+        raise ModelError(
+            f"{folder} is not a model that emlocal can use: {why_not(names)}", hint="fetch the model again"
+        )
     config = read_json(folder / CONFIG)
     inner = config.get("text_config")
     config = {**inner, "model_type": config.get("model_type")} if isinstance(inner, dict) else config
@@ -220,28 +238,28 @@ def read_folder_header(folder: Path) -> FolderHeader:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             raise ModelError(
                 f"{folder / CONFIG} says {name} is {shown(str(value))}, not a number from 1",
-                hint="emlocal runs models that write text, of the kinds transformers and mlx-lm know",
+                hint="use a text model that transformers or mlx-lm supports",
             )
     if not tensors:
-        raise ModelError(f"{files[0]} has no tensors", hint="get it again")
+        raise ModelError(f"{files[0]} has no tensors", hint="fetch the model again")
     return header
 
 
 def _check_index(folder: Path, tensors_of: Mapping[str, set[str]]) -> None:
-    """The index must name every tensor of every shard, in the shard that has it, and nothing else."""
+    """Checks that the index names every tensor of every shard, in its shard, and nothing else."""
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict):
-        raise ModelError(f"{folder / INDEX} has no weight_map", hint="get it again")
+        raise ModelError(f"{folder / INDEX} has no weight_map", hint="fetch the model again")
     real = [(tensor, file) for file, tensors in tensors_of.items() for tensor in tensors]
     twice = [tensor for tensor, count in Counter(t for t, _ in real).items() if count > 1]
     if twice:
         raise ModelError(
-            f"{folder}: the tensor {shown(twice[0])} is in two of its files", hint="get it again"
+            f"{folder}: the tensor {shown(twice[0])} is in two of its files", hint="fetch the model again"
         )
     odd = sorted(map(str, set(real) ^ {(t, str(f)) for t, f in index.items()}))
     if odd:
         raise ModelError(
-            f"{folder / INDEX} and the {len(tensors_of)} files beside it differ in {len(odd):,} places,"
+            f"{folder / INDEX} and its {len(tensors_of)} files differ in {len(odd):,} places,"
             f" such as {shown(odd[0])}",
-            hint="get them again, all from one place",
+            hint="fetch them again, all from one place",
         )

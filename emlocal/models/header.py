@@ -1,4 +1,4 @@
-"""What emlocal asks of a model before it is loaded, whichever format its weights are in."""
+"""The facts that emlocal needs of a model before loading it, for weights in either format."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-# The table that tokens are looked up in, and the output matrix: in GGUF, and in folders below any prefix.
+# The embedding table and the output matrix: in GGUF, and in folders below any prefix.
 _TABLE = re.compile(r"token_embd\.weight|(.+\.)?embed_tokens\.weight")
 _OUTPUT = re.compile(r"output\.weight|(.+\.)?lm_head\.weight")
 
@@ -21,7 +21,7 @@ class Tensor(Protocol):
 
 
 class Weights:
-    """What both kinds of header count in their tensors."""
+    """The counts of a header's tensors, for both kinds of header."""
 
     tensors: Mapping[str, Tensor]
 
@@ -35,15 +35,15 @@ class Weights:
         return sum(self.count(name) for name in self.tensors)
 
     def count(self, name: str) -> int:
-        """Number of weights in a tensor."""
+        """Returns the number of weights in a tensor."""
         return prod(self.tensors[name].shape)
 
     @property
     def multiplied_parameters(self) -> int:
-        """The P of 2PD, the FLOPs of D tokens: the weights that a token is multiplied with.
+        """The P of 2PD, the FLOPs of D tokens: the number of weights that a token is multiplied with.
 
-        A table that tokens are only looked up in is none of them: the embedding, where the output has its own
-        matrix. Of a mixture of experts all are counted.
+        A table that tokens are only looked up in does not count: the embedding, if the output has its own
+        matrix. In a mixture of experts all experts count.
         """
         if not any(map(_OUTPUT.fullmatch, self.tensors)):
             return self.parameters
@@ -51,9 +51,9 @@ class Weights:
 
 
 class ModelHeader(Protocol):
-    """What a model says of itself: a `GGUFHeader`, or the `FolderHeader` of a Hugging Face model folder.
+    """The facts that a model gives about itself: a `GGUFHeader`, or the `FolderHeader` of a model folder.
 
-    Where it does not say, numbers are 0 and tuples empty. Sizes are in bytes, lengths in tokens.
+    For facts that it does not give, numbers are 0 and tuples empty. Sizes are in bytes, lengths in tokens.
     """
 
     @property
@@ -79,6 +79,10 @@ class ModelHeader(Protocol):
     @property
     def head_count_kv(self) -> tuple[int, ...]: ...
     @property
+    def cached_heads(self) -> tuple[int, ...]:
+        """Heads in the KV cache, one number per layer; 0 for layers without a cache."""
+
+    @property
     def key_length(self) -> int:
         """Numbers in a head's key."""
 
@@ -94,6 +98,8 @@ class ModelHeader(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def chat_template(self) -> str | None: ...
+    @property
+    def tool_template(self) -> str | None: ...
     @property
     def sampling(self) -> Mapping[str, float]: ...
     @property

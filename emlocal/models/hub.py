@@ -1,7 +1,8 @@
-"""Models of the Hugging Face hub: which files a repository has, which are cached, fetching and removing them.
+"""Models of the Hugging Face hub: lists a repository's files, finds cached ones, downloads and removes them.
 
-The hub's own cache is the store, so files are shared with llama.cpp, mlx-lm and transformers, and HF_HOME,
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. What is cached is used without a request.
+The hub's own cache is the store, so files are shared with llama.cpp, mlx-lm and transformers. HF_HOME,
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have the same meaning as there. Cached files are used without a
+request.
 """
 
 import re
@@ -13,18 +14,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from emlocal.errors import EmlocalError, ModelError
+from emlocal.errors import EmlocalError, ModelError, WrongNameError
 from emlocal.files import Progress, check_space, disk_errors
 from emlocal.models.folder import weight_files
 from emlocal.models.gguf import shard_paths
 
-# Tried in this order when no quantization is asked for. Q4_K_M is also llama.cpp's default for -hf.
+# The order in which quantizations are tried by default. Q4_K_M is also llama.cpp's default for -hf.
 DEFAULT_QUANTS = (
     *("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q5_K_M", "Q5_K_S", "Q5_0", "Q6_K", "Q8_0"),
     *("MXFP4", "BF16", "F16", "F32"),
 )
 REQUEST_SECONDS = 15.0
-STALE_SECONDS = 24 * 3600.0  # a part not written to for so long belongs to no running download
+STALE_SECONDS = 24 * 3600.0  # a part that nobody wrote to for this long belongs to no running download
 
 _QUANT = re.compile(
     r"(?<![A-Z0-9])(?:UD-)?(?:I?Q[1-8](?:_[A-Z0-9]+)*|TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|BF16|FP?16|FP?32)(?![A-Z0-9])"
@@ -32,13 +33,16 @@ _QUANT = re.compile(
 
 
 def quant_of(file: str) -> str:
-    """The quantization in a file's name, in capitals ("Q4_K_M"); empty if there is none."""
+    """Returns the quantization in a file's name, in capitals ("Q4_K_M"); "" if there is none."""
     found = _QUANT.findall(file.upper())
     return found[-1].replace("FP16", "F16").replace("FP32", "F32") if found else ""
 
 
 def models_among(files: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The models in a list of files: first file -> all its files (shards). Projectors do not count."""
+    """Returns the models in a list of files: first file -> all its files (shards).
+
+    Projectors do not count.
+    """
     ggufs = {f for f in files if f.lower().endswith(".gguf") and f.isprintable()}
     names = {f for f in ggufs if not re.search(r"mmproj|imatrix", f.lower())}
     models = {}
@@ -50,16 +54,16 @@ def models_among(files: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def choose(repo: str, files: Iterable[str], wanted: str | None) -> tuple[str, ...]:
-    """The files of one model: `wanted` is a quantization, a file's name, or None for the default.
+    """Returns the files of one model. `wanted` is a quantization, a file's name, or None for the default.
 
-    Raises ModelError that lists what there is when nothing or more than one thing fits.
+    If none or more than one fits, raises ModelError with a list of the models.
     """
     models = models_among(files)
     if not models:
-        torch = " (the torch engine can run it as it is: --backend torch)" if weight_files(files) else ""
-        raise ModelError(
+        torch = " (the torch engine runs it: --backend torch)" if weight_files(files) else ""
+        raise WrongNameError(
             f"{repo} has no GGUF model",
-            hint=f"look for a repository whose name ends in -GGUF, or see: emlocal models list{torch}",
+            hint=f"use a repository whose name ends in -GGUF, or list models: emlocal models list{torch}",
         )
     if wanted and wanted.lower().endswith(".gguf"):
         found = [shards for shards in models.values() if wanted in shards]
@@ -67,7 +71,7 @@ def choose(repo: str, files: Iterable[str], wanted: str | None) -> tuple[str, ..
         asked = wanted.upper()
         plain = asked.removeprefix(
             "UD-"
-        )  # Unsloth's dynamic quantizations, which may be asked for without it
+        )  # Unsloth's dynamic quantizations, which can be named without the prefix
         found = [shards for first, shards in models.items() if quant_of(first).removeprefix("UD-") == plain]
         found = [shards for shards in found if quant_of(shards[0]) == asked] or found
     else:
@@ -76,8 +80,8 @@ def choose(repo: str, files: Iterable[str], wanted: str | None) -> tuple[str, ..
         return found[0]
     quants = [quant_of(first) for first in models]
     unique = all(quants) and len(set(quants)) == len(quants)
-    what = f"{repo} has {'more than one' if found else 'no'} {wanted or 'model of a default quantization'}"
-    raise ModelError(
+    what = f"{repo} has {'more than one' if found else 'no'} {wanted or 'model of a default quantisation'}"
+    raise WrongNameError(
         f"{what}; it has {', '.join(sorted(quants if unique else models))}",
         hint=f"name one of them: {repo}:{(quants if unique else list(models))[0]}",
     )
@@ -100,13 +104,13 @@ def _cache() -> Path:
 
 
 def cached_repos() -> list[str]:
-    """Repositories of models in the cache, whatever is in them."""
+    """Returns the repositories of models in the cache, whatever they contain."""
     folders = _cache().glob("models--*--*/")
     return sorted(f.name.removeprefix("models--").replace("--", "/") for f in folders)
 
 
 def cached_files(repo: str) -> dict[str, Path]:
-    """Files of the newest cached snapshot: name in the repository -> path. No request is made."""
+    """Returns the files of the newest cached snapshot: name in the repository -> path. Makes no request."""
     from huggingface_hub.file_download import repo_folder_name
 
     folder = _cache() / repo_folder_name(repo_id=repo, repo_type="model")
@@ -119,7 +123,7 @@ def cached_files(repo: str) -> dict[str, Path]:
 
 
 def remote_files(repo: str) -> dict[str, int]:
-    """Files of the repository on the hub with their sizes in bytes (0: not told). One request."""
+    """Returns the repository's files on the hub with their sizes in bytes (0: unknown). One request."""
     from huggingface_hub import HfApi
 
     with disk_errors(_cache(), "HF_HOME"), hub_errors(repo):  # a token is read from HF_HOME
@@ -128,7 +132,7 @@ def remote_files(repo: str) -> dict[str, int]:
 
 
 def download(repo: str, sizes: dict[str, int], progress: Progress) -> list[Path]:
-    """Fetch files of a repository into the cache; `sizes` are in bytes. Raises ModelError in one line."""
+    """Downloads files of a repository into the cache; `sizes` are in bytes. Raises ModelError in one line."""
     from huggingface_hub import hf_hub_download
 
     cache, cached = _cache(), cached_files(repo)
@@ -147,7 +151,7 @@ def download(repo: str, sizes: dict[str, int], progress: Progress) -> list[Path]
 
 
 def _remove_stale_parts(cache: Path, repo: str) -> None:
-    """Delete what killed downloads left behind: huggingface_hub can neither use nor finds it again."""
+    """Deletes partial files of killed downloads, which huggingface_hub neither uses nor finds again."""
     from huggingface_hub.file_download import repo_folder_name
 
     blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
@@ -157,12 +161,12 @@ def _remove_stale_parts(cache: Path, repo: str) -> None:
 
 
 def _report_sum(progress: Progress, label: str, before: int, total: int, done: int) -> None:
-    """Progress over all files of a download, of which `before` bytes are in files already here."""
+    """Reports the progress over all files of a download; files that are done have `before` bytes."""
     progress(label, before + done, total or None)
 
 
 def _bar_class(report: Callable[[int], None]) -> type:
-    """What huggingface_hub takes for a progress bar: prints nothing, reports the bytes done."""
+    """Returns a progress bar class for huggingface_hub: it prints nothing and reports the bytes done."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
@@ -175,13 +179,13 @@ def _bar_class(report: Callable[[int], None]) -> type:
             report(self.done)
 
         def update_transfer(self, n: float) -> None:
-            """Bytes on the wire. That this exists tells Xet downloads to use one bar, not two."""
+            """Counts bytes on the wire. Its existence tells Xet downloads to use one bar, not two."""
 
     return Bar
 
 
 def remove(repo: str) -> tuple[int, int]:
-    """Delete all cached revisions of a repository; returns how many files and bytes are gone."""
+    """Deletes all cached revisions of a repository; returns the number of files and bytes deleted."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -198,24 +202,24 @@ def remove(repo: str) -> tuple[int, int]:
 
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises about `repo` into one line each. Errors of the disk pass through."""
+    """Turns huggingface_hub's errors about `repo` into one line each. Disk errors pass through."""
     from huggingface_hub import constants, errors
 
-    # httpx in huggingface_hub 1, httpx2 in 2: the root of what a lost connection raises.
+    # The root of the errors of a lost connection: from httpx in huggingface_hub 1, from httpx2 in 2.
     transport_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
     hub = constants.ENDPOINT.removeprefix("https://")
-    offline_hint = "models on this machine work without a network: emlocal models list"
+    offline_hint = "use a model that is on this machine: emlocal models list"
     try:
         yield
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{repo} is gated: its owner wants its licence accepted first",
+            f"{repo} is gated: its owner requires you to accept its licence",
             hint=f"accept it at {constants.ENDPOINT}/{repo}, then log in: hf auth login",
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(
+        raise WrongNameError(
             f"{hub} has no model {repo}, or it is private",
-            hint="check the name (emlocal models list); for a private one log in: hf auth login",
+            hint="check the name (emlocal models list); for a private model log in: hf auth login",
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise ModelError(
@@ -225,7 +229,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise ModelError(f"cannot reach {hub} to fetch {repo}", hint=offline_hint) from error
     except errors.EntryNotFoundError as error:
         raise ModelError(
-            f"{repo} no longer has that file", hint=f"see what it has: {constants.ENDPOINT}/{repo}"
+            f"{repo} no longer has that file", hint=f"see its files: {constants.ENDPOINT}/{repo}"
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
@@ -234,31 +238,33 @@ def hub_errors(repo: str) -> Iterator[None]:
             hint="log in: hf auth login" if status in (401, 403) else "try again later",
         ) from error
     except errors.HFValidationError as error:
-        raise ModelError(f"{repo} is not a name a model can have", hint="see: emlocal models list") from error
+        raise WrongNameError(
+            f"{repo} is not a valid model name", hint="list the models: emlocal models list"
+        ) from error
     except transport_error as error:
         why = str(error) or type(error).__name__
         raise ModelError(f"cannot reach {hub} for {repo}: {why}", hint=offline_hint) from error
     except OSError as error:
         if error.errno is not None:
             raise
-        # huggingface_hub's own complaint that fewer bytes came than were announced
+        # huggingface_hub's own error for fewer bytes than announced
         raise ModelError(
-            f"the download of {repo} was cut off", hint="try again; nothing half is kept"
+            f"the download of {repo} was interrupted", hint="try again; partial files are not kept"
         ) from error
 
 
 def hub_rows(
     name: str, split: str, limit: int | None = None, config: str | None = None
 ) -> list[Mapping[str, Any]]:
-    """The first rows of ORG/NAME's split.
+    """Returns the first rows of ORG/NAME's split.
 
-    Raises EmlocalError where the package is missing, or the hub or the dataset cannot be had.
+    Raises EmlocalError if the package is missing, or if the hub or the dataset is not available.
     """
     try:
         from datasets import load_dataset
     except ImportError as why:
         raise EmlocalError(
-            f"there is no file {name}, and datasets of the hub need the package datasets",
+            f"there is no file {name}, and the hub's data sets need the package datasets",
             "pip install datasets",
         ) from why
     try:
@@ -266,4 +272,4 @@ def hub_rows(
         return list(islice(rows, limit))
     except (OSError, ValueError, RuntimeError) as why:  # what the package raises for names and networks
         said = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
-        raise EmlocalError(f"the dataset {name}:{split} cannot be had: {said}") from why
+        raise EmlocalError(f"the dataset {name}:{split} cannot be read: {said}") from why

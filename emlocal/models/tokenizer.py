@@ -3,7 +3,7 @@
     tokenizer = Tokenizer(Path("folder"))
     tokenizer.encode("Hello", add_special=True, parse_special=False)
 
-It stands on the `tokenizers` package alone. The files' own code (`auto_map`) is never looked at.
+It uses the `tokenizers` package alone. The files' own code (`auto_map`) is never read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emlocal.errors import ModelError
-from emlocal.files import MAX_JSON_BYTES, read_chat_template, read_json, read_regular
+from emlocal.files import MAX_JSON_BYTES, TOOL_USE, read_chat_template, read_json, read_regular
 from emlocal.models.gguf.header import shown
 from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.models.vocabulary import end_tokens
@@ -29,24 +29,28 @@ _BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 _SHORT = 8_192  # characters
 _MOST_SHRINKING = 4
-"""NFC makes at most 3.5 times fewer bytes of a text (a test looks at every character)."""
+"""The factor by which NFC can shrink a text's bytes, rounded up from 3.5; a test checks every character."""
 
 
 class Tokenizer:
-    """Text to tokens and back. The small files are read at once, tokenizer.json when it is first needed.
+    """A tokenizer: text to tokens and back. Not for use from two threads at once.
 
-    Not for use from two threads at once.
+    The small files are read at once, tokenizer.json when it is first needed.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelError where the folder has no config.json or no tokenizer.json, or one is broken."""
+        """Reads the folder's small files.
+
+        Raises ModelError if config.json or tokenizer.json is missing, or if one of the files is broken.
+        """
         self.folder = folder
         self._config = read_json(folder / "config.json")
         self._generation = read_json(folder / "generation_config.json", required=False)
         self._own = read_json(folder / "tokenizer_config.json", required=False)
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(
-                f"{folder} has no tokenizer.json", hint="get that file too: emlocal reads no other tokenizer"
+                f"{folder} has no tokenizer.json",
+                hint="fetch that file too; emlocal reads no other tokenizer format",
             )
         self._pieces: dict[int, bytes] = {}
         self._encoding = threading.Lock()
@@ -59,11 +63,13 @@ class Tokenizer:
         try:
             raw = read_regular(path, MAX_JSON_BYTES)
         except OSError as error:
-            raise ModelError(f"cannot read {path}: {error.strerror}", "get it again") from error
+            raise ModelError(f"cannot read {path}: {error.strerror}", "fetch it again") from error
         try:
             tokenizer = FastTokenizer.from_buffer(raw)
         except Exception as why:  # the package raises plain Exceptions
-            raise ModelError(f"{path} is not a usable tokenizer: {shown(str(why))}", "get it again") from why
+            raise ModelError(
+                f"{path} is not a usable tokenizer: {shown(str(why))}", "fetch it again"
+            ) from why
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -74,12 +80,15 @@ class Tokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        """Whether its tokens are spelt in GPT-2's letters for bytes; else with "▁" and <0x0A>."""
+        """Whether tokens are spelt in GPT-2's letters for bytes; otherwise with "▁" and <0x0A>."""
         return "ByteLevel" in repr(self._fast.decoder)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids. `add_special`: with the model's BOS and the like; `parse_special`: read "<|im_end|>"
-        and its kind as the tokens that they name. A lone surrogate becomes "?"."""
+        """Returns the token ids of a text.
+
+        `add_special`: with the model's BOS and the like. `parse_special`: read "<|im_end|>" and its kind as
+        the tokens that they name. A lone surrogate becomes "?".
+        """
         clean = text.encode("utf-8", errors="replace").decode()
         with self._encoding:
             self._fast.encode_special_tokens = not parse_special
@@ -89,7 +98,7 @@ class Tokenizer:
             return self._fast.encode_batch([clean], add_special_tokens=add_special)[0].ids
 
     def least_tokens(self, text: str) -> int:
-        """As many tokens `encode` gives at least, known without tokenizing; 0 where nothing is certain."""
+        """Returns a lower bound of the tokens of a text, without tokenizing it; 0 if nothing is certain."""
         if self._longest is None:
             return 0
         longest, shrinks = self._longest
@@ -98,8 +107,10 @@ class Tokenizer:
 
     @cached_property
     def _longest(self) -> tuple[int, bool] | None:
-        """(the most bytes in a token's text, whether white space beside special tokens vanishes); None for a
-        tokenizer that may drop or rewrite what it reads."""
+        """(the most bytes in a token's text, whether white space beside special tokens vanishes).
+
+        None for a tokenizer that may drop or rewrite parts of a text.
+        """
         shape = json.loads(self._fast.to_str(), object_hook=_without_vocabulary)
         model = shape["model"]
         letters = byte_letters() if self._byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
@@ -112,12 +123,15 @@ class Tokenizer:
         return max(len(text.encode()) for text in known), shrinks
 
     def control_texts(self) -> Sequence[str]:
-        """The texts that `encode` reads as control tokens, if it is asked to parse special ones."""
+        """Returns the texts that `encode` reads as control tokens with `parse_special`."""
         return tuple(token.content for token in self._added.values() if token.special)
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, possibly a part of a character; empty for control tokens and for ids
-        that have no token (a model may have more rows than its tokenizer has tokens)."""
+        """Returns the UTF-8 bytes of a token, which may be a part of a character.
+
+        They are empty for control tokens and for ids without a token (a model may have more rows than its
+        tokenizer has tokens).
+        """
         piece = self._pieces.get(token)
         if piece is None:
             piece = self._pieces[token] = self._piece(token)
@@ -140,15 +154,15 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the model's logits, which may be more than there are tokens."""
+        """Rows of the model's logits; there may be fewer tokens."""
         size = self._config.get("vocab_size")
         if not isinstance(size, int) or size < 1:
-            raise ModelError(f"{self.folder / 'config.json'} does not say its vocab_size", "get it again")
+            raise ModelError(f"{self.folder / 'config.json'} does not say its vocab_size", "fetch it again")
         return size
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
-        """Every token that ends a generation: what the folder names, and what llama.cpp knows by its text."""
+        """The tokens that end a generation: the folder's, and those that llama.cpp knows by their text."""
         said = [t for config in (self._generation, self._config) for t in _ids(config.get("eos_token_id"))]
         return end_tokens(self._fast.token_to_id, [*said, self._fast.token_to_id(self.eos)])
 
@@ -159,7 +173,7 @@ class Tokenizer:
 
     @property
     def eos(self) -> str:
-        """The text of the token that ends one; "" if there is none."""
+        """The text of the token that ends a text; "" if there is none."""
         return _token_text(self._own.get("eos_token"))
 
     @cached_property
@@ -167,14 +181,19 @@ class Tokenizer:
         """The Jinja source of the chat template. It is untrusted: render it in a sandbox."""
         return read_chat_template(self.folder)
 
+    @cached_property
+    def tool_template(self) -> str | None:
+        """The one for conversations with tools, where the model has one of its own."""
+        return read_chat_template(self.folder, TOOL_USE)
+
 
 def _without_vocabulary(table: dict[str, Any]) -> dict[str, Any]:
-    """A table of tokenizer.json without the large ones in it."""
+    """Returns a table of tokenizer.json without the large tables in it."""
     return {name: value for name, value in table.items() if name not in ("vocab", "merges", "added_tokens")}
 
 
 def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer or pre-tokenizer, or those that it is made of."""
+    """Yields a normalizer or pre-tokenizer, or the steps that it consists of."""
     if step is not None and step.get("type") == "Sequence":
         for inner in (*step.get("normalizers", ()), *step.get("pretokenizers", ())):
             yield from _steps(inner)
@@ -183,7 +202,7 @@ def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _keeps_all(step: dict[str, Any]) -> bool:
-    """Whether it drops nothing, and makes no text shorter than NFC does."""
+    """Returns whether a step drops nothing, and makes no text shorter than NFC does."""
     kind = step.get("type")
     if kind == "Split":
         return step.get("behavior") != "Removed"
@@ -199,6 +218,6 @@ def _ids(value: object) -> list[int]:
 
 
 def _token_text(value: object) -> str:
-    """A token is written as its text, or as a table with its `content`."""
+    """Returns the text of a token that is written as its text, or as a table with its `content`."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else ""

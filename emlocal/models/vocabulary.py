@@ -1,8 +1,8 @@
-"""The vocabulary of a GGUF model, and which of its tokens end a generation, as llama.cpp sees them.
+"""The vocabulary of a GGUF model, and the tokens that end a generation, as llama.cpp sees them.
 
-llama.cpp does not take a file's token types as they come: it knows some tokens by their text, and what it
-makes of them decides what a prompt encodes to and where a generation stops. The rules are those of
-llama_vocab::impl::load (llama-vocab.cpp:2660-3030 of the llama.cpp in llama-cpp-python 0.3.36).
+llama.cpp changes a file's token types: it knows some tokens by their text. Its corrections decide what a
+prompt encodes to and where a generation stops. The rules here are those of llama_vocab::impl::load
+(llama-vocab.cpp:2660-3030 of the llama.cpp in llama-cpp-python 0.3.36).
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from emlocal.models.gguf.header import GGUFHeader, int_or_none
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
 
 IdOf = Callable[[str], int | None]
-"""The id of the token with this text, None if there is none."""
+"""A function that returns the id of the token with this text, or None if there is none."""
 
 _END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
@@ -22,7 +22,7 @@ _END_TEXTS = (
     *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"),
     *("<｜end▁of▁sentence｜>", "[e~["),
 )
-# Fill-in-the-middle tokens that end a generation, and those that do not: of each group llama.cpp takes one.
+# Fill-in-the-middle tokens that end a generation, and those that do not. llama.cpp takes one of each group.
 _FIM_ENDS = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -46,10 +46,10 @@ _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # 
 
 
 def end_tokens(id_of: IdOf, given: Iterable[int | None] = ()) -> frozenset[int]:
-    """Every token that ends a generation: those that the model names, and those llama.cpp knows by text.
+    """Returns every token that ends a generation: those that the model names, and those known by text.
 
-    `given` are ids out of the model's metadata (end of sequence, of turn, of message). Of several spellings
-    of one fill-in-the-middle token the first in our lists counts; llama.cpp takes any.
+    `given` are ids from the model's metadata (end of sequence, of turn, of message). Of several spellings of
+    one fill-in-the-middle token the first in our lists counts; llama.cpp takes any.
     """
     ids = {text: found for text in _END_TEXTS if (found := id_of(text)) is not None}
     if "<|end|>" in ids and (
@@ -58,7 +58,7 @@ def end_tokens(id_of: IdOf, given: Iterable[int | None] = ()) -> frozenset[int]:
     ):
         del ids["<|end|>"]  # gpt-oss and Solar: it ends a message, not the turn
     if "<|tool_response>" in ids:
-        ids.pop("</s>", None)  # Gemma 4 has it as a word
+        ids.pop("</s>", None)  # in Gemma 4 this is a word
     fim = (_first(id_of, texts) for texts in _FIM_ENDS.values())
     return frozenset(i for i in (*ids.values(), *fim, *given) if i is not None)
 
@@ -69,7 +69,7 @@ def _first(id_of: IdOf, texts: Iterable[str]) -> int | None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Texts and kinds of all tokens, by id; the special ones' ids, None where there is none."""
+    """Texts and kinds of all tokens, by id, and the ids of the special ones; None if there is none."""
 
     texts: list[str]
     """For "gpt2" in GPT-2's letters for bytes, for "llama" with "▁" for a space."""
@@ -86,10 +86,10 @@ class Vocabulary:
 
 
 def read_vocabulary(header: GGUFHeader, *, adds_bos: bool) -> Vocabulary:
-    """The vocabulary of a model that has passed `read_header`.
+    """Returns the vocabulary of a model that has passed `read_header`.
 
     Args:
-        adds_bos: whether its kind of tokenizer puts BOS before a text where the file does not say.
+        adds_bos: whether its kind of tokenizer puts BOS before a text if the file does not say.
     """
     raw = header.byte_strings("tokenizer.ggml.tokens")
     texts = [_text(token, number) for number, token in enumerate(raw)]
@@ -134,6 +134,6 @@ def read_vocabulary(header: GGUFHeader, *, adds_bos: bool) -> Vocabulary:
 
 
 def _text(token: bytes, number: int) -> str:
-    """As C reads it: up to a NUL, and never empty."""
+    """Returns a token's text as C reads it: up to a NUL, and never empty."""
     text = token.partition(b"\0")[0].decode("utf-8", "backslashreplace")
     return text or f"[EMPTY_{number}]"

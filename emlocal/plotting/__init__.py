@@ -1,8 +1,8 @@
-"""Figures of training runs, traces and evaluations: from paths to pictures and to plots on a terminal.
+"""Figures of training runs, evaluations and traces, as pictures or as plots on a terminal.
 
-Here is what all have in common. What a path is, how it is read and labelled; pictures; and plots of
-characters: axes around rows, bars, and lines as braille dots, two by four in a character. `runs`,
-`evaluations` and `traces` read and draw one kind each.
+This module holds the shared parts: the kind of a path, labels, pictures, and plots of characters. Those have
+axes around rows, bars, and lines of braille dots, two by four in a character. `runs`, `evaluations` and
+`traces` each read and draw one kind.
 """
 
 import math
@@ -27,40 +27,40 @@ Kind = Literal["run", "evaluation", "trace"]
 
 METRICS, RESULTS = "metrics.jsonl", "results.json"
 _ARTICLES = {"run": "a training run", "evaluation": "an evaluation", "trace": "a trace"}
-_HINT = "give what -o of finetune, rl or eval was, or what --trace of generate wrote"
+_HINT = "name a folder of finetune, rl or eval (-o), or a file of generate --trace"
 
 
 def kind_of(paths: Sequence[Path]) -> Kind:
-    """What the paths are, all of them.
+    """Returns the kind of the paths, which must be the same for all.
 
-    Raises UsageError for one that is not there or is nothing of the kind, and for different kinds together:
-    they have no axis in common.
+    Raises UsageError for a path that is missing or of no known kind, and for paths of different kinds, which
+    have no axis in common.
     """
     kinds = [_kind(path) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
         if kind != kinds[0]:
             raise UsageError(
-                f"{paths[0]} is {_ARTICLES[kinds[0]]} and {path} is {_ARTICLES[kind]}:"
-                " they cannot be drawn together",
-                "draw each kind by a command of its own",
+                f"{paths[0]} is {_ARTICLES[kinds[0]]} and {path} is {_ARTICLES[kind]};"
+                " they cannot share a plot",
+                "plot each kind with its own command",
             )
     return kinds[0]
 
 
 def folder_of(path: Path) -> Path:
-    """A run's folder, of the folder itself or its file of metrics."""
+    """Returns a run's folder, given the folder or its file of metrics."""
     return path if path.is_dir() else path.parent
 
 
 def results_of(path: Path) -> Path:
-    """An evaluation's results.json, of its folder or the file itself."""
+    """Returns an evaluation's results.json, given its folder or the file itself."""
     return path / RESULTS if path.is_dir() else path
 
 
 def _kind(path: Path) -> Kind:
-    """By the name: what is inside is for the kind's own reader to judge."""
+    """Returns a path's kind by its name; the kind's own reader checks the content."""
     if not path.exists():
-        raise UsageError(f"{path} is not there", _HINT)
+        raise UsageError(f"{path} does not exist", _HINT)
     if not path.is_dir():
         return "run" if path.name == METRICS else "evaluation" if path.suffix == ".json" else "trace"
     if (path / METRICS).exists():
@@ -69,27 +69,27 @@ def _kind(path: Path) -> Kind:
         return "evaluation"
     if (path / "answers").is_dir():
         raise UsageError(
-            f"the evaluation in {path} has not come to its end: there is no {RESULTS}",
-            "run its command again: it goes on where it stopped",
+            f"the evaluation in {path} is not finished: there is no {RESULTS}",
+            "run its command again to resume it",
         )
-    raise UsageError(f"{path} holds no run ({METRICS}) and no evaluation ({RESULTS})", _HINT)
+    raise UsageError(f"{path} has neither a run ({METRICS}) nor an evaluation ({RESULTS})", _HINT)
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes.
+    """Reads a file.
 
-    Raises UsageError where there is no such file, EmlocalError where it cannot be read.
+    Raises UsageError if it is missing, and EmlocalError if it cannot be read.
     """
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path} is not there") from None
+        raise UsageError(f"{path} does not exist") from None
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
 
 
 def finite(value: object) -> float | None:
-    """The number that a JSON value is; None where it is none, or none that has a place on an axis."""
+    """Returns a JSON value as a finite number, or None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -100,14 +100,14 @@ def finite(value: object) -> float | None:
 
 
 def labels(paths: Sequence[Path], what: str) -> list[str]:
-    """The last parts of the paths, as many as make them different. `what` they are, for the error.
+    """Returns labels for the paths: their last parts, as many as make them differ.
 
-    Raises UsageError for a path that is given twice.
+    `what` names the kind in the error. Raises UsageError for a path that is given twice.
     """
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
-        raise UsageError(f"{what} is given twice", "give each once")
-    # links go by their own names, as they were given
+        raise UsageError(f"{what} is given twice", "name each only once")
+    # a link keeps its own name
     named = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
     found = [path.name for path in named]
     for parts in range(2, max(len(path.parts) for path in named) + 1):
@@ -118,10 +118,10 @@ def labels(paths: Sequence[Path], what: str) -> list[str]:
 
 
 def write_picture(paths: Sequence[Path], output: Path) -> None:
-    """Draw what the paths hold into a .png, .svg or .pdf file.
+    """Draws the content of the paths into a .png, .svg or .pdf file.
 
-    Raises UsageError for paths of different kinds, or that hold nothing to draw, and for a file that is no
-    picture; BackendError where matplotlib is missing; EmlocalError where something cannot be read or written.
+    Raises UsageError for paths of different kinds or without anything to draw, and for another file type.
+    Raises BackendError if matplotlib is missing, and EmlocalError if a file cannot be read or written.
     """
 
     check_name(output)
@@ -145,9 +145,9 @@ def _figure(paths: Sequence[Path]) -> "Figure":
 
 
 def screen_lines(paths: Sequence[Path], width: int, *, colours: bool) -> "list[Text]":
-    """What the paths hold as lines for a terminal of so many columns.
+    """Returns the content of the paths as lines for a terminal of `width` columns.
 
-    Raises UsageError for paths of different kinds, or that hold nothing to draw; EmlocalError where something
+    Raises UsageError for paths of different kinds or without anything to draw, and EmlocalError if a file
     cannot be read.
     """
     match kind_of(paths):
@@ -166,17 +166,17 @@ def screen_lines(paths: Sequence[Path], width: int, *, colours: bool) -> "list[T
 
 
 FORMATS = (".png", ".svg", ".pdf")
-_DOTS = 150  # of a PNG, an inch
+_DOTS = 150  # dots per inch of a PNG
 
 
 def check_name(path: Path) -> None:
-    """Raise UsageError for a file that is no .png, .svg or .pdf."""
+    """Raises UsageError for a file name that does not end in .png, .svg or .pdf."""
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path} is no picture", f"give a name that ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{path} is not a picture", f"use a name that ends in {', '.join(FORMATS)}")
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, of inches. Raises BackendError where matplotlib is missing."""
+    """Creates an empty figure; sizes in inches. Raises BackendError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as why:
@@ -185,7 +185,10 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def plain_axes(axes: "Axes", title: str) -> None:
-    """A title on the left, a faint grid, no frame above and to the right. Titles hold no formulas."""
+    """Sets a title on the left and a faint grid, and removes the frame above and to the right.
+
+    The title is not parsed as a formula.
+    """
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
@@ -193,7 +196,7 @@ def plain_axes(axes: "Axes", title: str) -> None:
 
 
 def legend_above(figure: "Figure", order: Sequence[str] = ()) -> None:
-    """One legend for all panels, each name once; those of `order` stand in this order."""
+    """Adds one legend for all panels with each name once; the names in `order` come first, in that order."""
     handles = {
         label: handle
         for axes in figure.axes
@@ -212,9 +215,9 @@ def legend_above(figure: "Figure", order: Sequence[str] = ()) -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the picture; an old one is replaced whole. Raises EmlocalError where it cannot be written."""
+    """Writes the picture and replaces an old one whole. Raises EmlocalError if it cannot be written."""
     with atomic_path(path) as temporary, warnings.catch_warnings():
-        # a token in a script that the font lacks is shown as a box
+        # the font draws a box for a script that it lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=_DOTS)
 
@@ -222,16 +225,16 @@ def save(figure: "Figure", path: Path) -> None:
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 UPRIGHT = " ▁▂▃▄▅▆▇█"
 STYLES = ("cyan", "yellow", "magenta", "green", "red", "blue")
-"""Of the things in one plot, over and over."""
+"""Colours of the items in a plot, used in turn."""
 
 
 def axis_width(low: float, high: float) -> int:
-    """Columns that the numbers and the line of `framed` take."""
+    """Returns the number of columns for the numbers and the line of `framed`."""
     return max(len(short(low)), len(short(high))) + 2
 
 
 def framed(rows: Sequence[Text], low: float, high: float, left: str, middle: str, right: str) -> list[Text]:
-    """The rows, the highest first, with an axis on their left and one below, whose ends are named."""
+    """Adds axes to the rows (highest first): numbers on the left, and the named ends of the axis below."""
     numbers = axis_width(low, high) - 2
     found = []
     for i, row in enumerate(rows):
@@ -245,7 +248,7 @@ def framed(rows: Sequence[Text], low: float, high: float, left: str, middle: str
 
 
 def between(left: str, middle: str, right: str, width: int) -> str:
-    """The ends of an axis and what it is of; without the latter where there is no place."""
+    """Returns the labels of an axis: its ends and, if there is room, its name in the middle."""
     gap = width - cell_len(left) - cell_len(right)
     if gap < cell_len(middle) + 2:
         return left + " " * max(1, gap) + right
@@ -254,29 +257,29 @@ def between(left: str, middle: str, right: str, width: int) -> str:
 
 
 def bar(share: float, width: int) -> str:
-    """A horizontal bar over a share of the width, to an eighth of a column, padded to the width."""
+    """Returns a horizontal bar over a share of the width, exact to 1/8 column and padded to the width."""
     eighths = round(min(1.0, max(0.0, share)) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
 def short(number: float) -> str:
-    """Three digits: "0.217", "1.74", "119", "2.5e+10"."""
+    """Formats a number with three digits: "0.217", "1.74", "119", "2.5e+10"."""
     return f"{number:.3g}" if abs(number) < 1000 or abs(number) >= 1e6 else f"{number:.0f}"
 
 
 _BRAILLE = 0x2800
 _BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""By column and row within a character, the uppermost row first."""
+"""Bits of the dots by column and row within a character, from the top row down."""
 Point = tuple[float, float]
-"""From (0, 0), below on the left, to (1, 1)."""
+"""A position between (0, 0), bottom left, and (1, 1)."""
 
 
 class Canvas:
-    """Lines over each other, each with a colour of its own.
+    """A plot of lines, each in its own colour.
 
-    With `letters` a line is drawn with its letter (a, b, …) instead, a character at a time: that tells lines
-    apart where there are no colours.
+    With `letters`, each line is drawn in characters with its own letter (a, b, …). That tells lines apart
+    without colours.
     """
 
     def __init__(self, columns: int, rows: int, *, letters: bool = False) -> None:
@@ -285,7 +288,7 @@ class Canvas:
         self._cells: dict[tuple[int, int], dict[int, int]] = {}
 
     def line(self, points: Sequence[Point], number: int) -> None:
-        """Join the points by the line of this number."""
+        """Connects the points with the line of this number."""
         width, height = 2 * self._columns - 1, 4 * self._rows - 1
         dots = [(round(x * width), round((1 - y) * height)) for x, y in points]
         for start, end in zip(dots, dots[1:] or dots, strict=False):
@@ -302,7 +305,7 @@ class Canvas:
         cell[number] = cell.get(number, 0) | _BITS[x % 2][y % 4]
 
     def rows(self) -> list[Text]:
-        """The rows, the uppermost first."""
+        """Returns the rows, from the top down."""
         found = []
         for y in range(self._rows):
             row = Text()
@@ -324,6 +327,6 @@ class Canvas:
 
 
 def letter(number: int) -> str:
-    """What stands for the line of this number: a … z, A … Z, and again."""
+    """Returns the letter for a line's number: a … z, A … Z, then again from a."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     return letters[number % len(letters)]

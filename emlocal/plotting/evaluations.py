@@ -1,4 +1,4 @@
-"""Evaluations by their results.json: accuracies with intervals, and what an answer costs."""
+"""Plots of evaluations from their results.json: accuracies with intervals, and the cost of an answer."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation and what it is called among others."""
+    """An evaluation with its label."""
 
     label: str
     results: Results
 
     def describe(self) -> str:
-        """Task and model: accuracies of different ones are not to be compared."""
+        """Names the task and the model; accuracies can only be compared if both are equal."""
         found = self.results
         return f"{found.task}, {counted(found.problems, 'problem')}, {found.model}"
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[Evaluation]:
-    """The evaluations of these results.json, labelled by as much of their folders as tells them apart.
+    """Reads these results.json and labels them by as many folder names as make them differ.
 
-    Raises UsageError for what is no results.json, is of another version, or damaged.
+    Raises UsageError for a file that is not a results.json, has another version or is damaged.
     """
     folders = [path.parent if path.name == "results.json" else path for path in paths]
     pairs = zip(labels(folders, "an evaluation"), paths, strict=True)
@@ -49,17 +49,17 @@ def read_evaluations(paths: Sequence[Path]) -> list[Evaluation]:
 
 
 def accuracy_name(evaluations: Sequence[Evaluation]) -> str:
-    """ "accuracy", or "mean@4" where all have as many answers to each question."""
+    """Returns "accuracy", or "mean@4" if all evaluations have that many answers to each question."""
     ks = {max(standing.repetitions for standing in each.results.standings) for each in evaluations}
     return "accuracy" if len(ks) > 1 or ks == {1} else f"mean@{ks.pop()}"
 
 
 _WIDTH, _LETTER, _LEAST = 10.0, 0.08, 3.4  # inches; a letter is one of a method's name
-_ROW = 0.42  # inches; a method has one, and so has a heading
+_ROW = 0.42  # inches for each method and each heading
 
 
 def draw_evaluations(evaluations: Sequence[Evaluation]) -> "Figure":
-    """The figure of all evaluations. Raises BackendError where matplotlib is missing."""
+    """Draws a figure of all evaluations. Raises BackendError if matplotlib is missing."""
     rows: list[Evaluation | Standing] = []
     for each in evaluations:
         rows += [each, *each.results.standings]
@@ -92,7 +92,7 @@ def _draw_accuracies(
     *,
     several: bool,
 ) -> None:
-    """A row for each method, in the colours of the other panel, below the heading of its evaluation."""
+    """Draws a row for each method below its evaluation's heading, in the colours of the other panels."""
     names, colours, looks_left = [], [], iter(drawn_as)
     for place, row in enumerate(rows):
         if isinstance(row, Evaluation):
@@ -116,12 +116,12 @@ def _draw_accuracies(
     axes.grid(visible=False, axis="y")
 
 
-_SCALES = (5, 10, 20, 25, 50, 75, 100)  # percent, at the axis' end
+_SCALES = (5, 10, 20, 25, 50, 75, 100)  # percent at the end of the axis
 _NUMBERS = 19  # columns of "100.0 (99.9–100.0)"
 
 
 def show_evaluations(evaluations: Sequence[Evaluation], width: int) -> list[Text]:
-    """The lines to print; the axes are the same for all evaluations."""
+    """Returns the lines to print; all evaluations share the same axes."""
     standings = [standing for each in evaluations for standing in each.results.standings]
     longest = max(len(standing.name) for standing in standings)
     own_line = longest > width // 3  # a long name stands above its bar
@@ -158,7 +158,7 @@ def _row(name: str, text: Text, indent: int, own_line: bool) -> list[Text]:
 
 
 def _accuracy_bar(accuracy: Estimate, end: float, columns: int) -> Text:
-    """A bar to the accuracy, and the interval over it."""
+    """Draws a bar up to the accuracy, with the interval over it."""
 
     def column(value: float) -> int:
         return min(columns - 1, math.floor(100 * value / end * columns))
@@ -177,14 +177,14 @@ _RISK = 6  # columns of "100.0" and a space
 
 
 def _risks(standings: Sequence[Standing], indent: int, columns: int, own_line: bool) -> list[Text]:
-    """A row of numbers for each method, as many as have room; none where no answer has a confidence."""
+    """Returns a row of risks for each method, as many as fit; empty if no answer has a confidence."""
     if not any(standing.risks for standing in standings):
         return []
     places = range(len(COVERAGES))
     step = next((n for n in (1, 2, 5) if len(COVERAGES) // n * _RISK <= columns), len(COVERAGES))
-    shown = places[step - 1 :: step]  # 100 % always
+    shown = places[step - 1 :: step]  # always includes 100 %
     heads = "".join(f"{100 * COVERAGES[i]:.0f} %".rjust(_RISK) for i in shown)
-    lines = [Text("wrong %, of the surest answers"), Text(" " * indent + heads, "dim")]
+    lines = [Text("wrong %, most confident answers first"), Text(" " * indent + heads, "dim")]
     for standing in standings:
         if standing.risks:
             numbers = "".join(f"{100 * standing.risks[i].value:.1f}".rjust(_RISK) for i in shown)
@@ -195,10 +195,10 @@ def _risks(standings: Sequence[Standing], indent: int, columns: int, own_line: b
 def _costs(
     standings: Sequence[Standing], most: float, indent: int, columns: int, own_line: bool
 ) -> list[Text]:
-    """A bar for each method; none where no answer was given."""
+    """Returns a bar for each method; empty if there are no answers."""
     if not most:
         return []
-    lines = [Text("FLOPs of an answer (2 · parameters · tokens)")]
+    lines = [Text("FLOPs per answer (2 · parameters · tokens)")]
     for standing in standings:
         text = Text(bar(standing.flops / most, columns), "yellow").append(
             f" {flops(standing.flops)}", "default"

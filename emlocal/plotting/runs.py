@@ -1,4 +1,4 @@
-"""Training runs over their steps: entropy, reward, KL to the base, length, repetition."""
+"""Plots of training runs over their steps: entropy, reward, KL to the base, length, repetition."""
 
 import json
 import math
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of a line of metrics."""
+    """A plot of one number from the metrics."""
 
     name: str
     title: str
@@ -44,25 +44,25 @@ class Panel:
 
 
 PANELS = (
-    Panel("entropy", "Entropy of the answers", "nats a token"),
+    Panel("entropy", "Entropy of answers", "nats per token"),
     *(Panel("reward", "Reward", unit) for unit in ("nats", "share", "weighted sum", "")),
-    Panel("kl", "KL to the base", "nats a token"),
-    Panel("length", "Length of the answers", "tokens"),
+    Panel("kl", "KL to the base model", "nats per token"),
+    Panel("length", "Length of answers", "tokens"),
     Panel("repetition", "Repeated text", "%", 100),
 )
 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What a run has written so far."""
+    """The metrics of a run so far."""
 
     label: str
     rows: tuple[dict[str, Any], ...]
     reward: str = ""
-    """The unit of its reward: runs of different ones have no axis in common."""
+    """Unit of the reward; runs with different units have no axis in common."""
 
     def line(self, panel: Panel) -> tuple[list[int], list[float]]:
-        """Steps and numbers, of the steps that have one."""
+        """Returns the steps that have a number for this panel, and the numbers."""
         if panel.name == "reward" and panel.unit != self.reward:
             return [], []
         found = [(row["step"], finite(row.get(panel.name))) for row in self.rows]
@@ -71,29 +71,29 @@ class RunMetrics:
 
 
 def panels_of(runs: Sequence[RunMetrics]) -> list[Panel]:
-    """The panels that any of the runs has a number for.
+    """Returns the panels for which any run has a number.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there are none.
     """
     found = [panel for panel in PANELS if any(run.line(panel)[0] for run in runs)]
     if not found:
-        raise UsageError(f"the metrics of {runs[0].label} have no number to draw")
+        raise UsageError(f"the metrics of {runs[0].label} have no number to plot")
     return found
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
-    """The metrics of runs, labelled by as much of their paths as tells them apart.
+    """Reads the metrics of runs and labels them by as many path parts as make them differ.
 
-    A torn last line, of a run that is being written, is left out.
+    If a run is still being written, a torn last line is left out.
 
-    Raises UsageError for a folder that holds no run, or one that has no metrics yet.
+    Raises UsageError for a folder without a run or without metrics.
     """
     pairs = zip(labels(folders, "a run"), folders, strict=True)
     return [RunMetrics(label, _rows(folder), _reward(folder)) for label, folder in pairs]
 
 
 def _reward(folder: Path) -> str:
-    """The unit of a run's reward, as far as its run.json tells."""
+    """Returns the unit of a run's reward from its run.json; empty if unknown."""
     try:
         ((name, _), *more) = json.loads((folder / "run.json").read_text("utf-8"))["settings"]["reward"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -109,7 +109,7 @@ def _rows(folder: Path) -> tuple[dict[str, Any], ...]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"{folder} holds no run: there is no {path.name}", "give what -o of finetune or rl was"
+            f"{folder} is not a run: it has no {path.name}", "name the folder that finetune or rl wrote (-o)"
         ) from None
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
@@ -122,23 +122,25 @@ def _rows(folder: Path) -> tuple[dict[str, Any], ...]:
             if number == len(lines) and line.startswith("{"):
                 break
             raise UsageError(
-                f"{path} is no file of metrics, or damaged: line {number:,} is no JSON"
+                f"{path} is not a metrics file, or is damaged: line {number:,} is not JSON"
             ) from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UsageError(f"{path} holds no metrics of a run", "give what -o of finetune or rl was")
+            raise UsageError(
+                f"{path} has no metrics of a run", "name the folder that finetune or rl wrote (-o)"
+            )
         rows.append(row)
     if not rows:
-        raise UsageError(f"the run in {folder} has no metrics yet", "wait for its first step")
+        raise UsageError(f"the run in {folder} has no metrics yet", "wait until its first step is done")
     return tuple(rows)
 
 
-_PANEL_WIDTH, _PANEL_HEIGHT = 4.2, 2.7  # of a panel, inches
+_PANEL_WIDTH, _PANEL_HEIGHT = 4.2, 2.7  # size of a panel in inches
 
 
 def draw_runs(runs: Sequence[RunMetrics]) -> "Figure":
-    """The figure of all runs.
+    """Draws a figure of all runs.
 
-    Raises UsageError where there is nothing to draw, BackendError where matplotlib is missing.
+    Raises UsageError if there is nothing to draw, and BackendError if matplotlib is missing.
     """
     panels = panels_of(runs)
     columns = min(len(panels), 3 if len(panels) > 4 else 2)
@@ -163,17 +165,17 @@ def draw_runs(runs: Sequence[RunMetrics]) -> "Figure":
 
 
 def _shown(label: str) -> str:
-    """matplotlib leaves names that begin with an underscore out of its legends."""
+    """Returns a label that matplotlib shows: its legends leave out names that begin with an underscore."""
     return f" {label}" if label.startswith("_") else label
 
 
 _ROWS = 6
-_TWO = 70  # columns: two panels have place beside each other
+_TWO = 70  # columns from which on two panels fit side by side
 _GAP = 2
 
 
 def show_runs(runs: Sequence[RunMetrics], width: int, *, colours: bool) -> list[Text]:
-    """The lines to print. Several runs are told apart by colours, without them by letters."""
+    """Returns the lines to print. Several runs differ in colour or, without colours, in letter."""
     panels = panels_of(runs)
     letters = len(runs) > 1 and not colours
     beside = 2 if width >= _TWO and len(panels) > 1 else 1
@@ -201,13 +203,13 @@ def _legend(runs: Sequence[RunMetrics], letters: bool) -> list[Text]:
         Text(letter(i) if letters else "━━", STYLES[i % len(STYLES)]).append(f" {run.label}", "default")
         for i, run in enumerate(runs)
     ]
-    return [*lines, Text("+ several at once")] if letters else lines
+    return [*lines, Text("+ several in one column")] if letters else lines
 
 
 def _panel(
     panel: Panel, runs: Sequence[RunMetrics], steps: tuple[int, int], columns: int, letters: bool
 ) -> list[Text]:
-    """A title, the plot, and its axes; `steps` are the first and the last of all runs."""
+    """Returns a title, a plot and its axes; `steps` are the first and the last step of all runs."""
     found = [run.line(panel) for run in runs]
     numbers = [n for _, line in found for n in line]
     low = min(0.0, *numbers) if panel.from_zero else min(numbers)

@@ -1,4 +1,4 @@
-"""Traces of `emlocal generate`: answers token by token, with the entropy before and after EM."""
+"""Plots of traces of `emlocal generate`: answers token by token, with the entropy before and after EM."""
 
 import json
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_HINT = "give what --trace of generate wrote"
+_HINT = "name a file that generate --trace wrote"
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,19 @@ class TracedAnswer:
 
     @cached_property
     def summary(self) -> EntropySummary:
-        """What EM did to it."""
+        """Statistics of the answer's entropies and of EM's effect."""
         return summarize(self.draws)
 
     @property
     def changed(self) -> list[bool]:
-        """By token: whether the same draw would have made another one without EM."""
+        """For each token, whether the same draw without EM would have given another token."""
         return [draw.token != draw.token_without_em for draw in self.draws]
 
     def describe(self) -> str:
-        """Its figures in a line: "119 tokens, entropy 1.69 → 0.22 nats, EM changed 39 tokens (33 %)"."""
+        """Describes the answer in a line.
+
+        For example "119 tokens, entropy 1.69 → 0.22 nats, EM touched 88%, changed 39 (33%)".
+        """
         found = self.summary
         touched = found.touched > 0
         said = (
@@ -65,9 +68,9 @@ class TracedAnswer:
 
 
 def read_traces(paths: Sequence[Path]) -> list[TracedAnswer]:
-    """The answers of all traces, labelled by file, and by number where a file has several.
+    """Reads the answers of all traces; labels them by file and, if a file has several, by number.
 
-    Raises UsageError for a file that is no trace, is empty or torn; it names the line.
+    Raises UsageError for a file that is not a trace, is empty or is torn; it names the line.
     """
     found = []
     for label, path in zip(labels(paths, "a trace"), paths, strict=True):
@@ -79,18 +82,18 @@ def read_traces(paths: Sequence[Path]) -> list[TracedAnswer]:
 
 
 def shown_text(text: str) -> str:
-    """A token's text in one line, ∅ for none: that of the end, for example."""
+    """Returns a token's text on one line; ∅ if it is empty, like an end token."""
     return harmless(text.replace("\n", "⏎").replace("\t", "⇥")) or "∅"
 
 
 def _read(path: Path) -> dict[int, tuple[list[str], list[Draw]]]:
-    """Texts and draws of a file by sample. Lines end at line feeds alone: texts may hold other separators."""
+    """Returns texts and draws by sample. Only line feeds end a line: texts may contain other separators."""
     lines = read_bytes(path).split(b"\n")
     whole = lines[-1] == b""
     if whole:
         lines.pop()
     if not lines:
-        raise UsageError(f"{path} is empty: a trace has a line for each token", _HINT)
+        raise UsageError(f"{path} is empty; a trace has a line for each token", _HINT)
     answers: dict[int, tuple[list[str], list[Draw]]] = {}
     for number, line in enumerate(lines, 1):
         row = _row(line)
@@ -98,15 +101,15 @@ def _read(path: Path) -> dict[int, tuple[list[str], list[Draw]]]:
         if row is None or draw is None:
             if number == len(lines) and answers and not whole:
                 raise UsageError(
-                    f"{path} is torn: its last line, {number:,}, is not whole", "write the trace again"
+                    f"{path} is cut off: its last line, {number:,}, is incomplete", "write the trace again"
                 )
-            raise UsageError(f"{path} is no trace: line {number:,} is no token's", _HINT)
+            raise UsageError(f"{path} is not a trace: line {number:,} is not a token", _HINT)
         texts, draws = answers.setdefault(row["sample"], ([], []))
         if row["index"] != len(texts):
             raise UsageError(
                 f"{path}, line {number:,}: token {row['index']:,} of answer {row['sample'] + 1:,} comes after"
-                f" {counted(len(texts), 'token')}; the file has lost lines, or is of several traces",
-                "give each trace as a file of its own",
+                f" {counted(len(texts), 'token')}; the file lacks lines, or has several traces",
+                "put each trace into its own file",
             )
         texts.append(row["text"])
         draws.append(draw)
@@ -122,7 +125,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _draw(row: dict[str, Any]) -> Draw | None:
-    """The draw of a line; None where it is not what `generate` writes."""
+    """Returns the draw in a line, or None if `generate` did not write it."""
     whole = [row.get(name) for name in ("sample", "index", "token", "steps", "token_without_em")]
     numbers = [finite(row.get(name)) for name in ("entropy_before", "entropy_after", "p_before", "p_after")]
     if not isinstance(row.get("text"), str) or not all(type(n) is int and n >= 0 for n in whole):
@@ -133,23 +136,24 @@ def _draw(row: dict[str, Any]) -> Draw | None:
 
 
 MOST = 16
-"""Answers in a figure: below each other they must still fit a page."""
-_WORDS = 70  # tokens: as many can stand beside each other
-_WIDTH, _HEIGHT, _LABELS = 12.0, 1.9, 0.7  # inches: of the figure, of a panel, of the words below it
+"""Maximum number of answers in a figure: one below the other, they must fit on a page."""
+_WORDS = 70  # maximum number of tokens whose texts fit side by side
+# inches: width of the figure, height of a panel, height of the texts below it
+_WIDTH, _HEIGHT, _LABELS = 12.0, 1.9, 0.7
 _BEFORE_COLOUR, _AFTER_COLOUR, _CHANGED_COLOUR = "#c3c9d2", "#2f6fb3", "#d1242f"
 
 _NAME_BEFORE, _NAME_AFTER, _NAME_CHANGED = "before EM", "after EM", "another token without EM"
 
 
 def draw_traces(answers: Sequence[TracedAnswer]) -> "Figure":
-    """The figure of all answers; the axis of entropy is the same for all.
+    """Draws a figure of all answers; all share the same axis of entropy.
 
-    Raises UsageError for more answers than fit, BackendError where matplotlib is missing.
+    Raises UsageError for more answers than fit, and BackendError if matplotlib is missing.
     """
     if len(answers) > MOST:
         raise UsageError(
-            f"these are {len(answers):,} answers; a picture holds {MOST}",
-            "give fewer traces, or leave -o out: the terminal shows any number",
+            f"the traces have {len(answers):,} answers; a picture shows at most {MOST}",
+            "name fewer traces, or leave -o out to plot on the terminal",
         )
     tokens = max(len(answer.draws) for answer in answers)
     words = tokens <= _WORDS
@@ -171,7 +175,7 @@ def draw_traces(answers: Sequence[TracedAnswer]) -> "Figure":
 
 
 def _draw_bars(axes: "Axes", answer: TracedAnswer, top: float) -> None:
-    """A bar for each token; below them a mark for each that EM changed."""
+    """Draws a bar for each token, and a mark below each token that EM changed."""
     places = range(1, len(answer.draws) + 1)
     before = [draw.entropy_before for draw in answer.draws]
     after = [draw.entropy_after for draw in answer.draws]
@@ -181,7 +185,12 @@ def _draw_bars(axes: "Axes", answer: TracedAnswer, top: float) -> None:
         axes.bar(places, after, color=_AFTER_COLOUR, label=_NAME_AFTER, width=width, linewidth=0)
     else:
         axes.bar(
-            places, before, color=_AFTER_COLOUR, label="entropy (EM did nothing)", width=width, linewidth=0
+            places,
+            before,
+            color=_AFTER_COLOUR,
+            label="entropy (EM changed nothing)",
+            width=width,
+            linewidth=0,
         )
     changed = [place for place, is_changed in zip(places, answer.changed, strict=True) if is_changed]
     if changed:
@@ -198,7 +207,7 @@ def _draw_bars(axes: "Axes", answer: TracedAnswer, top: float) -> None:
 
 
 def _label_tokens(axes: "Axes", answer: TracedAnswer) -> None:
-    """The tokens themselves along the axis, red where EM changed them."""
+    """Writes the tokens along the axis, in red where EM changed them."""
     axes.set_xticks(
         range(1, len(answer.texts) + 1),
         [shown_text(text) for text in answer.texts],
@@ -215,16 +224,16 @@ def _label_tokens(axes: "Axes", answer: TracedAnswer) -> None:
 
 
 _ROWS = 7
-_WIDEST = 3  # columns of a token
+_WIDEST = 3  # maximum number of columns for a token
 _AFTER, _TAKEN = "cyan", "dim"
 _CHANGED = "red"
 MOST_SPELLED = 400
-"""Tokens of all answers together; beyond it the texts would bury the plots."""
+"""Maximum number of tokens, over all answers, whose texts are shown; more would bury the plots."""
 
 
 @dataclass(frozen=True)
 class _Column:
-    """Of one token, or the mean of some."""
+    """Entropy of one token, or the mean of several."""
 
     before: float
     after: float
@@ -232,12 +241,12 @@ class _Column:
 
 
 def show_traces(answers: Sequence[TracedAnswer], width: int) -> list[Text]:
-    """The lines to print; the axes are the same for all answers."""
+    """Returns the lines to print; all answers share the same axes."""
     top = max(max(d.entropy_before, d.entropy_after) for answer in answers for d in answer.draws) or 1.0
     longest = max(len(answer.draws) for answer in answers)
     space = width - axis_width(0, top)
-    tokens = -(-longest // space)  # in a column
-    columns = min(_WIDEST, max(1, space // longest))  # of a token
+    tokens = -(-longest // space)  # tokens in a column
+    columns = min(_WIDEST, max(1, space // longest))  # columns of a token
     spelled = sum(len(answer.draws) for answer in answers) <= MOST_SPELLED
     lines = _legend(answers, tokens)
     for answer in answers:
@@ -257,17 +266,19 @@ def _legend(answers: Sequence[TracedAnswer], tokens: int) -> list[Text]:
     line = Text("entropy, nats: ")
     line.append("█", _AFTER)
     if any(answer.summary.touched for answer in answers):
-        line.append(" after EM  ").append("░", _TAKEN).append(" taken away by EM  ")
+        line.append(" after EM  ").append("░", _TAKEN).append(" removed by EM  ")
         line.append("▴", _CHANGED).append(" ‹ › another token without EM")
     else:
-        line.append(" of each token (EM did nothing)")
+        line.append(" of each token (EM changed nothing)")
     return (
-        [line, Text(f"(a column is the mean of {counted(tokens, 'token')})", "dim")] if tokens > 1 else [line]
+        [line, Text(f"(each column is the mean of {counted(tokens, 'token')})", "dim")]
+        if tokens > 1
+        else [line]
     )
 
 
 def _columns(answer: TracedAnswer, tokens: int) -> list[_Column]:
-    """The tokens of an answer, so many in each."""
+    """Groups an answer's tokens into columns of `tokens` each."""
     starts = range(0, len(answer.draws), tokens)
     groups = [(answer.draws[i : i + tokens], answer.changed[i : i + tokens]) for i in starts]
     return [
@@ -277,7 +288,7 @@ def _columns(answer: TracedAnswer, tokens: int) -> list[_Column]:
 
 
 def _rows(columns: Sequence[_Column], top: float, width: int) -> list[Text]:
-    """The columns as rows of characters, the uppermost first; wide ones have a gap between them."""
+    """Draws the columns as rows of characters, from the top down; wide columns have a gap between them."""
     gap = " " * (width > 1)
     heights = [
         (round(8 * _ROWS * column.after / top), round(8 * _ROWS * column.before / top)) for column in columns
@@ -293,21 +304,21 @@ def _rows(columns: Sequence[_Column], top: float, width: int) -> list[Text]:
 
 
 def _cell(after: int, before: int) -> Text:
-    """A character, of eighths from its foot on."""
+    """Returns one character; `after` and `before` are heights above its foot, in eighths."""
     if after > 0:
         return Text(UPRIGHT[min(8, after)], _AFTER)
     return Text("░", _TAKEN) if before >= 4 else Text(" ")
 
 
 def _marks(columns: Sequence[_Column], width: int, indent: int) -> Text:
-    """Below each column that holds a token that EM changed."""
+    """Draws a mark below each column with a token that EM changed."""
     return Text(" " * indent).append(
         "".join(("▴" if c.changed else " ").ljust(width) for c in columns), _CHANGED
     )
 
 
 def _spelled(answer: TracedAnswer) -> Text:
-    """The answer; what EM changed stands in ‹ ›."""
+    """Returns the answer's text, with ‹ › around tokens that EM changed."""
     line = Text()
     for text, changed in zip(answer.texts, answer.changed, strict=True):
         if changed:

@@ -50,6 +50,7 @@ typedef struct {
 typedef struct {
     const float *row;
     Py_ssize_t V, n;
+    Py_ssize_t vocabulary; /* V, or of which `row` has the legal tokens alone */
     double top;
     double scale; /* w = scale · e^row */
     double tail_mass, tail_moment, Q0, Q1, Q2;
@@ -121,35 +122,101 @@ static void use_width(int most)
 #endif
 }
 
+/* The legal tokens' logits and ids, in order; how many they are. The mask has a bit for each token. */
+static Py_ssize_t gather(const float *row, Py_ssize_t V, const unsigned char *mask, float *logits, int32_t *ids)
+{
+    Py_ssize_t n = 0;
+    for (Py_ssize_t start = 0; start < V; start += 8) {
+        unsigned bits = mask[start / 8];
+        if (start + 8 > V)
+            bits &= (1u << (V - start)) - 1;
+        if (bits == 255) {
+            memcpy(logits + n, row + start, 8 * sizeof(float));
+            for (int i = 0; i < 8; i++)
+                ids[n + i] = (int32_t)(start + i);
+            n += 8;
+        } else if (bits)
+            for (Py_ssize_t i = start; i < V && i < start + 8; i++, bits >>= 1) {
+                logits[n] = row[i]; /* written over unless it is legal: branches would be guessed wrong */
+                ids[n] = (int32_t)i;
+                n += bits & 1;
+            }
+    }
+    return n;
+}
+
+static PyObject *drawn_from(Py_buffer *logits, Py_buffer *scratch, Py_buffer *mask, Py_buffer *legal,
+                            const Settings *set)
+{
+    Row row = {.row = logits->buf, .V = logits->len / (Py_ssize_t)sizeof(float)};
+    Drawn drawn;
+    int done = 0;
+    const int32_t *ids = NULL;
+    size_t needed = sizeof(Scratch) + ((size_t)row.V / BLOCK + 1) * sizeof(double);
+    row.vocabulary = row.V;
+    if ((size_t)scratch->len < needed) {
+        PyErr_Format(PyExc_ValueError, "the scratch buffer has %zd bytes; %zu are needed", scratch->len, needed);
+        return NULL;
+    }
+    if (row.V == 0 || row.V > INT32_MAX) {
+        PyErr_SetString(PyExc_ValueError, "a row needs between 1 and 2^31 - 1 tokens");
+        return NULL;
+    }
+    if (mask && (mask->len < (row.V + 7) / 8 || legal->len < 2 * logits->len)) {
+        PyErr_Format(PyExc_ValueError, "%zd tokens need a mask of %zd bytes and %zd bytes for the legal ones; there"
+                     " are %zd and %zd", row.V, (row.V + 7) / 8, 2 * logits->len, mask->len, legal->len);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    if (mask) {
+        int32_t *own = (int32_t *)((float *)legal->buf + row.V);
+        row.V = gather(row.row, row.V, mask->buf, legal->buf, own);
+        row.row = legal->buf;
+        ids = own;
+    }
+    if (row.V)
+        done = sample(&row, scratch->buf, set, &drawn);
+    Py_END_ALLOW_THREADS
+    if (!done)
+        Py_RETURN_NONE;
+    if (ids) {
+        drawn.token = ids[drawn.token];
+        drawn.without = ids[drawn.without];
+    }
+    return Py_BuildValue("iddiddi", (int)drawn.token, drawn.entropy_before, drawn.entropy_after, drawn.steps,
+                         drawn.p_before, drawn.p_after, (int)drawn.without);
+}
+
+#define SETTINGS                                                                                              \
+    &set.threshold, &set.steps, &set.learning_rate, &set.temperature, &set.dynatemp_range,                    \
+        &set.dynatemp_exponent, &set.top_k, &set.top_p, &set.min_p, &set.u
+
 static PyObject *draw(PyObject *module, PyObject *args)
 {
     Py_buffer logits, scratch;
     Settings set;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*w*diddddnddd", &logits, &scratch, &set.threshold, &set.steps,
-                          &set.learning_rate, &set.temperature, &set.dynatemp_range, &set.dynatemp_exponent, &set.top_k, &set.top_p, &set.min_p, &set.u))
+    if (!PyArg_ParseTuple(args, "y*w*diddddnddd", &logits, &scratch, SETTINGS))
         return NULL;
-    Row row = {.row = logits.buf, .V = logits.len / (Py_ssize_t)sizeof(float)};
-    Drawn drawn;
-    int done = 0;
-    size_t needed = sizeof(Scratch) + ((size_t)row.V / BLOCK + 1) * sizeof(double);
-    if ((size_t)scratch.len < needed)
-        PyErr_Format(PyExc_ValueError, "the scratch buffer has %zd bytes; %zu are needed", scratch.len, needed);
-    else if (row.V == 0 || row.V > INT32_MAX)
-        PyErr_SetString(PyExc_ValueError, "a row needs between 1 and 2^31 - 1 tokens");
-    else {
-        Py_BEGIN_ALLOW_THREADS
-        done = sample(&row, scratch.buf, &set, &drawn);
-        Py_END_ALLOW_THREADS
-    }
+    PyObject *drawn = drawn_from(&logits, &scratch, NULL, NULL, &set);
     PyBuffer_Release(&logits);
     PyBuffer_Release(&scratch);
-    if (PyErr_Occurred())
+    return drawn;
+}
+
+static PyObject *draw_legal(PyObject *module, PyObject *args)
+{
+    Py_buffer logits, scratch, mask, legal;
+    Settings set;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*diddddndddy*w*", &logits, &scratch, SETTINGS, &mask, &legal))
         return NULL;
-    if (!done)
-        Py_RETURN_NONE;
-    return Py_BuildValue("iddiddi", (int)drawn.token, drawn.entropy_before, drawn.entropy_after, drawn.steps,
-                         drawn.p_before, drawn.p_after, (int)drawn.without);
+    PyObject *drawn = drawn_from(&logits, &scratch, &mask, &legal, &set);
+    PyBuffer_Release(&logits);
+    PyBuffer_Release(&scratch);
+    PyBuffer_Release(&mask);
+    PyBuffer_Release(&legal);
+    return drawn;
 }
 
 static PyObject *scratch_bytes(PyObject *module, PyObject *vocabulary)
@@ -173,6 +240,7 @@ static PyObject *limit_width(PyObject *module, PyObject *most)
 
 static PyMethodDef methods[] = {
     {"draw", draw, METH_VARARGS, "One row to one draw, or None; see _fused.pyi."},
+    {"draw_legal", draw_legal, METH_VARARGS, "The same among the legal tokens; see _fused.pyi."},
     {"scratch_bytes", scratch_bytes, METH_O, "Bytes of scratch memory for a vocabulary."},
     {"limit_width", limit_width, METH_O, "Use vectors of at most so many bytes (for tests)."},
     {NULL, NULL, 0, NULL},

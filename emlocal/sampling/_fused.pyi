@@ -1,4 +1,5 @@
 from emlocal.em.split import Float32
+from emlocal.sampling.draw import Mask
 
 def draw(
     row: Float32,
@@ -18,6 +19,25 @@ def draw(
 
     `row` is contiguous float32 [V]. Raises ValueError for an empty row or too small a scratch buffer.
     """
+
+def draw_legal(
+    row: Float32,
+    scratch: bytearray,
+    threshold: float,
+    steps: int,
+    learning_rate: float,
+    temperature: float,
+    dynatemp_range: float,
+    dynatemp_exponent: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    u: float,
+    mask: Mask,
+    legal: bytearray,
+) -> tuple[int, float, float, int, float, float, int] | None:
+    """The same where only the tokens of `mask` can be drawn. `legal`: 8 bytes a token, for their logits and
+    ids. Raises ValueError for too short a mask or buffer, too."""
 
 def scratch_bytes(vocabulary: int) -> int:
     """How large `scratch` must be."""

@@ -438,7 +438,7 @@ static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Setti
             top = h[i];
             heaviest = (int32_t)i;
         }
-    double temperature = temperature_at(set, from->entropy, row->V);
+    double temperature = temperature_at(set, from->entropy, row->vocabulary);
     if (temperature == 0)
         return own->id[heaviest];
     double beta = 1 / fmax(temperature, COLDEST);

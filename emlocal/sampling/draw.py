@@ -1,14 +1,14 @@
-"""A draw: its random number, what came of it, and the reference of what is done around the EM step.
+"""A draw: its random number, its result, and the reference of the steps around the EM step.
 
-There is one uniform per token, addressed by what it is for, not by when it is asked for: u = Philox4x64-10
-with key (seed, request key) and counter (token index, sample index). A draw therefore does not depend on the
-batch, the engine, or what was drawn before; a resumed run repeats itself; and two samplers run on the same
-request share their draws. Source: Salmon et al. 2011; numpy.random.Philox, whose raw stream NumPy keeps
-stable.
+Each token has one uniform. Its address is what it is for, not when it is asked for: u = Philox4x64-10 with
+key (seed, request key) and counter (token index, sample index). A draw therefore does not depend on the
+batch, the engine, or earlier draws. A resumed run repeats itself, and two samplers run on the same request
+share their draws. Source: Salmon et al. 2011; numpy.random.Philox, whose raw stream NumPy keeps stable.
 
-The reference is the pipeline in its plainest form: penalties on tokens already seen and logit bias before EM,
-then temperature, truncation and the draw, on the full vocabulary, in float64, with a sort where a sort is
-meant. The samplers' fast paths are tested against it, and fall back to it. Ties go to the lower token id.
+The reference is the pipeline in its plainest form: before EM, penalties on tokens already seen and logit
+bias; after EM, temperature, truncation and the draw. It works on the full vocabulary, in float64, and sorts
+where the definition sorts. The samplers' fast paths are tested against it, and fall back to it. Ties go to
+the lower token id.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _AHEAD = 64  # tokens per refill; each counter value gives four
 
 
 def request_key(name: str) -> int:
-    """The 64-bit key of a request's name (its `custom_id`, say)."""
+    """Returns the 64-bit key for a request's name (its `custom_id`, say)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
@@ -36,7 +36,10 @@ class Uniforms:
     """The uniforms of one sample of one request. `self[t]` is token t's, a float in [0, 1)."""
 
     def __init__(self, seed: int, key: int = 0, sample: int = 0, start: int = 0) -> None:
-        """`start`: the token that `self[0]` is for, where an answer goes on that was begun before."""
+        """Sets seed, request key and sample.
+
+        `start`: the token that `self[0]` is for, if an answer continues an earlier one.
+        """
         self._key = np.array([seed, key], dtype=np.uint64)
         self._sample = sample
         self._start = start
@@ -55,29 +58,34 @@ class Uniforms:
 
 
 class Draw(NamedTuple):
-    """A token and how it came to be chosen."""
+    """A token, with the entropies and probabilities of its draw."""
 
     token: int
     entropy_before: float
     """Nats, of softmax(logits) after penalties."""
     entropy_after: float
-    """Nats, after the EM step; equal to `entropy_before` where it did nothing."""
+    """Nats, after the EM step; equal to `entropy_before` if it did nothing."""
     steps: int
     """EM steps taken."""
     p_before: float
-    """The token's probability before the EM step …"""
+    """The token's probability before the EM step, temperature and truncation."""
     p_after: float
-    """… and after it; both before temperature and truncation."""
+    """The token's probability after the EM step, before temperature and truncation."""
     token_without_em: int
-    """What the same uniform would have drawn without the EM step."""
+    """The token that the same uniform would have drawn without the EM step."""
+
+
+def certain(token: int) -> Draw:
+    """Returns the draw of the only token that is legal."""
+    return Draw(token, 0.0, 0.0, 0, 1.0, 1.0, token)
 
 
 COLDEST = 1e-9
-"""No temperature but 0 is colder: logits closer than this are ties, and nothing overflows."""
+"""The lowest temperature besides 0: logits closer than this are ties, and nothing overflows."""
 
 
 def probabilities(logits: Float64, params: SamplingParams) -> Float64:
-    """The distribution that a token is drawn from, [V], given the logits after EM, [V]."""
+    """Returns the distribution that a token is drawn from, [V], given the logits after EM, [V]."""
     p = np.zeros(len(logits))
     temperature = params.temperature_at(float(entropy(logits)), len(logits))
     if temperature == 0:
@@ -95,14 +103,14 @@ def probabilities(logits: Float64, params: SamplingParams) -> Float64:
 
 
 def nucleus(weights: Float64, total: float, top_p: float) -> int:
-    """How many of these weights, largest first, it takes to reach the share `top_p` of `total`."""
+    """Returns how many of these weights, largest first, it takes to reach the share `top_p` of `total`."""
     if top_p >= 1:
         return len(weights)
     return int(np.searchsorted(np.cumsum(weights), top_p * total, side="left")) + 1
 
 
 def inverse_cdf(weights: Float64, u: float) -> int:
-    """The first index whose cumulative weight exceeds u times the total; u in [0, 1)."""
+    """Returns the first index whose cumulative weight exceeds u times the total; u in [0, 1)."""
     cumulative = np.cumsum(weights)
     i = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
     if i == len(weights):  # u·total rounded up to the total
@@ -111,10 +119,19 @@ def inverse_cdf(weights: Float64, u: float) -> int:
 
 
 Float32 = NDArray[np.float32]
+Mask = NDArray[np.uint8]
+"""The legal tokens, one bit each: token i in bit i % 8 of byte i // 8; at least ⌈V / 8⌉ bytes."""
+
+
+def illegal(mask: Mask, vocabulary: int) -> NDArray[np.bool_]:
+    """Returns which tokens must not be drawn, [V]."""
+    bits: NDArray[np.uint8] = np.unpackbits(mask, count=vocabulary, bitorder="little")
+    found: NDArray[np.bool_] = bits == 0
+    return found
 
 
 def adjust(row: Float32, params: SamplingParams, seen: Sequence[int]) -> Float32:
-    """`row` itself where nothing applies, else a copy with penalties, then biases, applied.
+    """Returns a copy of `row` with penalties, then biases, applied; `row` itself if there are none.
 
     Args:
         row: raw logits, float32 [V].
@@ -138,7 +155,7 @@ def adjust(row: Float32, params: SamplingParams, seen: Sequence[int]) -> Float32
 
 
 def counted_tokens(params: SamplingParams, seen: Sequence[int]) -> Mapping[int, int]:
-    """How often each token occurs among those that the penalties look back at; empty where none apply."""
+    """Returns how often each token occurs among those that the penalties count; empty if none apply."""
     if not (params.penalizes and seen):
         return {}
     return Counter(seen if params.repeat_last_n < 0 else seen[-params.repeat_last_n :])

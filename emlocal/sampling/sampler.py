@@ -1,14 +1,14 @@
-"""The sampler of the engines whose logits lie in main memory: one row in, one token and its statistics out.
+"""The sampler of engines whose logits lie in main memory: one row in, one token and its statistics out.
 
 The usual row goes through `Fused`, compiled code (`_fused.c`), in one call, several times faster. It needs
-GCC or clang when emlocal is installed; without them `Fused.where_built` gives None and numpy does the same
+GCC or clang when emlocal is installed. Without them `Fused.where_built` returns None and numpy does the same
 work: same tokens, more time.
 
-`Sampler` takes all others, and every row on machines where nothing could be compiled. It splits the row into
-head and tail (emlocal.em.split); EM steps that have a fast way act on the head, and what follows acts on the
-head too wherever the head provably holds every token that can be drawn; otherwise on the full row. Rows are
-taken one at a time, each while it is in the processor's cache: that is faster than sweeps over [B, V], and a
-row cannot depend on its neighbours.
+`Sampler` takes all other rows, and every row on machines where nothing could be compiled. It splits the row
+into head and tail (emlocal.em.split). EM steps with a fast way act on the head. The later steps act on the
+head too if it provably holds every token that can be drawn, otherwise on the full row. Rows are taken one at
+a time, each while it is in the processor's cache. That is faster than sweeps over [B, V], and a row cannot
+depend on its neighbours.
 """
 
 import math
@@ -24,7 +24,16 @@ from emlocal.em.entropy import Float64, checked, entropy, log_softmax
 from emlocal.em.split import BLOCK, CUTOFFS, Float32, Sharpened, Split, Splitter
 from emlocal.em.steps import AdaptiveTemperature, EMInf
 from emlocal.em.steps.power import Power
-from emlocal.sampling.draw import COLDEST, Draw, adjust, inverse_cdf, nucleus, probabilities
+from emlocal.sampling.draw import (
+    COLDEST,
+    Draw,
+    Mask,
+    adjust,
+    illegal,
+    inverse_cdf,
+    nucleus,
+    probabilities,
+)
 from emlocal.settings import SamplingParams
 
 try:
@@ -38,20 +47,27 @@ _NO_STEP = (math.inf, 0, 1.0)
 
 
 class Fused:
-    """Draws from rows of one vocabulary; owns the memory for it. Not for use from two threads at once."""
+    """The compiled sampler for rows of one vocabulary. Not for use from two threads at once.
+
+    It owns the memory that it works in.
+    """
 
     def __init__(self, vocabulary: int) -> None:
         self._row_bytes = 4 * vocabulary
         self._scratch = bytearray(_fused.scratch_bytes(vocabulary))
+        self._legal = bytearray()  # logits and ids of legal tokens, once there is a mask
 
     @classmethod
     def where_built(cls, vocabulary: int) -> "Fused | None":
-        """One for this vocabulary; None where emlocal was installed without a compiler."""
+        """Returns one for this vocabulary; None if emlocal was installed without a compiler."""
         return cls(vocabulary) if BUILT else None
 
-    def draw(self, row: Float32, params: SamplingParams, u: float) -> Draw | None:
-        """A token from `row`, float32 [V], after penalties; None where the row or the settings are not usual:
-        Adam, a KL term, other EM steps, flat or extreme rows, ranks that reach into the tail."""
+    def draw(self, row: Float32, params: SamplingParams, u: float, legal: Mask | None = None) -> Draw | None:
+        """Draws a token from `row`, float32 [V], after penalties; returns None for unusual rows and settings.
+
+        Unusual are Adam, a KL term, other EM steps, flat or extreme rows, and ranks that reach into the tail.
+        With a mask the legal tokens are gathered first, and all steps act on them alone.
+        """
         em = params.em
         if em is None:
             step = _NO_STEP
@@ -59,11 +75,9 @@ class Fused:
             step = (em.threshold, em.steps, em.learning_rate)
         else:
             return None
-        if row.nbytes != self._row_bytes:  # not float32 [V]: let numpy say what is wrong
+        if row.nbytes != self._row_bytes:  # not float32 [V]: numpy reports what is wrong
             return None
-        drawn = _fused.draw(
-            row,
-            self._scratch,
+        settings = (
             *step,
             params.temperature,
             params.dynatemp_range,
@@ -73,6 +87,12 @@ class Fused:
             params.min_p,
             u,
         )
+        if legal is None:
+            drawn = _fused.draw(row, self._scratch, *settings)
+        else:
+            if not self._legal:
+                self._legal = bytearray(2 * self._row_bytes)
+            drawn = _fused.draw_legal(row, self._scratch, *settings, legal, self._legal)
         return None if drawn is None else Draw._make(drawn)
 
 
@@ -81,12 +101,12 @@ NEGLIGIBLE = 1e-7
 
 
 class FastWay(NamedTuple):
-    """How an EM step is taken on a split row."""
+    """The two functions of an EM step's fast way, on a split row."""
 
     sharpen: Callable[[Split, Any], Sharpened | None]
-    """The row after the step; None where agreement with the reference cannot be promised at this cutoff."""
+    """Returns the row after the step; None if agreement cannot be promised at this cutoff."""
     hottest: Callable[[Any], float]
-    """The highest temperature that may follow; above it, what the fast way leaves out of the tail shows."""
+    """Returns the highest temperature that may follow; above it, the parts left out of the tail matter."""
 
 
 FAST_WAYS: dict[type[EMStep], FastWay] = {
@@ -94,34 +114,47 @@ FAST_WAYS: dict[type[EMStep], FastWay] = {
     AdaptiveTemperature: FastWay(fast.sharpen_adaptive_temperature, fast.hottest_adaptive_temperature),
     Power: FastWay(fast.raise_to_power, fast.hottest_adaptive_temperature),
 }
-"""By the step's type; a step that is not here is taken by its reference."""
+"""Fast ways by the step's type. The reference takes a step that is not listed here."""
 
 
 class Sampler:
-    """Draws tokens from rows of one vocabulary. Not for use from two threads at once."""
+    """A sampler of tokens from rows of one vocabulary. Not for use from two threads at once."""
 
     def __init__(self, vocabulary: int, *, fused: bool = True) -> None:
-        """`fused`: use compiled code where it was built; without it the outcome is the same, but slower."""
+        """Makes the buffers.
+
+        `fused`: use compiled code if it was built; the tokens are the same without, but slower.
+        """
         self._splitter = Splitter(vocabulary)
         self._fused = Fused.where_built(vocabulary) if fused else None
         self.paths: Counter[float] = Counter()
         """How many rows passed at which cutoff; 0 is the full-vocabulary reference."""
 
-    def sample(self, row: Float32, params: SamplingParams, u: float, seen: Sequence[int] = ()) -> Draw:
-        """One token from one row.
+    def sample(
+        self,
+        row: Float32,
+        params: SamplingParams,
+        u: float,
+        seen: Sequence[int] = (),
+        legal: Mask | None = None,
+    ) -> Draw:
+        """Draws one token from one row.
 
         Args:
             row: raw logits, float32 [V], not changed.
             u: uniform in [0, 1).
             seen: token ids so far, for the penalties.
+            legal: the tokens that may be drawn: the others are masked before the EM step.
         Raises:
-            LogitsError: the row is no distribution.
+            LogitsError: the row is not a distribution.
             UsageError: a logit bias names a token that the model does not have.
         """
         row = adjust(row, params, seen)
-        if self._fused is not None and (drawn := self._fused.draw(row, params, u)) is not None:
+        if self._fused is not None and (drawn := self._fused.draw(row, params, u, legal)) is not None:
             self.paths[CUTOFFS[0]] += 1
             return drawn
+        if legal is not None:
+            row = np.where(illegal(legal, len(row)), np.float32(-math.inf), row)
         step = params.em
         way = FAST_WAYS.get(type(step)) if step is not None else None
         for cutoff in CUTOFFS if way or step is None else ():
@@ -155,7 +188,7 @@ def _draw(split: Split, sharpened: Sharpened, params: SamplingParams, u: float) 
 
 
 def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) -> int:
-    """Temperature, top-k, top-p, min-p and the draw."""
+    """Chooses a token by temperature, top-k, top-p, min-p and the draw."""
     temperature = params.temperature_at(weights.entropy_after, len(split.row))
     if temperature == 0:
         return int(split.index[weights.head.argmax()])
@@ -166,7 +199,8 @@ def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) 
     factor = math.log(weights.tail_factor)
     scale = math.exp(min((factor - top) * beta, 700.0))
     heaviest = scale * split.cutoff**power  # no tail token weighs more
-    if params.min_p > heaviest and params.top_p >= 1 and not params.top_k:  # the usual settings, kept short
+    # a shortcut for the usual settings
+    if params.min_p > heaviest and params.top_p >= 1 and not params.top_k:
         keep = np.flatnonzero(head >= params.min_p)
         return int(split.index[keep[0] if len(keep) == 1 else keep[inverse_cdf(head[keep], u)]])
     tail = _tail_mass(split, power, scale)
@@ -196,7 +230,7 @@ def _choose(split: Split, weights: Sharpened, params: SamplingParams, u: float) 
 
 
 def _tail_mass(split: Split, power: float, scale: float) -> float | None:
-    """scale · Σ_tail w^power: exact, or 0 where it is negligible, or None where only a sweep could tell."""
+    """Returns scale · Σ_tail w^power: exact, or 0 if it is negligible; None if only a sweep could tell."""
     if power == 1:
         return scale * split.tail_mass
     if power > 1 and scale * split.cutoff ** (power - 1) * split.tail_mass <= NEGLIGIBLE:
@@ -205,7 +239,7 @@ def _tail_mass(split: Split, power: float, scale: float) -> float | None:
 
 
 def _largest(weights: Float64, k: int) -> NDArray[np.intp]:
-    """Positions of the k largest weights, ascending; among equals the lower positions."""
+    """Returns the positions of the k largest weights, ascending; among equals the lower positions."""
     if len(weights) <= k:
         return np.arange(len(weights))
     candidates = np.flatnonzero(weights >= np.partition(weights, -k)[-k])
@@ -213,7 +247,10 @@ def _largest(weights: Float64, k: int) -> NDArray[np.intp]:
 
 
 def _choose_on_full_row(split: Split, weights: Sharpened, params: SamplingParams, u: float) -> int:
-    """The same where tokens of the tail may survive truncation: rare, and a sort of the vocabulary."""
+    """Chooses a token from the full row, if tail tokens may survive truncation.
+
+    Rare; sorts the vocabulary.
+    """
     exponents = split.row.astype(np.float64) - split.offset
     logits = weights.tail_power * exponents + math.log(weights.tail_factor)
     logits[split.index] = weights.head
@@ -221,11 +258,11 @@ def _choose_on_full_row(split: Split, weights: Sharpened, params: SamplingParams
 
 
 def _draw_with_tail(split: Split, head: Float64, power: float, scale: float, u: float) -> int:
-    """Inverse CDF in token order over the whole row: by blocks, then within one block."""
+    """Draws by inverse CDF in token order over the whole row: by blocks, then within one block."""
     tail = split.tail
     blocks = split.blocks * scale
     if power != 1:
-        # from the exponents: at high temperatures weights matter that float32 does not hold
+        # uses the exponents: at high temperatures, weights matter that float32 cannot hold
         exponents = split.row - np.float32(split.offset)
         exponents[split.index] = -math.inf
         tail = np.zeros(len(split.tail), dtype=np.float32)
@@ -245,7 +282,7 @@ def _draw_with_tail(split: Split, head: Float64, power: float, scale: float, u: 
 
 
 def _probability(split: Split, weights: Sharpened, token: int) -> float:
-    """The token's probability before temperature and truncation."""
+    """Returns the token's probability before temperature and truncation."""
     position = int(np.searchsorted(split.index, token))
     if position < len(split.index) and split.index[position] == token:
         return math.exp(weights.head[position]) / weights.partition
@@ -255,7 +292,7 @@ def _probability(split: Split, weights: Sharpened, token: int) -> float:
 
 
 def _draw_reference(row: Float32, params: SamplingParams, u: float) -> Draw:
-    """A draw with nothing approximate: the reference EM step, then the reference pipeline."""
+    """Draws without approximations: the reference EM step, then the reference pipeline."""
     original = checked(row)
     if params.em is None:
         H = float(entropy(original))

@@ -1,7 +1,7 @@
-"""Code that a model wrote, run so that it can do no harm (docs/evaluation.md says what that means).
+"""A sandbox for code that a model wrote (docs/evaluation.md says what it does and does not prevent).
 
-- `run`: starts a fresh interpreter for a program, and says what came of it
-- `inside`: what that interpreter does before the program; runs by itself, without emlocal
-- `landlock`, `seccomp`: the two locks of Linux that it turns; `seccomp` lists the system calls that are
-  left to a program, with reasons
+- `run`: starts a new interpreter for a program, and returns the result
+- `inside`: what that interpreter does before the program; it runs by itself, without emlocal
+- `landlock`, `seccomp`: the two Linux locks that it uses; `seccomp` lists the system calls that a program may
+  make, with reasons
 """

@@ -1,9 +1,9 @@
-"""What a value is, as a text that is the same for equal values; for comparing what programs return.
+"""Texts for values, equal for equal values, to compare what programs return.
 
-Two values of Python's plain types have one text where Python calls them equal: 1, 1.0 and True, sets and
-dictionaries in any order. Floats count to nine digits. What equals nothing but itself (a function, a
-generator) is its type's name.
-Standard library only: it is imported by an interpreter that has no emlocal, and of untrusted values.
+Two values of Python's plain types have one text if Python calls them equal: 1, 1.0 and True, sets and
+dictionaries in any order. Floats count to nine digits. A value that equals only itself (a function, a
+generator) becomes its type's name.
+Standard library only: an interpreter without emlocal imports this, and uses it on untrusted values.
 """
 
 import hashlib
@@ -17,7 +17,10 @@ _PLAIN_BITS = 4096  # Python refuses to write longer numbers in decimal
 
 
 def canonical(value: object) -> str:
-    """The text. Takes what time and memory the value takes; raises what the value's own methods raise."""
+    """Returns the text of a value.
+
+    It takes as much time and memory as the value needs, and raises what the value's own methods raise.
+    """
     if isinstance(value, int):  # bool, too
         number = int(value)
         return str(number) if number.bit_length() <= _PLAIN_BITS else hex(number)
@@ -44,14 +47,14 @@ def canonical(value: object) -> str:
 
 
 def shortened(text: str) -> str:
-    """The text, where it is long its beginning and a digest."""
+    """Returns the text; a long one as its beginning and a digest."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}… sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def _of_float(value: float) -> str:
-    """To nine significant digits; a whole number as the integer that it equals."""
+    """Returns a float to nine significant digits; a whole number as the integer that it equals."""
     if not math.isfinite(value):
         return str(value)
     rounded = value if abs(value) >= 10**_DIGITS else float(f"{value:.{_DIGITS}g}")

@@ -1,14 +1,14 @@
-"""Runs in the fresh interpreter: locks itself in, runs the program, reports through a pipe.
+"""The program of the sandbox's interpreter: locks itself in, runs a program, reports through a pipe.
 
-    python -I inside.py DESCRIPTOR SECONDS BYTES
+    python -s -P inside.py DESCRIPTOR SECONDS BYTES PARENT
 
-takes {"secret": …, "program": …} on stdin. It writes a line to the descriptor when it is locked in, and
-{"secret": …, "error": null or text} when the program has come to its end. A program that leaves early
-(os._exit, a signal) reports nothing and has not passed. It shares the interpreter with what tests it: one
-that sets out to cheat can.
+It takes {"secret": …, "program": …} on stdin. It writes a line to the descriptor when it is locked in, and
+{"secret": …, "error": null or text} when the program has ended. A program that exits early (os._exit, a
+signal) reports nothing and has not passed. The program shares the interpreter with its test, so a program
+that means to cheat can.
 
 With "calls" ({"function": name, "inputs": literals of tuples of arguments, "seconds": number}) it then calls
-that function of the program, and writes {"secret": …, "result": text} for each.
+that function of the program, and writes {"secret": …, "result": text} for each call.
 """
 
 import ast
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from emlocal.sandbox import landlock, seccomp
 from emlocal.sandbox.canonical import canonical, shortened
 
-sys.path.pop(0)  # the program is not to find what is beside emlocal in a checkout
+sys.path.pop(0)  # the program must not find other modules beside emlocal in a checkout
 
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo")
 _SINGLE = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu")
@@ -43,9 +43,10 @@ _CAPABILITIES_VERSION = 0x20080522
 
 
 def _readable() -> list[Path]:
-    """Python's own folders and the system's libraries; no home, no secrets, no other process.
+    """Returns the paths that a program may read: Python's own folders and the system's libraries.
 
-    Not the whole of a prefix: `python -m venv .` makes a project's own folder one.
+    They hold no home folder, no secrets and no other process. The whole of a prefix is not among them,
+    because `python -m venv .` makes a project's own folder a prefix.
     """
     base = Path(sys.base_prefix)
     folders = [] if str(base) in ("/", "/usr") else [base / "lib", base / "lib64"]
@@ -57,16 +58,16 @@ def _readable() -> list[Path]:
 
 
 def _leave_behind(report: int) -> None:
-    """Packages may run code as the interpreter starts (.pth files): what it opened is closed.
+    """Closes what packages opened as the interpreter started; their .pth files may run code.
 
-    A thread of it would not be locked in. Raises RuntimeError where there is one.
+    Raises RuntimeError if they started a thread: that thread would not be locked in.
     """
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads > 1:
-        raise RuntimeError(f"{threads} threads run before the program: a package's .pth file starts them")
+        raise RuntimeError(f"{threads} threads run before the program, started by a package's .pth file")
     for number in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
         if number > 2 and number != report:
-            with suppress(OSError):  # the listing's own, which is closed
+            with suppress(OSError):  # the listing's own descriptor, which is closed by now
                 os.close(number)
 
 
@@ -78,24 +79,25 @@ def _limit(seconds: int, memory: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, and SIGKILL if that is ignored
+    # SIGXCPU, then SIGKILL if a program ignores that
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def _prctl(option: int, value: int, what: str) -> None:
     zero = ctypes.c_ulong(0)
     if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), zero, zero, zero):
-        raise OSError(ctypes.get_errno(), f"{what} cannot be given up")
+        raise OSError(ctypes.get_errno(), f"{what} cannot be dropped")
 
 
 def _drop_capabilities() -> None:
-    """Root's privileges, where it is root: limits and locks then hold for it as well."""
+    """Gives up the capabilities that root has, so that limits and locks apply to root as well."""
     header = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
     if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)):
-        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
+        raise OSError(ctypes.get_errno(), "the capabilities cannot be dropped")
 
 
 def _error_of(program: str, module: types.ModuleType) -> BaseException | None:
-    """Run it, in this module; what it raised."""
+    """Runs the program in this module; returns what it raised, or None."""
     sys.modules[module.__name__] = module
     try:
         exec(compile(program, "<answer>", "exec"), vars(module))  # noqa: S102 (that is what it is for)
@@ -105,13 +107,13 @@ def _error_of(program: str, module: types.ModuleType) -> BaseException | None:
 
 
 def _said(error: BaseException) -> str:
-    """What was raised, last lines first to survive."""
+    """Returns what was raised as text. Of a long text the end is kept."""
     said = "".join(traceback.format_exception_only(error)).strip()
     return (said[-_LONGEST:] or type(error).__name__) + _why(error)
 
 
 def _why(error: BaseException) -> str:
-    """What a person is told besides, where the sandbox was in the way."""
+    """Returns a note for people if the sandbox caused the error, else ""."""
     if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
         return " (the sandbox refuses it)"
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
@@ -120,7 +122,7 @@ def _why(error: BaseException) -> str:
 
 
 class _OutOfTimeError(BaseException):
-    """A call took too long. No Exception, which programs catch."""
+    """Raised when a call takes too long. It is not an Exception, because programs catch those."""
 
 
 def _out_of_time(number: int, frame: object) -> None:
@@ -128,13 +130,13 @@ def _out_of_time(number: int, frame: object) -> None:
 
 
 def _result(function: Callable[..., object] | None, text: str, seconds: float) -> str:
-    """What comes of one call: "returns …", "raises TypeError", "out of time"."""
+    """Returns the result of one call: "returns …", "raises TypeError" or "out of time"."""
     arguments = ast.literal_eval(text)
-    if "random" in sys.modules:  # so that it is the same each time
+    if "random" in sys.modules:  # so that the result is the same each time
         sys.modules["random"].seed(0)
     try:
         signal.signal(signal.SIGPROF, _out_of_time)
-        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again and again: a program may catch it
+        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # repeated, because a program may catch it
         return _returned(function, arguments)
     except _OutOfTimeError:
         return "out of time"
@@ -159,9 +161,9 @@ def _raises(error: BaseException) -> str:
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the process is that started this one, however it ends."""
+    """Has this process killed when the process that started it ends, for whatever reason."""
     _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "outliving it")
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # the parent had ended before
         os._exit(1)
 
 
@@ -172,8 +174,8 @@ def _main() -> None:
     _leave_behind(report)
     null = os.open("/dev/null", os.O_RDWR)
     _limit(seconds, memory)
-    _prctl(_SET_DUMPABLE, 0, "dumps")  # the limit does not hold where the system hands them to a program
-    _prctl(_SET_NO_NEW_PRIVILEGES, 1, "new privileges")  # only root could lock itself in without
+    _prctl(_SET_DUMPABLE, 0, "dumps")  # the limit does not apply if the system pipes core dumps to a program
+    _prctl(_SET_NO_NEW_PRIVILEGES, 1, "new privileges")  # without this, only root could lock itself in
     landlock.restrict(_readable())
     _drop_capabilities()
     seccomp.restrict()
@@ -185,14 +187,14 @@ def _main() -> None:
     def say(**said: Any) -> None:
         os.write(report, json.dumps({"secret": asked["secret"], **said}).encode() + b"\n")
 
-    module = types.ModuleType("answer")  # no main program: its tests are not to run or to read input
+    module = types.ModuleType("answer")  # not __main__: its tests must not run or read input
     error = _error_of(asked["program"], module)
     if calls := asked.get("calls"):
         function = vars(module).get(calls["function"])
         for text in calls["inputs"]:
             say(result=_result(function, text, calls["seconds"]) if error is None else _raises(error))
     say(error=None if error is None else _said(error))
-    os._exit(0)  # what the program left to be done at exit is not done
+    os._exit(0)  # skips what the program registered to run at exit
 
 
 _main()

@@ -1,8 +1,8 @@
-"""Landlock: a process gives up all files but some, for good. Needs no privileges. Linux 6.2 or newer.
+"""Landlock: a process gives up access to all files but some, for good. Linux 6.2 or newer.
 
-Source: the kernel's Documentation/userspace-api/landlock.rst. Older kernels know Landlock too, but let a
-file be emptied that may not be written (their ABI is less than 3). Standard library only: it is imported by
-an interpreter that has no emlocal.
+It needs no privileges. Older kernels have Landlock too, but let a program empty a file that it may not write
+(their ABI is less than 3). Source: the kernel's Documentation/userspace-api/landlock.rst. Standard library
+only: an interpreter without emlocal imports this.
 """
 
 import ctypes
@@ -18,22 +18,22 @@ _VERSION_FLAG = 1
 _PATH_BENEATH = 1
 _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
 _FILES_BY_ABI = {3: 15, 5: 16}
-"""How many rights on files there are, from this ABI on; each is a bit, from the lowest."""
+"""ABI → the number of rights on files from that ABI on; each right is one bit, from the lowest."""
 _NETWORK, _SCOPES = 0b11, 0b11  # bind and connect TCP (ABI 4); abstract sockets and signals (ABI 6)
 
 
 def abi() -> int:
-    """Landlock's version here; 0 where there is none."""
+    """Returns the version of Landlock's ABI here; 0 if there is none."""
     if sys.platform != "linux":
         return 0
     return max(0, int(_libc().syscall(_CREATE, None, 0, _VERSION_FLAG)))
 
 
 def restrict(readable: Iterable[Path]) -> None:
-    """From now on this thread can read these files and folders, write to /dev/null, and open nothing else.
+    """Lets this thread, from now on, only read these files and folders and write to /dev/null.
 
-    Descriptors that are open already stay. It must have given up new privileges, unless it is root's.
-    Raises OSError where the kernel says no.
+    Descriptors that are open already stay open. Unless root calls it, the thread must have given up new
+    privileges. Raises OSError if the kernel refuses.
     """
     version = abi()
     files = (1 << max(count for least, count in _FILES_BY_ABI.items() if version >= least)) - 1

@@ -1,4 +1,4 @@
-"""Runs a program in a fresh interpreter that is locked in, and says what came of it."""
+"""Runs a program in a new interpreter that is locked in, and returns the result."""
 
 import json
 import os
@@ -18,66 +18,67 @@ from emlocal.text import parse_json
 
 Ending = Literal["passed", "failed", "time", "killed"]
 _INSIDE = Path(__file__).with_name("inside.py")
-_START_SECONDS = 5.0  # for the interpreter, besides the program's own time
-_REPORT_BYTES = 1 << 16  # what a pipe holds: a program that writes more waits until its time is up
+_START_SECONDS = 5.0  # for starting the interpreter, in addition to the program's own time
+_REPORT_BYTES = 1 << 16  # a pipe's capacity; a program that writes more waits until its time is up
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""Nothing of the user's own. Libraries that would start threads do not try."""
+"""The environment: nothing of the user's own, and libraries are told not to start threads."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Limits of time and memory for a program."""
 
     seconds: float = 10.0
-    """Of the processor; on the clock twice as many, since others may use the processor too."""
+    """Processor time. The limit on the clock is twice as much, since others may use the processor too."""
     memory: int = 2 << 30
-    """Bytes of address space: numpy and scipy take about 0.5 GB of it."""
+    """Bytes of address space; numpy and scipy take about 0.5 GB of it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program."""
+    """The result of running a program."""
 
     ending: Ending
     detail: str = ""
-    """What it raised, or the signal that ended it."""
+    """The error that it raised, or the signal that ended it."""
 
     @property
     def passed(self) -> bool:
-        """It ran to its end and nothing was raised."""
+        """Whether the program ran to its end and raised nothing."""
         return self.ending == "passed"
 
 
 def check_containment() -> None:
-    """Raise EmlocalError where programs cannot be contained: they are not run then."""
+    """Raises EmlocalError on systems that cannot contain programs. Programs do not run there."""
     if not seccomp.known() or landlock.abi() < landlock.OLDEST_ABI:
         raise EmlocalError(
-            "generated code cannot be contained here: that takes Linux 6.2 or newer with Landlock, on x86-64"
+            "this system cannot contain generated code: that needs Linux 6.2 or newer with"
+            " Landlock, on x86-64"
             " or ARM64",
-            "run code tasks there: in a virtual machine, or a container on such a kernel",
+            "run code tasks in a virtual machine or a container with such a kernel",
         )
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What a program is called with."""
+    """A function of a program, and the arguments to call it with."""
 
     function: str
     inputs: Sequence[str]
     """Literals of tuples, each the arguments of one call."""
     seconds: float = 1.0
-    """Of the processor, for each call."""
+    """Processor time for each call."""
 
 
 def run(program: str, limits: Limits = Limits()) -> Outcome:
-    """Run a Python program, contained. It can read Python and its packages, and write nothing.
+    """Runs a Python program in the sandbox. It can read Python and its packages, and write nothing.
 
-    Raises EmlocalError where it cannot be contained, or the interpreter does not start.
+    Raises EmlocalError if the program cannot be contained, or the interpreter does not start.
     """
     secret = secrets.token_hex(16)
     code, report, clock = _run({"secret": secret, "program": program}, limits)
@@ -87,11 +88,11 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
 
 
 def results(program: str, calls: Calls, limits: Limits = Limits()) -> list[str]:
-    """Run a Python program, contained, and call its function; what came of each call.
+    """Runs a Python program in the sandbox, calls its function, and returns a text for each call.
 
-    "returns " with the value as `canonical` writes it, "raises " with the exception's type, "out of time", or
-    "ended" for the call at which the program came to its end, and all after it. Strings hash the same each
-    time, and `random` begins the same. Raises EmlocalError as `run` does.
+    The text is "returns " with the value as `canonical` writes it, "raises " with the exception's type, or
+    "out of time". It is "ended" for the call at which the program ended and for all calls after it. Strings
+    hash the same each time, and `random` begins the same. Raises EmlocalError as `run` does.
     """
     secret = secrets.token_hex(16)
     asked = {
@@ -110,7 +111,7 @@ def _on_the_clock(limits: Limits) -> float:
 
 
 def _run(asked: Mapping[str, object], limits: Limits) -> tuple[int, bytes, bool]:
-    """The interpreter's exit code, what it reported, and whether it was ended by the clock."""
+    """Returns the interpreter's exit code, its report, and whether the clock ended it."""
     check_containment()
     reading, writing = os.pipe()
     try:
@@ -123,10 +124,10 @@ def _run(asked: Mapping[str, object], limits: Limits) -> tuple[int, bytes, bool]
         ]
         clock = False
         with subprocess.Popen(
-            [sys.executable, "-s", "-P", *arguments],  # -I but for the variables, which are all ours
+            [sys.executable, "-s", "-P", *arguments],  # like -I, but with the variables, which are all ours
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,  # of what comes before the program, which has none
+            stderr=subprocess.PIPE,  # messages from before the program, which has no stderr
             pass_fds=(writing,),
             env=_ENVIRONMENT | ({"PYTHONHASHSEED": "0"} if "calls" in asked else {}),
             cwd="/",
@@ -138,7 +139,7 @@ def _run(asked: Mapping[str, object], limits: Limits) -> tuple[int, bytes, bool]
             except subprocess.TimeoutExpired:
                 clock = True
             finally:
-                if process.poll() is None:  # Ctrl-C, too
+                if process.poll() is None:  # also after Ctrl-C
                     process.kill()
         os.close(writing)
         writing = -1
@@ -167,14 +168,14 @@ def _outcome(code: int, report: bytes, secret: str, limits: Limits) -> Outcome:
     try:
         said = json.loads(report)
         if said["secret"] != secret:
-            return Outcome("failed", "the program reported for itself")
+            return Outcome("failed", "the program wrote its own report")
         return Outcome("passed") if said["error"] is None else Outcome("failed", str(said["error"]))
     except (ValueError, KeyError, TypeError):
-        return Outcome("failed", f"left before its end, with exit code {code}")
+        return Outcome("failed", f"exited early, with exit code {code}")
 
 
 def _own(report: bytes, secret: str) -> Iterator[dict[str, object]]:
-    """What was said with the secret: the program can write there, too."""
+    """Yields the reports that carry the secret; the program can write to the same pipe."""
     for line in report.split(b"\n"):
         try:
             said = parse_json(line)

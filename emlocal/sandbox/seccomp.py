@@ -1,13 +1,13 @@
-"""seccomp: a process gives up system calls, for good. Needs no privileges.
+"""seccomp: a process gives up system calls, for good. It needs no privileges.
 
-`ALLOWED` is what is left to it, with the arguments that are looked at. Everything else is refused: new
-processes and threads, other programs, sockets, signals, other processes, memory that is not the process's
-own, and all that changes files. A call that the list does not know, old or yet to come, is refused as well.
+`ALLOWED` lists the calls that a program may make, with rules on their arguments. All other calls are refused:
+new processes and threads, other programs, sockets, signals, other processes, memory that is not the process's
+own, and everything that changes files. A call that the list does not know, old or future, is refused as well.
 
-A call stands there when Python, numpy or scipy cannot do without it, and when it touches nothing but the
-program itself and the files that Landlock lets it read. Where that depends on arguments, rules say on which.
-A rule looks at the lower 32 bits of an argument: the kernel reads these arguments as ints, or gives the upper
-half no meaning.
+A call is listed if Python, numpy or scipy cannot do without it. It must also touch nothing but the program
+itself and the files that Landlock lets it read. If that depends on arguments, rules restrict them. A rule
+looks at the lower 32 bits of an argument: the kernel reads these arguments as ints, or gives the upper half
+no meaning.
 
 Sources: the kernel's Documentation/userspace-api/seccomp_filter.rst; for the numbers, on x86-64 and ARM64,
 its headers (asm/unistd_64.h, asm-generic/unistd.h). Standard library only.
@@ -22,21 +22,21 @@ from typing import NamedTuple
 
 
 class OneOf(NamedTuple):
-    """The argument, counted from 0, is one of these values."""
+    """A check that the argument, counted from 0, is one of these values."""
 
     argument: int
     values: tuple[int, ...]
 
 
 class Within(NamedTuple):
-    """The argument has no bits but these."""
+    """A check that the argument has no bits outside the mask."""
 
     argument: int
     mask: int
 
 
 Rule = tuple[OneOf | Within, ...]
-"""Checks that must all hold."""
+"""Checks that must all pass."""
 
 
 class Call(NamedTuple):
@@ -44,37 +44,43 @@ class Call(NamedTuple):
 
     name: str
     x86_64: int | None
-    """Its number there; None: that architecture does not have it."""
+    """Its number on x86-64; None if that architecture does not have it."""
     aarch64: int | None
     why: str
     rules: tuple[Rule, ...] = ()
-    """At least one must hold; without rules the call is always allowed."""
+    """At least one rule must pass; without rules the call is always allowed."""
 
     def number(self, machine: str) -> int | None:
         return self.x86_64 if machine == "x86_64" else self.aarch64
 
 
 _ALL = 0xFFFFFFFF
-_PATH_ONLY, _TEMPORARY = 0x200000, 0x400000  # O_PATH: Landlock does not look at it; O_TMPFILE
+_PATH_ONLY, _TEMPORARY = 0x200000, 0x400000  # O_PATH, which Landlock does not check; O_TMPFILE
 _SIGNAL_WHEN_READY = 0x2000  # O_ASYNC
 _PIPE = 0x80000 | 0x800  # O_CLOEXEC, O_NONBLOCK; O_EXCL would make it a queue of the kernel's messages
 _DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 1030, 1032)
 """fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ."""
 _SET_FLAGS = 4  # F_SETFL
 _REQUESTS = (0x5450, 0x5451, 0x5421, 0x541B, 0x5401, 0x5413, 0x802C542A)
-"""ioctl: FIONCLEX, FIOCLEX, FIONBIO, FIONREAD; TCGETS, TIOCGWINSZ, TCGETS2 (is it a terminal, how large)."""
+"""ioctl: FIONCLEX, FIOCLEX, FIONBIO, FIONREAD; TCGETS, TIOCGWINSZ, TCGETS2.
+
+The last three ask whether it is a terminal, and its size.
+"""
 _READ, _WRITE, _EXECUTE = 1, 2, 4
-_BRANCH_TARGETS = 0x10  # PROT_BTI, which ARM64's loader asks for
+_BRANCH_TARGETS = 0x10  # PROT_BTI, which ARM64's loader requests
 _ANONYMOUS = 0x20
 _MAPPINGS = 0x3 | 0x10 | _ANONYMOUS | 0x800 | 0x1000 | 0x4000 | 0x8000 | 0x10000 | 0x20000 | 0x100000
-"""mmap: shared, private, fixed, anonymous, and hints. Not: locked, or huge pages, which are the machine's."""
+"""mmap: shared, private, fixed, anonymous, and hints.
+
+Not: locked or huge pages, which belong to the machine.
+"""
 _ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
 """madvise: normal, random, sequential, will need, do not need, free, huge pages or not."""
 _FUTEX = tuple(0x80 | operation for operation in (0, 1, 3, 4, 5, 9, 10, 0x100, 0x109))
-"""Waiting and waking within the process. Not: on memory that others share; nor with priorities."""
-_CLOCKS = tuple(range(8))  # others are processes' own times, and alarms that wake the machine
+"""futex: waiting and waking within the process. Not: on shared memory, or with priorities."""
+_CLOCKS = tuple(range(8))  # other clocks are processes' own times, and alarms that wake the machine
 _PRCTL = (15, 16, 2, 3, 21, 39)
-"""Set and get the name; get the death signal, whether memory can be dumped, seccomp, no new privileges."""
+"""prctl: set and get the name; get the death signal, the dump flag, seccomp, no new privileges."""
 
 _FILES = "Landlock says which files"
 _ABOUT = "names, sizes and kinds of files can be seen"
@@ -193,8 +199,11 @@ ALLOWED = (
 )
 
 MISSING = {"x86_64": (324, 326, 327, 328, 332, 334), "aarch64": (283, 285, 286, 287, 291, 293)}
-"""Calls that are refused as if the kernel did not know them, so that libraries go an older way: membarrier,
-copy_file_range, preadv2, pwritev2, statx, rseq. So are all from `NEW` on, with clone3 and faccessat2."""
+"""Calls that are refused as if the kernel did not know them, so that libraries use an older call.
+
+They are membarrier, copy_file_range, preadv2, pwritev2, statx and rseq. All calls from `NEW` on are refused
+in the same way, among them clone3 and faccessat2.
+"""
 NEW = 424
 """The first system call whose number is the same everywhere. x86's 32-bit calls (x32) are above it too."""
 
@@ -204,25 +213,26 @@ _LOAD, _EQUALS, _AT_LEAST, _HAS_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # 
 _KILL, _ALLOW, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""As the kernel names those whose numbers are known. A call by any other architecture ends the process."""
+"""The kernel's codes of the known architectures. A call by any other architecture ends the process."""
 
 
 def known() -> bool:
-    """Whether the list is for this architecture."""
+    """Returns whether the list knows this architecture."""
     return platform.machine() in ARCHITECTURES
 
 
 def restrict() -> None:
-    """From now on this thread, the only one and without new privileges, can make no refused system call.
+    """Makes the kernel refuse, from now on, all system calls of this thread that are not allowed.
 
-    Raises OSError where the kernel says no, KeyError on another architecture.
+    It must be the only thread, and must have given up new privileges. Raises OSError if the kernel refuses,
+    KeyError on another architecture.
     """
     instructions = program(platform.machine())
     _install(b"".join(instructions), len(instructions))
 
 
 def program(machine: str) -> list[bytes]:
-    """The filter's instructions, eight bytes each. Raises KeyError for an architecture that is not known."""
+    """Returns the filter's instructions, eight bytes each. Raises KeyError for an unknown architecture."""
     refuse = _statement(_RETURN, _ERROR | errno.EPERM)
     missing = _statement(_RETURN, _ERROR | errno.ENOSYS)
     made = [
@@ -247,14 +257,14 @@ def _when_equal(number: int, body: list[bytes]) -> list[bytes]:
 
 
 def _body(call: Call, refuse: bytes) -> list[bytes]:
-    """What is done with an allowed call: its rules one after the other, until one holds."""
+    """Returns the instructions for an allowed call: its rules one after the other, until one passes."""
     if not call.rules:
         return [_statement(_RETURN, _ALLOW)]
     return [instruction for rule in call.rules for instruction in _rule(rule)] + [refuse]
 
 
 def _rule(rule: Rule) -> list[bytes]:
-    """Allow where all checks hold; where one does not, go on behind it."""
+    """Returns instructions that allow the call if all checks pass, and otherwise continue behind the rule."""
     made = [_statement(_RETURN, _ALLOW)]
     for check in reversed(rule):
         made = [*_check(check, len(made)), *made]
@@ -262,8 +272,9 @@ def _rule(rule: Rule) -> list[bytes]:
 
 
 def _check(check: OneOf | Within, to_next: int) -> list[bytes]:
-    """Skip `to_next` instructions behind this where the check does not hold."""
-    load = _statement(_LOAD, _ARGUMENTS_AT + 8 * check.argument)  # the lower half: both are little-endian
+    """Returns instructions that skip the next `to_next` instructions if the check fails."""
+    # the lower half: both architectures are little-endian
+    load = _statement(_LOAD, _ARGUMENTS_AT + 8 * check.argument)
     if isinstance(check, Within):
         return [load, _jump(_HAS_BITS, _ALL & ~check.mask, over=to_next)]
     last = len(check.values) - 1
@@ -281,7 +292,7 @@ def _statement(code: int, value: int) -> bytes:
 
 
 def _jump(code: int, value: int, *, over: int = 0, not_over: int = 0) -> bytes:
-    """Where the comparison holds, skip `over` instructions, else `not_over`."""
+    """Returns an instruction that skips `over` instructions if the comparison is true, else `not_over`."""
     return struct.pack("=HBBI", code, over, not_over, value)
 
 

@@ -1,11 +1,11 @@
-"""Everything that people set, each thing declared once, and the one ranking of where values come from.
+"""The settings of emlocal, each declared once, and the one ranking of their sources.
 
-`table` says what a setting is, `resolve` where its value comes from. The others hold the settings: `options`
-those of an answer and of the engine; `em` puts together those of the EM steps, which are declared in the
+`table` defines a setting, `resolve` finds where its value comes from. The other modules hold the settings:
+`options` those of an answer and of the engine; `em` collects those of the EM steps, which are declared in the
 steps' own files (`emlocal.em.steps`).
 
-The names below are loaded when they are first asked for: an EM step's file needs `table`, and `em` needs the
-steps' files.
+The names below are loaded when they are first used, because an EM step's file needs `table`, and `em` needs
+the steps' files.
 """
 
 from importlib import import_module

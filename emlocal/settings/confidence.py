@@ -1,4 +1,4 @@
-"""How sure an answer is, and what becomes of one that is not sure enough."""
+"""Settings of an answer's confidence, and of the confidence below which an answer is withheld."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +11,16 @@ _setting = partial(setting, panel="Confidence")
 
 @dataclass(frozen=True)
 class ConfidenceOptions:
-    """None: confidence as the method has it, and every answer is given."""
+    """Settings of confidence. None: confidence as the method computes it, and every answer is given."""
 
     calibration: Path | None = _setting(
-        None, "--calibration", help="Calibrate the confidence with this file of eval --calibrate."
+        None, "--calibration", help="Calibrate confidence with this file, written by eval --calibrate."
     )
     abstain_below: float | None = _setting(
-        None, "--abstain-below", 0, 1, "Withhold answers whose confidence is lower.", metavar="P"
+        None, "--abstain-below", 0, 1, "Withhold answers whose confidence is below this.", metavar="P"
     )
 
 
 CONFIDENCE = Table.of(ConfidenceOptions)
 CALIBRATION = CONFIDENCE.only("calibration")
-"""For single answers: a person sees the confidence and decides."""
+"""The setting for single answers: a person sees the confidence and decides."""

@@ -1,4 +1,4 @@
-"""The table of what switches EM steps on and sets them, made from the steps' own records."""
+"""The table of the EM steps' switches and settings, made from the steps' own records."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,29 +12,29 @@ PANEL = "Entropy minimization"
 
 
 EM_STEPS = tuple(STEPS.values())
-"""All steps. Their flags, keys and fields come from this table."""
+"""All EM steps. Their flags, keys and fields come from this table."""
 
 
 def named(known: Setting) -> Setting:
-    """A step's setting under the name that it has beside the others': em_threshold, not threshold."""
+    """Returns a step's setting under its name in the common table: em_threshold, not threshold."""
     return replace(known, name=known.flag.removeprefix("--").replace("-", "_"), panel=known.panel or PANEL)
 
 
 def switch_of(step: type[EMStep]) -> Setting:
-    """What switches a step on and off."""
+    """Returns the setting that switches a step on and off."""
     off = f"--no-{step.flag.removeprefix('--')}"
     switch = Setting(step.flag, help=step.help, kind="switch", default=False, off=off)
     return named(switch)
 
 
 def em_numbers(step: type[EMStep]) -> dict[str, Setting]:
-    """The settings of a step, by the names that they have beside other steps' ones."""
+    """Returns the settings of a step, by their names in the common table."""
     return {known.name: known for known in map(named, records_of(step).values())}
 
 
 PRESET = Setting(
     "--em-preset",
-    help="EM-INF settings: paper is eq. 5, em-pt the authors' code. Implies --em-inf.",
+    help="Choose EM-INF settings: the paper's eq. 5 (paper) or its code (em-pt). Implies --em-inf.",
     name="em_preset",
     kind="choice",
     choices=tuple(EM_PRESETS),
@@ -43,7 +43,10 @@ PRESET = Setting(
 
 
 def em_table(steps: Sequence[type[EMStep]]) -> Table:
-    """The switch of each step, the preset, and the steps' settings. Steps may share one, under one flag."""
+    """Returns the table of each step's switch, the preset, and the steps' settings.
+
+    Steps may share a setting, under one flag.
+    """
     settings = {switch.name: switch for switch in map(switch_of, steps)} | {PRESET.name: PRESET}
     others: dict[str, list[str]] = {}
     for step in steps:

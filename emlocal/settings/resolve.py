@@ -1,9 +1,9 @@
-"""The one resolver: from what flags, files and lines give to the settings of an answer, and their sources.
+"""The one resolver: from flags, files and lines to the settings of an answer, with their sources.
 
-A setting's value is that of the strongest source that gives it:
+A setting's value comes from the strongest source that gives it:
 
     a line's own field, or a keyword in Python
-    a flag; what is set in a chat with /set is as strong
+    a flag; a setting made in a chat with /set is as strong
     the preset that one of these names
     the config file
     the model's own settings
@@ -11,7 +11,7 @@ A setting's value is that of the strongest source that gives it:
 
 A preset that the config file names sets the EM step alone.
 
-Settings in TOML files: the config file, and those of training runs.
+The module also reads settings from TOML files: the config file, and those of training runs.
 """
 
 import math
@@ -26,20 +26,24 @@ from emlocal.em.steps.em_inf import EM_PRESETS, EMInf
 from emlocal.errors import UsageError
 from emlocal.files import config_dir
 from emlocal.settings.confidence import CONFIDENCE
+from emlocal.settings.constraint import NAMES as CONSTRAINT_NAMES
+from emlocal.settings.constraint import ConstraintSettings
 from emlocal.settings.em import EM, EM_STEPS, PRESET, em_numbers, named, switch_of
 from emlocal.settings.options import ENGINE, Plan, SamplingParams
 from emlocal.settings.table import FLAGS, KEYS, NAMES, NOTHING, Given, Table, Words, ranked, records_of
 
 _PARAMS = Table.of(SamplingParams)
-SAMPLING = (_PARAMS | Table.of(Plan).without("samples")).beginning_with(
+CONSTRAINT = Table.of(ConstraintSettings)
+"""Settings of the form that an answer must have."""
+SAMPLING = (_PARAMS | Table.of(Plan).without("samples", *CONSTRAINT_NAMES)).beginning_with(
     *("temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p", "min_p"),
     *("repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),
 )
-"""How tokens are chosen, and when an answer ends."""
-GENERATION = SAMPLING | EM
-"""What flags, the config file, /set and Python's keywords can set for an answer …"""
+"""Settings of how tokens are chosen and when an answer ends."""
+GENERATION = SAMPLING | EM | CONSTRAINT
+"""Settings of an answer that flags, the config file, /set and Python's keywords can give."""
 LINE = GENERATION | Table.of(Plan)
-"""… and what a line of a batch can, and eval's specs."""
+"""Settings that a line of a batch can give, and eval's specs."""
 _LIMITS = records_of(Plan)
 _SWITCHES = {step: switch_of(step) for step in EM_STEPS}
 _SWITCH_NAMES = [PRESET.name, *(switch.name for switch in _SWITCHES.values())]
@@ -52,7 +56,7 @@ _PRESET_NUMBERS = {
 
 @dataclass(frozen=True)
 class Resolved:
-    """How a prompt is answered, and where each setting comes from."""
+    """The settings of an answer, and the source of each."""
 
     plan: Plan
     sources: Mapping[str, str]
@@ -60,12 +64,15 @@ class Resolved:
 
     @property
     def params(self) -> SamplingParams:
-        """How tokens are chosen."""
+        """The settings of how tokens are chosen."""
         return self.plan.params
 
     @property
     def chosen(self) -> frozenset[str]:
-        """What somebody set on purpose; a method leaves it alone. A method is stronger than EM in a file."""
+        """The names of the settings that somebody chose; a method does not change them.
+
+        EM settings of the config file are not among them: a method is stronger than those.
+        """
         return frozenset(
             name
             for name, source in self.sources.items()
@@ -74,10 +81,11 @@ class Resolved:
         )
 
     def with_model(self, own: Mapping[str, float]) -> "Resolved":
-        """The same, with the model's own settings where nothing stronger gave one.
+        """Returns these settings with the model's own in place of emlocal's defaults.
 
         Args:
-            own: what the model's file has, under its names; what emlocal has no setting for is passed over.
+            own: the settings in the model's file, under its names; those that emlocal does not have are
+                ignored.
         Raises:
             UsageError: a value is out of range.
         """
@@ -97,22 +105,23 @@ class Resolved:
                 found[known.name] = known.value(value, known.flag)
             except UsageError as error:
                 message = f"the model's own settings: {error.message}"
-                raise UsageError(message, f"give {known.flag} yourself") from None
+                raise UsageError(message, f"set {known.flag} yourself") from None
         params = replace(self.params, **found)
         return Resolved(replace(self.plan, params=params), {**self.sources, **dict.fromkeys(found, "model")})
 
 
 def resolve_settings(*layers: tuple[str, Given], base: Plan = Plan(), words: Words = FLAGS) -> Resolved:
-    """The settings of an answer.
+    """Returns the settings of an answer.
 
     Args:
-        layers: (source, what it gives), the strongest first; values as `Table.read` has them.
-        base: what holds where no layer says otherwise.
+        layers: (source, what it gives), the strongest first; values as from `Table.read`.
+        base: the values of settings that no layer gives.
         words: how settings are spelt in the first layer, for error messages.
     Raises:
-        UsageError: the first layer contradicts itself, or sets what has no effect.
+        UsageError: the first layer contradicts itself, or has a setting without effect.
     """
-    values, sources = ranked(_with_presets(layers), [*_PARAMS.settings, *_LIMITS, *_SWITCH_NAMES])
+    kept, base = _with_one_constraint(layers, base)
+    values, sources = ranked(_with_presets(kept), [*_PARAMS.settings, *_LIMITS, *_SWITCH_NAMES])
     step, of_step = _em_step(layers, base.params.em, words)
     own = {name: value for name, value in values.items() if name in _PARAMS.settings}
     limits = {name: value for name, value in values.items() if name in _LIMITS}
@@ -121,32 +130,47 @@ def resolve_settings(*layers: tuple[str, Given], base: Plan = Plan(), words: Wor
 
 
 def random_seed() -> int:
-    """A seed of 32 bits, short enough to type again."""
+    """Returns a random seed of 32 bits, short enough to type again."""
     return int.from_bytes(os.urandom(4))
 
 
 def overridden(plan: Plan, line: Mapping[str, Any]) -> Plan:
-    """`plan` with a line's own values. Raises UsageError that names the value."""
+    """Returns `plan` with a line's own values. Raises UsageError that names the value."""
     given = LINE.read(line, NAMES)
     return resolve_settings(("line", given), base=plan, words=NAMES).plan if given else plan
 
 
 def names_in(line: Mapping[str, Any]) -> frozenset[str]:
-    """The settings that a line gives, by their names."""
+    """Returns the names of the settings that a line gives."""
     found = (LINE.find(name) for name, value in line.items() if value is not None)
     return frozenset(known.name for known in found if known is not None)
 
 
 def _with_presets(layers: Sequence[tuple[str, Given]]) -> Iterator[tuple[str, Given]]:
-    """The layers, each followed by the sampling settings of the preset that it names."""
+    """Yields the layers, each followed by the sampling settings of the preset that it names."""
     for source, given in layers:
         yield source, given
         if source != "config" and PRESET.name in given:
             yield "preset", EM_PRESETS[given[PRESET.name]][1]
 
 
+def _with_one_constraint(
+    layers: Sequence[tuple[str, Given]], base: Plan
+) -> tuple[Sequence[tuple[str, Given]], Plan]:
+    """Returns layers and base with the strongest constraint only, because an answer has one form."""
+    found = False
+    kept: list[tuple[str, Given]] = []
+    for source, given in layers:
+        own = given.keys() & set(CONSTRAINT_NAMES)
+        if found and own:
+            given = {name: value for name, value in given.items() if name not in own}
+        found = found or bool(own)
+        kept.append((source, given))
+    return kept, replace(base, json_schema=None, regex=None, grammar=None) if found else base
+
+
 def check_switches(given: Given, words: Words) -> None:
-    """Raise UsageError where one source asks for two EM steps, or for one that it switches off."""
+    """Raises UsageError if one source asks for two EM steps, or for one that it switches off."""
     em_inf, on = _SWITCHES[EMInf], _steps_in(given)
     if given.get(em_inf.name) is False and PRESET.name in given:
         raise UsageError(
@@ -154,11 +178,11 @@ def check_switches(given: Given, words: Words) -> None:
         )
     if len(on) > 1:
         one, other = (words.said(_SWITCHES[step]) for step in on[:2])
-        raise UsageError(f"{one} and {other} contradict each other: there is one EM step")
+        raise UsageError(f"{one} and {other} contradict each other: only one EM step can run")
 
 
 def _steps_in(given: Given) -> list[type[EMStep]]:
-    """The steps that one source switches on."""
+    """Returns the steps that one source switches on."""
     return [
         step
         for step, switch in _SWITCHES.items()
@@ -169,9 +193,9 @@ def _steps_in(given: Given) -> list[type[EMStep]]:
 def _em_step(
     layers: Sequence[tuple[str, Given]], base: EMStep | None, words: Words
 ) -> tuple[EMStep | None, dict[str, str]]:
-    """The step that the strongest layer that speaks of one asks for, and where its settings come from.
+    """Returns the EM step and the sources of its settings.
 
-    `base`, where no layer speaks of one.
+    The strongest layer that mentions a step decides; `base` if no layer does.
     """
     source, first = layers[0] if layers else ("", NOTHING)
     check_switches(first, words)
@@ -182,11 +206,11 @@ def _em_step(
             switches = [_SWITCHES[step] for step in owners]
             needed = " or ".join(map(words.said, switches))
             raise UsageError(
-                f"{words.said(EM.settings[name])} does nothing without {needed}", words.on(switches[0])
+                f"{words.said(EM.settings[name])} has no effect without {needed}", words.on(switches[0])
             )
     if kind is None:
         return None, {}
-    numbers = _NUMBERS.get(kind, {})  # Python may hand over a step of its own, which has no flags
+    numbers = _NUMBERS.get(kind, {})  # Python may pass a step of its own, which has no flags
     values, sources = ranked(_with_preset_numbers(layers, kind), numbers)
     step = base if isinstance(base, kind) else kind()
     step = replace(step, **{numbers[name].field: value for name, value in values.items()})
@@ -194,7 +218,7 @@ def _em_step(
 
 
 def _kind(layers: Sequence[tuple[str, Given]], base: EMStep | None) -> type[EMStep] | None:
-    """Which step is on."""
+    """Returns the type of the step that is on; None if EM is off."""
     off: set[type[EMStep]] = set()
     for _, given in layers:
         on = [step for step in _steps_in(given) if step not in off]
@@ -216,15 +240,14 @@ def _with_preset_numbers(
 
 
 def config_path() -> Path:
-    """Where the config file is, or would be."""
+    """Returns the path of the config file, whether it exists or not."""
     return config_dir() / "config.toml"
 
 
 def read_config() -> dict[str, Any]:
-    """The config file's settings: of model and engine, sampling, EM and confidence; none where there is no
-    such file.
+    """Returns the config file's settings: of model and engine, sampling, EM and confidence.
 
-    Raises UsageError, naming file and key.
+    They are empty if there is no such file. Raises UsageError that names file and key.
     """
     path = config_path()
     if not path.exists():
@@ -238,17 +261,17 @@ def read_config() -> dict[str, Any]:
 
 
 def read_settings(path: Path, table: Table) -> dict[str, Any]:
-    """The settings in a TOML file, named like their flags without dashes.
+    """Returns the settings in a TOML file. Their names are those of the flags, without dashes.
 
-    Raises UsageError, naming file and key: there is no such file, it cannot be read, or a setting in it is
+    Raises UsageError that names file and key: the file is missing or cannot be read, or a setting in it is
     unknown, of the wrong kind or out of range.
     """
     import tomllib  # most people have no such file
 
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UsageError(f"there is no file {path}", "give a TOML file: --config run.toml") from None
+        raise UsageError(f"there is no file {path}", "name a TOML file: --config run.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as why:
         raise UsageError(f"{path} cannot be read: {why}") from why
     try:

@@ -1,12 +1,12 @@
-"""What a setting is. Each is declared once, in the dataclass that holds its value:
+"""Definition of a setting. Each setting is declared once, in the dataclass that holds its value:
 
     @dataclass(frozen=True)
     class SamplingParams:
         top_k: int = setting(0, "--top-k", 0, 10**9, "Keep the k most probable tokens (0 = all).")
 
-The command line's flags, the keys of config.toml and of training's files, `/set`, the fields of a batch line,
-eval's `NAME:SETTING=VALUE`, Python's keywords, the checks and their messages are made from that record.
-No numpy: `emlocal --help` must be quick.
+That record is the source of the command line's flags, the keys of config.toml and of training's files, and
+`/set`. It also gives the fields of a batch line, eval's `NAME:SETTING=VALUE`, Python's keywords, and the
+checks with their messages. The module does not import numpy: `emlocal --help` must be quick.
 """
 
 import difflib
@@ -23,16 +23,16 @@ from emlocal.errors import UsageError
 
 Kind = Literal["number", "whole", "switch", "choice", "text", "texts", "path"]
 Given = Mapping[str, Any]
-"""Settings that someone gave: name → value, of the type that the setting's dataclass has."""
+"""Settings that somebody gave: name → value, of the type in the setting's dataclass."""
 NOTHING: Given = {}
 Read = Callable[[Any, str], Any]
-"""From a value as it was typed, and the setting's name for the message, to the dataclass's value."""
+"""A function that turns a typed value, and the setting's name for messages, into the dataclass's value."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the program and its users need to know of one setting."""
+    """One setting, as the program and its users need to know it."""
 
     flag: str
     """The name on the command line; without its dashes, the key in files and in `/set`."""
@@ -44,27 +44,30 @@ class Setting:
     name: str = ""
     """The name in batch lines and in Python."""
     field: str = ""
-    """The dataclass's field."""
+    """The name of the dataclass's field."""
     kind: Kind = "number"
     choices: tuple[str, ...] = ()
     default: Any = None
     aliases: tuple[str, ...] = ()
-    """Further flags, as other programs have them. Accepted wherever a name is typed; not in `--help`."""
+    """Further flags: other programs' names for it.
+
+    They work wherever a name is typed, but are not in `--help`.
+    """
     short: str = ""
     off: str = ""
-    """The flag that says false."""
+    """The flag that sets it to false."""
     metavar: str | None = None
     panel: str | None = None
-    """The part of `--help` that it stands in."""
+    """The part of `--help` that lists it."""
     read: Read | None = None
 
     @property
     def whole(self) -> bool:
-        """Whether it is a whole number."""
+        """Whether its values are whole numbers."""
         return self.kind == "whole"
 
     def span(self) -> str:
-        """The range in words: "between 0 and 1", "at least 16 tokens", "more than 0 and at most 1"."""
+        """Returns the range in words, such as "between 0 and 1" or "more than 0 and at most 1"."""
         if math.isinf(self.high):
             span = f"more than {_bound(self.low)}" if self.low_is_open else f"at least {_bound(self.low)}"
         elif self.low_is_open:
@@ -74,7 +77,7 @@ class Setting:
         return f"{span} {self.unit}".rstrip()
 
     def described(self) -> str:
-        """What a value is, in words."""
+        """Returns the kind of value that it takes, in words."""
         if self.kind == "choice":
             return " or ".join(self.choices) if len(self.choices) < 3 else f"one of {', '.join(self.choices)}"
         return {
@@ -82,7 +85,7 @@ class Setting:
             "whole": f"a whole number {self.span()}",
             "switch": "true or false",
             "text": "a text",
-            "texts": "a text or a list of texts, none of them empty",
+            "texts": "a text or a list of texts that are not empty",
             "path": "a path",
         }[self.kind]
 
@@ -93,7 +96,7 @@ class Setting:
 
     @property
     def full_help(self) -> str:
-        """The help text, with the default where the text does not tell it."""
+        """The help text, with the default added unless the text gives it already."""
         if "(default: " in self.help or self.default is None or self.default is False or self.kind == "texts":
             return self.help
         number = self.kind in ("number", "whole")
@@ -101,7 +104,7 @@ class Setting:
         return f"{self.help} (default: {default})"
 
     def value(self, given: Any, said: str) -> Any:
-        """`given` as the dataclass has it. Raises UsageError, which calls the setting `said`."""
+        """Returns `given` as the dataclass's value. Raises UsageError, which calls the setting `said`."""
         if self.read is not None:
             return self.read(given, said)
         if self.kind in ("number", "whole"):
@@ -123,7 +126,7 @@ class Setting:
     def _number(self, given: Any, said: str) -> float:
         number = (
             isinstance(given, int | float) and not isinstance(given, bool) and given == given
-        )  # a NaN is not
+        )  # a NaN is not a number here
         if not number or (self.whole and not isinstance(given, int)):
             raise UsageError(f"{said} is {shown(given)}; it must be {self.described()}")
         too_low = given <= self.low if self.low_is_open else given < self.low
@@ -147,14 +150,14 @@ def setting(
     name: str = "",
     read: Read | None = None,
 ) -> Any:
-    """A dataclass field with a default and a Setting, whose kind and choices are those of the field's type.
+    """Returns a dataclass field with a default and a Setting. The field's type gives its kind and choices.
 
     Args:
         names: "-s --seed": the flag, a letter for it, and other programs' names after it;
-            "--resume/--restart": the flag, and the one that says false.
-        low, high: of a number, in `unit`.
-        name: the name in batch lines and in Python; the field's if it is not given.
-        read: how to read it from what was typed, if its type does not tell.
+            "--resume/--restart": the flag, and the one that sets it to false.
+        low, high: range of a number, in `unit`.
+        name: the name in batch lines and in Python; the field's by default.
+        read: the function that reads a typed value, if the type does not determine it.
     """
     flag, *aliases = names.split()
     short = ""
@@ -180,13 +183,14 @@ def setting(
     return field(default=default, metadata={"setting": known})
 
 
-_RECORDS: dict[type, dict[str, Setting]] = {}  # of each settings dataclass: they are looked at for each line
+_RECORDS: dict[type, dict[str, Setting]] = {}  # of each settings dataclass; looked up for each line
+_LEAST_MISSPELT = 8  # characters
 _METAVARS: dict[Kind, str] = {"number": "X", "whole": "N", "text": "TEXT", "texts": "TEXT", "path": "FILE"}
 _KINDS: dict[Any, Kind] = {float: "number", int: "whole", bool: "switch", str: "text", Path: "path"}
 
 
 def records_of(cls: type) -> Mapping[str, Setting]:
-    """All settings of a dataclass, by field."""
+    """Returns all settings of a dataclass, by field."""
     if cls not in _RECORDS:
         _RECORDS[cls] = {f.name: _record(f) for f in fields(cls) if "setting" in f.metadata}
     return _RECORDS[cls]
@@ -208,17 +212,17 @@ def _record(f: Field[Any]) -> Setting:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The types that a value may have: of `int | None` both."""
+    """Returns the types that a value may have: both for `int | None`."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def settings_of(cls: Any) -> dict[str, Setting]:
-    """The settings of a dataclass that are numbers, by field."""
+    """Returns the settings of a dataclass that are numbers, by field."""
     return {name: known for name, known in records_of(cls).items() if known.kind in ("number", "whole")}
 
 
 def check_settings(values: Any) -> None:
-    """Raise UsageError for the first value of a settings dataclass that is out of range, or not a choice."""
+    """Raises UsageError for the first value of a settings dataclass that is out of range or not a choice."""
     for name, known in records_of(type(values)).items():
         value = vars(values)[name]
         if known.kind in ("number", "whole", "choice") and not (value is None and known.default is None):
@@ -226,8 +230,8 @@ def check_settings(values: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: as JSON has it, and not longer than a line."""
-    import json  # not needed where nothing is wrong
+    """Returns a value for an error message: as JSON, and at most 60 characters long."""
+    import json  # imported here, because most runs have no error
 
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value:g}"
@@ -239,30 +243,30 @@ def shown(value: Any) -> str:
 
 
 def _bound(value: float) -> str:
-    """A bound in words: 0.5, 1000, 2^64 - 1."""
+    """Returns a bound in words: 0.5, 1000, 2^64 - 1."""
     if isinstance(value, int) and value > 2**53 and (value + 1).bit_count() == 1:
         return f"2^{value.bit_length()} - 1"
     return f"{value:g}"
 
 
 class Words:
-    """How settings are spelt in one place where people type them."""
+    """The spelling of settings in one place where people type them."""
 
     def __init__(self, style: Literal["flag", "key", "name"], fix: str) -> None:
-        """`fix`: what to do to switch one on."""
+        """Sets the spelling. `fix`: how to switch a setting on."""
         self.style = style
         self.fix = fix
 
     def said(self, known: Setting) -> str:
-        """The setting's name."""
+        """Returns the setting's name."""
         return {"flag": known.flag, "key": known.flag.removeprefix("--"), "name": known.name}[self.style]
 
     def off(self, known: Setting) -> str:
-        """The setting, said to be false."""
+        """Returns the text that sets the setting to false."""
         return known.off if self.style == "flag" else f"{self.said(known)} false"
 
     def on(self, known: Setting) -> str:
-        """What to do to switch it on."""
+        """Returns how to switch the setting on."""
         return self.fix.format(self.said(known))
 
 
@@ -280,22 +284,22 @@ class Table:
 
     @classmethod
     def of(cls, *classes: type) -> "Table":
-        """The settings of these dataclasses."""
+        """Returns the settings of these dataclasses."""
         return cls({known.name: known for each in classes for known in records_of(each).values()})
 
     def __or__(self, other: "Table") -> "Table":
         return Table({**self.settings, **other.settings})
 
     def only(self, *names: str) -> "Table":
-        """These alone."""
+        """Returns a table with these settings only."""
         return Table({name: self.settings[name] for name in names})
 
     def without(self, *names: str) -> "Table":
-        """The others."""
+        """Returns a table without these settings."""
         return Table({name: known for name, known in self.settings.items() if name not in names})
 
     def beginning_with(self, *names: str) -> "Table":
-        """The same settings, these first."""
+        """Returns the same settings, with these first."""
         return Table({name: self.settings[name] for name in names}) | self
 
     @cached_property
@@ -308,18 +312,32 @@ class Table:
         }
 
     def find(self, name: str) -> Setting | None:
-        """The setting of this name: its flag without dashes, its Python name or an alias, with - or _."""
+        """Returns the setting of this name: its flag without dashes, its Python name or an alias.
+
+        Dashes and underscores are the same.
+        """
         return self._spelt.get(name.replace("-", "_"))
 
     def meant(self, name: str) -> Setting | None:
-        """The setting that a misspelt field of a batch line probably means."""
-        # one letter and a word (n_predict) is too little to guess from: a line may have a field "predict"
+        """Returns the setting that a misspelt field of a batch line probably means; None if none is near."""
+        # one letter and a word (n_predict) are too little to guess from: a line may have a field "predict"
         known = [spelling for spelling in self._spelt if spelling[1:2] not in ("", "_")]
         near = difflib.get_close_matches(name.replace("-", "_"), known, 1, cutoff=0.8)
         return self._spelt[near[0]] if near else None
 
+    def misspelt(self, name: str) -> Setting | None:
+        """Returns the setting that a field beside a prompt misspells; None if it may be one's own column.
+
+        A short name (speed) is a column, and one that differs by more than two letters (completion_tokens).
+        """
+        near = self.meant(name)
+        if near is None or len(name) < _LEAST_MISSPELT:
+            return None
+        known = [spelling for spelling in self._spelt if self._spelt[spelling] is near]
+        return near if difflib.get_close_matches(name.replace("-", "_"), known, 1, cutoff=0.9) else None
+
     def unknown(self, name: str, words: Words) -> UsageError:
-        """The error for a setting that does not exist, with those that it may be meant to be."""
+        """Returns the error for a setting that does not exist, with names that were probably meant."""
         said = {known.name: words.said(known) for known in self.settings.values()}
         spelt = {s: k.name for k in self.settings.values() for s in (k.name, k.flag.removeprefix("--"))}
         close = difflib.get_close_matches(name, spelt, 3, cutoff=0.57)
@@ -328,10 +346,10 @@ class Table:
         return UsageError(f"there is no setting {name!r}", hint)
 
     def read(self, values: Mapping[str, Any], words: Words) -> dict[str, Any]:
-        """What was typed, under the settings' own names; None is not given.
+        """Returns the typed values, under the settings' own names. None counts as not given.
 
-        Raises UsageError for a name that does not exist or is a second one for the same setting, and for a
-        value of the wrong kind or out of range.
+        Raises UsageError for a name that does not exist, for two names of one setting, and for a value of the
+        wrong kind or out of range.
         """
         found: dict[str, Any] = {}
         spelt: dict[str, str] = {}
@@ -342,12 +360,14 @@ class Table:
             if known is None:
                 raise self.unknown(name, words)
             if known.name in found:
-                raise UsageError(f"{spelt[known.name]} and {name} are the same setting", "give one of them")
+                raise UsageError(
+                    f"{spelt[known.name]} and {name} are the same setting", "give only one of them"
+                )
             found[known.name], spelt[known.name] = known.value(value, words.said(known)), name
         return found
 
     def read_text(self, name: str, text: str, words: Words) -> dict[str, Any]:
-        """One setting whose value was typed as text: a number, true or false, or the text itself."""
+        """Returns one setting whose value was typed as text: a number, true or false, or the text itself."""
         import tomllib
 
         known = self.find(name)
@@ -364,12 +384,12 @@ class Table:
 def ranked(
     layers: Iterable[tuple[str, Given]], names: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The one ranking of sources: each setting's value is that of the first layer that has it.
+    """Ranks the sources: each setting's value comes from the first layer that has it.
 
     Args:
-        layers: (where from, what it gives), the strongest first.
+        layers: (source, what it gives), the strongest first.
     Returns:
-        The values, and where each comes from. What no layer has is in neither.
+        The values, and the source of each. Settings that no layer has are in neither.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -381,7 +401,7 @@ def ranked(
 
 
 def options_of(cls: type[T], *layers: tuple[str, Given]) -> T:
-    """The dataclass with the settings of these layers, the strongest first."""
+    """Returns the dataclass with the settings of these layers, the strongest first."""
     known = {each.name: each for each in records_of(cls).values()}
     values, _ = ranked(layers, known)
     return cls(**{known[name].field: value for name, value in values.items()})

@@ -1,1 +1,1 @@
-"""EM-FT: fine-tune a LoRA adapter on the entropy of the model's own, unlabelled output."""
+"""Training of a LoRA adapter on unlabelled prompts: EM-FT, EM-RL and vote distillation."""

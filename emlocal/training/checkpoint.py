@@ -1,12 +1,13 @@
-"""Checkpoints: all that the next steps depend on, whole or not there, and the one before if one is damaged.
+"""Checkpoints of a training run: everything that the next steps depend on.
 
     OUT/checkpoints/step-000010/
-        state.json          step, what the guards have seen; SHA-256 of that and of the files beside it
+        state.json          step and history of the guards; SHA-256 of both and of the other files
         learner.safetensors adapter and optimizer
         good.safetensors    the last adapter whose answers passed the guards
 
-The order of prompts, the learning rate and every random number are functions of the seed and the step, so
-they need no state of their own. Nothing is pickled.
+A checkpoint is written whole or not at all. If the newest is damaged, the one before is used. The order of
+prompts, the learning rate and every random number are functions of the seed and the step, so they need no
+state of their own. Nothing is pickled.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from emlocal.models.safetensors import read_safetensors_header, write_safetensor
 from emlocal.text import parse_json
 
 KEPT = 2
-"""Checkpoints that stay: the newest and the one to fall back to."""
+"""Number of checkpoints that stay: the newest and one to fall back to."""
 FORMAT = "emlocal-checkpoint-1"
 _LEARNER, _GOOD, _STATE = "learner.safetensors", "good.safetensors", "state.json"
 
@@ -34,21 +35,21 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `step` optimizer steps."""
+    """The state of a run after `step` optimizer steps."""
 
     step: int
     learner: Arrays
     good: Arrays
     history: Any
-    """What the guards have seen, as JSON."""
+    """History of the guards, as JSON."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint under `folder`, then remove all but it and the `KEPT` − 1 before it.
+    """Writes a checkpoint under `folder`, then removes all but it and the `KEPT` − 1 before it.
 
-    Those of later steps go too: the run has gone back behind them, because they are damaged.
+    Checkpoints of later steps are removed too: the run went back because they are damaged.
 
-    Raises EmlocalError where it cannot be written; the others are untouched then.
+    Raises EmlocalError if it cannot be written; the other checkpoints are then unchanged.
     """
     with atomic_folder(folder / _name(checkpoint.step), replace=True) as temporary:
         files = {_LEARNER: checkpoint.learner, _GOOD: checkpoint.good}
@@ -63,13 +64,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed in `save` left behind: each may be as large as a checkpoint."""
+    """Removes files that a killed `save` left behind; each may be as large as a checkpoint."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those that are newer."""
+    """Returns the newest undamaged checkpoint, and a description of each newer, damaged one."""
     damaged: list[str] = []
     for path in _all(folder):
         try:
@@ -85,7 +86,7 @@ def _name(step: int) -> str:
 
 
 def _all(folder: Path) -> list[Path]:
-    """The checkpoints under a folder, newest first."""
+    """Returns the checkpoints under a folder, newest first."""
     found = (p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal())
     return sorted(found, key=_step, reverse=True)
 
@@ -97,14 +98,14 @@ def _step(path: Path) -> int:
 def _read(path: Path) -> Checkpoint:
     state = parse_json((path / _STATE).read_text(encoding="utf-8"))
     if not isinstance(state, dict):
-        raise ValueError(f"{_STATE} is no table")  # noqa: TRY004
+        raise ValueError(f"{_STATE} is not a table")  # noqa: TRY004
     if state.get("format") != FORMAT:
         raise ValueError(f"its format is {state.get('format')!r}, not {FORMAT}")
     written = state.pop("sha256", None)
     found = {name: _digest(path / name) for name in (_LEARNER, _GOOD)} | {_STATE: _digest_of(state)}
     for name, digest in found.items():
         if not isinstance(written, dict) or written.get(name) != digest:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} is damaged")
     return Checkpoint(state["step"], _arrays(path / _LEARNER), _arrays(path / _GOOD), state["history"])
 
 
@@ -117,7 +118,7 @@ def _arrays(path: Path) -> Arrays:
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
-    """Of a value as JSON, which reads back as what was written: Python's numbers and tables do."""
+    """Returns the digest of a value as JSON. Python's numbers and tables read back exactly as written."""
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The engines of a training run: one that is trained, and one that answers, which may be the same."""
+"""The engines of a training run: one is trained and one answers; both may be the same."""
 
 import math
 import platform
@@ -17,7 +17,7 @@ from emlocal.backends.base import Backend, LoadOptions
 from emlocal.backends.engine import Opened, Trainer, Training, engine, select_backend
 from emlocal.backends.learner import Descent, Learner
 from emlocal.errors import ContextFullError, UsageError
-from emlocal.generation.prompt import chat_tokens, check_template, with_system
+from emlocal.generation.prompt import chat_tokens, check_template, once, with_system
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.identity import weights_digest
 from emlocal.machine import physical_cores
@@ -25,7 +25,7 @@ from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.adapters.gguf_lora import write_gguf
 from emlocal.models.gguf.header import GGUFHeader
 from emlocal.models.resolve import GGUFModel, Model, resolve
-from emlocal.models.unpacked import unpack
+from emlocal.models.unpacked import check_runs, unpack
 from emlocal.sampling.draw import request_key
 from emlocal.text import counted
 from emlocal.training.folder import Verb, View
@@ -38,51 +38,51 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", bound=Learner)
 MakeLearner = Callable[[Opened, Adapter, Descent, bool], L]
-"""Takes the model, the adapter to begin with, and whether to compute activations twice."""
+"""Receives the model, the initial adapter, the optimizer's settings, and whether to recompute activations."""
 
 PARALLEL = 16
-"""Answers at once, where nobody says."""
+"""Default number of answers at once."""
 LONGEST_PROMPT = 1024
-"""Tokens that are kept free for a prompt beside its answer, where the model's context has them."""
+"""Tokens reserved for a prompt beside its answer, if the model's context is large enough."""
 
 
 @dataclass(frozen=True)
 class Objective(Generic[L]):
-    """What a run trains, and by which method."""
+    """The settings and the method of a run."""
 
     verb: Verb
     settings: TrainingSettings
     check: Callable[[Sequence[Prompt]], None]
-    """Raises UsageError for prompts that the method cannot be used with."""
+    """Raises UsageError for prompts that the method cannot use."""
     make_learner: MakeLearner[L]
     make_method: Callable[[L, Sequence[Prompt]], Method]
-    """Takes the prompts that fit."""
+    """Receives the prompts that fit."""
     told: Callable[[int], Sequence[str]]
-    """Of the settings, in lines for people; takes how many prompts there are."""
+    """Describes the settings in lines for people; receives the number of prompts."""
     training: Training
-    """What an engine must be able to train by."""
+    """The kind of training that the engine must support."""
 
 
 class SameModel:
-    """Answers with the very model that is being trained: its adapter is always the newest."""
+    """Answers with the model that is being trained, so its adapter is always the newest."""
 
     def __init__(self, backend: Backend, parallel: int) -> None:
         self.backend = backend
         self.parallel = parallel
 
     def refresh(self, adapter: Adapter) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Free the engine."""
+        """Frees the engine."""
         self.backend.close()
 
 
 class LlamaCppModel:
-    """Answers with the GGUF file in llama.cpp, which is given the adapter anew at each step.
+    """Answers with the GGUF file in llama.cpp, which gets the new adapter at each step.
 
-    Faster than torch on CPUs without native bfloat16 (docs/performance.md). Its weights are those that
-    are trained on; its activations are rounded more, so the answers come from nearly the same model.
+    This is faster than torch on CPUs without native bfloat16 (docs/performance.md). Its weights are those
+    that are trained. Its activations are rounded more, so the answers come from nearly the same model.
     """
 
     def __init__(self, backend: "LlamaCppBackend", header: GGUFHeader, parallel: int) -> None:
@@ -92,20 +92,20 @@ class LlamaCppModel:
         self._folder = tempfile.TemporaryDirectory(prefix="emlocal-")
 
     def refresh(self, adapter: Adapter) -> None:
-        """Answer with this adapter from now on."""
+        """Uses this adapter from now on."""
         path = Path(self._folder.name) / "adapter.gguf"
         write_gguf(adapter, path, self._header)
         self.backend.set_adapters([(path, 1.0)])
 
     def close(self) -> None:
-        """Free the engine."""
+        """Frees the engine."""
         self.backend.close()
         self._folder.cleanup()
 
 
 @dataclass
 class Engines(Generic[L]):
-    """What a run computes with."""
+    """The model and the engines of a run."""
 
     model: Model
     settings: TrainingSettings
@@ -119,11 +119,11 @@ class Engines(Generic[L]):
 
     @property
     def model_name(self) -> str:
-        """As it was typed."""
+        """The model's name as it was typed."""
         return self.model.name
 
     def describe(self) -> tuple[str, str, str]:
-        """The model, what is trained, and what answers, for people."""
+        """Describes the model, the trained part and the answering engine, for people."""
         name = Path(self.model.name).name if self.model.source == "path" else self.model.name
         layers = counted(len(self.learner.adapter().pairs), "layer")
         return (
@@ -134,9 +134,11 @@ class Engines(Generic[L]):
         )
 
     def encoded(self, prompts: Sequence[Prompt], system: str | None) -> list[tuple[Prompt, list[int]]]:
-        """The prompts and their tokens. Those that leave no room for an answer are left out, with a warning.
+        """Returns the prompts with their tokens.
 
-        Raises ContextFullError where that is all of them, UsageError where the template refuses one.
+        Prompts without room for an answer are dropped with a warning.
+
+        Raises ContextFullError if no prompt fits, and UsageError if the template refuses one.
         """
         backend = self.answerer.backend
         room = self.settings.max_tokens
@@ -155,27 +157,29 @@ class Engines(Generic[L]):
                 f" answer {_leaves(most)}"
             )
             if not fitting:
-                raise ContextFullError(said, "shorten them, or give a larger --context")
-            self.view.warn(f"{said}; left out")
+                raise ContextFullError(said, "shorten them, or set a larger --context")
+            self.view.warn(f"{said}; they are left out")
         return fitting
 
     def _tokens(self, prompts: Sequence[Prompt], system: str | None) -> Iterator[tuple[Prompt, list[int]]]:
-        """Of each prompt. A million takes minutes, so it says how far it is."""
+        """Yields each prompt with its tokens. A million prompts take minutes, so it reports progress."""
+        warn = once(self.view.warn)
         for i, prompt in enumerate(prompts):
             if i and i % 1000 == 0:
                 self.view.loading(f"encoding prompts: {i:,} of {len(prompts):,}", 0, None)
             try:
-                yield prompt, chat_tokens(self.answerer.backend, with_system(prompt.messages, system))
+                asked = with_system(prompt.messages, system)
+                yield prompt, chat_tokens(self.answerer.backend, asked, warn=warn)
             except UsageError as why:
                 raise UsageError(f"{prompt.where}: {why.message}", why.hint) from why
 
     def use(self, adapter: Adapter) -> None:
-        """Answer with this adapter from now on."""
+        """Uses this adapter from now on."""
         self.learner.put(adapter)
         self.answerer.refresh(adapter)
 
     def identity(self) -> dict[str, Any]:
-        """What of the engines decides the outcome, bit for bit."""
+        """Returns the properties of the engines that determine the outcome, bit for bit."""
         return {
             "model": {"name": self.model.header.name, "sha256": weights_digest(self.model)},
             "engines": {
@@ -188,7 +192,7 @@ class Engines(Generic[L]):
         }
 
     def versions(self) -> dict[str, str]:
-        """Of the packages that compute."""
+        """Returns the versions of Python and of the engines' packages."""
         both = self.trainer, self.answerer.backend.name
         names = dict.fromkeys(package for name in both for package in engine(name).distributions)
         return {"python": platform.python_version(), **{name: version(name) for name in names}}
@@ -196,7 +200,7 @@ class Engines(Generic[L]):
 
 @contextmanager
 def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View) -> Iterator[Engines[L]]:
-    """Resolve and load the model, once for training and once for answering where that is faster.
+    """Resolves and loads the model, once for training and, if that is faster, once more for answering.
 
     `trainer`: see `choose_trainer`. Raises ModelError for a model that cannot be trained.
     """
@@ -205,6 +209,7 @@ def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View
     model = resolve(
         setup.model, formats=("safetensors", "gguf"), offline=setup.machine.offline, progress=view.loading
     )
+    check_runs(model, trainer)
     context = _context(model, settings, setup.machine.context)
     _check_model(model, setup.answers.rollouts)
     folder = unpack(model, view.loading) if isinstance(model, GGUFModel) else model.path
@@ -235,9 +240,9 @@ def open_engines(objective: Objective[L], setup: Setup, trainer: str, view: View
 
 
 def choose_trainer(asked: str, training: Training) -> str:
-    """The engine that is trained: the one asked for, or the one that fits this machine.
+    """Chooses the engine to train: the requested one, or the best one for this machine.
 
-    Raises UsageError for one that cannot be trained so, BackendError for one that is not installed.
+    Raises UsageError if the engine cannot train this way, and BackendError if it is not installed.
     """
     trainers = {name: known for name in ENGINES if (known := engine(name).trainer) is not None}
     able = [name for name, known in trainers.items() if training in known.methods]
@@ -246,28 +251,33 @@ def choose_trainer(asked: str, training: Training) -> str:
         own, _ = select_backend()
         chosen = own if own in able else able[-1]
     if chosen not in able:
-        raise UsageError(f"this is not for the {chosen} engine yet", f"use --backend {able[-1]}")
-    select_backend(chosen)  # which says what to install where it is missing
+        raise UsageError(
+            f"the {chosen} engine does not support this training yet", f"use --backend {able[-1]}"
+        )
+    select_backend(chosen)  # raises BackendError with the install command if it is missing
     return chosen
 
 
 def _check_rollouts(asked: str, trainer: str) -> None:
     if asked not in ("auto", "llama.cpp", trainer):
         raise UsageError(
-            f"--rollouts is {asked}, and {trainer} is trained: the answers are given by that or by llama.cpp",
+            f"--rollouts is {asked}, but {trainer} trains: only {trainer} or llama.cpp can answer",
             f"use --rollouts {trainer}, or leave it out",
         )
 
 
 def trainer_of(name: str) -> Trainer:
-    """How an engine that `choose_trainer` chose trains."""
+    """Returns the trainer of an engine that `choose_trainer` chose."""
     trainer = engine(name).trainer
     assert trainer is not None
     return trainer
 
 
 def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int:
-    """Tokens of a prompt and its answer. Raises UsageError where the answer alone would fill it."""
+    """Returns the context for a prompt and its answer.
+
+    Raises UsageError if the answer alone would fill it.
+    """
     wanted = settings.max_tokens + LONGEST_PROMPT
     trained = model.header.context_length or asked or wanted
     if asked is not None and asked > trained:
@@ -275,8 +285,8 @@ def _context(model: Model, settings: TrainingSettings, asked: int | None) -> int
     context = asked or min(trained, wanted)
     if settings.max_tokens >= context:
         raise UsageError(
-            f"--max-tokens is {settings.max_tokens:,}; the context of prompt and answer is {context:,}",
-            "give a smaller --max-tokens",
+            f"--max-tokens is {settings.max_tokens:,}, but prompt and answer must fit {context:,}",
+            "set a smaller --max-tokens",
         )
     return context
 
@@ -285,7 +295,7 @@ def _check_model(model: Model, rollouts: str) -> None:
     check_template(model.name, model.header.chat_template)
     if rollouts == "llama.cpp" and not isinstance(model, GGUFModel):
         raise UsageError(
-            f"{model.name} is no GGUF model: llama.cpp cannot answer with it", "leave --rollouts out"
+            f"{model.name} is not a GGUF model, so llama.cpp cannot answer with it", "leave --rollouts out"
         )
 
 
@@ -300,7 +310,11 @@ def _leaves(most: int) -> str:
 def _answerer(
     model: Model, opened: Opened, options: LoadOptions, asked: str, parallel: int
 ) -> LlamaCppModel | SameModel:
-    """llama.cpp for GGUF models on CPUs, few of which compute bfloat16; else the model that is trained."""
+    """Opens the answering engine.
+
+    It is llama.cpp for GGUF models on CPUs, because few CPUs compute bfloat16; otherwise the model that is
+    trained.
+    """
     wanted = asked == "llama.cpp" or (asked == "auto" and opened.place.on_cpu)
     if wanted and isinstance(model, GGUFModel):
         from emlocal.backends.llama_cpp import LlamaCppBackend
@@ -310,10 +324,10 @@ def _answerer(
 
 
 def new_adapter(layers: Mapping[str, tuple[int, int]], settings: TrainingSettings) -> Adapter:
-    """An adapter that changes nothing yet: A is random, B is 0 (Hu et al. 2021, §4.1).
+    """Makes an adapter that changes nothing yet: A is random, B is 0 (Hu et al. 2021, §4.1).
 
-    A's numbers are uniform within ±1/√in, as linear layers begin, and come from the seed and the layer's
-    name: they are the same on every engine.
+    A's numbers are uniform within ±1/√in, like those of new linear layers. They come from the seed and the
+    layer's name, so they are the same on every engine.
 
     Args:
         layers: (out, in) of each linear layer of the model, by its name.
@@ -325,7 +339,7 @@ def new_adapter(layers: Mapping[str, tuple[int, int]], settings: TrainingSetting
     if missing:
         raise UsageError(
             f"the model has no linear layer called {' or '.join(sorted(missing))}",
-            f"give some of these: --target-modules {','.join(sorted({_last(name) for name in layers}))}",
+            f"use some of these: --target-modules {','.join(sorted({_last(name) for name in layers}))}",
         )
     pairs = {}
     for name, (rows, columns) in chosen.items():

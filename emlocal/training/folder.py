@@ -1,15 +1,14 @@
-"""What a run leaves and tells. Its folder: the adapter, its settings, its metrics and its checkpoints.
+"""The output folder of a training run, and the reports about it.
 
     OUT/adapter_config.json, adapter_model.safetensors   the last good adapter, in PEFT's layout, from the
                                                          first checkpoint on
-    OUT/run.json                                         what the run is: settings, model, prompts, versions
-    OUT/metrics.jsonl                                    a line a step
+    OUT/run.json                                         settings, model, prompts and versions of the run
+    OUT/metrics.jsonl                                    one line for each step
     OUT/checkpoints/                                     see emlocal.training.checkpoint
 
-So the folder itself is the adapter: `emlocal chat -m MODEL --adapter OUT`.
+The folder itself is the adapter: `emlocal chat -m MODEL --adapter OUT`.
 
-And who is told how a run goes: people (`View`), and trackers of metrics (`Reporter`: trackio, Weights &
-Biases, TensorBoard).
+A `View` reports to people; a `Reporter` sends metrics to a tracker (trackio, Weights & Biases, TensorBoard).
 """
 
 import json
@@ -36,17 +35,20 @@ if TYPE_CHECKING:
     from emlocal.training.runner import TrainingResult
 
 Verb = Literal["finetune", "rl"]
-"""What kind of run it is."""
+"""The kind of a run."""
 
-GO_ON = "mend that, then go on with the same command and --resume"
+GO_ON = "fix this, then rerun the same command with --resume"
 _RUN, _METRICS = "run.json", "metrics.jsonl"
 
 
 class RunFolder:
-    """An output folder that this process alone writes to. `warnings` is what was found wrong and mended."""
+    """An output folder that only this process writes to.
+
+    `warnings` lists the faults that were found and repaired.
+    """
 
     def __init__(self, path: Path) -> None:
-        """For `RunFolder.open`."""
+        """Stores the path. Use `RunFolder.open`."""
         self.path = path
         self.warnings: list[str] = []
         self._lock = ExitStack()
@@ -55,14 +57,15 @@ class RunFolder:
     def open(
         cls, path: Path, verb: Verb, identity: Mapping[str, Any], *, resume: bool
     ) -> tuple[Self, Checkpoint | None]:
-        """Begin a run in a new or empty folder or, with `resume`, go on with the same run.
+        """Begins a run in a new or empty folder or, with `resume`, continues the same run.
 
-        `identity`: what decides the outcome, as JSON; a run that differs in any of it is not gone on with.
+        `identity`: everything that determines the outcome, as JSON. A run that differs in any of it is not
+        resumed.
 
-        Raises UsageError for a folder that holds something else, EmlocalError where it is in use or cannot
+        Raises UsageError for a folder that holds something else, and EmlocalError if it is in use or cannot
         be written.
         """
-        check(path, verb, resume=True)  # before the lock: a folder of something else is not written to
+        check(path, verb, resume=True)  # before the lock, which writes into the folder
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -87,25 +90,26 @@ class RunFolder:
             ) from None
 
     def _begin(self, verb: Verb, identity: Mapping[str, Any], resume: bool) -> Checkpoint | None:
-        described = check(self.path, verb, resume=resume)  # again: somebody else may have been quicker
+        # again, because another process may have been quicker
+        described = check(self.path, verb, resume=resume)
         self._remove_leftovers()
         if described is None:
             if resume:
-                self.warnings.append(f"{self.path} holds no run to go on with: beginning a new one")
+                self.warnings.append(f"{self.path} has no run to resume: starting a new one")
             with atomic_writer(self.path / _RUN) as file:
                 json.dump({"format": _format(verb), **identity}, file, indent=1)
             return None
         _compare(self.path, described, {"format": _format(verb), **identity})
         found, damaged = checkpoint.latest(self.path / "checkpoints")
-        fallback = f"going on from step {found.step}" if found else "beginning anew"
+        fallback = f"resuming from step {found.step}" if found else "starting again"
         self.warnings += [f"a damaged checkpoint, {what}; {fallback}" for what in damaged]
         if found is None and not damaged:
-            self.warnings.append(f"the run in {self.path} has no checkpoint yet: beginning anew")
+            self.warnings.append(f"the run in {self.path} has no checkpoint yet: starting again")
         self._keep_metrics(found.step if found else 0)
         return found
 
     def _remove_leftovers(self) -> None:
-        """Remove what runs that were killed in the middle of writing a file left behind."""
+        """Removes temporary files that killed runs left behind."""
         checkpoint.remove_leftovers(self.path / "checkpoints")
         for path in _leftovers(self.path):
             if path.is_dir():
@@ -114,7 +118,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _keep_metrics(self, step: int) -> None:
-        """Drop the lines of steps that will be made again, and a torn last one."""
+        """Drops the lines of steps that will run again, and a torn last line."""
         path = self.path / _METRICS
         if not path.exists():
             return
@@ -131,9 +135,9 @@ class RunFolder:
             file.writelines(kept)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line of metrics.
+        """Appends a line of metrics.
 
-        Raises EmlocalError where it cannot be written.
+        Raises EmlocalError if it cannot be written.
         """
         path = self.path / _METRICS
         try:
@@ -143,10 +147,11 @@ class RunFolder:
             raise EmlocalError(f"cannot write {path}: {why.strerror or why}", GO_ON) from why
 
     def put_adapter(self, adapter: Adapter) -> None:
-        """Make this the adapter that the folder is. Each of its two files is replaced whole; the
-        config is the same throughout a run.
+        """Makes this the folder's adapter. Each of its two files is replaced whole.
 
-        Raises EmlocalError where it cannot be written.
+        The config stays the same throughout a run.
+
+        Raises EmlocalError if it cannot be written.
         """
         try:
             with tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.", suffix=".tmp") as temporary:
@@ -157,40 +162,42 @@ class RunFolder:
             sync_folder(self.path)
         except (OSError, EmlocalError) as why:
             said = why.message if isinstance(why, EmlocalError) else f"cannot write: {why.strerror or why}"
-            raise EmlocalError(f"the newest adapter is not in {self.path}: {said}", GO_ON) from why
+            raise EmlocalError(
+                f"the newest adapter could not be copied to {self.path}: {said}", GO_ON
+            ) from why
 
     def save(self, state: Checkpoint) -> None:
-        """Write a checkpoint. Raises EmlocalError where it cannot be written."""
+        """Writes a checkpoint. Raises EmlocalError if it cannot be written."""
         try:
             checkpoint.save(self.path / "checkpoints", state)
         except EmlocalError as why:
             raise EmlocalError(why.message, GO_ON) from why
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Releases the folder."""
         self._lock.close()
 
 
 class OthersFolder:
-    """The folder of a run to a process that leaves the writing to another one."""
+    """The folder of a run in a process that leaves the writing to another one."""
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Nothing: see RunFolder."""
+        """Does nothing: see RunFolder."""
 
     def put_adapter(self, adapter: Adapter) -> None:
-        """Nothing: see RunFolder."""
+        """Does nothing: see RunFolder."""
 
     def save(self, state: Checkpoint) -> None:
-        """Nothing: see RunFolder."""
+        """Does nothing: see RunFolder."""
 
 
 def check(path: Path, verb: Verb, *, resume: bool) -> Mapping[str, Any] | None:
-    """What the folder's run.json says, None where a run may begin there. Nothing is written.
+    """Returns the content of the folder's run.json, or None if a run may begin there. Writes nothing.
 
-    Raises UsageError for a folder that holds something else, or a run that is not to be gone on with.
+    Raises UsageError for a folder that holds something else, or a run that must not be resumed.
     """
     if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is no folder", "give a new folder: -o")
+        raise UsageError(f"{path} is not a folder", "use a new folder with -o")
     try:
         described = json.loads((path / _RUN).read_text(encoding="utf-8"))
         names = []
@@ -198,17 +205,17 @@ def check(path: Path, verb: Verb, *, resume: bool) -> Mapping[str, Any] | None:
         described = None
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     except (OSError, ValueError, RecursionError) as why:
-        raise UsageError(f"{path / _RUN} cannot be read: {why}", "give a new folder: -o") from why
+        raise UsageError(f"{path / _RUN} cannot be read: {why}", "use a new folder with -o") from why
     ours = {".lock", *(p.name for p in _leftovers(path))}
     others = [name for name in names if name not in ours]
     if others:
-        raise UsageError(f"{path} holds something else: {', '.join(others[:3])}", "give a new folder: -o")
+        raise UsageError(f"{path} has other files: {', '.join(others[:3])}", "use a new folder with -o")
     if described is None:
         return None
     if not isinstance(described, dict) or described.get("format") != _format(verb):
-        raise UsageError(f"{path} holds a run of another kind", "give a new folder: -o")
+        raise UsageError(f"{path} has a run of another kind", "use a new folder with -o")
     if not resume:
-        raise UsageError(f"{path} holds a run already", "go on with it: --resume; or give a new folder: -o")
+        raise UsageError(f"{path} has a run already", "resume it with --resume, or use a new folder with -o")
     return described
 
 
@@ -217,21 +224,21 @@ def _format(verb: Verb) -> str:
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """Temporary files of this module, in a folder that nobody writes to any more."""
+    """Returns this module's temporary files in a folder that nobody writes to any more."""
     return [p for name in (_RUN, _METRICS, "adapter") for p in path.glob(f".{name}.*.tmp")]
 
 
 def _compare(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UsageError with every difference."""
+    """Raises UsageError that lists every difference."""
     if differing := differences(_by_name(held), _by_name(wanted)):
         raise UsageError(
             f"the run in {path} has other settings: {differing}",
-            "resume it with its own, or give a new folder: -o",
+            "resume it with its own settings, or use a new folder with -o",
         )
 
 
 def _by_name(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings stand among the rest, by their own names."""
+    """Moves the settings to the top level, under their own names."""
     settings = described.get("settings")
     return {**described, "settings": {}, **(settings if isinstance(settings, dict) else {})}
 
@@ -240,7 +247,7 @@ _MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard.
 
 
 def check_package(name: str) -> None:
-    """Raise UsageError for an unknown tracker, BackendError where its package is missing."""
+    """Raises UsageError for an unknown tracker, and BackendError if its package is missing."""
     if name not in _MODULES:
         raise UsageError(f"--report-to is {name!r}; it must be {' or '.join(_MODULES)}")
     if find_spec(name) is None:
@@ -251,7 +258,10 @@ class Reporter:
     """Sends each step's numbers to one of the trackers. Use it in a `with` block."""
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Raises UsageError for an unknown tracker, BackendError where its package is missing."""
+        """Opens the tracker.
+
+        Raises UsageError for an unknown one, and BackendError if its package is missing.
+        """
         check_package(name)
         package: Any = import_module(_MODULES[name])
         if name == "tensorboard":
@@ -264,7 +274,7 @@ class Reporter:
             self._finish = package.finish
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """A line of metrics: its numbers, at its step."""
+        """Sends the numbers in a line of metrics, at its step."""
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         self._log(row["step"], numbers)
 
@@ -278,41 +288,47 @@ class Reporter:
 
 
 class View:
-    """Is told how a run goes. This one says warnings alone; the command line's draws bars and a table."""
+    """Receives reports about a run.
+
+    This one shows only warnings; the command line's draws bars and a table.
+    """
 
     def __init__(self, warn: Warn = warn_in_python) -> None:
         self._warn = warn
         self.reporter: Reporter | None = None
 
     def loading(self, what: str, done: int, total: int | None) -> None:
-        """What comes before the run: a download, the model, the prompts. A `Progress`."""
+        """Reports a preparation: a download, loading the model, encoding prompts. A `Progress`."""
 
     def begin(self, lines: Sequence[str], resumed: int | None) -> None:
-        """What is about to happen, in lines; `resumed`: the step that the run goes on after."""
+        """Describes the run in lines before it begins; `resumed`: the step after which it continues."""
 
     def answering(self, step: int, done: int, total: int) -> None:
-        """Answers of this step drawn."""
+        """Reports how many answers of this step are drawn."""
 
     def training(self, step: int, done: int, total: int) -> None:
-        """Answers of this step computed with."""
+        """Reports how many answers of this step are processed."""
 
     def validating(self, done: int, total: int) -> None:
-        """Prompts with known answers answered."""
+        """Reports how many prompts with known answers are answered."""
 
     def finished_step(self, row: dict[str, Any]) -> None:
-        """A line of metrics."""
+        """Receives a line of metrics."""
         if self.reporter is not None:
             self.reporter.log(row)
 
     def warn(self, text: str) -> None:
-        """Something that people should know."""
+        """Warns people."""
         self._warn(text)
 
+    def said(self, text: str) -> None:
+        """Reports the result of a part of the run."""
+
     def validated(self, before: float, after: float) -> None:
-        """Accuracies before and after the run."""
+        """Reports the accuracies before and after the run."""
 
     def stopped(self, output: Path) -> None:
-        """It was asked to."""
+        """Reports that the run was stopped on request."""
 
     def ended(self, result: "TrainingResult") -> None:
-        """It ended by itself."""
+        """Reports that the run ended by itself."""

@@ -1,7 +1,7 @@
-"""The loop of every method: answer prompts, look at the answers, follow a gradient made of them, again.
+"""The training loop of all methods: answer prompts, check the answers, follow a gradient, repeat.
 
-Everything random is addressed by seed and step, so a run that is stopped anywhere and resumed has the same
-weights, bit for bit, as one that was not (on a CPU, with the same engines and threads).
+All random numbers depend on the seed and the step. So a run that was stopped and resumed has the same
+weights, bit for bit, as an uninterrupted one (on a CPU, with the same engines and threads).
 """
 
 import math
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from emlocal.training.rollouts import Guards, MicroBatches, Rollout, RolloutStat
 from emlocal.training.settings import TrainingSettings
 
 MOST_SKIPPED = 3
-"""Steps in a row whose gradient is not finite, before the run stops."""
+"""Number of consecutive steps with a gradient that is not finite after which the run stops."""
 
 
 class Answerer(Protocol):
@@ -33,65 +34,86 @@ class Answerer(Protocol):
 
     @property
     def backend(self) -> Backend:
-        """Has `parallel` and `SPARE_SEQUENCES` sequences, each with room of its own."""
+        """The engine. It has `parallel` + `SPARE_SEQUENCES` sequences, each with room of its own."""
 
     @property
     def parallel(self) -> int:
-        """Answers at once."""
+        """Number of answers at once."""
 
     def refresh(self, adapter: Adapter) -> None:
-        """Answer with this adapter from now on."""
+        """Uses this adapter from now on."""
 
 
 class Watcher(Protocol):
-    """Is told how a run goes."""
+    """Receives reports about a run."""
 
     def answering(self, step: int, done: int, total: int) -> None:
-        """Answers of this step drawn."""
+        """Reports how many answers of this step are drawn."""
 
     def training(self, step: int, done: int, total: int) -> None:
-        """Answers of this step computed with: looked at, or trained on."""
+        """Reports how many answers of this step are processed: scored, or trained on."""
 
     def finished_step(self, row: dict[str, Any]) -> None:
-        """A line of metrics."""
+        """Receives a line of metrics."""
 
     def warn(self, text: str) -> None:
-        """Something that people should know."""
+        """Warns people."""
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """What is told of a gradient that the learner holds, before it is followed."""
+    """Facts about the gradient in the learner, before the learner follows it."""
 
     kl: float | None
-    """Of the answers to the base, nats a token; None where it is not measured."""
+    """KL of the answers to the base, in nats a token; None if it is not measured."""
     row: dict[str, Any]
-    """For the metrics."""
+    """Numbers for the metrics."""
 
 
 class Method(Protocol):
-    """How answers become gradients: EM-FT, EM-RL."""
+    """Turns answers into gradients: EM-FT, EM-RL, vote distillation."""
 
     @property
     def samples(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
+
+    @property
+    def draws_once(self) -> bool:
+        """Whether the answers are drawn before the first step rather than in each (see `prepare`)."""
+
+    def prepare(
+        self,
+        answerer: "Answerer",
+        prompts: Sequence[Sequence[int]],
+        folder: Path,
+        cancelled: Callable[[], bool],
+        progress: Callable[[int, int], None],
+    ) -> str | None:
+        """Prepares the first step. Returns a summary for people, or None.
+
+        `progress` receives the number of answers drawn, and the total. Raises CancelledError, and
+        EmlocalError if there is nothing to train on.
+        """
+
+    def taught(self, step: int) -> Sequence[Rollout] | None:
+        """Returns a step's answers, or None if the model must draw them."""
 
     def identity(self) -> dict[str, Any]:
-        """What of the prompts, beside their tokens, decides the outcome, as JSON."""
+        """Returns what determines the outcome besides the prompts' tokens, as JSON."""
 
     def gradients(
         self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
     ) -> Iterator[Gradient]:
-        """Bring the gradient of an update into the learner, one update after the other.
+        """Computes one gradient after the other in the learner; each belongs to one update.
 
-        Between them the learner makes the update. `chosen`: the step's prompts, by their place in the data;
-        `rollouts`: `samples` answers to each, one prompt after the other.
+        The learner makes the update before the next gradient. `chosen`: the places of the step's prompts in
+        the data. `rollouts`: `samples` answers to each prompt, one prompt after the other.
         """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is besides its settings: how it is carried out."""
+    """Settings for carrying out a run, beside those that determine its outcome."""
 
     token_budget: int = 2048
     """Tokens of a micro-batch, padding included."""
@@ -101,20 +123,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. The adapter is in its folder."""
+    """The result of a run. The adapter is in its folder."""
 
     reason: Literal["finished", "collapsed", "not finite"]
     message: str
     steps: int
-    """Steps that made the adapter that was kept."""
+    """Number of steps behind the adapter that was kept."""
     first: RolloutStats | None
-    """The answers at the first step …"""
+    """Statistics of the answers at the first step; None if the steps draw none."""
     last: RolloutStats | None
-    """… and those of the adapter that was kept."""
+    """Statistics of the kept adapter's answers; None if the steps draw none."""
 
 
 def prompts_of_step(count: int, step: int, settings: TrainingSettings) -> list[int]:
-    """Indices of a step's prompts: all of them in a random order, then in another one, and so on."""
+    """Returns the indices of a step's prompts. Each epoch takes all prompts in a new random order."""
     first = step * settings.prompts_per_step
     places = range(first, first + settings.prompts_per_step)
     orders: dict[int, list[int]] = {}
@@ -126,7 +148,7 @@ def prompts_of_step(count: int, step: int, settings: TrainingSettings) -> list[i
 
 @dataclass
 class _Progress:
-    """What a run remembers from step to step, beside the learner."""
+    """The state that a run carries from step to step, beside the learner."""
 
     guards: Guards
     good: Adapter
@@ -134,10 +156,10 @@ class _Progress:
     skipped: int = 0
     first: RolloutStats | None = None
     last: RolloutStats | None = None
-    """Of `good`."""
+    """Statistics of `good`'s answers."""
 
     def as_json(self, token_budget: int) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Returns the state for a checkpoint."""
         return {
             "guards": list(self.guards.history),
             "good_step": self.good_step,
@@ -167,10 +189,10 @@ class Run:
     _batches: MicroBatches = field(init=False)
 
     def run(self, start: Checkpoint | None = None) -> Outcome:
-        """From the beginning, or from a checkpoint, to the end.
+        """Runs from the beginning, or from a checkpoint, to the end.
 
-        Raises CancelledError after writing a checkpoint of the step before; EmlocalError where a checkpoint
-        cannot be written, or where a single answer does not fit into memory.
+        Raises CancelledError after writing a checkpoint of the step before. Raises EmlocalError if a
+        checkpoint cannot be written, or if a single answer does not fit into memory.
         """
         step = self._restore(start)
         while True:
@@ -179,7 +201,7 @@ class Run:
                 outcome = self._step(step)
             except CancelledError:
                 self.learner.forget()
-                self.learner.restore(state)  # it may have come between two updates of the step
+                self.learner.restore(state)  # the cancellation may have come between two updates of the step
                 self._now.good = good
                 self._save(step, before)
                 raise
@@ -210,13 +232,13 @@ class Run:
                 self._now = _Progress(guards, good, **{**held, "first": first, "last": last})
             except (KeyError, TypeError, ValueError) as why:
                 raise EmlocalError(
-                    f"the checkpoint of step {start.step} is none of this run: {why}",
-                    "remove it, and resume again",
+                    f"the checkpoint of step {start.step} does not belong to this run: {why}",
+                    "delete it, then resume again",
                 ) from why
         if self.plan.token_budget < budget:
             self.watcher.warn(
-                f"going on with micro-batches of {self.plan.token_budget:,} tokens instead of"
-                f" {budget:,}: the weights' last bits will not be those of a run in one go"
+                f"continuing with micro-batches of {self.plan.token_budget:,} tokens instead of"
+                f" {budget:,}; the weights' last bits will differ from an uninterrupted run's"
             )
             budget = self.plan.token_budget
         self._batches = MicroBatches(
@@ -237,17 +259,24 @@ class Run:
         self.folder.put_adapter(self._now.good)
 
     def _step(self, step: int) -> Outcome | None:
-        """Answers of the model as it is, a look at them, the updates. The outcome, at the end."""
+        """Draws answers, checks them and makes the updates. Returns the outcome if the run ends here."""
         now, adapter, started = self._now, self.learner.adapter(), time.perf_counter()
-        self.answerer.refresh(adapter)
-        chosen = prompts_of_step(len(self.prompts), step, self.settings)
-        rollouts = self._answers(step, chosen)
+        chosen, last = prompts_of_step(len(self.prompts), step, self.settings), step == self.settings.steps
+        taught = self.method.taught(step)
+        if taught is None:
+            self.answerer.refresh(adapter)
+        rollouts = self._answers(step, chosen) if taught is None else taught
         answered = time.perf_counter()
-        stats = describe(rollouts)
-        now.first = now.first or stats
-        row: dict[str, Any] = {"step": step, **asdict(stats), "rollout_seconds": answered - started}
-        row["rollout_tokens_per_second"] = stats.tokens / row["rollout_seconds"]
-        why, last = now.guards.look(stats), step == self.settings.steps
+        found = describe(rollouts)
+        row: dict[str, Any] = {"step": step, **asdict(found), "rollout_seconds": answered - started}
+        if taught is None:
+            row["rollout_tokens_per_second"] = found.tokens / row["rollout_seconds"]
+            stats: RolloutStats | None = found
+            why = now.guards.look(found)
+            now.first = now.first or found
+        else:
+            stats, why = None, None
+            now.guards.pass_over()
         if why is not None or last:
             self._report(row)
             return self._collapsed(why) if why is not None else self._finished(step, adapter, stats)
@@ -269,10 +298,10 @@ class Run:
 
     def _answers(self, step: int, chosen: Sequence[int]) -> list[Rollout]:
         total, processes = len(chosen) * self.method.samples, self.processes
-        self.watcher.answering(step, 0, total)  # the first answer may take long
+        self.watcher.answering(step, 0, total)  # before the first answer, which may take long
         own = range(processes.rank, len(chosen), processes.count)
         drawn: list[Rollout] | None = None
-        with suppress(CancelledError):  # the others must hear of it
+        with suppress(CancelledError):  # the other processes must learn of it below
             drawn = draw_rollouts(
                 self.answerer.backend,
                 [self.prompts[chosen[place]] for place in own],
@@ -288,17 +317,17 @@ class Run:
         return _in_order(everyone, len(chosen), self.method.samples)
 
     def _update(self, step: int, further: Iterator[Gradient]) -> dict[str, Any]:
-        """Follow the gradient that is there, and those that come after it. For the metrics."""
+        """Follows the current gradient and all later ones of the step. Returns numbers for the metrics."""
         rate = self.settings.learning_rate_at(step)
         longest, row = self.learner.update(rate), {}
         for gradient in further:
             row = gradient.row
             norm = self.learner.update(rate)
-            longest = norm if not norm <= longest else longest  # NaN too
+            longest = norm if not norm <= longest else longest  # true for NaN too
         return {**row, "learning_rate": rate, "gradient_norm": longest}
 
     def _not_finite(self, step: int, norm: float) -> Outcome | None:
-        """Count the steps whose gradient is no number. The outcome, where they are too many."""
+        """Counts consecutive steps whose gradient is not finite. Returns the outcome if they are too many."""
         now = self._now
         now.skipped = 0 if math.isfinite(norm) else now.skipped + 1
         if now.skipped:
@@ -312,16 +341,16 @@ class Run:
         self.folder.add_metrics(row)
         self.watcher.finished_step(row)
 
-    def _keep_if_sound(self, step: int, adapter: Adapter, stats: RolloutStats) -> None:
+    def _keep_if_sound(self, step: int, adapter: Adapter, stats: RolloutStats | None) -> None:
         now = self._now
         if now.guards.sound:
             now.good, now.good_step, now.last = adapter, step, stats
 
-    def _finished(self, step: int, adapter: Adapter, stats: RolloutStats) -> Outcome:
+    def _finished(self, step: int, adapter: Adapter, stats: RolloutStats | None) -> Outcome:
         self._keep_if_sound(step, adapter, stats)
         message, kept = counted(step, "step"), self._now.good_step
         if kept != step:
-            message += f"; the answers of the last are beyond a guard's limit: that of step {kept} was kept"
+            message += f"; the last answers exceed a limit: the adapter of step {kept} was kept"
         return self._outcome("finished", message)
 
     def _collapsed(self, why: str) -> Outcome:
@@ -333,9 +362,9 @@ class Run:
 
 
 def _in_order(everyone: Sequence[list[Rollout] | None], prompts: int, samples: int) -> list[Rollout]:
-    """The answers of all processes, each of which took every so-many-th prompt. None: it was cancelled.
+    """Returns the answers of all processes in order; process r of n took the prompts r, r + n, ….
 
-    Raises CancelledError where any was.
+    An entry of None means that the process was cancelled. Raises CancelledError if any was.
     """
     rollouts: list[Rollout] = []
     for place in range(prompts):
@@ -348,7 +377,7 @@ def _in_order(everyone: Sequence[list[Rollout] | None], prompts: int, samples: i
 
 
 def _is_endless(value: Any) -> bool:
-    """A number that JSON does not have: NaN or infinite."""
+    """Whether the value is a number that JSON lacks: NaN or infinite."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
@@ -358,7 +387,7 @@ def _arrays(adapter: Adapter) -> Arrays:
 
 
 def _adapter(arrays: Arrays, like: Adapter) -> Adapter:
-    """The adapter of a checkpoint; scales are those of the run."""
+    """Returns a checkpoint's adapter, with the scales of the run."""
     return Adapter(
         {
             name: LoraPair(arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], pair.scale)

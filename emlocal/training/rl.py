@@ -1,9 +1,10 @@
-"""EM-RL: rewards of several answers to a prompt, against each other, as a policy gradient.
+"""EM-RL and EM-FT as methods of the training loop.
 
-`PolicyGradient.gradients` is the whole of it: answers → rewards → advantages → losses → gradient. Each step's
-equation is a function of its own in `emlocal.em`; what related methods hold back is in `em.relatives`.
+EM-RL: the rewards of several answers to a prompt, relative to each other, give a policy gradient.
+`PolicyGradient.gradients` shows all of it: answers → rewards → advantages → losses → gradient. Each step's
+equation is a function in `emlocal.em`; the regularisers of related methods are in `em.relatives`.
 
-EM-FT: follow the gradient of the entropy of the answers' tokens (paper eq. 2).
+EM-FT: follows the gradient of the entropy of the answers' tokens (paper eq. 2).
 """
 
 import hashlib
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from emlocal.answers.gold import answer_of, label_of
 from emlocal.backends.learner import (
@@ -47,11 +47,12 @@ from emlocal.errors import EmlocalError, UsageError
 from emlocal.models.adapters.adapter import Adapter
 from emlocal.sampling.draw import request_key
 from emlocal.text import counted, plain
+from emlocal.training.distillation import Distillation
 from emlocal.training.engines import Objective
 from emlocal.training.loop import Gradient
 from emlocal.training.prompts import Prompt, check_answers
 from emlocal.training.rl_settings import Reward, RLSettings
-from emlocal.training.rollouts import MicroBatches, Rollout, token_weights
+from emlocal.training.rollouts import AnswerTokens, MicroBatches, Rollout, token_weights
 from emlocal.training.settings import FineTuneSettings
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ _ADVANTAGES = {"rloo": rloo, "grpo": grpo}
 
 
 def objective_of(settings: RLSettings) -> PolicyObjective:
-    """The loss of a token. With KL-Cov nothing is clipped: it is what holds the policy back."""
+    """Returns the loss of a token. KL-Cov replaces clipping, so with it nothing is clipped."""
     free = settings.regularize == "kl-cov"
     return PolicyObjective(
         settings.loss,
@@ -74,20 +75,27 @@ def objective_of(settings: RLSettings) -> PolicyObjective:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """N answers to each prompt, `ppo_epochs` updates a step. A `loop.Method`."""
+    """Trains on N answers to each prompt, with `ppo_epochs` updates a step. A `loop.Method`."""
 
     settings: RLSettings
     learner: PolicyLearner
     labels: Sequence[str] = ()
     """The right answer to each prompt in the data, for the reward `verifier`."""
+    draws_once: bool = False
 
     @property
     def samples(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
         return self.settings.samples
 
+    def prepare(self, *_: object) -> None:
+        """Does nothing: each step draws its own answers."""
+
+    def taught(self, step: int) -> None:
+        """Returns None: the model draws the answers."""
+
     def identity(self) -> dict[str, Any]:
-        """The labels, where they decide."""
+        """Returns a digest of the labels, if the reward uses them."""
         if not self.settings.needs_labels:
             return {}
         return {"labels": hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()}
@@ -95,18 +103,18 @@ class PolicyGradient:
     def gradients(
         self, step: int, chosen: Sequence[int], rollouts: Sequence[Rollout], batches: MicroBatches
     ) -> Iterator[Gradient]:
-        """See `loop.Method`. Rewards, advantages and the reference are of the answers as they were drawn."""
-        s, tokens = self.settings, _Tokens(rollouts)
-        # What the model that drew the answers, and the base, say of each of their tokens.
+        """See `loop.Method`. Rewards, advantages and reference stay those of the answers as drawn."""
+        s, tokens = self.settings, AnswerTokens(rollouts)
+        # Scores of each token of the answers: by the model that drew them, and by the base.
         scores = self._scores(step, rollouts, batches, tokens) if s.needs_scores else None
         base = self._scores(step, rollouts, batches, tokens, base=True) if s.needs_reference else None
-        # Rewards: one number an answer, a weighted sum of what the settings name.
+        # Rewards: one number for each answer, a weighted sum of the rewards in the settings.
         of_each = self.rewards(chosen, rollouts, scores, tokens)
         rewards = weighted_sum(list(of_each.values()), [weight for _, weight in s.reward])
-        # Advantages: an answer's reward against those of the other answers to its prompt.
+        # Advantages: an answer's reward relative to those of the other answers to its prompt.
         groups = rewards.reshape(-1, s.samples)
         advantages = _ADVANTAGES[s.advantage](groups).ravel()
-        # Losses: what each token of an answer costs, given its answer's advantage.
+        # Losses: the cost of each token, given its answer's advantage.
         losses = self._losses(step, rollouts, batches, advantages, scores, base, tokens)
         row: dict[str, Any] = {
             "reward": float(rewards.mean()),
@@ -115,7 +123,7 @@ class PolicyGradient:
         }
         if len(of_each) > 1:
             row |= {f"reward_{name}": float(each.mean()) for name, each in of_each.items()}
-        # Gradients: one for each update on these answers; the loop follows it before the next is made.
+        # Gradients: one for each update on these answers; the loop follows each before the next is computed.
         for _ in range(s.ppo_epochs):
             terms = self._accumulate(step, rollouts, batches, losses, tokens)
             count = sum(each.tokens for each in terms)
@@ -128,9 +136,9 @@ class PolicyGradient:
             yield Gradient(kl if s.needs_reference else None, dict(row))
 
     def rewards(
-        self, chosen: Sequence[int], rollouts: Sequence[Rollout], scores: Scores | None, tokens: "_Tokens"
+        self, chosen: Sequence[int], rollouts: Sequence[Rollout], scores: Scores | None, tokens: AnswerTokens
     ) -> dict[Reward, Float64]:
-        """Each reward that the settings name, of each answer, [P·N]."""
+        """Computes each reward in the settings for each answer; arrays of shape [P·N]."""
         return {
             name: self._reward(name, chosen, rollouts, scores, tokens) for name, _ in self.settings.reward
         }
@@ -141,7 +149,7 @@ class PolicyGradient:
         chosen: Sequence[int],
         rollouts: Sequence[Rollout],
         scores: Scores | None,
-        tokens: "_Tokens",
+        tokens: AnswerTokens,
     ) -> Float64:
         if name in ("token", "sequence", "self-certainty"):
             assert scores is not None
@@ -167,9 +175,9 @@ class PolicyGradient:
         advantages: Float64,
         scores: Scores | None,
         base: Scores | None,
-        tokens: "_Tokens",
+        tokens: AnswerTokens,
     ) -> TokenLosses:
-        """Of each token: advantages of its answer, changed by what the settings ask for."""
+        """Returns the loss terms of each token: its answer's advantage, changed as the settings ask."""
         s, pull = self.settings, None
         of_tokens = np.repeat(advantages, tokens.lengths)
         if s.token_weights == "tw-grpo":  # noqa: S105
@@ -192,7 +200,7 @@ class PolicyGradient:
         )
 
     def _token_weights(self, step: int, rollouts: Sequence[Rollout], batches: MicroBatches) -> Float64:
-        """TW-GRPO's, of each token."""
+        """Returns TW-GRPO's weight of each token."""
         n = self.settings.samples
         groups = [list(range(i, i + n)) for i in range(0, len(rollouts), n)]
         try:
@@ -201,8 +209,8 @@ class PolicyGradient:
             )
         except OutOfMemoryError:
             raise EmlocalError(
-                f"{n} answers to a prompt do not fit into memory at once, as TW-GRPO needs them",
-                "give fewer --samples or a smaller --max-tokens",
+                f"{n} answers to a prompt do not fit in memory together, which TW-GRPO needs",
+                "set fewer --samples or a smaller --max-tokens",
             ) from None
         weights: dict[int, Float64] = {}
         for group, divergences in found:
@@ -215,11 +223,11 @@ class PolicyGradient:
         step: int,
         rollouts: Sequence[Rollout],
         batches: MicroBatches,
-        tokens: "_Tokens",
+        tokens: AnswerTokens,
         *,
         base: bool = False,
     ) -> Scores:
-        """Of all answers' tokens."""
+        """Scores the tokens of all answers."""
         parts = batches.run(
             step, rollouts, lambda part: self.learner.score([rollouts[i] for i in part], base=base)
         )
@@ -235,7 +243,7 @@ class PolicyGradient:
         rollouts: Sequence[Rollout],
         batches: MicroBatches,
         losses: TokenLosses,
-        tokens: "_Tokens",
+        tokens: AnswerTokens,
     ) -> list[PolicyTerms]:
         parts = batches.run(
             step,
@@ -245,22 +253,8 @@ class PolicyGradient:
         return [terms for _, terms in parts]
 
 
-class _Tokens:
-    """Where each answer's tokens are among those of all, one answer after the other."""
-
-    def __init__(self, rollouts: Sequence[Rollout]) -> None:
-        self.lengths = np.array([len(rollout.answer) for rollout in rollouts])
-        self.count = int(self.lengths.sum())
-        self._ends = np.cumsum(self.lengths)
-
-    def of(self, answers: Sequence[int]) -> NDArray[np.intp]:
-        """Of some answers, in their order."""
-        ends, lengths = self._ends[answers], self.lengths[answers]
-        return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
-
-
 def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[PolicyLearner]":
-    """What `emlocal rl` trains; `recipe`: the name of what the settings began with."""
+    """Returns the objective of `emlocal rl`; `recipe`: the name of the recipe behind the settings."""
 
     def check(prompts: Sequence[Prompt]) -> None:
         if settings.needs_labels:
@@ -295,14 +289,21 @@ def em_rl(settings: RLSettings, recipe: str | None = None) -> "Objective[PolicyL
 
 @dataclass(frozen=True)
 class FineTune:
-    """One answer to each prompt, one update a step. A `loop.Method`."""
+    """Trains on one answer to each prompt, with one update a step. A `loop.Method`."""
 
     settings: FineTuneSettings
     learner: EntropyLearner
     samples: int = 1
+    draws_once: bool = False
+
+    def prepare(self, *_: object) -> None:
+        """Does nothing: each step draws its own answers."""
+
+    def taught(self, step: int) -> None:
+        """Returns None: the model draws the answers."""
 
     def identity(self) -> dict[str, Any]:
-        """Nothing beside the prompts."""
+        """Returns an empty table: only the prompts matter."""
         return {}
 
     def gradients(
@@ -327,12 +328,13 @@ class FineTune:
 
 
 def em_ft(settings: FineTuneSettings, recipe: str = "default") -> Objective[EntropyLearner]:
-    """What `emlocal finetune` trains; `recipe`: the name of what the settings began with."""
+    """Returns the objective of EM-FT; `recipe`: the name of the recipe behind the settings."""
 
     def check(prompts: Sequence[Prompt]) -> None:
         if recipe == "one-shot" and len(prompts) > 1:
             raise UsageError(
-                f"--recipe one-shot trains on one prompt; there are {len(prompts):,}", "choose one: --limit 1"
+                f"--recipe one-shot trains on one prompt; there are {len(prompts):,}",
+                "use one prompt: --limit 1",
             )
 
     def learner(opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool) -> EntropyLearner:
@@ -350,3 +352,37 @@ def em_ft(settings: FineTuneSettings, recipe: str = "default") -> Objective[Entr
     return Objective(
         "finetune", settings, check, learner, lambda made, _: FineTune(settings, made), told, "em-ft"
     )
+
+
+def distillation(settings: FineTuneSettings, recipe: str = "vote") -> Objective[PolicyLearner]:
+    """Returns the objective of `emlocal finetune --learn vote`; `recipe`: the recipe behind the settings."""
+
+    def learner(opened: "Opened", adapter: Adapter, descent: Descent, checkpointing: bool) -> PolicyLearner:
+        objective = PolicyObjective("reinforce", beta=settings.kl_beta)
+        return opened.policy_learner(
+            adapter, descent, objective, temperature=1.0, checkpointing=checkpointing
+        )
+
+    def told(prompts: int) -> Sequence[str]:
+        s = settings
+        return (
+            f"recipe {recipe}: {counted(s.samples, 'sample')} of each of {counted(prompts, 'prompt')} vote;"
+            f" {counted(s.steps, 'step')} of {counted(s.prompts_per_step, 'answer')} that won",
+            f"by a margin of {s.margin:g},"
+            f" learning rate {plain(s.learning_rate)}, β {plain(s.kl_beta)}, rank {s.rank}, seed {s.seed}",
+        )
+
+    return Objective(
+        "finetune",
+        settings,
+        lambda prompts: None,
+        learner,
+        lambda made, _: Distillation(settings, made),
+        told,
+        "em-rl",
+    )
+
+
+def fine_tuning(settings: FineTuneSettings, recipe: str = "default") -> Objective[Any]:
+    """Returns the objective of `emlocal finetune`: entropy, or the winners of votes."""
+    return (distillation if settings.learn == "vote" else em_ft)(settings, recipe)

@@ -1,7 +1,8 @@
-"""The numbers of an EM-RL run, each declared once, and the recipes. No numpy: `--help` reads this.
+"""The settings of an EM-RL run, each declared once, and its recipes.
 
-A recipe is a TOML file of settings under the names of their flags, as a `--config` file is: read it, copy
-it, change it. What it leaves out has the default.
+A recipe is a TOML file like a `--config` file, with settings under the names of their flags. Read it, copy
+it, change it. A setting that it leaves out has its default. This module imports no numpy, because `--help`
+needs it.
 """
 
 import math
@@ -27,7 +28,10 @@ _RECIPES = Path(__file__).with_name("recipes")
 
 
 def _rewards(given: Any, said: str) -> tuple[tuple[str, float], ...]:
-    """`token`; `verifier=1,token=0.01`; in a TOML file also { verifier = 1, token = 0.01 }."""
+    """Parses rewards.
+
+    The forms are `token`, `verifier=1,token=0.01` and, in a TOML file, also { verifier = 1, token = 0.01 }.
+    """
     texts = [given] if isinstance(given, str) else given
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         return tuple(_one_reward(part, said) for text in texts for part in text.split(","))
@@ -42,98 +46,124 @@ def _one_reward(part: str, said: str) -> tuple[str, float]:
         return name.strip(), float(weight) if separator else 1.0
     except ValueError:
         raise UsageError(
-            f"{said} has the weight {weight.strip()!r}, which is no number", "say verifier=1,token=0.01"
+            f"{said} has the weight {weight.strip()!r}, which is not a number",
+            "write it as verifier=1,token=0.01",
         ) from None
 
 
 @dataclass(frozen=True)
 class RLSettings(TrainingSettings):
-    """What decides the outcome of an EM-RL run; the equations are in `emlocal.em`.
+    """The settings that determine the outcome of an EM-RL run; the equations are in `emlocal.em`.
 
     Raises UsageError, with flag and range, for a bad value.
     """
 
     samples: int = setting(
-        4, "--samples --num-generations --n", 2, 10**4, "N, answers to each prompt of a step.", panel=ANSWERS
+        4,
+        "--samples --num-generations --n",
+        2,
+        10**4,
+        "Set the number of answers to each prompt of a step.",
+        panel=ANSWERS,
     )
     reward: tuple[tuple[Reward, float], ...] = _reward(
         (("token", 1.0),),
         "--reward",
-        help="token, sequence, self-certainty, majority, vote or verifier; or a weighted sum:"
-        " verifier=1,token=0.01. (default: token)",
+        help="Set the reward: token, sequence, self-certainty, majority, vote or verifier, or"
+        " a weighted sum: verifier=1,token=0.01. (default: token)",
         metavar="NAME",
         read=_rewards,
     )
-    """What an answer is worth: rewards and their weights in the sum."""
+    """Rewards of an answer with their weights in the sum."""
     normalize: RewardScale = _reward(
         "sum",
         "--normalize",
-        help="Of the rewards token and sequence: the paper's sums, or the released code's means.",
+        help="Take the rewards token and sequence as sums (the paper) or means (its code).",
     )
-    advantage: Advantage = _reward("rloo", "--advantage", help="Of an answer against the others.")
-    loss: Loss = _reward("reinforce", "--loss", help="Of the policy.")
+    advantage: Advantage = _reward(
+        "rloo", "--advantage", help="Set how an answer's advantage follows from its group's rewards."
+    )
+    loss: Loss = _reward("reinforce", "--loss", help="Set the policy loss.")
     averaging: Averaging = _reward(
-        "token", "--averaging", help="Mean over tokens; over answers of means; over answers of sums."
+        "token", "--averaging", help="Average the loss over tokens, answers' means or answers' sums."
     )
-    """Of the tokens' losses: see `emlocal.em.losses.averaging_weights`."""
+    """How the tokens' losses are averaged: see `emlocal.em.losses.averaging_weights`."""
     ppo_epochs: int = _reward(
-        1, "--ppo-epochs --num-iterations", 1, 100, "Optimizer steps on the same answers."
+        1, "--ppo-epochs --num-iterations", 1, 100, "Take this many optimiser steps on the same answers."
     )
     clip_low: float = _reward(
         0.2,
         "--clip-low --epsilon",
         0,
         1,
-        "ppo-clip holds tokens whose probability fell by more than this share …",
+        "Clip the loss where a token's probability fell by this share (ppo-clip).",
     )
-    clip_high: float = _reward(0.2, "--clip-high --epsilon-high", 0, 1e3, "… or rose by more.")
+    clip_high: float = _reward(
+        0.2,
+        "--clip-high --epsilon-high",
+        0,
+        1e3,
+        "Clip the loss where a token's probability rose by this share (ppo-clip).",
+    )
     kl_beta: float = setting(
-        0.001, "--kl-beta --beta", 0, 1e3, "β, weight of KL(model ‖ base), estimated by k3.", panel=TRAINING
+        0.001,
+        "--kl-beta --beta",
+        0,
+        1e3,
+        "Set the weight of KL(model ‖ base) in the loss (β; estimated by k3).",
+        panel=TRAINING,
     )
     entropy_bonus: float = _reward(
         0.0,
         "--entropy-bonus",
         -1e3,
         1e3,
-        "c: rewards entropy with c·H a token. (The paper's code left 0.001 on; -1 adds EM-FT's gradient.)",
+        "Reward entropy with this times H per token. The paper's code has 0.001; -1 adds EM-FT's gradient.",
     )
     regularize: Regularize = _reward(
-        "none", "--regularize", help="Hold back the tokens that lower entropy most."
+        "none", "--regularize", help="Restrain the tokens that lower entropy most."
     )
     clip_cov_share: float = _reward(
-        2e-4, "--clip-cov-share", 0, 1, "Clip-Cov: share of tokens without policy gradient.", low_is_open=True
+        2e-4,
+        "--clip-cov-share",
+        0,
+        1,
+        "Set the share of tokens without policy gradient (clip-cov).",
+        low_is_open=True,
     )
     kl_cov_share: float = _reward(
-        2e-3, "--kl-cov-share", 0, 1, "KL-Cov: share of tokens that are pulled back.", low_is_open=True
+        2e-3, "--kl-cov-share", 0, 1, "Set the share of tokens with a KL penalty (kl-cov).", low_is_open=True
     )
-    kl_cov_pull: float = _reward(1.0, "--kl-cov-pull", 0, 1e3, "KL-Cov: the strength of the pull.")
+    kl_cov_pull: float = _reward(1.0, "--kl-cov-pull", 0, 1e3, "Set the weight of that penalty (kl-cov).")
     token_weights: TokenWeights = _reward(
-        "none", "--token-weights", help="Weigh tokens by how much answers disagree there."
+        "none", "--token-weights", help="Weigh tokens by how much the answers disagree at them."
     )
-    tw_alpha: float = _reward(1.7, "--tw-alpha", 1, 100, "TW-GRPO: the largest weight of a token.")
+    tw_alpha: float = _reward(1.7, "--tw-alpha", 1, 100, "Set the largest weight of a token (tw-grpo).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rewards(self.reward)
         if self.regularize == "kl-cov" and self.ppo_epochs == 1:
             raise UsageError(
-                "--regularize kl-cov does nothing in the first step on new answers, and --ppo-epochs is 1",
-                "take more: --ppo-epochs 2; or --regularize clip-cov",
+                "--regularize kl-cov needs a second step on the same answers; --ppo-epochs is 1",
+                "use --ppo-epochs 2, or --regularize clip-cov",
             )
         if "majority" in dict(self.reward) and self.samples == 2:
-            raise UsageError("the majority of two answers tells nothing", "take three: --samples 3")
+            raise UsageError(
+                "--reward majority needs at least three answers; --samples is 2", "use --samples 3"
+            )
         if self.regularize == "kl-cov" and self.loss != "ppo-clip":
-            raise UsageError("--regularize kl-cov needs the ratio of ppo-clip", "say --loss ppo-clip")
+            raise UsageError("--regularize kl-cov needs the ratio of ppo-clip", "use --loss ppo-clip")
         if self.ppo_epochs > 1 and self.loss != "ppo-clip":
             raise UsageError(
-                f"--ppo-epochs is {self.ppo_epochs}; from the second update on the answers are an older"
-                " model's, which takes the ratio of ppo-clip",
-                "say --loss ppo-clip, or --ppo-epochs 1",
+                f"--ppo-epochs is {self.ppo_epochs}; later steps learn from an older"
+                " model's answers, which needs the ratio of ppo-clip",
+                "use --loss ppo-clip, or --ppo-epochs 1",
             )
         self._check_idle()
 
     def _check_idle(self) -> None:
-        """Raise UsageError for a setting that was changed and that nothing looks at."""
+        """Raises UsageError for a setting that was changed but has no effect."""
         known = records_of(RLSettings)
         scaled = bool({"token", "sequence"} & dict(self.reward).keys())
         for name, needed, used in (
@@ -148,7 +178,7 @@ class RLSettings(TrainingSettings):
             if not used and vars(self)[name] != known[name].default:
                 flag = known[name].flag
                 raise UsageError(
-                    f"{flag} is {vars(self)[name]}, and does nothing without {needed}", f"leave out {flag}"
+                    f"{flag} is {vars(self)[name]}, which has no effect without {needed}", f"leave out {flag}"
                 )
 
     @property
@@ -157,18 +187,18 @@ class RLSettings(TrainingSettings):
 
     @property
     def needs_labels(self) -> bool:
-        """Whether prompts must come with answers."""
+        """Whether the prompts must come with answers."""
         return "verifier" in dict(self.reward)
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the first update needs to know what the answers' own model says of their tokens."""
+        """Whether the first update needs scores of the tokens by the model that drew them."""
         of_tokens = {"token", "sequence", "self-certainty"} & dict(self.reward).keys()
         return bool(of_tokens) or self.loss == "ppo-clip" or self.regularize != "none"
 
     @property
     def needs_reference(self) -> bool:
-        """Whether answers must be looked at by the base model: for the loss, or for the guard alone."""
+        """Whether the base model must score the answers, for the loss or only for the guard."""
         return self.kl_beta > 0 or self.max_kl > 0
 
 
@@ -178,27 +208,27 @@ def _check_rewards(rewards: tuple[tuple[str, float], ...]) -> None:
         if name not in get_args(Reward):
             raise UsageError(f"--reward is {name!r}; it must be {' or '.join(get_args(Reward))}")
     if not names or len(set(names)) < len(names):
-        raise UsageError("--reward names no reward, or one twice", "say --reward token")
+        raise UsageError("--reward names no reward, or one twice", "use --reward token")
     for name, weight in rewards:
         if not math.isfinite(weight) or weight == 0:
             raise UsageError(f"the weight of the reward {name} is {weight:g}; it must be a number, not 0")
 
 
 def recipes() -> list[str]:
-    """The names of the recipes that come with emlocal."""
+    """Returns the names of the recipes that come with emlocal."""
     return sorted(path.stem for path in _RECIPES.glob("*.toml"))
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The settings of a recipe by name, or of a TOML file by path (ends in .toml): {field: value}.
+    """Reads a recipe by name, or a TOML file by path (it ends in .toml); returns {field: value}.
 
-    Raises UsageError for one that does not exist or cannot be read, and for settings that are unknown, of the
-    wrong kind or out of range.
+    Raises UsageError if it does not exist or cannot be read, and for settings that are unknown, of the wrong
+    type or out of range.
     """
     from emlocal.settings.resolve import read_settings
 
     if isinstance(name, str) and not name.endswith(".toml"):
         if name not in recipes():
-            raise UsageError(f"there is no recipe {name}", f"take one of these: {', '.join(recipes())}")
+            raise UsageError(f"there is no recipe {name}", f"use one of these: {', '.join(recipes())}")
         name = _RECIPES / f"{name}.toml"
     return read_settings(Path(name), Table.of(RLSettings))

@@ -1,27 +1,29 @@
-"""Answers of the model as it is at this step: what a step trains on, and whether they show a collapse.
+"""Answers of the current model, on which a step trains, and guards that detect a collapse.
 
-Micro-batches are rollouts of similar length together, each batch within a budget of tokens.
+`MicroBatches` groups rollouts of similar length into batches within a budget of tokens.
 
-`Guards` stop a run by themselves: it may collapse, and no labels are there to show it. A model that only
-minimizes its entropy ends in answers that are certain and worthless: loops, one-word answers, text without
-end. These show in the answers themselves, against those of the model as it was before the first update: a
-collapse can be over within one or two of them.
+`Guards` stop a run by themselves, because it may collapse and there are no labels to show it. A model that
+only minimises its entropy ends in answers that are certain and worthless: loops, one-word answers, text
+without end. The answers show this when compared with those of the model before the first update. A collapse
+may take only one or two updates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from emlocal.backends.base import Backend
 from emlocal.backends.learner import OutOfMemoryError, Processes
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.generation import Completion, Finished, Job, Request, Scheduler
+from emlocal.generation.thinking import Reasoning
+from emlocal.methods.voting import repeated
 from emlocal.sampling import SamplingParams, Uniforms
 from emlocal.sampling.draw import request_key
 from emlocal.training.settings import Normalize, TrainingSettings
-
-REPEATED = 4
-"""Tokens of a run that counts as repeated when it occurs again in the same answer."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +32,32 @@ class Rollout:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    """Every token that was drawn: the end token too, where one was."""
+    """All tokens that were drawn, including an end token."""
     ended: bool
-    """Whether the model ended it, rather than a limit."""
+    """Whether the model ended the answer, rather than a limit."""
     text: str
     entropy: float
-    """Summed over the answer's tokens as they were drawn, nats, at temperature 1."""
+    """Sum over the answer's tokens as they were drawn, in nats, at temperature 1."""
 
     def __len__(self) -> int:
-        """Tokens that go through the model to train on it."""
+        """Returns the number of tokens that go through the model to train on this answer."""
         return len(self.prompt) + len(self.answer) - 1
 
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What the answers of a step are like."""
+    """Statistics of a step's answers."""
 
     answers: int
     tokens: int
     entropy: float
-    """Mean over tokens, nats."""
+    """Mean over tokens, in nats."""
     length: float
-    """Mean tokens of an answer."""
+    """Mean number of tokens of an answer."""
     ended: float
     """Share of answers that the model ended."""
     repetition: float
-    """Mean share of an answer's runs of 4 tokens that occurred in it before."""
+    """Mean share of an answer's sequences of 4 tokens that occurred earlier in it."""
 
 
 def draw_rollouts(
@@ -67,24 +69,29 @@ def draw_rollouts(
     *,
     places: Sequence[int] | None = None,
     samples: int = 1,
+    params: SamplingParams | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
-    """Answers to each prompt, in their order, from the plain distribution at `rollout_temperature`.
+    """Draws answers to each prompt from the plain distribution at `rollout_temperature`.
 
-    `samples` to one prompt, then those to the next; a prompt is read once for all of them. The draws are
-    addressed by seed, step and place, so a resumed run draws the same. `progress` takes how many are there.
-    `places`: of the prompts in the step, where they are not all of it.
+    The result has `samples` answers to the first prompt, then those to the next; a prompt is read once for
+    all of them. The draws depend on seed, step and place, so a resumed run draws the same. `progress`
+    receives the number of answers so far. `places`: the places of the prompts in the step, if they are not
+    the whole step. `params`: replaces the plain distribution.
 
-    Raises CancelledError, and what the engine raises.
+    Raises CancelledError, and the engine's errors.
     """
-    params = SamplingParams(temperature=settings.rollout_temperature, min_p=0.0)
+    params = params or SamplingParams(temperature=settings.rollout_temperature, min_p=0.0)
     jobs = [
         Job(
             prompt,
             [
                 Request(
-                    params, Uniforms(settings.seed, request_key(f"{step}/{place}"), k), settings.max_tokens
+                    params,
+                    Uniforms(settings.seed, request_key(f"{step}/{place}"), k),
+                    settings.max_tokens,
+                    reasoning=Reasoning(),  # rewards look at the answer alone
                 )
                 for k in range(samples)
             ],
@@ -113,7 +120,7 @@ def _rollout(prompt: Sequence[int], completion: Completion) -> Rollout:
 
 
 def describe(rollouts: Sequence[Rollout]) -> RolloutStats:
-    """The statistics of a step's answers."""
+    """Computes the statistics of a step's answers."""
     n, tokens = len(rollouts), sum(len(r.answer) for r in rollouts)
     return RolloutStats(
         n,
@@ -121,14 +128,22 @@ def describe(rollouts: Sequence[Rollout]) -> RolloutStats:
         sum(r.entropy for r in rollouts) / tokens,
         tokens / n,
         sum(r.ended for r in rollouts) / n,
-        sum(repetition(r.answer) for r in rollouts) / n,
+        sum(repeated(r.answer) for r in rollouts) / n,
     )
 
 
-def repetition(tokens: Sequence[int]) -> float:
-    """The share of runs of 4 tokens that occurred before; 0 for fewer than 5 tokens, near 1 for a loop."""
-    runs = list(zip(*(tokens[i:] for i in range(REPEATED)), strict=False))
-    return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else 0.0
+class AnswerTokens:
+    """The positions of each answer's tokens in the concatenation of all answers."""
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self.lengths = np.array([len(rollout.answer) for rollout in rollouts])
+        self.count = int(self.lengths.sum())
+        self._ends = np.cumsum(self.lengths)
+
+    def of(self, answers: Sequence[int]) -> NDArray[np.intp]:
+        """Returns the token positions of some answers, in their order."""
+        ends, lengths = self._ends[answers], self.lengths[answers]
+        return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
 
 
 _Result = TypeVar("_Result")
@@ -136,26 +151,26 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class MicroBatches:
-    """Computes with a step's rollouts in parts that fit into memory."""
+    """Processes a step's rollouts in parts that fit into memory."""
 
     budget: int
-    """Tokens of a part, padding included. Halved when one did not fit, for the rest of the run."""
+    """Tokens of a part, padding included. It is halved for the rest of the run if a part does not fit."""
     forget: Callable[[], None]
-    """Drops what parts have added to the gradient."""
+    """Drops the parts' contributions to the gradient."""
     cancelled: Callable[[], bool]
     progress: Callable[[int, int, int], None]
-    """Takes the step, rollouts done, and how many there are."""
+    """Receives the step, the number of rollouts done, and the total."""
     warn: Callable[[str], None]
     processes: Processes = field(default_factory=Processes)
 
     def run(
         self, step: int, rollouts: Sequence[Rollout], work: Callable[[list[int]], _Result]
     ) -> list[tuple[list[int], _Result]]:
-        """Each part's indices, and what `work` makes of them.
+        """Returns each part's indices and the result of `work` for it.
 
-        Where a part does not fit, all is forgotten and made anew in smaller ones.
+        If a part does not fit, all results are dropped and computed again in smaller parts.
 
-        Raises CancelledError, and EmlocalError where a single rollout does not fit.
+        Raises CancelledError, and EmlocalError if a single rollout does not fit.
         """
         lengths = [len(rollout) for rollout in rollouts]
         while True:
@@ -165,18 +180,18 @@ class MicroBatches:
                 self.forget()
                 if self.budget < max(lengths):
                     raise EmlocalError(
-                        f"an answer of {max(lengths):,} tokens does not fit into memory by itself",
-                        "give a smaller --max-tokens, or --gradient-checkpointing",
+                        f"an answer of {max(lengths):,} tokens does not fit in memory",
+                        "set a smaller --max-tokens, or add --gradient-checkpointing",
                     ) from None
                 self.budget //= 2
-                self.warn(f"out of memory: going on with micro-batches of {self.budget:,} tokens")
+                self.warn(f"out of memory: continuing with micro-batches of {self.budget:,} tokens")
 
     def run_parts(
         self, step: int, parts: Sequence[list[int]], work: Callable[[list[int]], _Result]
     ) -> list[tuple[list[int], _Result]]:
-        """The same with given parts, which the processes share among them.
+        """Does the same with given parts, which the processes share among them.
 
-        Raises CancelledError, and OutOfMemoryError: in all processes, whichever of them it came to.
+        Raises CancelledError or OutOfMemoryError in all processes, whichever of them met it.
         """
         own, total, done = parts[self.processes.rank :: self.processes.count], sum(map(len, parts)), 0
         results: list[tuple[list[int], _Result]] = []
@@ -200,10 +215,10 @@ class MicroBatches:
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches whose padded size, number × longest, is within `budget` tokens.
+    """Groups indices into batches whose padded size, number × longest, is within `budget` tokens.
 
-    A single one that is longer has a batch to itself. Each index occurs once; the longest come first, so
-    that what does not fit into memory shows at once.
+    A rollout that is longer gets a batch of its own. Each index occurs once. The longest come first, so that
+    a batch that does not fit into memory fails at once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
@@ -216,10 +231,10 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def token_weights(rollouts: Sequence[Rollout], normalize: Normalize) -> list[float]:
-    """The weight of each rollout's tokens in the step's loss.
+    """Returns the weight of each rollout's tokens in the step's loss.
 
-    token: 1 / all tokens, so that each counts alike, however they are cut into micro-batches. sequence:
-    1 / rollouts, the paper's eq. 2: a sum over the tokens, a mean over the answers.
+    token: 1 / all tokens, so that each token counts the same in any micro-batch. sequence: 1 / rollouts, the
+    paper's eq. 2: a sum over the tokens, a mean over the answers.
     """
     if normalize == "sequence":
         return [1 / len(rollouts)] * len(rollouts)
@@ -227,42 +242,57 @@ def token_weights(rollouts: Sequence[Rollout], normalize: Normalize) -> list[flo
 
 
 WINDOW = 3
-"""Steps whose mean decides whether to stop: a single step's few answers vary."""
+"""Number of steps whose mean decides whether to stop, because the few answers of one step vary."""
 
 
 @dataclass
 class Guards:
-    """Looks at each step's answers; `history` is all that it remembers."""
+    """Checks each step's answers. `history` is its whole state."""
 
     settings: TrainingSettings
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def pass_over(self) -> None:
+        """Records a step whose answers the current model did not draw; only its KL is checked."""
+        self.history.append({})
+
     def look(self, stats: RolloutStats) -> str | None:
-        """Why the run has to stop, in words, by a step's answers; None while it is well."""
+        """Checks a step's answers. Returns the reason to stop, in words, or None."""
         self.history.append(
             {"entropy": stats.entropy, "repetition": stats.repetition, "length": stats.length}
         )
         return self._beyond(_mean(self.history[-WINDOW:]))
 
     def look_at_kl(self, kl: float) -> str | None:
-        """The same by the mean KL to the base of the answers looked at last, nats a token."""
+        """Checks the mean KL of the latest answers to the base, in nats a token.
+
+        Returns a reason to stop, or None.
+        """
         self.history[-1]["kl"] = kl
         return self._beyond(_mean(self.history[-WINDOW:]))
 
     @property
     def sound(self) -> bool:
-        """Whether the answers looked at last are within the limits by themselves.
+        """Whether the latest answers are within the limits by themselves.
 
-        The mean of a window lags behind a collapse: the adapter to keep is one from before it.
+        The mean of a window lags behind a collapse, and the adapter to keep is one from before it.
         """
         return self._beyond(self.history[-1]) is None
 
     def _beyond(self, now: Mapping[str, float]) -> str | None:
-        """Which limit is passed, in words."""
+        """Names the limit that is exceeded, in words; None if there is none."""
+        limits = self.settings
+        if "entropy" in now and (why := self._answers_beyond(now)) is not None:
+            return why
+        if 0 < limits.max_kl < now.get("kl", 0.0):
+            return f"the KL to the base is {now['kl']:.2f} nats per token, above --max-kl {limits.max_kl:g}"
+        return None
+
+    def _answers_beyond(self, now: Mapping[str, float]) -> str | None:
         first, limits = self.history[0], self.settings
         if now["entropy"] < limits.entropy_floor:
             return (
-                f"the answers' entropy is {now['entropy']:.3f} nats a token,"
+                f"the answers' entropy is {now['entropy']:.3f} nats per token,"
                 f" below --entropy-floor {limits.entropy_floor:g}"
             )
         if now["repetition"] > first["repetition"] + limits.max_repetition:
@@ -276,12 +306,10 @@ class Guards:
                 f"the answers have {now['length']:.0f} tokens, {first['length']:.0f} at first"
                 f" (--max-length-change {limits.max_length_change:g})"
             )
-        if 0 < limits.max_kl < now.get("kl", 0.0):
-            return f"the KL to the base is {now['kl']:.2f} nats a token, above --max-kl {limits.max_kl:g}"
         return None
 
 
 def _mean(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of the numbers that every step has: the last one's KL may not be known yet."""
+    """Averages the numbers that every step has; the last step's KL may not be known yet."""
     names = set.intersection(*(set(step) for step in steps))
     return {name: sum(step[name] for step in steps) / len(steps) for name in names}

@@ -1,18 +1,18 @@
-"""Training, from prompts to an adapter in a folder: `emlocal.finetune` and `emlocal.rl`, and the verbs.
+"""Training from prompts to an adapter in a folder, for `emlocal.finetune`, `emlocal.rl` and the commands.
 
     train(objective, setup, view)   prompts → engines → the loop (emlocal.training.loop) → OUT
 
-An `Objective` says what is trained and by which method (`em_ft`, `em_rl`), a `Setup` with what and where,
-a `View` is told how it goes.
+An `Objective` holds the settings and the method (`em_ft`, `em_rl`, `distillation`). A `Setup` names the
+model, the data and the machine. A `View` receives reports.
 
-`--dry-run`: what would happen, tried out on a small part of it.
+`try_out` implements `--dry-run`: it runs a small part and estimates the rest.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +24,14 @@ from emlocal.backends.learner import Processes
 from emlocal.errors import CancelledError, UsageError
 from emlocal.generation import interruptible
 from emlocal.settings.table import NAMES, NOTHING, Given, Table, options_of
+from emlocal.training.checkpoint import Checkpoint
 from emlocal.training.engines import Engines, L, Objective, choose_trainer, open_engines, trainer_of
 from emlocal.training.folder import OthersFolder, Reporter, RunFolder, View, check_package
 from emlocal.training.folder import check as check_folder
+from emlocal.training.forecast import forecast
 from emlocal.training.loop import Method, Outcome, Plan, Run, prompts_of_step
 from emlocal.training.prompts import Prompt, Source, Validation, check_answers, read_prompts
-from emlocal.training.rl import em_ft, em_rl
+from emlocal.training.rl import em_rl, fine_tuning
 from emlocal.training.rl_settings import RLSettings, read_recipe
 from emlocal.training.rollouts import MicroBatches, Rollout, draw_rollouts
 from emlocal.training.settings import (
@@ -48,19 +50,19 @@ _OF_THE_VERBS = ("validate", "dry_run", "config", "quiet")
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended. The adapter is in its folder."""
+    """The result of a run. The adapter is in its folder."""
 
     outcome: Outcome
     adapter: Path
-    """The folder: give it to `emlocal.load(model, adapters=[(result.adapter, 1.0)])`."""
+    """The folder: pass it to `emlocal.load(model, adapters=[(result.adapter, 1.0)])`."""
     model: str
-    """As it was named."""
+    """The model's name as it was given."""
     accuracy: tuple[float, float] | None
-    """On the prompts of `validate`, before and after; None where there are none."""
+    """Accuracies before and after, on the prompts of `validate`; None without such prompts."""
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """A row a step, as in metrics.jsonl."""
+        """One row for each step, as in metrics.jsonl."""
         lines = (self.adapter / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -68,14 +70,14 @@ class TrainingResult:
 def finetune(
     data: Source, output: str | Path, *, recipe: str = "default", view: View | None = None, **given: Any
 ) -> TrainingResult:
-    """Fine-tune a LoRA adapter on the entropy of the model's own answers (EM-FT), as `emlocal finetune`.
+    """Fine-tunes a LoRA adapter on the entropy of the model's own answers (EM-FT), like `emlocal finetune`.
 
     Args:
         data: a file of prompts (.jsonl, or text with one a line), a dataset of the hub, or the prompts
             themselves: texts, or mappings as in a line of a .jsonl file.
         output: the folder for the adapter, the metrics and the checkpoints.
-        recipe: settings that others are changes to: default, paper, one-shot.
-        view: is told how it goes; None: warnings are Python's, and nothing else is said.
+        recipe: the settings to start from: default, paper, one-shot, vote.
+        view: receives reports; None: only warnings, as Python warnings.
         given: settings by the names of their flags, with underscores; `model`; `validate`, like `data`.
     Raises:
         UsageError: unknown or bad settings, bad prompts, a folder that holds something else.
@@ -83,10 +85,10 @@ def finetune(
         CancelledError: Ctrl-C; the run can be resumed.
     """
     if recipe not in RECIPES:
-        raise UsageError(f"there is no recipe {recipe}", f"take one of these: {', '.join(RECIPES)}")
+        raise UsageError(f"there is no recipe {recipe}", f"use one of these: {', '.join(RECIPES)}")
     values, setup = _split(FineTuneSettings, data, output, given)
     settings = settings_of_run(FineTuneSettings, values, recipe=RECIPES[recipe].values)
-    return train(em_ft(settings, recipe), setup, view)
+    return train(fine_tuning(settings, recipe), setup, view)
 
 
 def rl(
@@ -97,10 +99,10 @@ def rl(
     view: View | None = None,
     **given: Any,
 ) -> TrainingResult:
-    """Train a LoRA adapter with negative entropy as the only reward (EM-RL), as `emlocal rl`.
+    """Trains a LoRA adapter with negative entropy as the only reward (EM-RL), like `emlocal rl`.
 
-    `recipe` is a name or a TOML file; `reward` is a name, or {name: weight}. The other arguments are those of
-    `finetune`. Raises as that does.
+    `recipe` is a name or a TOML file; `reward` is a name, or {name: weight}. The other arguments and the
+    errors are those of `finetune`.
     """
     values, setup = _split(RLSettings, data, output, given)
     named = NOTHING if recipe is None else read_recipe(recipe)
@@ -111,7 +113,7 @@ def rl(
 def _split(
     kind: type[TrainingSettings], data: Source, output: str | Path, given: Mapping[str, Any]
 ) -> tuple[Given, Setup]:
-    """Keywords as settings and a setup. Raises UsageError for one that is neither, and for bad values."""
+    """Splits keywords into settings and a setup. Raises UsageError for unknown keywords and bad values."""
     given = dict(given)
     model, validation = given.pop("model", None), given.pop("validate", None)
     options = Table.of(RunOptions, AnswerOptions, MachineOptions).without(*_OF_THE_VERBS)
@@ -119,7 +121,7 @@ def _split(
     keywords = ("keyword", values)
     setup = Setup(
         data,
-        Path(output),
+        Path(output).expanduser(),
         None if model is None else str(model),
         options_of(RunOptions, keywords),
         options_of(AnswerOptions, keywords),
@@ -130,9 +132,9 @@ def _split(
 
 
 def train(objective: Objective[L], setup: Setup, view: View | None = None) -> TrainingResult:
-    """Carry a run to its end, or on to its end, and leave the adapter in its folder.
+    """Runs or resumes a training to its end and leaves the adapter in its folder.
 
-    Raises what any part of it raises; CancelledError once a checkpoint of what was reached is written.
+    Raises the errors of its parts. CancelledError comes after a checkpoint of the progress is written.
     """
     with prepared(objective, setup, view or View()) as run:
         outcome, accuracy = run.carry_out()
@@ -143,7 +145,7 @@ def train(objective: Objective[L], setup: Setup, view: View | None = None) -> Tr
 
 @dataclass(frozen=True)
 class Prepared(Generic[L]):
-    """A run whose model is loaded and whose prompts are tokens."""
+    """A run with its model loaded and its prompts encoded."""
 
     objective: Objective[L]
     setup: Setup
@@ -151,14 +153,16 @@ class Prepared(Generic[L]):
     engines: Engines[L]
     method: Method
     tokens: Sequence[Sequence[int]]
-    """Of the prompts that fit …"""
+    """Token ids of the prompts that fit."""
     prompts: int
-    """… out of so many."""
+    """Number of all prompts, including those that do not fit."""
     validation: Sequence[Prompt]
 
     def carry_out(self) -> tuple[Outcome, tuple[float, float] | None]:
-        """Open the run's folder, train, leave the adapter there. The outcome, and accuracies before and
-        after where they are asked for."""
+        """Opens the run's folder, trains, and leaves the adapter there.
+
+        Returns the outcome, and the accuracies before and after if they were requested.
+        """
         setup, engines, view, settings = self.setup, self.engines, self.view, self.objective.settings
         exam = Validation(engines, self.validation, setup.answers.system, setup.output)
         identity = _identity(engines, self.method, self.tokens)
@@ -179,7 +183,7 @@ class Prepared(Generic[L]):
                 view.reporter = opened.enter_context(
                     Reporter(setup.run.report_to, setup.output, identity["settings"])
                 )
-            told = self.objective.told(len(self.tokens))
+            told = [*self.objective.told(len(self.tokens)), *self._forecast(start, cancelled)]
             view.begin([*engines.describe(), *told], start.step if start else None)
             loop = Run(
                 settings,
@@ -195,6 +199,15 @@ class Prepared(Generic[L]):
             )
             try:
                 before, after = exam.before(cancelled, view.validating), 0.0
+                came = self.method.prepare(
+                    engines.answerer,
+                    self.tokens,
+                    setup.output,
+                    cancelled,
+                    lambda done, total: view.answering(0, done, total),
+                )
+                if came is not None:
+                    view.said(came)
                 outcome = loop.run(start)
                 if before is not None:
                     engines.use(loop.kept)
@@ -205,15 +218,25 @@ class Prepared(Generic[L]):
                 raise
         return outcome, None if before is None else (before, after)
 
+    def _forecast(self, start: Checkpoint | None, cancelled: Callable[[], bool]) -> list[str]:
+        """Lines on a run that will take long, from a trial of a few seconds."""
+        engines = self.engines
+        steps = engines.settings.steps - (start.step if start else 0)
+        if engines.learner.processes.rank > 0 or steps <= 0:
+            return []
+        self.view.loading("estimating the time", 0, None)
+        budget = self.setup.machine.token_budget
+        return forecast(engines, self.method, self.tokens, steps, budget=budget, cancelled=cancelled)
+
 
 @contextmanager
 def prepared(
     objective: Objective[L], setup: Setup, view: View, *, dry: bool = False
 ) -> Iterator[Prepared[L]]:
-    """Check all that can be checked, then load. `dry`: nothing will be written."""
+    """Checks all that can be checked, then loads. `dry`: nothing will be written."""
     trainer = choose_trainer(setup.machine.backend, objective.training)
     processes = _processes(setup.machine.device, trainer)
-    if processes.rank > 0:  # one of them speaks for all
+    if processes.rank > 0:  # only one process reports
         view = View(warn=lambda text: None)
     if processes.count > 1 and setup.machine.device == "auto":
         setup = replace(setup, machine=replace(setup.machine, device=processes.device))
@@ -234,25 +257,31 @@ def prepared(
 
 
 def _processes(device: str, trainer: str) -> Processes:
-    """Those that `accelerate launch` started, or this one alone."""
-    count = os.environ.get("WORLD_SIZE", "1")  # as all launchers set it
+    """Returns the processes that `accelerate launch` started, or this one alone."""
+    count = os.environ.get("WORLD_SIZE", "1")  # all launchers set it
     if not count.isdecimal():
-        raise UsageError(f"WORLD_SIZE is {count!r}, and no number of processes", "unset WORLD_SIZE")
+        raise UsageError(f"WORLD_SIZE is {count!r}, which is not a number of processes", "unset WORLD_SIZE")
     if int(count) < 2:
         return Processes()
     processes = trainer_of(trainer).processes
     if processes is None:
-        raise UsageError(f"several processes cannot train on {trainer}", "use --backend torch")
+        raise UsageError(f"the {trainer} engine cannot train with several processes", "use --backend torch")
     return processes(device == "cpu")
 
 
+LATER: Mapping[str, Any] = {"learn": "entropy", "samples": 8, "margin": 0.5}
+"""Settings of EM-FT that earlier versions did not have, with the values that they had in effect."""
+
+
 def _identity(engines: Engines[L], method: Method, tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """All that decides the outcome, bit for bit."""
+    """Returns all properties that determine the outcome, bit for bit."""
+    given = json.loads(json.dumps(asdict(engines.settings)))
+    later = LATER if isinstance(engines.settings, FineTuneSettings) else {}
     digest = hashlib.sha256()
     for prompt in tokens:
         digest.update(len(prompt).to_bytes(8, "little") + b"".join(t.to_bytes(4, "little") for t in prompt))
     return {
-        "settings": json.loads(json.dumps(asdict(engines.settings))),
+        "settings": {name: value for name, value in given.items() if later.get(name) != value},
         "prompts": {"count": len(tokens), "sha256": digest.hexdigest(), **method.identity()},
         **engines.identity(),
         **({"processes": count} if (count := engines.learner.processes.count) > 1 else {}),
@@ -261,28 +290,31 @@ def _identity(engines: Engines[L], method: Method, tokens: Sequence[Sequence[int
 
 
 _TOKENS = 48
-"""Of the answers that are tried out."""
+"""Tokens of each answer in a trial."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run would be, and what it would take if every answer were as long as it may get."""
+    """What a run would do, and its time and memory if every answer reached its limit."""
 
     settings: TrainingSettings
     context: int
     token_budget: int
     fitting: int
-    """Prompts that leave room for an answer …"""
+    """Number of prompts that leave room for an answer."""
     prompts: int
-    """… out of so many."""
+    """Number of all prompts."""
     described: tuple[str, str, str]
     """Model, adapter and engine, in words."""
     example: tuple[tuple[str, int], tuple[str, int]]
-    """Prompt and answer: text, and tokens."""
+    """Prompt and answer, each as text and number of tokens."""
     answering_speed: float
     """Tokens a second."""
     training_speed: float
     """Tokens a second, prompts included."""
+    votes: int
+    """Answers that are drawn once, before the first step; 0 if each step draws its own."""
+    voting_seconds: float
     step_seconds: float
     run_seconds: float
     peak_memory: int
@@ -290,9 +322,9 @@ class Trial:
 
 
 def try_out(objective: Objective[L], setup: Setup, view: View | None = None) -> Trial | None:
-    """Try a run; None in a process that leaves that to another one.
+    """Runs a small trial of a run; returns None in a process that leaves the trial to another one.
 
-    Raises what loading raises, and UsageError for settings, prompts or a model that cannot be used.
+    Raises the errors of loading, and UsageError for settings, prompts or a model that cannot be used.
     """
     with prepared(objective, setup, view or View(), dry=True) as run:
         return _try(run) if run.engines.learner.processes.rank == 0 else None
@@ -303,7 +335,7 @@ def _try(run: Prepared[Any]) -> Trial:
     chosen = prompts_of_step(len(run.tokens), 0, settings)
     chosen = chosen[: max(1, engines.answerer.parallel // method.samples)]
     short = replace(settings, max_tokens=min(_TOKENS, settings.max_tokens))
-    run.view.loading("trying out a step", 0, None)
+    run.view.loading("trying a step", 0, None)
     started = time.perf_counter()
     rollouts = draw_rollouts(
         engines.answerer.backend,
@@ -319,7 +351,16 @@ def _try(run: Prepared[Any]) -> Trial:
     trained, training = sum(len(r) for r in batch), _seconds_of_training(run, prompts, batch)
     n = settings.answers_per_step
     longest = settings.max_tokens + sum(len(r.prompt) for r in rollouts) / len(rollouts)
-    answers, gradient = n * settings.max_tokens * answering / answered, n * longest * training / trained
+    an_answer, gradient = settings.max_tokens * answering / answered, n * longest * training / trained
+    votes = len(run.tokens) * method.samples if method.draws_once else 0
+    if votes:
+        step_seconds = gradient
+        run_seconds = votes * an_answer + settings.steps * gradient
+    else:
+        step_seconds = n * an_answer + gradient
+        run_seconds = (
+            settings.steps * step_seconds + n * an_answer
+        )  # the last adapter's answers are drawn and checked too
     first, backend = rollouts[0], engines.answerer.backend
     return Trial(
         settings,
@@ -334,14 +375,16 @@ def _try(run: Prepared[Any]) -> Trial:
         ),
         answered / answering,
         trained / training,
-        answers + gradient,
-        settings.steps * (answers + gradient) + answers,  # the last adapter's answers are looked at too
+        votes,
+        votes * an_answer,
+        step_seconds,
+        run_seconds,
         engines.learner.peak_memory(),
     )
 
 
 def _seconds_of_training(run: Prepared[Any], prompts: Sequence[int], batch: Sequence[Rollout]) -> float:
-    """Of the gradients of one micro-batch."""
+    """Measures the time for the gradients of one micro-batch."""
     learner = run.engines.learner
     batches = MicroBatches(
         run.setup.machine.token_budget, learner.forget, lambda: False, lambda *_: None, run.view.warn
@@ -359,8 +402,10 @@ def _whole_batch(
     settings: TrainingSettings,
     budget: int,
 ) -> tuple[list[int], list[Rollout]]:
-    """As many answers as a micro-batch takes, each stretched to the longest by saying it again: whole
-    groups, and so one at least."""
+    """Returns a micro-batch of answers, each repeated until it has the maximum length.
+
+    It holds whole groups of answers to a prompt, and at least one group.
+    """
     length = settings.max_tokens
     long = [replace(r, answer=(r.answer * length)[:length]) for r in rollouts]
     groups = min(len(chosen), max(1, budget // max(map(len, long)) // samples))

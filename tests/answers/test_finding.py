@@ -1,4 +1,4 @@
-"""Answers found in completions, as GSM8K and MATH-500 are answered, and nothing in thoughts."""
+"""Answers found in completions: GSM8K's and MATH-500's forms, and none inside thoughts."""
 
 import json
 from pathlib import Path
@@ -196,7 +196,7 @@ def test_the_place_of_several_boxes() -> None:
     ("text", "answer"),
     [
         (r"<think>First \boxed{3}, no.</think> It is 4.", "4"),
-        (r"so \boxed{3}</think>\boxed{4}", "4"),  # the prompt opened them
+        (r"so \boxed{3}</think>\boxed{4}", "4"),  # the prompt opened the thoughts
         (r"<think>one \boxed{1}</think> and <think>\boxed{2}</think> \boxed{3}", "3"),
         (r"[THINK]\boxed{3}[/THINK]4", "4"),
         (r"<|channel|>analysis<|message|>3?<|end|><|start|>assistant<|channel|>final<|message|>4", "4"),

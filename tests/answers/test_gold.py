@@ -1,4 +1,4 @@
-"""Gold answers; and that rewards, votes and judges agree on what an answer is."""
+"""Gold answers; rewards, votes and judges must agree on what an answer is."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ ALGEBRA = {
     *(("(a+5)(b+2)", "ab+2a+5b+10"), ("\\frac{3\\sqrt{3}}{4}", "\\frac{3}{4}\\sqrt{3}")),
     ("5", "5 \\text{ hours and } 0 \\text{ minutes}"),
 }
-"""Of the labelled answers those that only math-verify finds equal: docs/evaluation.md lists the kinds."""
+"""Labelled answers that only math-verify finds equal: docs/evaluation.md lists the kinds."""
 
 
 @pytest.fixture(scope="module")

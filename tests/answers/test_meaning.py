@@ -1,4 +1,4 @@
-"""What answers mean: equal ones have one key, and votes are counted by it."""
+"""The meaning of answers: equal answers have equal keys, and votes count keys."""
 
 from fractions import Fraction
 from typing import Any

@@ -1,4 +1,4 @@
-"""Programs found in what models write, and run."""
+"""Programs in models' texts: found, and run."""
 
 import json
 from pathlib import Path

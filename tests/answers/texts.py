@@ -1,8 +1,8 @@
-"""Gold answers as two test sets write them, and texts that ask for too much."""
+"""Gold answers in the forms of two test sets, and texts that cost too much to compare."""
 
 from hypothesis import strategies as st
 
-# Gold answers as the two test sets write them, each form that occurs.
+# Gold answers of the two test sets, one of each form that occurs.
 GSM8K = ["18", "-10", "-3", "1,450,000", "1,600", "10,800", "114,200", "2,125", "65,960", "0", "70000"]
 MATH500 = r"""
     (-1,6) ¦ (-\infty, 0] ¦ (-\infty, 2) \cup (3, \infty) ¦ (-\sqrt{3}, \sqrt{3}) ¦ (1,-16,-4,43)

@@ -36,12 +36,12 @@ def table() -> list[SystemCall]:
 
 @cache
 def numbers(machine: str) -> dict[str, int]:
-    """By name, the numbers of the calls that an architecture has."""
+    """Returns the numbers of an architecture's system calls, by name."""
     return {call.name: n for call in table() if (n := call.number(machine)) is not None}
 
 
 def verdict(filter_: Sequence[bytes], architecture: int, number: int, arguments: Sequence[int] = ()) -> str:
-    """What the kernel would do: its data are number, architecture, address, and six arguments of 64 bits."""
+    """Returns the kernel's verdict on a call: number, architecture, address and six 64-bit arguments."""
     padded = [argument & (2**64 - 1) for argument in (*arguments, *[0] * (6 - len(arguments)))]
     data = struct.pack("<IIQ6Q", number & 0xFFFFFFFF, architecture, 0, *padded)
     accumulator, at = 0, 0

@@ -1,4 +1,4 @@
-"""Chat templates that want time, memory or a way into Python: families of them, written out by `attacks`."""
+"""Chat templates that attack time, memory or Python itself, in families; `attacks` writes them out."""
 
 # ruff: noqa: E501 (templates stand on one line, as models write them)
 
@@ -6,7 +6,7 @@ SIXTY = "{{% set ns = namespace(a=(1,), b=(1,)) %}}{{% for i in range(60) %}}{{%
 
 
 def grown(form: str) -> str:
-    """Two values, ns.a and ns.b, each of 2⁶⁰ leaves in a few hundred bytes."""
+    """Returns code for two values, ns.a and ns.b, each with 2⁶⁰ leaves, in a few hundred bytes."""
     return SIXTY.format(form.replace("X", "ns.a"), form.replace("X", "ns.b"))
 
 
@@ -21,7 +21,7 @@ BUILDS = {
     "wide": "{% set ns = namespace(a=[[0] * 1000000] * 1000000, b=[[0] * 1000000] * 1000000) %}",
     "wide tuple": "{% set ns = namespace(a=((0,) * 1000000,) * 1000000, b=((0,) * 1000000,) * 1000000) %}",
 }
-"""What shares its parts."""
+"""Values whose parts are shared."""
 
 USES = {
     "equal": "ns.a == ns.b",
@@ -214,7 +214,7 @@ MEGABYTE = 1_000_000
 
 
 def many(text: str) -> str:
-    """A template of about a megabyte, which is the most that a file may hold."""
+    """Returns a template of about a megabyte, the maximum for a file."""
     return text * (MEGABYTE // len(text))
 
 
@@ -425,7 +425,7 @@ SAYING = {
 
 
 def attacks() -> dict[str, str]:
-    """All of them: "family: name" and the template."""
+    """Returns all templates by "family: name"."""
     families = {
         f"shared {build}": {use: f"{made}{{{{ {expression} }}}}" for use, expression in USES.items()}
         for build, made in BUILDS.items()

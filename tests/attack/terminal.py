@@ -52,7 +52,7 @@ class Terminal:
         self.said = b""
 
     def send(self, raw: bytes) -> None:
-        """Type these bytes, reading along so that neither side waits for the other."""
+        """Types these bytes, and reads meanwhile so that neither side waits for the other."""
         while raw:
             reading, writing, _ = select.select([self.master], [self.master], [], PATIENCE)
             if reading and not self._read():
@@ -61,7 +61,7 @@ class Terminal:
                 raw = raw[os.write(self.master, raw[:512]) :]
 
     def wait_for(self, pattern: str, count: int = 1) -> bytes:
-        """What was shown, once the pattern has been in it so often."""
+        """Reads until the pattern has been shown this often; returns the output."""
         end = time.monotonic() + PATIENCE
         while len(re.findall(pattern.encode(), self.said)) < count:
             ready, _, _ = select.select([self.master], [], [], 1.0)
@@ -79,13 +79,13 @@ class Terminal:
         return bool(piece)
 
     def end(self) -> int:
-        """Read until it has ended; the exit code."""
+        """Reads until the process ends; returns the exit code."""
         while self._read():
             pass
         return self.process.wait(timeout=PATIENCE)
 
     def hang_up(self) -> int:
-        """Close the terminal's window; the exit code."""
+        """Closes the terminal's window; returns the exit code."""
         os.close(self.master)
         self.master = -1
         return self.process.wait(timeout=PATIENCE)

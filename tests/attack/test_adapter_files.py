@@ -1,4 +1,4 @@
-"""Folders with a link to an endless file, a pipe or a folder where a file is meant: one line, at once."""
+"""Model folders with a link to an endless file, a pipe or a folder in a file's place: refused at once."""
 
 import os
 import resource
@@ -25,7 +25,7 @@ from emlocal.models.tokenizer import Tokenizer
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_pair import random_adapter
 
-FEW_BYTES = 1 << 30  # of address space, on top of what the process has
+FEW_BYTES = 1 << 30  # of address space, beyond what the process already has
 SECONDS = 20
 
 
@@ -58,7 +58,7 @@ NOT_FILES = (a_link_to_what_never_ends, a_pipe, a_link_to_a_pipe, a_folder)
 
 @contextmanager
 def bounds() -> Iterator[None]:
-    """A read without bound fails in here instead of filling the memory, one that waits is interrupted."""
+    """Makes an unbounded read fail instead of filling the memory, and interrupts a read that blocks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, _too_long)
@@ -104,7 +104,7 @@ def mlx(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(unpacked_tiny: Path, tmp_path: Path) -> Path:
-    """A model folder of the test's own."""
+    """A model folder for this test alone."""
     return Path(shutil.copytree(unpacked_tiny, tmp_path / "model"))
 
 
@@ -148,7 +148,7 @@ def test_the_base_that_an_adapter_names(peft: Path, put: Put) -> None:
 
 @pytest.mark.parametrize("put", [a_link_to_what_never_ends, a_pipe, a_link_to_a_pipe])
 def test_gguf_files(tmp_path: Path, tiny_model: GGUFModel, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that was checked before, and in whose place there is a pipe now, too."""
+    """Includes a model that was checked before, and was then replaced by a pipe."""
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(file, "LARGE", 1)
     path = write_tiny_gguf(tmp_path / "model.gguf")
@@ -164,7 +164,7 @@ def test_gguf_files(tmp_path: Path, tiny_model: GGUFModel, put: Put, monkeypatch
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_what_a_model_folder_must_have(folder: Path, name: str, put: Put) -> None:
     replaced(folder / name, put)
-    if name != "tokenizer.json" or put is not a_huge_file:  # which is read when it is first needed
+    if name != "tokenizer.json" or put is not a_huge_file:  # the tokenizer is read later, when it is needed
         complaint(lambda: read_folder_header(folder))
     if name == "model.safetensors":
         complaint(lambda: read_safetensors_header(folder / name))
@@ -175,7 +175,7 @@ def test_what_a_model_folder_must_have(folder: Path, name: str, put: Put) -> Non
 @pytest.mark.parametrize("put", [*NOT_FILES, a_huge_file])
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_what_a_model_folder_may_have(folder: Path, name: str, put: Put) -> None:
-    """These are optional, but what stands in their place is not passed over: others open it later."""
+    """These files are optional, but something else in their place must be reported: others open it later."""
     read_folder_header(folder)
     replaced(folder / name, put)
     read = {

@@ -19,14 +19,14 @@ from tests.tiny_gguf import write_tiny_gguf
 
 
 def name_of(prompt: str) -> str:
-    """The name that a line of this content gets."""
+    """Returns the name that a line with this content gets."""
     (only,) = rows([{"prompt": prompt}])
     return str(only["custom_id"])
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1)])
 def test_a_given_name_that_is_the_hash_of_the_content(order: tuple[int, ...]) -> None:
-    """Each line has its row, whichever comes first, and a second run finds them all."""
+    """Each line has its row, whichever comes first, and a second run finds both."""
     own = name_of("hello")
     lines = [{"prompt": "hello"}, {"custom_id": own, "prompt": "hello"}, {"prompt": "after"}]
     asked = [lines[i] for i in order]
@@ -50,7 +50,7 @@ def test_the_second_of_one_given_name_is_still_an_error() -> None:
 
 
 def test_keys_are_those_of_earlier_versions() -> None:
-    """Recorded from version 863f4ab: an output that it began goes on."""
+    """The keys are recorded from version 863f4ab, so that an output it began can be resumed."""
     lines = [
         {"prompt": "hello"},
         {"custom_id": "a", "prompt": "hello"},
@@ -74,7 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(model: str, folder: Path, *arguments: str, shell: str = "", first: str = "", **options: Any) -> Any:
-    """`emlocal ARGUMENTS`; with `first` before it and redirections after it by a shell."""
+    """Runs `emlocal ARGUMENTS`; a shell runs `first` before it and adds redirections."""
     environment = {
         **os.environ,
         **{f"EMLOCAL_{kind}_DIR": str(folder) for kind in ("CACHE", "CONFIG", "DATA")},
@@ -126,7 +126,7 @@ def test_a_file_joined_with_one_made_from_an_earlier_output(model: str, tmp_path
         assert len(written(tmp_path / "b.out")) == 3
     assert (
         run(model, tmp_path, "batch", joined, "-o", "a.out", "--parallel", "1").returncode == 0
-    )  # begun with the first line alone
+    )  # the run began with the first line alone
     assert len(written(tmp_path / "a.out")) == 3
 
 
@@ -177,7 +177,7 @@ def test_retried_rows_stand_in_the_order_of_the_lines(model: str, tmp_path: Path
     lines_to(tmp_path / "a.jsonl", *values)
     for _ in range(2):
         command = ["batch", lines, "-o", "out", "--ordered", "--retry-errors", "--parallel", "2"]
-        assert run(model, tmp_path, *command).returncode == 1  # the last line is as it was
+        assert run(model, tmp_path, *command).returncode == 1  # the last line is unchanged
         after = written(tmp_path / "out")
         assert [row["custom_id"] for row in after] == [str(i) for i in range(8)]
         assert ["error" in row for row in after] == [False] * 7 + [True]
@@ -250,7 +250,7 @@ def test_two_processes_on_two_names_of_an_empty_file(model: str, tmp_path: Path)
     one.touch()
     two.hardlink_to(one)
     lines = lines_to(tmp_path / "a.jsonl", *({"prompt": f"say {i}"} for i in range(100)))
-    with opened(one):  # as a process would hold it that has no row yet
+    with opened(one):  # like a process that has no row yet
         done = run(model, tmp_path, "batch", lines, "-o", "two", "--parallel", "1")
         assert done.returncode == 1
         assert "under another name of the same file" in done.stderr.replace("\n", " ")
@@ -277,7 +277,7 @@ def test_a_manifest_of_deep_json_is_one_that_is_cut_short(tmp_path: Path, inner:
     out = tmp_path / "out"
     manifest_path(out).write_text('{"format": "emlocal-batch-1", "settings": ' + inner + "\n")
     out.write_text("{}\n")
-    with pytest.raises(UsageError, match="is no output of emlocal"):
+    with pytest.raises(UsageError, match="is not an output of emlocal"):
         opened(out)
     out.write_text("")
     opened(out).close()
@@ -286,7 +286,7 @@ def test_a_manifest_of_deep_json_is_one_that_is_cut_short(tmp_path: Path, inner:
 def test_a_loop_of_links_leaves_nothing_behind(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    with pytest.raises(UsageError, match="a link that leads back to itself"):
+    with pytest.raises(UsageError, match="a link to itself"):
         opened(loop)
     assert list(tmp_path.iterdir()) == [loop]
 
@@ -305,8 +305,8 @@ def test_a_tight_limit_on_memory_is_no_defect(model: str, tmp_path: Path, kib: i
     [
         (MemoryError(), "memory ran out"),
         (OSError(12, "Cannot allocate memory"), "memory ran out"),
-        (RuntimeError("can't start new thread"), "gives no more memory or threads"),
-        (ImportError("libx.so: failed to map segment from shared object"), "gives no more memory or threads"),
+        (RuntimeError("can't start new thread"), "refused more memory or threads"),
+        (ImportError("libx.so: failed to map segment from shared object"), "refused more memory or threads"),
     ],
 )
 def test_what_a_limit_refuses_is_named(error: Exception, says: str) -> None:

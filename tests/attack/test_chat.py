@@ -1,4 +1,4 @@
-"""Whatever is typed, loaded or broken: a chat goes on, or what was said is kept."""
+"""Whatever is typed, loaded or broken, a chat continues or its conversation is kept."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def chat(
     model: str, data: Path, stdin: bytes, *more: str, **options: Any
 ) -> "subprocess.CompletedProcess[bytes]":
-    """A chat in a pipe."""
+    """Runs a chat in a pipe."""
     environment = {**os.environ, **{f"EMLOCAL_{kind}_DIR": str(data) for kind in ("CACHE", "CONFIG", "DATA")}}
     command = [sys.executable, "-m", "emlocal", "chat", "-m", model, "--max-tokens", "3", "-q", *more]
     return subprocess.run(
@@ -81,7 +81,7 @@ def test_a_pipe_of_hostile_commands_goes_on_to_its_end(model: str, data: Path, t
         lines.append(f"/load {path}".encode())
     lines += [
         b"/load /dev/zero",
-        f"/load {tmp_path}/pipe".encode(),  # whoever opens it waits
+        f"/load {tmp_path}/pipe".encode(),  # opening it would block
         f"/save {tmp_path}/pipe".encode(),
         b"/save " + b"x" * 5000,
         b"/save a\0b",
@@ -137,7 +137,7 @@ def test_undo_after_load_prints_no_escapes(model: str, data: Path, tmp_path: Pat
         json.dumps({"format": "emlocal-chat-1", "system": "\x1b[2J", "exchanges": [evil]})
     )
     done = chat(model, data, f"/load {tmp_path}/esc.json\n/system\n/undo\n".encode())
-    assert b"taken back: " in done.stderr
+    assert b"removed: " in done.stderr
     assert b"hello" in done.stderr
     assert b"\x1b" not in done.stderr
     assert "\x9b".encode() not in done.stderr
@@ -173,7 +173,10 @@ def test_sigterm_leaves_a_copy_that_resume_finds(model: str, data: Path, tmp_pat
         process.wait(timeout=30)
     assert process.returncode == 143
     path = newest_kept()
-    assert f"warning: the conversation is in {path}; emlocal chat --resume" in said.decode()
+    assert (
+        f"warning: the conversation is saved in {path}; continue it with emlocal chat --resume"
+        in said.decode()
+    )
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     again = chat(model, data, f"/save {tmp_path}/again.json\n".encode(), "--resume")
@@ -185,11 +188,11 @@ def test_sigterm_leaves_a_copy_that_resume_finds(model: str, data: Path, tmp_pat
 def test_resume_without_anything_to_resume(model: str, data: Path) -> None:
     done = chat(model, data, b"", "--resume")
     assert done.returncode == 2
-    assert b"no chat was interrupted" in done.stderr
+    assert b"there is no interrupted chat" in done.stderr
 
 
 class Lines:
-    """A reader of given messages; an exception among them is raised."""
+    """A reader of given messages; it raises exceptions among them."""
 
     interactive = True
 
@@ -243,7 +246,7 @@ def test_what_nobody_foresaw_is_one_line_and_the_message_is_offered_again(
     assert [q for q, _ in going.session.conversation.exchanges] == ["one", "three"]
     assert reader.drafts == ["", "", "two", ""]
     assert says in capsys.readouterr().err
-    assert not list(data.rglob("*.json"))  # it ended by itself
+    assert not list(data.rglob("*.json"))  # the chat ended normally
 
 
 def test_input_that_cannot_be_read_any_more_ends_the_chat_with_a_copy(data: Path) -> None:
@@ -257,7 +260,7 @@ def test_what_is_in_a_file_already_is_not_kept_twice(data: Path, tmp_path: Path)
     going = repl(Lines("one", f"/save {tmp_path}/a.json", OSError(5, "gone")))
     with pytest.raises(OSError, match="gone"):
         going.run()
-    with pytest.raises(UsageError, match="no chat was interrupted"):
+    with pytest.raises(UsageError, match="there is no interrupted chat"):
         newest_kept()
 
 
@@ -283,7 +286,7 @@ def test_edit_that_fails_gives_the_old_exchange_back(data: Path, capsys: pytest.
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "x" * 5000 + ".json", "~nobody-of-this-name/x"])
 def test_names_that_no_file_can_have(data: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="no file can be called"):
+    with pytest.raises(UsageError, match="a file cannot be named"):
         chat_file(name)
 
 
@@ -323,7 +326,7 @@ def test_a_history_that_is_no_file_is_kept_in_memory(tmp_path: Path, kind: str) 
 
 @pytest.fixture
 def typed(tmp_path: Path) -> Iterator[Callable[..., TerminalReader]]:
-    """A reader of what is typed into a terminal that is not there."""
+    """A reader with simulated typing instead of a terminal."""
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
 
         def begin(raw: bytes, status: Callable[[], str] = str) -> TerminalReader:
@@ -336,7 +339,7 @@ def typed(tmp_path: Path) -> Iterator[Callable[..., TerminalReader]]:
 def test_errors_in_the_line_editor_do_not_end_the_chat(
     typed: Callable[..., TerminalReader], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A key binding that raises: the editor's own handler shows a traceback and waits for Enter."""
+    """A key binding raises; the editor's own handler would show a traceback and wait for Enter."""
     reader = typed(b"hello\x7f")
     delete = Buffer.delete_before_cursor
     calls: list[int] = []
@@ -401,7 +404,7 @@ def test_in_a_terminal_on_a_full_disk(model: str, data: Path) -> None:
     with Terminal("chat", "-m", model, "--max-tokens", "2", folder=data, prepare=full) as terminal:
         terminal.wait_for(">>>")
         terminal.send(b"hello\r")
-        terminal.wait_for("no history over sessions")
+        terminal.wait_for("the history is not saved")
         terminal.wait_for("seed ")
         terminal.send(b"/save x\r")
         terminal.wait_for("cannot write")
@@ -412,7 +415,7 @@ def test_in_a_terminal_on_a_full_disk(model: str, data: Path) -> None:
 
 
 def random_keys(seed: int, count: int) -> bytes:
-    """Bytes without those that mean to end or stop a program: Ctrl-C, Ctrl-D, Ctrl-Z, Ctrl-\\."""
+    """Returns random bytes without those that end or stop a program: Ctrl-C, Ctrl-D, Ctrl-Z, Ctrl-\\."""
     rng = random.Random(seed)
     allowed = [b for b in range(256) if b not in (0x03, 0x04, 0x1A, 0x1C)]
     parts = [
@@ -438,7 +441,7 @@ def test_random_bytes_typed_into_a_chat(model: str, data: Path, tmp_path: Path, 
     with Terminal("chat", "-m", model, "--max-tokens", "1", folder=data) as terminal:
         terminal.wait_for(">>>")
         terminal.send(random_keys(seed, 1500))
-        terminal.send(b"\x1b[201~\x07\x03\x03")  # out of a paste and a search, and the line is given up
+        terminal.send(b"\x1b[201~\x07\x03\x03")  # leaves a paste and a search, and drops the line
         terminal.send(f"\x03/save {tmp_path}/after.json\r".encode())
         terminal.wait_for("saved ")
         assert b"Traceback" not in terminal.said

@@ -1,7 +1,7 @@
-"""GGUF files with one thing wrong: each key that llama.cpp knows, each tensor, alone, and a few at once.
+"""GGUF files with one fault: each key that llama.cpp knows, each tensor, alone and in small combinations.
 
-What emlocal refuses, it refuses in one line. What it accepts is loaded by the real library in a process of
-its own, and computes three rows of logits there, or is refused by the library with an error.
+emlocal must refuse a file in one line. If it accepts one, the real library loads it in a separate process and
+either computes three rows of logits or refuses it with an error.
 
     pytest -m attack tests/attack/test_gguf.py       all of it: hours on two cores
 """
@@ -31,13 +31,15 @@ from tests.tiny_gguf import Tensor, Value, build, ints, u32
 
 RANDOM = 100_000
 STEP = 613
-"""Every so many of the walk are loaded in the normal tests."""
+"""The normal tests load one in this many files of the walk."""
 WORST = ("_swa", "sliding_window_pattern", "rope.dimension_count")
-"""Endings of keys that have ended or hung the process: the normal tests take every third value of those that
-an architecture reads."""
+"""Endings of keys that have crashed or hung the process.
+
+The normal tests take every third value of those that an architecture reads.
+"""
 
 File = tuple[str, bytes]
-"""What was done to it, and the bytes."""
+"""The change that was made, and the file's bytes."""
 
 
 @pytest.fixture
@@ -48,7 +50,10 @@ def worker() -> Iterator[Worker]:
 
 
 def survivors_only(files: Iterable[File], path: Path, worker: Worker) -> Counter[str]:
-    """Read all, load what is accepted; assert that nothing ended or hung the process. Verdicts, counted."""
+    """Reads all files and loads the accepted ones; asserts that none crashes or hangs.
+
+    Returns counted verdicts.
+    """
     verdicts, crashes = Counter[str](), []
     for done, data in files:
         path.write_bytes(data)
@@ -78,13 +83,13 @@ def test_the_checked_architectures_are_those_that_are_walked() -> None:
     known = {name.removeprefix("%s.") for name in keys_of_llama_cpp()}
     assert len(known) > 200
     for rules in CHECKED.values():
-        assert set(rules) <= known  # else the table has a key that llama.cpp does not read
+        assert set(rules) <= known  # otherwise the table has a key that llama.cpp does not read
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_part_of_the_walk(architecture: str, tmp_path: Path, worker: Worker) -> None:
-    """A third of the values of the worst keys, and of all others an even part."""
+    """Takes a third of the values of the worst keys, and an even selection of all others."""
     read = CHECKED[general_architecture(architecture)]
     prefix = f"{architecture}: {general_architecture(architecture)}."
     worst = {f"{prefix}{key}" for key in read if key.endswith(WORST)}
@@ -106,7 +111,7 @@ def test_the_whole_walk(architecture: str, tmp_path: Path, worker: Worker) -> No
 @pytest.mark.real
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_accepted_can_be_used(architecture: str, tmp_path: Path) -> None:
-    """The keys that the architecture reads, by emlocal's own way to a context: shared and not, with forks."""
+    """Tests the keys that the architecture reads in emlocal's contexts: shared and not, with forks."""
     name = general_architecture(architecture)
     read = {f"{architecture}: {name}.{key}" for key in CHECKED[name]}
     files = (f for f in with_one_key_changed(architecture) if f.what.partition(" = ")[0] in read)
@@ -125,7 +130,10 @@ def test_a_hundred_thousand_at_random(tmp_path: Path, worker: Worker) -> None:
 
 
 def changed(architecture: str, without: str = "", **keys: Value | None) -> bytes:
-    """A sound model but for these keys (`__` is a dot; None: gone), and without tensors of this name."""
+    """Returns a sound model with these keys changed (`__` is a dot.
+
+    None: gone) and without tensors of this name.
+    """
     metadata = dict(architecture_metadata(architecture))
     for name, value in keys.items():
         key = f"{general_architecture(architecture)}.{name.replace('__', '.')}"
@@ -175,7 +183,7 @@ FOUND: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("what", FOUND)
 def test_what_an_attack_found_is_one_line(what: str, tmp_path: Path) -> None:
-    """The files of the page, made here; and their neighbours."""
+    """Tests the files of the page, made here, and similar ones."""
     data, complaint = FOUND[what]
     path = tmp_path / "file.gguf"
     path.write_bytes(data)
@@ -186,7 +194,7 @@ def test_what_an_attack_found_is_one_line(what: str, tmp_path: Path) -> None:
 
 
 def test_vectors_are_of_one_type(tmp_path: Path) -> None:
-    """Of mamba, whose ssm_d is one in all but its name."""
+    """Tests mamba, whose ssm_d is a vector in all but its name."""
     tensors = architecture_tensors("mamba")
     for tensor in tensors:
         if tensor.name.endswith("ssm_d"):
@@ -198,11 +206,11 @@ def test_vectors_are_of_one_type(tmp_path: Path) -> None:
 
 
 WIDE = 256
-"""Row length: the longest blocks of quantized types have as many elements."""
+"""Row length, which is the block length of the quantized types with the longest blocks."""
 
 
 def wide_model(type_: int, of: str, fill: bytes) -> bytes:
-    """A llama model with rows of 256, whose matrices with `of` in their names are of this type."""
+    """Returns a llama model with rows of 256 whose matrices with `of` in their names have this type."""
     sizes = {"context_length": 256, "embedding_length": WIDE, "block_count": 1, "feed_forward_length": WIDE}
     sizes |= {"attention.head_count": 4, "attention.head_count_kv": 4, "rope.dimension_count": WIDE // 4}
     metadata = architecture_metadata("llama") | {f"llama.{name}": u32(n) for name, n in sizes.items()}
@@ -219,7 +227,7 @@ def wide_model(type_: int, of: str, fill: bytes) -> bytes:
 
 @pytest.mark.real
 def test_weights_of_every_type(tmp_path: Path, worker: Worker) -> None:
-    """Types of long blocks too, which the small models have no room for."""
+    """Includes types with long blocks, which do not fit the small models."""
     verdicts = survivors_only(
         (
             (f"{TENSOR_TYPES[code][0]} for {of}, filled with {fill.hex()}", wide_model(code, of, fill))

@@ -1,4 +1,4 @@
-"""Architectures whose keys emlocal does not know: a crash of llama.cpp is a child's, and one line."""
+"""Architectures whose keys emlocal does not know: llama.cpp crashes only a child process; emlocal says so."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that were tried in a child."""
+    """Names of the files that were tried in a child process."""
     names: list[str] = []
     real = loading._try
     monkeypatch.setattr(loading, "_try", lambda model, n: (names.append(model.path.name), real(model, n))[1])
@@ -33,7 +33,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def cohere2(path: Path, **keys: Value) -> Path:
-    """A tiny model of an architecture that has windows and is not among the checked ones."""
+    """Writes a tiny model of an architecture that has windows and is not among the checked ones."""
     metadata = architecture_metadata("cohere2")
     metadata["cohere2.attention.layer_norm_epsilon"] = metadata.pop(
         "cohere2.attention.layer_norm_rms_epsilon"
@@ -60,7 +60,7 @@ def test_a_crash_is_one_line(tmp_path: Path, cache: Path, tries: list[str]) -> N
     assert accepted(path)
     assert worker.load(path).startswith("killed")
     worker.close()
-    for _ in range(2):  # what did not come through is not remembered
+    for _ in range(2):  # a failed trial is not remembered
         with pytest.raises(ModelError) as caught:
             load(opened(path))
         assert "llama.cpp ended with SIGABRT at llama-model.cpp" in caught.value.message

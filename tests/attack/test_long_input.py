@@ -1,4 +1,4 @@
-"""Prompts of megabytes: refused by their size, else tokenized in linear time; signals are heard meanwhile."""
+"""Prompts of megabytes: refused by size or tokenized in linear time, while signals still work."""
 
 import io
 import json
@@ -107,7 +107,7 @@ def test_pieces_give_the_tokens_of_the_whole(
 
 
 def test_names_that_overlap_are_cut_only_where_llama_cpp_parts_them(tmp_path: Path) -> None:
-    """ "ab" and "bcd" in "abcd": the longest is taken first, and "a" is then text of its own."""
+    """In "abcd" with the names "ab" and "bcd", the longest is taken first, and "a" stays text."""
     from emlocal.models.resolve import resolve
 
     names = ["ab", "bcd", "aa", "aaaa", "xyx", "<|im_end|>ab"]
@@ -144,7 +144,7 @@ def test_names_that_overlap_are_cut_only_where_llama_cpp_parts_them(tmp_path: Pa
 def test_many_names_and_bytes_cost_linear_time(
     tiny: LlamaCppBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not seconds but calls are counted: none sees more than a few thousand characters."""
+    """Counts calls instead of seconds: none sees more than a few thousand characters."""
     longest = 0
     native = LlamaCppBackend._encode
 
@@ -193,9 +193,9 @@ def test_nfc_shrinks_no_text_more_than_the_bound_allows() -> None:
     def size(text: str) -> int:
         return len(text.encode())
 
-    characters = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]  # none beyond
+    characters = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]  # there are none beyond
     apart = {c: unicodedata.normalize("NFD", c) for c in characters}
-    spelt: dict[str, int] = {}  # the longest way to write each character that is no other one's composition
+    spelt: dict[str, int] = {}  # the longest decomposition of each character that no other character composes
     for character, parts in apart.items():
         if len(parts) == 1:
             spelt[parts] = max(spelt.get(parts, 0), size(character))
@@ -232,7 +232,7 @@ def test_what_the_template_leaves_out_does_not_count() -> None:
 
 
 def test_a_long_conversation_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is checked is what is tokenized; only control tokens' names need a second time."""
+    """The checked text is the one that is tokenized; only control tokens' names need a second rendering."""
     fake, asked = FakeBackend(context=1_000_000), []
     object.__setattr__(fake.info, "chat_template", "{{ messages[-1].content }}")
     real = prompt.render
@@ -264,14 +264,14 @@ def test_a_line_of_megabytes_becomes_an_error_row_and_the_next_is_answered(
     lines = [*long, json.dumps({"prompt": "e", "max_tokens": 2})]
     batch = batch_on(tiny, read_lines(io.BytesIO("\n".join(lines).encode())), settings(), 1)
     first, second, third = batch.rows()
-    assert f"has {mib << 20:,}"[:7] in first["error"]  # the template adds some
+    assert f"has {mib << 20:,}"[:7] in first["error"]  # the template adds a few
     assert "the context holds 100" in first["error"]
     assert "has 10,000,000 bytes" in second["error"]
     assert "error" not in third
 
 
 def test_a_dry_run_counts_it_as_one_that_does_not_fit(tiny: LlamaCppBackend) -> None:
-    from emlocal.batch.run import Speed, survey
+    from emlocal.batch.forecast import Speed, survey
 
     line = json.dumps({"prompt": "y" * 1_000_000}).encode()
     found = survey(tiny, read_lines(io.BytesIO(line)), settings(), speed=Speed(1, 10.0))
@@ -336,8 +336,8 @@ def test_signals_end_the_program_while_a_text_is_tokenized(
             _, said = process.communicate(timeout=60)
         finally:
             process.kill()  # it would sleep for ten minutes
-    if command == "chat" and sent == signal.SIGINT:  # the answer is stopped, and the input is at its end
-        assert b"stopped before the answer began" in said
+    if command == "chat" and sent == signal.SIGINT:  # the answer stops, and the input has ended
+        assert b"stopped before the first token" in said
         code = 0
     assert process.returncode == code
     assert b"Traceback" not in said

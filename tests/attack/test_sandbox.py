@@ -1,7 +1,8 @@
 """Three hundred attacks from within the sandbox: each is refused, and nothing outside has changed.
 
-`sandbox/*.py` are the attacks, by kind. One that fails for another reason than the sandbox's refusal fails
-the test as well: it would show nothing. Those marked `proven` are also shown to work without the sandbox.
+`sandbox/*.py` has the attacks by kind. An attack that fails for any other reason than the sandbox's refusal
+fails the test too, because it proves nothing. Those marked `proven` are also shown to work without the
+sandbox.
 """
 
 import json
@@ -49,7 +50,7 @@ def others(tmp_path: Path) -> Iterator[Victims]:
 
 
 def program(kind: str, told: dict[str, object]) -> str:
-    """A file of attacks as one text, with what it needs in front."""
+    """Returns a file of attacks as one text, after the code that it needs."""
     prelude, attacks = (FOLDER.joinpath(f"{name}.py").read_text() for name in ("prelude", kind))
     attacks = re.sub(r"^from tests\.attack\.sandbox\.prelude import .*\n", "", attacks, flags=re.MULTILINE)
     given = f"NUMBERS.update({numbers(platform.machine())!r})\nVICTIM.update({told!r})\n"
@@ -101,7 +102,7 @@ def test_there_are_as_many_attacks_as_promised() -> None:
 @pytest.mark.attack
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_attack_succeeds_on_its_own(kind: str, others: Victims) -> None:
-    """Each in an interpreter of its own: no other has prepared the ground, or taken what it needs."""
+    """Runs each in a fresh interpreter, so that no other attack prepared the ground or took what it needs."""
     came = {}
     for name in names(kind):
         judge = f"came = come_of({name!r})\nassert came == 'refused', came"

@@ -1,6 +1,6 @@
-"""All system calls there are, and those yet to come: what the sandbox does with each, on both architectures.
+"""All existing and future system calls: the sandbox's verdict on each, for both architectures.
 
-The filter is run in Python for both; on the machine at hand each refused call is also made for real.
+The filter runs in Python for both. On this machine's architecture, each refused call is also made for real.
 """
 
 import errno
@@ -20,7 +20,7 @@ contained = pytest.mark.skipif(
 )
 both = pytest.mark.parametrize("machine", MACHINES)
 QUICK = Limits(seconds=5)
-BEYOND = 1024  # numbers looked at; the kernel has about 470
+BEYOND = 1024  # numbers to test; the kernel has about 470
 X32 = 0x40000000
 ODD = [*range(X32, X32 + BEYOND), 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
 PROBES = [
@@ -32,7 +32,7 @@ PROBES = [
     (3, 0x5401, 4, 2, 0, 0),
     (0, 129, 1, 0, 0, 0),
 ]
-"""Arguments: each call by arguments is allowed with some of them, and refused with others."""
+"""Each call here is allowed with some arguments and refused with others."""
 
 
 @both
@@ -58,7 +58,7 @@ def test_each_call_is_allowed_for_a_reason_or_refused(machine: str) -> None:
 
 @both
 def test_numbers_of_other_kinds_do_not_exist(machine: str) -> None:
-    """x32's, negative ones, and the highest that there can be."""
+    """Tests x32's numbers, negative ones, and the highest possible one."""
     filter_ = seccomp.program(machine)
     assert {verdict(filter_, MACHINES[machine], n, probe) for n in ODD for probe in PROBES} == {ENOSYS}
 
@@ -85,7 +85,7 @@ def test_the_filter_is_one_that_the_kernel_takes(machine: str) -> None:
 
 
 def allowed(machine: str, name: str, values: range, at: int, *others: int) -> set[int]:
-    """The values of an argument with which a call is allowed; `others`: the arguments before it."""
+    """Returns the argument values with which a call is allowed; `others`: the arguments before it."""
     filter_, number = seccomp.program(machine), numbers(machine)[name]
     before = others or (0,) * at
     return {v for v in values if verdict(filter_, MACHINES[machine], number, (*before, v)) == ALLOW}
@@ -126,7 +126,7 @@ def test_flags_are_looked_at_bit_by_bit(machine: str) -> None:
     assert bits("mmap", 3, 0, 0, 3) == mapped
     assert bits("mmap", 3, 0, 0, 5) == mapped - anonymous
     assert bits("mmap", 2, 0, 0) == 1 | 2 | 4 | 16
-    assert not allowed(machine, "mmap", range(2), 3, 0, 0, 6)  # written and run
+    assert not allowed(machine, "mmap", range(2), 3, 0, 0, 6)  # memory must not be writable and executable
     assert not allowed(machine, "mmap", range(2), 3, 0, 0, 7)
     assert bits("openat", 2, 0, 0) == 0xFFFFFFFF - path_only - temporary
     assert bits("pipe2", 1, 0) == 0x80000 | 0x800
@@ -135,7 +135,7 @@ def test_flags_are_looked_at_bit_by_bit(machine: str) -> None:
 
 @contained
 def test_refused_calls_are_refused_by_this_kernel() -> None:
-    """All of them, known and unknown, with arguments that would do nothing: no pointer, descriptor or pid."""
+    """Tests all calls, known and unknown, with harmless arguments: no pointer, descriptor or pid."""
     machine = platform.machine()
     wanted = {call.number(machine): call.expected for call in table()}
     tried = {
@@ -157,7 +157,7 @@ def test_refused_calls_are_refused_by_this_kernel() -> None:
 
 
 UNFILTERED = ("uretprobe", "uprobe")
-"""The kernel lets these pass every filter. They are its own: a program that makes one is ended."""
+"""The kernel lets these pass every filter and ends a program that makes one."""
 
 
 @contained
@@ -171,12 +171,12 @@ def test_the_kernels_own_calls_do_nothing_for_a_program(name: str) -> None:
 
 
 NOT_TRIED = {"exit", "exit_group", "rt_sigreturn", "pause", "rt_sigsuspend", "restart_syscall"}
-"""They would end the program, or wait without end."""
+"""Calls that would end the program, or wait forever."""
 
 
 @contained
 def test_allowed_calls_reach_this_kernel() -> None:
-    """With arguments that no call takes, so that most fail, but not as the sandbox lets them."""
+    """Uses arguments that no call accepts, so that most fail, but not with the sandbox's errors."""
     tried = [
         n
         for call in table()
@@ -198,7 +198,7 @@ def test_allowed_calls_reach_this_kernel() -> None:
 @contained
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="int 0x80 is x86's")
 def test_a_call_of_32_bit_code_ends_the_process() -> None:
-    """Memory with such code is made before the locks are turned: behind them there is no way to have any."""
+    """Prepares memory with such code before the locks are set; afterwards that is impossible."""
     code = (
         "import ctypes, mmap, sys\n"
         "from emlocal.sandbox import seccomp\n"

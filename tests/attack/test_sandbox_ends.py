@@ -1,4 +1,4 @@
-"""What a program leaves behind when emlocal is killed, and what it can read of a project that is a venv."""
+"""Processes that a program leaves behind when emlocal is killed, and access to a project that is a venv."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     landlock.abi() < landlock.OLDEST_ABI or not seccomp.known(), reason="needs Landlock (Linux 6.2)"
 )
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE = 20.0  # seconds for a process to begin or end, on a machine that has other things to do
+PATIENCE = 20.0  # seconds for a process to begin or end, on a busy machine
 
 STAYS = {
     "sleeps": "import time\ntime.sleep(60)",
@@ -44,7 +44,7 @@ STAYS = {
 
 
 def alive(parent: int) -> list[int]:
-    """Sandboxed programs that this process started: its id is their last argument."""
+    """Returns the sandboxed programs that this process started: its id is their last argument."""
     found = []
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
@@ -56,7 +56,7 @@ def alive(parent: int) -> list[int]:
 
 @contextmanager
 def running(program: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that runs a program in the sandbox."""
+    """Runs a program in the sandbox."""
     code = (
         "import sys\nfrom emlocal.sandbox.run import Limits, run\n"
         "print('started', flush=True)\nrun(sys.argv[1], Limits(seconds=40))"
@@ -88,7 +88,7 @@ def test_no_program_outlives_a_kill(program: str) -> None:
         until = time.monotonic() + PATIENCE
         while not alive(process.pid) and time.monotonic() < until:
             time.sleep(0.01)
-        time.sleep(0.7)  # it has locked itself in, and does what it is to do
+        time.sleep(0.7)  # by now it has locked itself in and does its work
         assert alive(process.pid)
         process.kill()
         assert ends(process.pid)
@@ -101,7 +101,7 @@ def test_no_program_outlives_a_kill_at_any_moment_of_its_start(wait: float) -> N
         time.sleep(wait)
         process.kill()
         process.wait()
-        time.sleep(0.3)  # what was forked is an interpreter by now, which can be seen
+        time.sleep(0.3)  # the forked process is an interpreter by now, which can be seen
         assert ends(process.pid)
 
 
@@ -119,7 +119,7 @@ def test_the_signal_cannot_be_taken_back_and_memory_not_dumped() -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`python -m venv .` in a project that has a lib of its own, and is installed to be edited."""
+    """A project made by `python -m venv .`, with a lib of its own, installed in editable mode."""
     folder = tmp_path_factory.mktemp("project")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "."], cwd=folder, check=True)
     for name in SECRETS:
@@ -136,7 +136,7 @@ SECRETS = (".env", "secret.py", "src/secret.py", "lib/secret.py", "include/secre
 
 
 def said_in(project: Path, program: str) -> str:
-    """What comes of a program that a venv's interpreter runs."""
+    """Returns the result of a program that a venv's interpreter runs."""
     code = (
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from emlocal.errors import EmlocalError\nfrom emlocal.sandbox.run import run\n"
@@ -167,7 +167,7 @@ def test_a_project_that_is_a_venv_is_not_read(project: Path) -> None:
 
 
 def test_what_packages_leave_open_is_closed(project: Path) -> None:
-    """Code in .pth files runs as the interpreter starts, before the locks are turned."""
+    """Code in .pth files runs when the interpreter starts, before the locks are set."""
     packages = next(project.glob("lib/python*/site-packages"))
     (packages / "hook.pth").write_text("import hook\n")
     (packages / "hook.py").write_text(f"import os\nos.dup2(os.open({str(project / '.env')!r}, 0), 9)")
@@ -175,7 +175,7 @@ def test_what_packages_leave_open_is_closed(project: Path) -> None:
         program = "import hook, os\ntry:\n    os.fstat(9)\nexcept OSError:\n    pass\nelse:\n    1 / 0"
         assert said_in(project, program) == "Outcome(ending='passed', detail='')"
         (packages / "hook.py").write_text(
-            "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+            "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()"
         )
         assert "did not start: RuntimeError: 2 threads run before the program" in said_in(project, "pass")
     finally:

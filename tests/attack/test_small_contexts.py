@@ -1,4 +1,4 @@
-"""Contexts with fewer tokens than sequences: llama.cpp ends the process that asks for more rows than fit."""
+"""Contexts with fewer tokens than sequences: llama.cpp aborts if asked for more rows than fit."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ with emlocal.load(path, parallel=parallel, threads=1, context=context or None) a
 
 
 def asked(path: Path, context: int, parallel: int) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own, which is what an assertion of llama.cpp's ends."""
+    """Runs in a separate process, which an assertion in llama.cpp would end."""
     return subprocess.run(
         [sys.executable, "-c", ASK, str(path), str(context), str(parallel)],
         capture_output=True,
@@ -44,7 +44,7 @@ def test_more_sequences_than_tokens(tmp_path: Path, parallel: int) -> None:
 
 def test_more_sequences_than_llama_cpp_has(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf")
-    with pytest.raises(UsageError, match="257 sequences at once, emlocal's own among them, are more than"):
+    with pytest.raises(UsageError, match="257 sequences at once, emlocal's own included, exceed"):
         LlamaCppBackend(resolve(str(path)), LoadOptions(sequences=257))
 
 

@@ -1,4 +1,4 @@
-"""Hostile chat templates: none goes past its time or memory, gets at Python, or reaches the terminal."""
+"""Hostile chat templates: none exceeds its time or memory, gets at Python, or reaches the terminal."""
 
 import json
 import os
@@ -40,7 +40,7 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit]
 
 @dataclass(frozen=True)
 class Told:
-    """What came of a template."""
+    """The result of a template."""
 
     kind: str
     said: str
@@ -51,7 +51,7 @@ class Told:
 
 
 def walk(templates: dict[str, str], seconds: float, timeout: float) -> tuple[dict[str, Told], int]:
-    """What came of each, and the most memory (bytes) that any of their processes held."""
+    """Returns each template's result, and the peak memory (bytes) of their processes."""
     done = subprocess.run(
         [sys.executable, "-c", WALK, str(seconds)],
         input="".join(json.dumps(item) + "\n" for item in templates.items()),
@@ -67,7 +67,10 @@ def walk(templates: dict[str, str], seconds: float, timeout: float) -> tuple[dic
 
 
 def check(told: dict[str, Told], peak: int) -> None:
-    """What holds on a busy machine too. One that is not stopped at all meets the limit of `walk`."""
+    """Checks what must be true on a busy machine too.
+
+    A template that is not stopped meets the limit of `walk`.
+    """
     assert peak < MAX_MEMORY
     for name, one in told.items():
         assert one.clean, (name, one)
@@ -76,8 +79,10 @@ def check(told: dict[str, Told], peak: int) -> None:
 
 @pytest.mark.attack
 def test_all_attacks() -> None:
-    """Several minutes: many of them take their two seconds. The only test that looks at a clock: it is not
-    among those that must pass on a busy machine."""
+    """Takes several minutes: many templates use their two seconds.
+
+    It is the only test that looks at a clock, and is not among those that must pass on a busy machine.
+    """
     told, peak = walk(attacks(), MAX_SECONDS, 3600)
     check(told, peak)
     assert max(one.seconds for one in told.values()) < MAX_SECONDS + 5
@@ -87,7 +92,7 @@ def test_all_attacks() -> None:
 
 
 def test_one_of_each_kind() -> None:
-    """A part of each family, with less time than the two seconds."""
+    """Tests a part of each family, with less time than the two seconds."""
     every = attacks()
     builds = list(BUILDS)
     chosen = {name: text for name, text in every.items() if name.split(": ")[0] in ("internals", "saying")}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the real command, whatever its model's chat template is busy with."""
+"""Ctrl-C and SIGTERM end the real command, even while its model's chat template is busy."""
 
 import os
 import signal
@@ -24,9 +24,9 @@ templates.MAX_SECONDS = 60.0
 from emlocal.__main__ import main
 main()
 """
-"""emlocal, with time enough for a signal to come first on a busy machine."""
+"""emlocal with enough time for a signal to come first on a busy machine."""
 BUSY = 0.3
-"""Seconds of a processor that a template has had when the signal comes."""
+"""Processor seconds that a template has used when the signal comes."""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_batch(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     code, _ = interrupted(["batch", str(lines), "-m", str(model), "-o", str(out)], NOTHING, signal.SIGTERM)
     assert code == 143
-    assert not out.read_text()  # what was not asked has no row: the next run asks it
+    assert not out.read_text()  # unanswered lines have no row, so the next run answers them
 
 
 def test_chat_goes_on_after_ctrl_c(tmp_path: Path) -> None:
@@ -61,12 +61,12 @@ def test_chat_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     typed.write_text("hi\n/system\n/exit\n")
     code, said = interrupted(["chat", "-m", str(model)], typed, signal.SIGINT)
     assert code == 0
-    assert "stopped before the answer began" in said
-    assert "no system message of yours" in said
+    assert "stopped before the first token" in said
+    assert "no system message is set" in said
 
 
 def interrupted(command: list[str], typed: Path, number: int) -> tuple[int, str]:
-    """The exit code and stderr of a command that gets a signal once its template is at work."""
+    """Returns the exit code and stderr of a command that gets a signal once its template is running."""
     with typed.open() as stdin:
         program = subprocess.Popen(
             [sys.executable, "-c", PATIENT, *command],
@@ -86,7 +86,7 @@ def interrupted(command: list[str], typed: Path, number: int) -> tuple[int, str]
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process started."""
+    """Returns the processes that a process started."""
     try:
         return [
             int(child)
@@ -98,7 +98,7 @@ def children(pid: int) -> list[int]:
 
 
 def seconds_of(pid: int) -> float:
-    """Of a processor, that a process has had."""
+    """Returns the processor seconds that a process has used."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -16,8 +16,8 @@ from tests.cuda import ON_CUDA
 from tests.tiny_gguf import u32, write_tiny_gguf
 
 
-# mlx runs the tiny model only: its Linux wheel multiplies matrices twenty times as slowly as torch, and
-# SmolLM2 took two minutes here. test_mlx.py has it say what mlx-lm says.
+# mlx runs only the tiny model: its Linux wheel multiplies matrices twenty times as slowly as torch, and
+# SmolLM2 took two minutes here. test_mlx.py compares it with mlx-lm.
 @pytest.fixture(
     scope="module",
     params=[
@@ -72,7 +72,7 @@ def roomy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def backend(loaded: Backend) -> Iterator[Backend]:
-    """A loaded engine with no sequence open, and none left open by the test before."""
+    """A loaded engine without open sequences, even if the test before left some open."""
     yield loaded
     for sequence in range(SEQUENCES):
         try:

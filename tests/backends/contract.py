@@ -1,4 +1,4 @@
-"""What the tests of the contract share."""
+"""Helpers of the contract tests."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def tokens(backend: Backend, text: str = "the cat sat on the mat and the rat") -
 
 
 def read(backend: Backend, *chunks: list[int]) -> int:
-    """A new sequence that was fed these chunks."""
+    """Opens a sequence and feeds these chunks."""
     sequence = backend.open()
     for chunk in chunks:
         backend.forward([Feed(sequence, chunk)])
@@ -32,9 +32,11 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def same(backend: Backend) -> float:
-    """How far apart the logits of one state may lie: batch shapes choose the kernels, and llama.cpp's for
-    four-bit weights round activations to eight bits in one and not in another. On SmolLM2 (Q4_1) that was up
-    to 0.124 on a processor with AVX2 alone; with another last token they are 2 apart, without the first 0.18.
+    """Returns the tolerance for the logits of one state.
+
+    Batch shapes choose the kernels. llama.cpp's kernels for four-bit weights round activations to eight bits
+    in some shapes and not in others. On SmolLM2 (Q4_1) that gave up to 0.124 on a processor with AVX2 alone.
+    With another last token the logits are 2 apart, without the first token 0.18.
     """
     if isinstance(backend, FakeBackend):
         return 0.0
@@ -50,7 +52,7 @@ def assert_same_logits(backend: Backend, one: np.ndarray, other: np.ndarray) -> 
 
 
 def said(backend: Backend, sequence: int, n: int, params: SamplingParams = EM, seed: int = 1) -> list[int]:
-    """n tokens drawn one after another; the sequence has just been fed."""
+    """Draws n tokens one after another; the sequence has just been fed."""
     uniforms, out = Uniforms(seed), []
     for t in range(n):
         out.append(backend.sample([Row(sequence, params, uniforms[t])])[0].token)

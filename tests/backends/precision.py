@@ -1,22 +1,22 @@
-"""What float32 can promise of an Adam step: how far its logits may lie from the float64 reference's.
+"""Error bounds of an Adam step in float32: how far its logits may be from the float64 reference's.
 
-Adam divides a token's gradient by its own size: u = m̂/(√v̂ + ε), so a token moves by η however small its
-gradient is. An error of the gradient, relative to the gradient, is therefore an error of the step. With
-g = −p·a + κ(p − p⁰) and a = log p + H, float32's a is off by
+Adam divides a token's gradient by its own size: u = m̂/(√v̂ + ε). So a token moves by η however small its
+gradient is, and a relative error of the gradient becomes an error of the step. With g = −p·a + κ(p − p⁰) and
+a = log p + H, float32's a is off by
 
     δ = ROUNDING · (1 + |log p| + H),
 
-plus what the errors e of the logits so far do to it: Σ p (|a| + e) e to H, and |a + 1 − κ| e to the token
+plus the effect of the errors e of the logits so far: Σ p (|a| + e) e on H, and |a + 1 − κ| e on the token
 itself. So g_t is off by dg_t = p (δ + Σ p (|a| + e) e + |a + 1 − κ| e), and u, to first order, by
 
     du = Σ_t |w_t/(√v̂ + ε) − m̂ v_t g_t/(√v̂ (√v̂ + ε)²)| dg_t,
 
-with w_t and v_t the shares of step t's gradient in m̂ and v̂. Where dg_t > |g_t|/2 the sign itself is in
-doubt, and du is 2. A step adds η du to e.
+with w_t and v_t the shares of step t's gradient in m̂ and v̂. If dg_t > |g_t|/2, even the sign is in doubt,
+and du is 2. A step adds η du to e.
 
-On rows of models the entropy is so off by 1e-6 at most. On a row that is nearly flat, |a| is no more than the
-spread of its logits, and g = p·a nears ε: with a spread of 1e-4, dg/g is a hundredth, and some tokens cannot
-be told from the mean. After em-pt's three steps of 0.1 on some hundred such tokens the entropy's bound is
+On rows of models this changes the entropy by at most 1e-6. On a nearly flat row, |a| is at most the spread of
+its logits, and g = p·a comes near ε. With a spread of 1e-4, dg/g is a hundredth, and some tokens cannot be
+told from the mean. After em-pt's three steps of 0.1 on some hundred such tokens, the bound on the entropy is
 0.02 nats; errors up to 3e-4 were seen. Tokens closer than 1e-6 may go either way, by 2η a step.
 """
 
@@ -27,11 +27,11 @@ from emlocal.em.entropy import Float64, entropy, finite, log_softmax
 from emlocal.em.steps.em_inf import BETA1, BETA2, EPSILON, Adam, EMInf
 
 ROUNDING = 4 * 2.0**-24
-"""Of log p and H: a few roundings of float32."""
+"""Relative error of log p and H: a few roundings of float32."""
 
 
 def adam_in_float32(row: NDArray[np.float32], settings: EMInf) -> tuple[float, float]:
-    """Bounds on the errors of the entropy after the step, nats, and on the total variation."""
+    """Returns bounds on the error of the entropy after the step, in nats, and on the total variation."""
     z = row.astype(np.float64)
     z -= z.max()
     p0 = np.exp(log_softmax(z))
@@ -63,5 +63,8 @@ def adam_in_float32(row: NDArray[np.float32], settings: EMInf) -> tuple[float, f
 
 
 def _of_entropy(p: Float64, a: Float64, e: Float64) -> float:
-    """What errors e of the logits do to H: its slope is −p·a, and the second order is at most Σ p e²."""
+    """Returns the effect on H of errors e in the logits.
+
+    Its slope is −p·a, and the second order is at most Σ p e².
+    """
     return float(p @ ((np.abs(a) + e) * e))

@@ -1,4 +1,4 @@
-"""What every engine must do (emlocal/backends/base.py), tried on each: one suite, the same demands."""
+"""The contract of every engine (emlocal/backends/base.py): one suite of tests, run on each."""
 
 import itertools
 
@@ -52,7 +52,7 @@ class TestText:
 
     def test_special_tokens_only_when_asked_for(self, backend) -> None:
         text = "<|im_end|>"
-        if isinstance(backend, FakeBackend):  # has none: it is text either way
+        if isinstance(backend, FakeBackend):  # it has none, so this is text either way
             assert backend.encode(text, add_special=False, parse_special=True) == list(text.encode())
             return
         assert backend.encode(text, add_special=False, parse_special=True)[-1] in backend.info.end_tokens
@@ -167,7 +167,7 @@ class TestErrors:
         sequence, other = read(backend, ids), backend.open()
         for feeds, message in (
             ([], "at least one sequence"),
-            ([Feed(sequence, [5]), Feed(sequence, [6])], "each once"),
+            ([Feed(sequence, [5]), Feed(sequence, [6])], "each only once"),
             ([Feed(other, [5]), Feed(sequence, [])], f"sequence {sequence} is fed no tokens"),
             ([Feed(other, [5]), Feed(sequence, [5, backend.info.vocabulary])], "there is no token"),
             ([Feed(sequence, [5, -1, 7])], "there is no token -1"),
@@ -185,7 +185,7 @@ class TestErrors:
     def test_sequences_that_share_their_room_hold_no_more_than_the_context(self, backend) -> None:
         ids = (tokens(backend) * CONTEXT)[: CONTEXT // 2]
         one, other = read(backend, ids), read(backend, ids[:-2])
-        if isinstance(backend, TorchBackend | MLXBackend):  # each has room of its own
+        if isinstance(backend, TorchBackend | MLXBackend):  # each sequence has its own room
             backend.forward([Feed(one, [5, 6]), Feed(other, [5])])
             assert (backend.length(one), backend.length(other)) == (len(ids) + 2, len(ids) - 1)
             backend.trim(one, len(ids))
@@ -228,7 +228,7 @@ class TestErrors:
         backend.trim(sequence, len(ids) - 1)
         backend.forward([Feed(sequence, ids[-1:])])
         assert_same_logits(backend, backend.logits(sequence), expected)
-        backend.forward([Feed(sequence, long)])  # and the flag of the last call is forgotten
+        backend.forward([Feed(sequence, long)])  # it also forgets the last call's flag
         assert backend.length(sequence) == len(ids) + 200
 
     def test_an_unknown_sequence_leaves_the_others_usable(self, backend) -> None:
@@ -243,7 +243,7 @@ class TestErrors:
 
 class TestLongPrompts:
     def test_cancelled_in_the_middle_and_read_again(self, roomy) -> None:
-        """4,000 tokens: the engine cuts them up, and is asked on the way whether to go on."""
+        """Feeds 4,000 tokens: the engine splits them, and checks for cancellation in between."""
         ids = np.random.default_rng(2).integers(3, 250, LONG).tolist()
         asked = 0
 

@@ -1,4 +1,4 @@
-"""The samplers on devices draw what the reference draws, and what the host's sampler draws."""
+"""The samplers on devices draw the same as the reference and as the host's sampler."""
 
 import itertools
 import math
@@ -33,22 +33,22 @@ from tests.sampling.test_sampler import EMS, LAST, PARAMS, US, any_params
 
 @dataclass
 class Device:
-    """A device's sampler, and how near the reference it is."""
+    """A device's sampler and its tolerances to the reference."""
 
     make: Callable[[int], DeviceSampler]
     array: Callable[[np.ndarray], object]
     edge: float
-    """How near a border of the exact CDF u may lie for another token to be drawn."""
+    """Distance from a border of the exact CDF within which u may give another token."""
     close: float
-    """Of statistics: entropies in nats, and probabilities."""
+    """Tolerance of statistics: entropies in nats, and probabilities."""
     bound: Callable[[np.ndarray, EMInf], tuple[float, float]] | None = None
-    """What Adam may add to the entropy's error and to the total variation; None: nothing."""
+    """Function that bounds Adam's extra error in entropy and total variation; None: no extra error."""
 
     def __post_init__(self) -> None:
         self._samplers: dict[int, DeviceSampler] = {}
 
     def drawn(self, rows: np.ndarray, jobs: Sequence[Row]) -> list[Draw]:
-        """`jobs` name rows by their index. A sampler is kept for what it has compiled."""
+        """Draws; `jobs` name rows by their index. The sampler is reused for its compiled code."""
         sampler = self._samplers.setdefault(rows.shape[1], self.make(rows.shape[1]))
         return sampler.sample(self.array(rows), [job.sequence for job in jobs], jobs)
 
@@ -96,7 +96,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def exactly(row: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, tuple[float, float, int]]:
-    """Logits after the reference's EM step, float64; entropies and steps."""
+    """Returns the logits after the reference's EM step in float64, with entropies and steps."""
     result = (params.em or EMInf(steps=0)).apply(row)
     return result.logits, (float(result.entropy_before), float(result.entropy_after), int(result.steps))
 
@@ -123,7 +123,7 @@ def test_presets_on_both_vocabularies_draw_as_the_host(device, recorded, preset)
 
 
 def test_many_uniforms(device, smollm2_rows) -> None:
-    """The whole CDF of an open row, by one EM step per u: every outcome is the reference's."""
+    """Tests the whole CDF of an open row, with one EM step for each u: every outcome is the reference's."""
     params = SamplingParams(em=EMInf(steps=1), temperature=2.0, min_p=0.0)
     z, _ = exactly(smollm2_rows[5], params)
     p = probabilities(z, params)
@@ -133,7 +133,7 @@ def test_many_uniforms(device, smollm2_rows) -> None:
 
 
 def nearly_flat(tokens: int, seed: int) -> np.ndarray:
-    """Logits of 25 ± 1e-4, the row on which float32 can promise the least of an Adam step."""
+    """Returns logits of 25 ± 1e-4, the row with the weakest float32 bound for an Adam step."""
     return (25 + np.random.default_rng(seed).normal(0, 1e-4, tokens)).astype(np.float32)
 
 
@@ -156,7 +156,7 @@ def test_hard_rows(name, row, params, u) -> None:
         return
     assert draw.entropy_after == pytest.approx(after, abs=max(device.close, 1e-5) + of_entropy)
     cut_off = params.top_k or params.top_p < 1 or params.min_p > 0 or params.temperature < 0.9
-    if not cut_off:  # ties and near-ties may be cut or cooled apart either way
+    if not cut_off:  # ties and near-ties may be cut or cooled either way
         p = probabilities(z, params)
         below = float(p[: draw.token].sum())
         off = 1e-6 + 2 * of_cdf
@@ -225,7 +225,7 @@ def test_the_logits_are_not_changed(device, smollm2_rows) -> None:
 
 @pytest.fixture
 def new_compilation() -> Iterator[None]:
-    """Nothing that was compiled before is used, in this process or from the disk."""
+    """Prevents the use of code that was compiled before, in this process or on disk."""
     torch._dynamo.reset()
     with compiler.patch(force_disable_caches=True):
         yield
@@ -233,7 +233,7 @@ def new_compilation() -> Iterator[None]:
 
 
 def assert_descends(step: Compiled) -> None:
-    """Two steps, on a row that moves, one that is sure enough and one that may not."""
+    """Runs two steps on a row that moves, one that is already certain and one that may not move."""
     z = torch.tensor([[0.0, 1.0, 0.5], [0.0, 30.0, 0.0], [0.0, 1.0, 0.5]], dtype=torch.float64)
     threshold, rate = torch.full((3, 1), 0.1).double(), torch.tensor([[1.0], [1.0], [2.0]]).double()
     allowed = torch.tensor([[True], [True], [False]])
@@ -268,7 +268,7 @@ def test_without_a_compiler_the_step_is_taken_as_it_is() -> None:
 
 
 def test_sums_are_exact_to_the_last_unit() -> None:
-    """u · total against Python's integers, and the index against a search of the exact prefix sums."""
+    """Compares u · total with Python's integers, and the index with a search of the exact prefix sums."""
     rng = np.random.default_rng(3)
     weights = rng.random((3, 4 * GROUP)).astype(np.float32) ** 40
     whole = np.array(fixed(mx.array(weights)))

@@ -1,4 +1,4 @@
-"""A new EM step is one file: it runs on every engine by its reference, before anybody writes a kernel."""
+"""A new EM step is one file: it runs on every engine by its reference, without a kernel."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +19,7 @@ from tests.backends.contract import read, tokens
 
 @dataclass(frozen=True)
 class Halve(EMStep):
-    """A toy: double all logits of rows above a threshold, which halves the temperature."""
+    """A toy step that doubles all logits of rows above a threshold, which halves the temperature."""
 
     name: ClassVar[str] = "halve"
     flag: ClassVar[str] = "--halve"
@@ -41,7 +41,7 @@ class Halve(EMStep):
 
 
 def by_hand(row: NDArray[np.float32], params: SamplingParams, u: float) -> Draw:
-    """The whole pipeline in its plainest form."""
+    """Runs the whole pipeline in its plainest form."""
     assert params.em is not None
     z = checked(row)
     done = params.em.reference(z)
@@ -76,7 +76,7 @@ def test_beside_steps_that_have_a_kernel_rows_keep_their_order(backend: Backend)
 
 @dataclass(frozen=True)
 class Plain(EMInf):
-    """EM-INF that is to be taken by its reference: kernels are chosen by the type itself."""
+    """EM-INF without kernels, which are chosen by the exact type; so its reference runs."""
 
 
 def test_kernels_are_not_for_what_derives_from_their_step(backend: Backend) -> None:

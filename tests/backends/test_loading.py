@@ -25,7 +25,7 @@ OPTIONS = LoadOptions(context=64, sequences=2, threads=1)
 
 @pytest.fixture
 def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What llama.cpp was told to free, in order."""
+    """The names of objects that llama.cpp was told to free, in order."""
     library, names = load_library(), []
     for name in ("llama_free", "llama_model_free"):
         real = vars(library)[name]
@@ -41,7 +41,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def fresh(code: str, *folders: Path) -> None:
-    """Run code in an interpreter of its own, with these folders before all others."""
+    """Runs code in a separate interpreter with these folders first on its path."""
     paths = f"import sys; sys.path[:0] = {[*map(str, folders)]}\n"
     subprocess.run([sys.executable, "-c", paths + code], check=True, timeout=60)
 
@@ -97,7 +97,7 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_llama_cpp_refuses(tiny_model: GGUFModel, tmp_path: Path, freed: list[str]) -> None:
-    """It became another after its header was checked."""
+    """The file changes after its header was checked."""
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"llama.cpp cannot load .*other.gguf: \w+") as caught:
@@ -127,7 +127,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refusal_says_what_llama_cpp_complained_of_first(what: str, tmp_path: Path) -> None:
-    """Its last line is always "failed to load model"."""
+    """The last line of llama.cpp is always "failed to load model"."""
     keys, without, reason = REFUSED[what]
     tensors = [t for t in architecture_tensors("llama") if not without or without not in t.name]
     path = tmp_path / "model.gguf"
@@ -167,7 +167,7 @@ def test_an_adapter_that_does_not_fit_leaves_no_model_behind(
 
 
 def test_a_ctrl_c_that_nobody_catches(tiny_model: GGUFModel, freed: list[str]) -> None:
-    """Raised while it is waited for: the thread ends, and what it made is freed."""
+    """Raised while waiting for the thread: the thread ends, and its objects are freed."""
     loading = Loading(tiny_model, OPTIONS)
     loading._thread.join()
 

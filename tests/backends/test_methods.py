@@ -1,4 +1,4 @@
-"""Methods whose answers go on from job to job, once on each engine."""
+"""Methods with several jobs for an answer, once on each engine."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_think_em_chooses_the_surest_way_to_go_on(backend: Backend) -> None:
 
 
 def test_a_particles_weight_depends_on_its_prefix_alone(backend: Backend) -> None:
-    """α·log p − log q is log Σ p^α of the row, whichever token was drawn from it."""
+    """α·log p − log q is log Σ p^α of the row, whichever token was drawn."""
     found = outcome(backend, "power:3:power-block=8", seed=2)
     assert len(found.completions) == 3
     assert all(len(c.draws) - len(c.tokens) == (c.finish_reason == "stop") for c in found.completions)

@@ -1,4 +1,4 @@
-"""The MLX engine beside what mlx-lm, transformers and the torch engine compute."""
+"""The MLX engine compared with mlx-lm, transformers and the torch engine."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ OPTIONS = LoadOptions(context=128, sequences=6, shared=False)
 def pair(
     request: pytest.FixtureRequest, unpacked_tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[torch.nn.Module, MLXBackend]:
-    """A tiny model with random weights in transformers, and the engine on the folder that it was saved to."""
+    """A tiny model with random weights in transformers, and the engine on its saved folder."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(request.param, **{**TINY, **MODELS[request.param]})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -71,12 +71,12 @@ def pair(
 
 @torch.inference_mode()
 def plainly(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
-    """The last logits of transformers' own forward pass over the whole sequence."""
+    """Returns the last logits of transformers' own forward pass over the whole sequence."""
     return model(input_ids=torch.tensor([tokens])).logits[0, -1].float().numpy()
 
 
 def test_every_state_is_what_transformers_computes(pair) -> None:
-    """Ragged batches, forks, trims, gaps between slots and far ones, against full passes."""
+    """Compares ragged batches, forks, trims, near and far gaps between slots with full passes."""
     model, engine = pair
     # mlx-lm rounds Gemma's factor of the embeddings to bfloat16
     near = 1e-3 if engine.info.architecture == "gemma3_text" else 1e-4
@@ -141,7 +141,7 @@ def test_text_and_logits_are_those_of_torch(unpacked_tiny, params) -> None:
 
 
 def random_adapter(folder: Path) -> Adapter:
-    """On two layers of the tiny model, with different scales."""
+    """Makes an adapter for two layers of the tiny model, with different scales."""
     rng = np.random.default_rng(5)
     shapes = {name: t.shape for name, t in read_folder_header(folder).tensors.items()}
     pairs = {}
@@ -260,19 +260,19 @@ def test_other_models_are_refused() -> None:
     )
     with pytest.raises(ModelError, match="mamba keeps a ArraysCache"):
         Decoder(mamba.Model(args))
-    with pytest.raises(ModelError, match=r"wants to run evil\.py"):
+    with pytest.raises(ModelError, match=r"needs code from its folder \(evil\.py\)"):
         check_config({"model_type": "llama", "model_file": "evil.py"})
-    with pytest.raises(ModelError, match="t5 is an encoder and a decoder"):
+    with pytest.raises(ModelError, match="t5 has an encoder and a decoder"):
         check_config({"model_type": "t5", "is_encoder_decoder": True})
 
 
 def test_a_model_that_computes_otherwise_is_refused(unpacked_tiny) -> None:
-    """One whose cached steps do not give the logits of the whole."""
+    """Refuses a model whose cached steps do not give the logits of a full pass."""
     model, _ = load_with_mlx_lm(unpacked_tiny)
     decoder = Decoder(model)
     decoder.check()
-    decoder.cache = MLXCache([1])  # sees itself only
-    with pytest.raises(ModelError, match="step by step its logits are off"):
+    decoder.cache = MLXCache([1])  # each step sees only itself
+    with pytest.raises(ModelError, match="token by token its logits are off"):
         decoder.check()
     assert windows(model) == [None]
 
@@ -305,7 +305,7 @@ def test_folders_that_cannot_be_loaded(tmp_path, unpacked_tiny, capfd) -> None:
     for more, message in (
         ({"num_hidden_layers": 2}, "cannot be loaded with mlx-lm"),
         ({"model_type": "nosuch"}, "nosuch not supported"),
-        ({"model_file": "evil.py"}, "never does"),
+        ({"model_file": "evil.py"}, "never runs"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
         with pytest.raises(ModelError, match=message) as caught:
@@ -337,7 +337,7 @@ BEGINNINGS = [
 
 @pytest.mark.real
 def test_it_says_what_mlx_lm_says(unpacked_smollm2: Path) -> None:
-    """Greedy tokens after twenty prompts, read as one ragged batch here and one by one there."""
+    """Compares greedy tokens after twenty prompts, read as one ragged batch here and one by one there."""
     options = LoadOptions(context=32, sequences=len(BEGINNINGS), shared=False)
     engine = open_folder(unpacked_smollm2, options, device="cpu")
     prompts = [engine.encode(text, add_special=True, parse_special=False) for text in BEGINNINGS]

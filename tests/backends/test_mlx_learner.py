@@ -1,4 +1,4 @@
-"""The MLX learner beside the reference loss and the torch learner, which is held against a loop."""
+"""The MLX learner compared with the reference loss and the torch learner, which is compared with a loop."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,14 +45,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def load(folder: Path) -> Any:
-    config = {"rope_theta": 10000.0}  # which transformers 5 has elsewhere
+    config = {"rope_theta": 10000.0}  # transformers 5 stores it elsewhere
     return load_model(folder, model_config=config)[0]
 
 
 def learner(
     pair: ModelPair, adapter: Adapter, checkpointing: bool = False, descent: Descent = Descent(), **more: Any
 ) -> MLXEntropyLearner:
-    """`kl_beta` measures the KL too."""
+    """Makes a learner; `kl_beta` measures the KL too."""
     objective = EntropyObjective(**{"measures_kl": bool(more.get("kl_beta")), **more})
     return MLXEntropyLearner(load(pair.folder), adapter, descent, objective, checkpointing=checkpointing)
 
@@ -107,9 +107,9 @@ def test_a_bfloat16_head_has_float32_logits() -> None:
     ("beta", "temperature", "checkpointing"), [(0.0, 1.0, False), (1.5, 1.0, False), (0.3, 0.5, True)]
 )
 def test_it_learns_what_torch_learns(pair, beta, temperature, checkpointing) -> None:
-    """The first gradient, and three updates of cut gradients: losses, lengths, weights.
+    """Compares the first gradient, and three updates with clipped gradients: losses, lengths, weights.
 
-    Where a gradient is nearly 0, Adam divides noise by noise: so the weights are near, not the same.
+    Where a gradient is nearly 0, Adam divides noise by noise, so the weights are near but not equal.
     """
     descent = Descent(weight_decay=0.1, max_grad_norm=0.5)
     adapter, more = random_adapter(), {"kl_beta": beta, "temperature": temperature}
@@ -226,7 +226,7 @@ def test_a_quantized_model_learns_what_its_numbers_written_out_learn(pair) -> No
 
 
 def test_what_is_out_of_memory() -> None:
-    """As mlx/backend/metal/allocator.cpp and metal/eval.cpp have it."""
+    """Tests the messages in mlx/backend/metal/allocator.cpp and metal/eval.cpp."""
     for text, is_it in (
         ("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum", True),
         ("[malloc] Unable to allocate 99 bytes.", True),
@@ -266,5 +266,5 @@ def test_models_whose_logits_are_no_plain_product_are_refused(pair) -> None:
             return mx.tanh(original(self, *arguments, **more))
 
     model.__class__ = Bent
-    with pytest.raises(ModelError, match="no plain product"):
+    with pytest.raises(ModelError, match="not the plain product"):
         MLXEntropyLearner(model, random_adapter(), Descent(), EntropyObjective())

@@ -1,4 +1,4 @@
-"""Which engine is chosen, and why."""
+"""The choice of the engine, and its reason."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from emlocal.backends import ENGINES, mlx, torch
 from emlocal.backends.engine import Engine, engine, select_backend
 from emlocal.errors import BackendError, UsageError
 
-LLAMA_CPP = ("llama.cpp", "the engine for any CPU")
+LLAMA_CPP = ("llama.cpp", "the engine for every CPU")
 
 
 def machine(
@@ -78,7 +78,7 @@ def test_mlx(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     assert select_backend("mlx") == ("mlx", "asked for")
     machine(monkeypatch, has_torch=True, cuda=False, has_mlx=True, apple=True)
     for model in (None, "smollm2:135m", folder):
-        assert select_backend("auto", model) == ("mlx", "this is Apple Silicon")
+        assert select_backend("auto", model) == ("mlx", "this machine is Apple Silicon")
 
 
 def test_mlx_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The torch engine beside what transformers itself computes, and llama.cpp."""
+"""The torch engine compared with transformers itself, and with llama.cpp."""
 
 import math
 import shutil
@@ -58,7 +58,7 @@ MODELS = {
 
 
 def random_model(kind: str) -> torch.nn.Module:
-    """A tiny model of this architecture with random weights."""
+    """Makes a tiny model of this architecture with random weights."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**TINY, **MODELS[kind]}, attn_implementation="sdpa")
     return AutoModelForCausalLM.from_config(config).eval()
@@ -76,7 +76,7 @@ def pair(request: pytest.FixtureRequest, unpacked_tiny: Path) -> tuple[torch.nn.
 
 
 class open_tiny:  # noqa: N801
-    """The tiny model, closed at the end."""
+    """Opens the tiny model and closes it at the end."""
 
     def __init__(self, folder: Path, **options: object) -> None:
         load = LoadOptions(context=128, sequences=4, threads=1)
@@ -91,12 +91,12 @@ class open_tiny:  # noqa: N801
 
 @torch.inference_mode()
 def plainly(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
-    """The last logits of transformers' own forward pass over the whole sequence."""
+    """Returns the last logits of transformers' own forward pass over the whole sequence."""
     return model(input_ids=torch.tensor([tokens])).logits[0, -1].float().numpy()
 
 
 def test_every_state_is_what_transformers_computes(pair) -> None:
-    """Ragged batches, forks, trims, gaps between slots and copies of far ones, against full passes."""
+    """Compares ragged batches, forks, trims, gaps between slots and copies of far ones with full passes."""
     model, engine = pair
     rng = np.random.default_rng(1)
     held: dict[int, list[int]] = {}
@@ -160,7 +160,10 @@ def test_growing_keeps_what_is_held(unpacked_tiny) -> None:
 
 
 def test_without_memory_to_grow_all_stays_as_it_was() -> None:
-    """Room for the keys is found (0.3 GB), room for the values (160 TB, more than addresses) is not."""
+    """Memory for the keys is available (0.3 GB).
+
+    Memory for the values (160 TB, beyond all addresses) is not.
+    """
     cache = TorchCache()
     cache.reserve(1, 5, 256)
     cells = torch.arange(5)[None]
@@ -184,7 +187,7 @@ def test_without_memory_to_grow_all_stays_as_it_was() -> None:
 
 
 def test_shared_room_grows_to_what_the_estimate_counts(tiny_model: GGUFModel, unpacked_tiny: Path) -> None:
-    """One long sequence beside short ones: torch holds as many cells for each."""
+    """With one long sequence beside short ones, torch holds as many cells for each."""
     options = LoadOptions(context=256, sequences=4, threads=1)
     engine = open_folder(unpacked_tiny, options, device="cpu", dtype="float32")
     for _ in range(4):
@@ -223,7 +226,7 @@ def test_passes_keep_to_the_budget_and_pad_little() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder and a decoder"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 has an encoder and a decoder"),
         ({"model_type": "gemma3", "vision_config": {"a": 1}}, "gemma3 also takes pictures"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, "layers of linear_attention"),
     ],
@@ -242,7 +245,7 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
 def test_weights_that_are_no_numbers_are_said() -> None:
     model = random_model("llama")
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = math.nan
-    with pytest.raises(ModelError, match="LlamaForCausalLM's logits are not finite: weights"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM's logits are not finite: its weights"):
         Decoder(model, CPU).check()
 
 
@@ -279,7 +282,7 @@ def test_folders_that_cannot_be_loaded(tmp_path, unpacked_tiny, capfd) -> None:
 
 
 def test_a_model_with_more_rows_than_its_tokenizer_has_tokens(unpacked_tiny: Path, tmp_path: Path) -> None:
-    """Vocabularies are padded to round numbers: such a token can be drawn and fed, and says nothing."""
+    """Vocabularies are padded to round numbers: a padding token can be drawn and fed, and has no text."""
     config = AutoConfig.for_model("llama", **{**TINY, "vocab_size": 320})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -342,7 +345,7 @@ def test_a_gap_between_slots_is_computed_and_far_slots_are_not() -> None:
 
 @pytest.mark.real
 def test_it_says_what_llama_cpp_says(smollm2: GGUFModel, unpacked_smollm2: Path) -> None:
-    """The same weights; llama.cpp rounds activations to eight bits, so not the same logits."""
+    """The weights are equal; llama.cpp rounds activations to eight bits, so the logits differ slightly."""
     options = LoadOptions(context=256, sequences=1, threads=1)
     ours: Backend = open_folder(unpacked_smollm2, options, device="cpu", dtype="float32")
     theirs: Backend = LlamaCppBackend(smollm2, options)

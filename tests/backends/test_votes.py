@@ -1,4 +1,4 @@
-"""Votes on every engine: what stops early is a beginning of the long vote, draw for draw."""
+"""Votes on every engine: a vote that stops early equals the beginning of the long vote, draw for draw."""
 
 import pytest
 
@@ -15,7 +15,7 @@ ASK = "2 + 3 = 5. 4 + 3 = 7. 5 + 3 ="
 
 
 def vote(backend: Backend, name: str, parallel: int = 1) -> Outcome:
-    """Texts end at the first full stop, or are cut off, and then have no vote."""
+    """Runs a vote. Texts end at the first full stop, or are cut off and then have no vote."""
     chosen = Chosen(name)
     plan = chosen.plan(Plan(max_tokens=8, seed=3, stop=(".", "a", "\n")))
     question = Question(ASK, plan, lambda asked: tokens(backend, str(asked)))
@@ -27,7 +27,7 @@ def vote(backend: Backend, name: str, parallel: int = 1) -> Outcome:
 
 @pytest.mark.parametrize("name", ["vote:5:wave=2:sure=0.5", "vote:3:wave=1:beta=0"])
 def test_a_vote_is_a_beginning_of_the_long_one(backend: Backend, name: str) -> None:
-    """One at a time, so that every row is computed in the same shape."""
+    """Runs one sample at a time, so that every row is computed in the same shape."""
     found, long = vote(backend, name), vote(backend, "vote:5:wave=5:sure=1")
     n = len(found.completions)
     assert [c.draws for c in found.completions] == [c.draws for c in long.completions[:n]]

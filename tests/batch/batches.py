@@ -1,4 +1,4 @@
-"""Runs of a batch on the engine without a model, for the tests beside this file."""
+"""Batch runs on the engine without a model, for the tests beside this file."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def engine(parallel: int, script: Callable = hashed, **options: Any) -> FakeBack
 def settings(
     method: Chosen | None = None, params: SamplingParams | None = None, **more: Any
 ) -> BatchSettings:
-    """As the command line makes them."""
+    """Makes settings as the command line does."""
     method = method or Chosen()
     plan = Plan(
         params or SamplingParams(temperature=1.0),
@@ -44,7 +44,7 @@ def batch(
     done: Any = None,
     **options: Any,
 ) -> Batch:
-    """A run over lines, each a value to be written as JSON, or bytes as they are."""
+    """Makes a run over lines; each is a value to be written as JSON, or raw bytes."""
     raw = b"".join((v if isinstance(v, bytes) else json.dumps(v).encode()) + b"\n" for v in lines)
     return batch_on(
         engine(parallel, script, **options), read_lines(io.BytesIO(raw)), how or settings(), parallel, done
@@ -52,12 +52,12 @@ def batch(
 
 
 def batch_on(backend: Backend, lines: Any, how: BatchSettings, parallel: int, done: Any = None) -> Batch:
-    """A run over lines that are read already."""
+    """Makes a run over lines that are already parsed."""
     return Batch(backend, lines, how, runner=Scheduler(backend, parallel), done=done)
 
 
 def rows(*args: Any, **kwargs: Any) -> list[Row]:
-    """All rows of a run, which leaves no sequence in use, and none with a NaN."""
+    """Returns all rows of a run; checks that no sequence stays in use and no row has a NaN."""
     running = batch(*args, **kwargs)
     found = list(running.rows())
     assert running.runner.idle
@@ -68,13 +68,13 @@ def rows(*args: Any, **kwargs: Any) -> list[Row]:
 
 
 def row(*args: Any, **kwargs: Any) -> Row:
-    """The only row."""
+    """Returns the only row."""
     (only,) = rows(*args, **kwargs)
     return only
 
 
 def timeless(found: Iterable[Row]) -> list[Row]:
-    """Rows by name, without what differs from run to run."""
-    left_out = ("seconds", "cached_tokens", "forward_passes")  # of these the last two depend on the company
+    """Returns rows by name, without fields that differ from run to run."""
+    left_out = ("seconds", "cached_tokens", "forward_passes")  # the last two depend on what else runs
     kept = [{k: v for k, v in each.items() if k not in left_out} for each in found]
     return sorted(kept, key=lambda each: each["key"])

@@ -1,10 +1,10 @@
-"""A process that runs a batch into an output, and kills itself where it is told to.
+"""A process that runs a batch into an output, and kills itself at given places.
 
     python -m tests.batch.resumed METHOD INPUT OUTPUT [PLACE COUNT]...
 
-For each PLACE and COUNT a child of this process resumes the run and is killed with SIGKILL at the COUNT-th
-time that it comes to this place; without them, or after them, the run goes on to its end. Children are
-forked: a hundred kills must not mean a hundred starts of Python.
+For each PLACE and COUNT, a child of this process resumes the run and is killed with SIGKILL when it reaches
+the place for the COUNT-th time. After them, the run continues to its end. Children are forked, because a
+hundred kills must not mean a hundred starts of Python.
 """
 
 import os
@@ -39,7 +39,7 @@ class Killer:
 
 
 def run(method: str, source: Path, output: Path, killer: Killer) -> None:
-    """Resume it, dying on the way or not."""
+    """Resumes the run, which may die on the way."""
     write, fsync = os.write, os.fsync
 
     def watched_write(descriptor: int, data: bytes) -> int:
@@ -55,7 +55,7 @@ def run(method: str, source: Path, output: Path, killer: Killer) -> None:
         killer.visit("synced")
 
     os.write, os.fsync = watched_write, watched_fsync  # type: ignore[assignment]
-    journal_module._SECONDS_BETWEEN_SYNCS = 0.0  # each row is synced, so that there is a between
+    journal_module._SECONDS_BETWEEN_SYNCS = 0.0  # every row is synced, so that kills can come in between
     how = settings(Chosen(method), keep=True, fingerprint="x")
     with (
         source.open("rb") as lines,
@@ -73,7 +73,7 @@ def run(method: str, source: Path, output: Path, killer: Killer) -> None:
 
 
 def killed(method: str, source: Path, output: Path, place: str, count: int) -> bool:
-    """Whether a child of this process died as it should; it may have come to the end before."""
+    """Whether a child of this process died as planned; it may have finished before."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Scores and confidence in rows; answers that are not sure enough."""
+"""Scores and confidence in rows; abstaining below a confidence."""
 
 import json
 import math
@@ -120,8 +120,9 @@ def test_a_mismatch_names_what_differs(tmp_path: Path) -> None:
     other = settings(Chosen("greedy"))
     text = made.mismatch(subject_of("model b", other.method, other.plan))
     assert text == (
-        "votes.json was made for other answers (model fake, not model b; method self-consistency, not greedy;"
-        " samples 6, not 1; drawn T 1, EM off, majority of 6, not T 0, EM off): rows say calibrated false"
+        "votes.json was fitted on other answers (model fake, not model b; method self-consistency,"
+        " not greedy;"
+        " samples 6, not 1; drawn T 1, EM off, majority of 6, not T 0, EM off); rows say calibrated false"
     )
     made.write(tmp_path / "votes.json")
     assert json.loads((tmp_path / "votes.json").read_text())["method"] == "self-consistency"

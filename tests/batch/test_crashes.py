@@ -1,4 +1,4 @@
-"""Real processes on real files: killed, met by another one, out of space, and measured."""
+"""Real processes on real files: killed, meeting another one, out of space, and measured."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_a_full_disk_keeps_the_whole_rows_and_says_so(tmp_path: Path, limit: int
     output, error = finished(path, 10, f"full={limit}")
     assert error == (
         f"cannot write {path}: File too large; {safe} rows are safe"
-        " | free some space and run the same command again: it goes on where it stopped\n"
+        " | free some space, then run the same command to resume\n"
     )
     assert output == "open 0 0 0\n"
     assert path.read_bytes() == expected[: expected.rfind(b"\n", 0, limit) + 1]
@@ -96,7 +96,10 @@ def test_a_full_disk_keeps_the_whole_rows_and_says_so(tmp_path: Path, limit: int
 
 
 def _mixed(path: Path, rows: int) -> tuple[bytes, bytes]:
-    """An output of which every fourth row is an error; its content, and that without the errors."""
+    """Writes an output in which every fourth row is an error.
+
+    Returns its content, and that without errors.
+    """
     run(path, 0)
     every = [
         row(n, 2000) if n % 4 else {"key": f"row-{n}", "text": "", "error": "x" * 2000} for n in range(rows)
@@ -121,7 +124,7 @@ def test_a_kill_while_errors_are_dropped_leaves_the_old_or_the_new_file(tmp_path
             process.communicate()
         halfway += temporary.exists()
         assert path.read_bytes() in (old, new)
-    assert halfway  # some kills did come while the new file was being written
+    assert halfway  # some kills came while the new file was being written
     path.write_bytes(old)
     assert finished(path, 0, "retry")[0] == "open 15000 0 5000\nend\n"
     assert path.read_bytes() == new
@@ -165,7 +168,7 @@ def test_opening_a_long_output_takes_no_more_memory(tmp_path: Path) -> None:
 def test_a_sync_that_fails_gives_back_what_may_be_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one fault that cannot be had for real here: a disk that takes rows and then fails to store them."""
+    """The one fault that is simulated here: a disk that accepts rows and then fails to store them."""
     path = tmp_path / "out.jsonl"
     run(path, 2)
     journal = opened(path)

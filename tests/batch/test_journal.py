@@ -1,4 +1,4 @@
-"""Real files throughout: what an output may hold on opening, and what appending leaves behind."""
+"""The journal on real files: the contents of an output on opening, and the effects of appending."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, output: Path, li
     run(output, 0)
     content = b"\n".join([first, line, second, third, b""])
     output.write_bytes(content)
-    with refused(UsageError, f"line 2 of {output} is no JSON object"):
+    with refused(UsageError, f"line 2 of {output} is not a JSON object"):
         opened(output)
     assert output.read_bytes() == content
 
@@ -105,7 +105,7 @@ def test_a_row_of_somebody_else_is_refused(output: Path, line: str) -> None:
     run(output, 2)
     with output.open("a") as file:
         file.write(line + "\n")
-    with refused(UsageError, f"line 3 of {output} is no row of emlocal batch"):
+    with refused(UsageError, f"line 3 of {output} is not a row of emlocal batch"):
         opened(output)
 
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_an_output_is_refused(tmp_path: Path) -> None:
     with refused(EmlocalError, "cannot write", "File name too long"):
         opened(tmp_path / ("x" * 255))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with refused(UsageError, "a link that leads back to itself"):
+    with refused(UsageError, "a link to itself"):
         opened(tmp_path / "loop")
 
 

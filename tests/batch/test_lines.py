@@ -1,4 +1,4 @@
-"""Lines of input: the three forms, and what is wrong with a line said in its own words."""
+"""Lines of input: the three forms, and the error for each fault."""
 
 import io
 import json
@@ -67,6 +67,63 @@ def test_an_openai_line() -> None:
     assert not found.raw
 
 
+NEUTRAL: dict[str, Any] = {
+    "logprobs": False,
+    "top_logprobs": 0,
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+    "stream": False,
+    "user": "me",
+    "modalities": ["text"],
+}
+
+
+def test_what_asks_for_nothing_changes_nothing() -> None:
+    assert item(body(**NEUTRAL)) == item(body())
+    assert item(body(**NEUTRAL)).content() == item(body()).content()
+
+
+@pytest.mark.parametrize(
+    ("url", "raw"),
+    [
+        ("/v1/chat/completions", False),
+        ("/chat/completions", False),  # Azure's batch files
+        ("/openai/deployments/my-gpt/chat/completions?api-version=2024-10-21", False),
+        ("https://me.openai.azure.com/openai/v1/chat/completions", False),
+        ("https://api.openai.com/v1/chat/completions", False),
+        ("/v1/completions", True),
+        ("/completions", True),
+    ],
+)
+def test_addresses(url: str, raw: bool) -> None:
+    asked = {"prompt": "once"} if raw else {"messages": [{"role": "user", "content": "hi"}]}
+    assert item({"url": url, "body": asked}).raw is raw
+
+
+def test_tools_and_calls() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    said = [
+        {"role": "user", "content": "x?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "2"}]},
+    ]
+    found = item(body(messages=said, tools=[tool]))
+    assert found.tools == (tool,)
+    assert found.messages == (
+        said[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+    )
+    assert found.content() != item(body(messages=said)).content()
+    assert item(body(messages=said, tools=[tool], tool_choice="none")).tools is None
+    own = item({"messages": said, "tools": [tool]})
+    assert (own.tools, own.extra) == ((tool,), {})
+    column = item({"prompt": "x", "tools": ["hammer"]})
+    assert (column.tools, column.extra) == (None, {"tools": ["hammer"]})
+
+
 def test_content_in_parts() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     found = item(body(messages=[{"role": "user", "content": parts}], prompt=None))
@@ -90,7 +147,7 @@ def test_unicode_written_and_escaped_is_the_same_line() -> None:
     )
     assert isinstance(written, Item)
     assert isinstance(escaped, Item)
-    assert written.prompt == escaped.prompt == "ü😀\u2028x"  # no line ends at U+2028
+    assert written.prompt == escaped.prompt == "ü😀\u2028x"  # U+2028 does not end a line
     assert written.content() == escaped.content()
 
 
@@ -132,8 +189,8 @@ BAD = [
     (b"\0\0\0", "not JSON: Expecting value at column 1"),
     (b'{"prompt": "caf\xe9"}', "byte 0xe9 at column 16 is not UTF-8"),
     (b'\xff\xfe{\0"\0', "byte 0xff at column 1 is not UTF-8"),
-    (b'{"prompt": "x", "temperature": NaN}', "not JSON: NaN is no JSON number"),
-    (b'{"prompt": "x", "gold": -Infinity}', "not JSON: -Infinity is no JSON number"),
+    (b'{"prompt": "x", "temperature": NaN}', "not JSON: NaN is not a JSON number"),
+    (b'{"prompt": "x", "gold": -Infinity}', "not JSON: -Infinity is not a JSON number"),
     (b'{"prompt": "x", "gold": 1e999}', "not JSON: the number 1e999 is too large"),
     (b'{"prompt": "x", "k": ' + b"9" * 5000 + b"}", "not JSON: a number of 5,000 digits is too long"),
     (NESTED, "lists and objects are nested more than 100 deep"),
@@ -143,11 +200,11 @@ BAD = [
     (b"null", "null where an object is expected"),
     (b"true", "true or false where an object is expected"),
     (b'""', "the prompt is empty"),
-    (b"{}", "a line needs a prompt, or messages"),
+    (b"{}", "a line needs a prompt or messages"),
     ({"prompt": " \n"}, "the prompt is empty"),
     ({"prompt": 5}, "prompt is a number; it must be a text"),
-    ({"prompt": ["x"]}, "prompt is a list; it must be a text"),
-    ({"prompt": None}, "a line needs a prompt, or messages"),
+    ({"prompt": ["x"]}, "prompt[0] is a text; it must be an object"),
+    ({"prompt": None}, "a line needs a prompt or messages"),
     ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "or messages, not both"),
     ({"messages": []}, "messages is empty; it must be a list with at least one message"),
     ({"messages": "hi"}, "messages is a text; it must be a list"),
@@ -161,27 +218,36 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "parts that are not text"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content has parts that are not text"),
     ({"prompt": "x", "raw": "yes"}, 'raw is "yes"; it must be true or false'),
-    ({"prompt": "x", "custom_id": ""}, 'custom_id is ""; it must be a text, and not empty'),
-    ({"prompt": "x", "custom_id": 5}, "custom_id is 5; it must be a text, and not empty"),
+    ({"prompt": "x", "custom_id": ""}, 'custom_id is ""; it must be a text that is not empty'),
+    ({"prompt": "x", "custom_id": 5}, "custom_id is 5; it must be a text that is not empty"),
     ({"prompt": "x", "temprature": 1}, f'{NOT_THERE} "temprature" (did you mean temperature?)'),
     ({"prompt": "x", "max-token": 1}, f'{NOT_THERE} "max-token" (did you mean max_tokens?)'),
-    (b'{"prompt": "a\\ud83d"}', "the text has half a character (\\ud83d)"),
-    (b'{"messages": [{"role": "user", "content": "\\ude00"}]}', "half a character (\\ude00)"),
-    (b'{"prompt": "a", "stop": ["\\ud800"]}', "the text has half a character (\\ud800)"),
-    (b'{"prompt": "a", "custom_id": "\\udfff"}', "the text has half a character (\\udfff)"),
-    (b'{"prompt": "a", "\\ud801": 1}', "the text has half a character (\\ud801)"),
+    (b'{"prompt": "a\\ud83d"}', "the text has half of a surrogate pair (\\ud83d)"),
+    (b'{"messages": [{"role": "user", "content": "\\ude00"}]}', "half of a surrogate pair (\\ude00)"),
+    (b'{"prompt": "a", "stop": ["\\ud800"]}', "the text has half of a surrogate pair (\\ud800)"),
+    (b'{"prompt": "a", "custom_id": "\\udfff"}', "the text has half of a surrogate pair (\\udfff)"),
+    (b'{"prompt": "a", "\\ud801": 1}', "the text has half of a surrogate pair (\\ud801)"),
     ({"custom_id": "a", "body": "x"}, "body is a text; it must be an object"),
     ({"custom_id": "a", "body": None}, "body is null; it must be an object"),
-    ({"body": {}}, "a line needs a prompt, or messages"),
-    (body(stream=True), "stream is true; here it can only be false"),
-    (body(logprobs=True), "logprobs is true; here it can only be false"),
+    ({"body": {}}, "a line needs a prompt or messages"),
+    (body(stream=True), "stream is true; only false is supported"),
+    (body(logprobs=True), "logprobs is true; only false is supported"),
     (body(temprature=1), f'{NOT_THERE} "temprature" here (did you mean temperature?)'),
-    (body(tools=[]), f'{NOT_THERE} "tools" here'),
+    (body(tools=[1]), "tools[0] is 1; it must be"),
+    (body(functions=[{}]), "functions is [{}]; only [] is supported"),
+    (body(top_logprobs=2), "top_logprobs is 2; only 0 is supported"),
+    (body(best_of=True), "best_of is true; only 1 is supported"),
+    (body(tool_choice="required"), 'only "auto" or "none" is supported'),
+    (body() | {"url": "https://api.openai.com/v1/embeddings"}, "is supported, not"),
+    (body() | {"url": "/v1/chat/completions/x"}, "is supported, not"),
+    (body(messages=[{"role": "assistant", "content": None, "tool_calls": 5}]), "tool_calls is a number"),
+    (body(messages=[{"role": "assistant", "tool_calls": [{"id": "a"}]}]), "tool_calls[0] is"),
+    ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content is null; it must be a text"),
     (body() | {"url": "/v1/embeddings"}, 'not "POST to /v1/embeddings"'),
     (body() | {"method": "GET"}, 'not "GET to /v1/chat/completions"'),
-    (body() | {"url": ["x"]}, "only POST to /v1/chat/completions or /v1/completions is answered"),
-    (body() | {"temperature": 0}, "temperature stands beside the body (put it into the body"),
-    (body() | {"prompt": "x"}, "prompt stands beside the body"),
+    (body() | {"url": ["x"]}, "only POST to /v1/chat/completions or /v1/completions is supported"),
+    (body() | {"temperature": 0}, "temperature is outside the body (move it into the body"),
+    (body() | {"prompt": "x"}, "prompt is outside the body"),
 ]
 
 
@@ -233,7 +299,7 @@ LINES = VALUES | st.dictionaries(FIELDS, VALUES | st.dictionaries(FIELDS, VALUES
 
 
 def _is_clean(found: Item | BadLine) -> bool:
-    """Whether all of it can be written, and holds no NaN."""
+    """Whether all of it can be written and holds no NaN."""
     parts = [found.message, found.content] if isinstance(found, BadLine) else [dict(found.extra)]
     if isinstance(found, Item):
         parts += [found.content(), dict(found.overrides)]
@@ -252,7 +318,7 @@ def test_no_bytes_break_it(raw: bytes) -> None:
 @examples(300)
 @given(LINES)
 def test_no_value_breaks_it(value: Any) -> None:
-    found = parse_line(1, json.dumps(value).encode())  # NaN is written as such, and refused
+    found = parse_line(1, json.dumps(value).encode())  # Python writes a NaN, and the parser refuses it
     assert _is_clean(found)
     assert found == parse_line(1, json.dumps(value, ensure_ascii=True).encode())
     if "NaN" not in canonical(value) and "Infinity" not in canonical(value):

@@ -1,4 +1,4 @@
-"""A long input takes no more memory than a short one."""
+"""A long input needs no more memory than a short one."""
 
 import subprocess
 import sys
@@ -39,6 +39,4 @@ def test_memory_does_not_grow_with_the_input() -> None:
         rows, peak = map(int, done.stdout.split())
         assert rows == lines
         peaks.append(peak)
-    assert (
-        peaks[1] - peaks[0] < 12_000_000
-    )  # the names that were given are kept on disk, behind a small cache
+    assert peaks[1] - peaks[0] < 12_000_000  # the given names are kept on disk, behind a small cache

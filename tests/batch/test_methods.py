@@ -1,4 +1,4 @@
-"""Ways to answer, as rows show them."""
+"""Methods, as their rows show them."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ OPEN = SamplingParams(temperature=1.0, min_p=0.0)
 
 
 def one_of(*replies: str) -> Callable[[Sequence[int]], NDArray[np.float32]]:
-    """A script that says one of these, each as likely as the others; they differ in their first byte."""
+    """Returns a script that says one of these with equal probability; they differ in their first byte."""
 
     def script(tokens: Sequence[int]) -> NDArray[np.float32]:
         text = bytes(t for t in tokens if t < END).decode()
@@ -43,7 +43,7 @@ def test_the_command_line_offers_all_methods() -> None:
     assert {known.flag for known in offered.values()} == {
         "--method", "--samples", "--rounds", "--extract", "--extract-pattern",
         "--think-steps", "--think-score", "--think-choice", "--power-alpha", "--power-block",
-        "--score", "--vote-beta", "--vote-alpha", "--wave", "--vote-sure",
+        "--score", "--vote-beta", "--vote-alpha", "--wave", "--vote-sure", "--cluster",
         "--allow-code", "--use-examples",
     }  # fmt: skip
 
@@ -120,7 +120,7 @@ def test_self_consistency_votes_among_different_draws() -> None:
         del votes[None]
         (winner, most), *others = votes.most_common()
         if others and others[0][1] == most:
-            continue  # a tie, of which test_ties speaks
+            continue  # a tie, which test_ties covers
         assert found["votes"] == most
         assert found["answer"] in {"3": ("3", "3.0"), "4": ("4",)}[winner]
         first = next(t for t in texts if t.endswith(winner) or t.removesuffix(".0").endswith(winner))
@@ -214,7 +214,7 @@ def test_refinement_asks_again_with_the_answer_in_view() -> None:
 
 def test_rounds_have_draws_of_their_own() -> None:
     def script(tokens: Sequence[int]) -> NDArray[np.float32]:
-        return np.where(np.arange(VOCABULARY) % 256 < 97, -50, 0).astype(np.float32)  # the same each time
+        return np.where(np.arange(VOCABULARY) % 256 < 97, -50, 0).astype(np.float32)  # equal each time
 
     found = row([ASK], settings(Chosen("sequential-refinement"), OPEN, max_tokens=8), script=script)
     assert len(set(found["rounds"])) == 3
@@ -249,7 +249,7 @@ def test_a_revision_that_does_not_fit_keeps_the_answer() -> None:
     assert all("rounds" not in r and "error" not in r for r in found)
     assert running.tally.answered == 2
     roomy = row([ASK], settings(Chosen("sequential-refinement")), script=saying("first", "2nd"), context=260)
-    assert roomy["rounds"] == ["first", "2nd"]  # one fits, the next does not
+    assert roomy["rounds"] == ["first", "2nd"]  # the first revision fits, the next does not
     assert roomy["text"] == "2nd"
 
 
@@ -279,10 +279,10 @@ def test_ordered_refinement() -> None:
         ({"pattern": "x"}, "--extract-pattern belongs to --method self-consistency"),
         ({"name": "self-consistency", "samples": 1}, "self-consistency needs at least 2 to vote"),
         ({"name": "self-consistency", "extraction": "regex"}, "--extract regex needs a pattern"),
-        ({"name": "self-consistency", "extraction": "regex", "pattern": "("}, "is no regular expression"),
+        ({"name": "self-consistency", "extraction": "regex", "pattern": "("}, "is not a regular expression"),
         (
             {"name": "self-consistency", "extraction": "boxed", "pattern": "x"},
-            "has no use with --extract boxed",
+            "has no effect with --extract boxed",
         ),
     ],
 )

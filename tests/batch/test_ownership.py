@@ -1,4 +1,4 @@
-"""Whose an output is: manifests, settings, and what is never overwritten unasked."""
+"""Ownership of outputs: manifests, settings, and files that are never overwritten unasked."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.batch.writer import SETTINGS, opened, row, run
 
 def test_a_file_without_a_manifest_is_left_alone(output: Path) -> None:
     output.write_text("precious\n")
-    with refused(UsageError, "exists and is no output of emlocal", "-o", "--restart"):
+    with refused(UsageError, "exists and is not an output of emlocal", "-o", "--restart"):
         opened(output)
     assert output.read_text() == "precious\n"
     assert not manifest_path(output).exists()
@@ -25,7 +25,7 @@ def test_a_crash_before_the_manifest_was_written_is_a_new_run(output: Path, mani
     run(output, 2)
     output.write_text("{}\n")
     manifest_path(output).write_bytes(manifest)
-    with refused(UsageError, "is no output of emlocal"):
+    with refused(UsageError, "is not an output of emlocal"):
         opened(output)
     output.write_text("")
     run(output, 2)
@@ -37,7 +37,7 @@ def test_a_crash_before_the_manifest_was_written_is_a_new_run(output: Path, mani
 def test_a_foreign_file_in_the_manifests_place_is_left_alone(output: Path, content: str) -> None:
     manifest_path(output).write_text(content)
     output.write_text("precious\n")
-    with refused(UsageError, "out.jsonl.run exists and is not a file of this emlocal"):
+    with refused(UsageError, "out.jsonl.run exists and was not written by this emlocal"):
         opened(output, restart=True)
     assert manifest_path(output).read_text() == content
     assert output.read_text() == "precious\n"
@@ -60,7 +60,7 @@ def test_other_settings_are_refused_with_what_differs(output: Path) -> None:
         'model: "a.gguf" -> "b.gguf"; em.threshold: 0.3 -> 0.5; stop: ["x"] -> ["x", "ü"]; '
         "seed: 1 -> true; top_k: 40 -> not set"
     )
-    with refused(UsageError, f"was begun with other settings: {listed} | ", "-o", "--restart"):
+    with refused(UsageError, f"was started with other settings: {listed} | ", "-o", "--restart"):
         opened(output, new)
     opened(output, dict(reversed(old.items()))).close()
 

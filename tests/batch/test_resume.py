@@ -1,4 +1,4 @@
-"""A run that is killed at any point and resumed ends as one that was never disturbed."""
+"""A run that is killed at any point and resumed ends like an undisturbed one."""
 
 import json
 import random
@@ -20,7 +20,7 @@ BAD = [b"broken", b'{"prompt": 5}', b'{"prompt": "caf\xe9"}', b'{"prompt": "x", 
 
 
 def _lines() -> list[bytes]:
-    """Sixty: named, nameless, repeated, bad."""
+    """Returns sixty lines: named, nameless, repeated, bad."""
     lines = [
         json.dumps(
             {"custom_id": f"q{i}", "prompt": "x" * (i * 37 % 90), "max_tokens": 1 + i * 7 % 12, "i": i}
@@ -75,7 +75,7 @@ def _read(output: Path) -> list[dict[str, Any]]:
 
 
 def _check(output: Path, undisturbed: list[dict[str, Any]]) -> None:
-    """As many rows as lines, none twice, none torn, all as they would have been."""
+    """Checks that there is one row for each line, none torn, all as in the undisturbed run."""
     found = _read(output)
     assert len(found) == len({row["key"] for row in found}) == 60
     assert timeless(found) == timeless(undisturbed)
@@ -89,12 +89,12 @@ def test_the_undisturbed_run(undisturbed: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_every_kind_of_place(place: str, source: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Each run is killed thirty times on its way, at the first to the fourth visit of a place."""
+    """Kills each run thirty times, at the first to the fourth visit of a place."""
     output = tmp_path / "out.jsonl"
     moments = random.Random(place)
     first, last = {"open": (1, 1), "step": (1, 4)}.get(
         place, (2, 4)
-    )  # some writes and syncs are of the opening
+    )  # some writes and syncs belong to the opening
     counts = [moments.randint(first, last) for _ in range(30)]
     said = _go(source, output, *(text for count in counts for text in (place, str(count))))
     deaths = int(said.split()[1])
@@ -112,7 +112,7 @@ def test_killed_anywhere(source: Path, undisturbed: Any, tmp_path: Path) -> None
 
 
 def test_a_method_of_several_rounds_killed_anywhere(tmp_path: Path) -> None:
-    """Votes that end after one, two or three waves; a likely end token makes texts whole."""
+    """Tests votes that end after one, two or three waves; a likely end token makes texts whole."""
     source, whole, output = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "out.jsonl"))
     lines = [{"custom_id": f"q{i}", "prompt": "x" * (i * 37 % 90), "max_tokens": 30} for i in range(1, 61)]
     source.write_text("".join(json.dumps(line | {"logit_bias": {"256": 9}}) + "\n" for line in lines))

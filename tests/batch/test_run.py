@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from emlocal.backends.fake import CHAT_TEMPLATE, END, VOCABULARY, FakeBackend, hashed, saying
-from emlocal.batch import run as run_module
 from emlocal.batch.keys import Keys
 from emlocal.batch.lines import Item, is_error, key_of, read_lines
 from emlocal.batch.run import Batch
@@ -41,7 +40,7 @@ def test_a_row_has_all_that_was_promised() -> None:
     assert len(found.pop("key")) == 32
     scores = found.pop("scores")
     assert scores["tokens"] == 7
-    assert scores["answer_entropy"] is None  # no box, no number
+    assert scores["answer_entropy"] is None  # there is neither a box nor a number
     assert found.pop("confidence") == pytest.approx(math.exp(scores["mean_log_probability"]), abs=1e-6)
     assert (found.pop("confidence_from"), found.pop("calibrated")) == ("mean-log-probability", False)
     assert set(found.pop("entropy")) == {"mean_before", "mean_after", "touched", "changed", "mean_steps"}
@@ -52,7 +51,7 @@ def test_a_row_has_all_that_was_promised() -> None:
         "prompt_tokens": len("[user]hi\n[assistant]"),
         "cached_tokens": 0,
         "completion_tokens": 6,
-        "forward_passes": 8,  # one that reads the prompt, and one for each token and the end
+        "forward_passes": 8,  # one reads the prompt, and one each the tokens and the end
         "method": "sample",
         "model": "fake",
         "seed": 0,
@@ -171,16 +170,16 @@ def test_draws_do_not_depend_on_the_other_lines() -> None:
 
 @pytest.mark.parametrize("ahead", [0, 1, 4, 1024])
 def test_ordered_rows_and_how_many_wait(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "AHEAD", ahead)
+    monkeypatch.setattr("emlocal.batch.tasks.AHEAD", ahead)
     lines = [*LINES[:10], b"broken", *LINES[10:], {"prompt": ""}]
-    lines[0] = LINES[0] | {"max_tokens": 300, "logit_bias": {str(END): -100}}  # all wait for the first
+    lines[0] = LINES[0] | {"max_tokens": 300, "logit_bias": {str(END): -100}}  # all others wait for the first
     running = batch(lines, settings(ordered=True), parallel=4)
     found, most = [], 0
     for each in running.rows():
         most = max(most, len(running._held))
         found.append(each.get("line") or int(each["custom_id"].removeprefix("q")))
     assert found == [*range(10), 11, *range(10, 30), 32]
-    assert most <= ahead + 1  # the one that is about to be given, and those that wait
+    assert most <= ahead + 1  # the row about to be given, and those that wait
     unordered = [r["custom_id"] for r in rows(lines, settings(), parallel=4)]
     assert unordered.index("q0") > 5
 
@@ -218,7 +217,7 @@ def test_lines_without_a_name_are_named_by_their_content() -> None:
     names = [r["custom_id"] for r in found]
     assert names[1:3] == [f"{names[0]}-2", f"{names[0]}-3"]
     assert len(set(names)) == len({r["key"] for r in found}) == 5
-    assert len({r["text"] for r in found[:3]}) == 3  # each has draws of its own
+    assert len({r["text"] for r in found[:3]}) == 3  # each has its own draws
     assert timeless(found) == timeless(rows(lines, settings(ordered=True)))
 
 
@@ -226,7 +225,7 @@ def test_a_name_given_twice_is_an_error_of_the_later_line() -> None:
     lines = [{"custom_id": "a", "prompt": p} for p in ("x", "y", "x")]
     found = rows(lines, settings(ordered=True))
     assert [is_error(r) for r in found] == [False, True, True]
-    assert found[1]["error"] == "the custom_id 'a' is that of an earlier line"
+    assert found[1]["error"] == "the custom_id 'a' repeats that of an earlier line"
     assert [r["custom_id"] for r in found] == ["a", "a", "a"]
     assert len({r["key"] for r in found}) == 3
 

@@ -2,7 +2,7 @@
 
     python -m tests.batch.writer OUTPUT ROWS [retry|measure|full=BYTES|hold]
 
-It prints a line when it has opened the output, and one when it ends.
+It prints a line after opening the output, and one at its end.
 """
 
 import sys
@@ -18,7 +18,7 @@ SETTINGS: dict[str, object] = {"seed": 1, "em": {"threshold": 0.3}}
 
 
 def row(number: int, size: int = 0) -> dict[str, Any]:
-    """What a deterministic run answers to line `number`."""
+    """Returns the row of a deterministic run for line `number`."""
     return {"key": f"row-{number}", "text": f"Antwort {number} – ü\n" + "x" * size, "error": None}
 
 
@@ -46,7 +46,7 @@ def opened(
 
 
 def run(path: Path, rows: int, size: int = 0, *, restart: bool = False, retry_errors: bool = False) -> None:
-    """Open and write what is missing."""
+    """Opens the output and writes the missing rows."""
     with opened(path, restart=restart, retry_errors=retry_errors) as journal:
         print("open", journal.rows, journal.repaired, journal.retried, flush=True)
         for number in range(rows):
@@ -55,7 +55,7 @@ def run(path: Path, rows: int, size: int = 0, *, restart: bool = False, retry_er
 
 
 def peak_bytes() -> int:
-    """VmHWM and not ru_maxrss: that one begins at the peak of the process that started this one."""
+    """Reads VmHWM, not ru_maxrss, which starts at the peak of the process that started this one."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
@@ -66,7 +66,7 @@ def peak_bytes() -> int:
 
 def main(path: Path, rows: int, what: str) -> None:
     if what.startswith("full="):
-        import resource  # its limit fails a write in the middle of a row, as a full disk does
+        import resource  # its limit fails a write in the middle of a row, like a full disk
 
         limit = int(what.removeprefix("full="))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

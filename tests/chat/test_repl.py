@@ -1,6 +1,7 @@
-"""The chat's commands, driven as a pipe drives them."""
+"""The chat's commands, driven through a pipe."""
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_set_changes_what_follows(chat) -> None:  # type: ignore[no-untyped-def]
         ("em-optimizer 3", "error: em-optimizer is 3; it must be sgd or adam\n", ""),
         (
             "em-ratio 0.5",
-            "error: em-ratio does nothing without adaptive-temp\n",
+            "error: em-ratio has no effect without adaptive-temp\n",
             "fix: /set adaptive-temp true\n",
         ),
         ("adaptive-temp true", "error: em-inf and adaptive-temp contradict each other", ""),
@@ -143,10 +144,31 @@ def test_no_em_inf_is_em_inf_false_to_set(chat) -> None:  # type: ignore[no-unty
     assert "error: em-inf false and em-preset contradict each other" in done.err
 
 
-def test_em_on_after_adaptive_temperature(chat) -> None:  # type: ignore[no-untyped-def]
-    done = chat("/set em-inf false\n/set adaptive-temp true\n/set em-ratio 0.4\n/em on\n/em\n")
+def test_em_on_brings_back_what_em_off_switched_off(chat) -> None:  # type: ignore[no-untyped-def]
+    cooler = "/set em-inf false\n/set adaptive-temp true\n/set em-ratio 0.4\n"
+    done = chat(f"{cooler}/em on\n/em off\n/em off\n/em on\n/em default\n")
     assert done.repl.failures == 0
-    assert "EM: δ 0.3" in done.err.splitlines()[-1]
+    lines = [line for line in done.err.splitlines() if line.startswith("EM:")]
+    chosen = "EM: adaptive temperature, α 0.4, δ 0.1"
+    assert lines[:4] == [chosen, "EM: off", "EM: off", chosen]
+    assert lines[4].startswith("EM: δ 0.3")
+    done = chat("/set em-steps 2\n/em off\n/em on\n")
+    assert "≤ 2 steps" in done.err.splitlines()[-1]
+
+
+def test_em_on_without_an_earlier_choice_is_em_inf() -> None:
+    settings = ChatSettings({"seed": 3}, {}, Chosen())
+    settings.em("on")
+    assert settings.em_text().startswith("δ 0.3, ≤ 10 steps of 2")
+
+
+def test_em_on_brings_back_the_config_files_step() -> None:
+    settings = ChatSettings({"seed": 3}, {"adaptive_temp": True}, Chosen())
+    before = settings.em_text()
+    settings.em("off")
+    assert settings.em_text() == "off"
+    settings.em("on")
+    assert settings.em_text() == before == "adaptive temperature, α 0.5, δ 0.1"
 
 
 def test_figures_are_those_of_the_answer_and_single_without_em(chat) -> None:  # type: ignore[no-untyped-def]
@@ -173,14 +195,14 @@ def test_compare_shows_both_and_where_they_part(chat) -> None:  # type: ignore[n
     assert done.repl.failures == 0
     assert re.search(r"^EM off: \d+ tokens, entropy \d\.\d\d nats$", done.out, re.M)
     assert re.search(r"^EM on: \d+ tokens, entropy \d\.\d\d → \d\.\d\d nats$", done.out, re.M)
-    assert "they part " in done.err or "the answers are the same" in done.err
+    assert "they differ " in done.err or "the answers are the same" in done.err
 
 
 def test_undo_edit_and_regen(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("one\ntwo\n/undo\n/edit uno\n/regen\n", saying("ja"))
     assert done.repl.failures == 0
     assert done.repl.session.conversation.exchanges == [("uno", "ja")]
-    assert "taken back: two" in done.err
+    assert "removed: two" in done.err
 
 
 def test_save_and_load_by_name_and_path(chat, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -193,6 +215,32 @@ def test_save_and_load_by_name_and_path(chat, tmp_path: Path) -> None:  # type: 
     assert done.repl.session.conversation.system == "be kind"
 
 
+def test_save_without_a_name_never_replaces_another_chat(chat, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    chat("one\n/save\ntwo\n/save\n/clear\nthree\n/save\n", saying("ho"))
+    questions = sorted(
+        [pair["question"] for pair in json.loads(path.read_text())["exchanges"]]
+        for path in (tmp_path / "chats").iterdir()
+    )
+    assert questions == [["one", "two"], ["three"]]
+    again = chat("/load\nfour\n/save\n", saying("ho"))
+    assert [question for question, _ in again.repl.session.conversation.exchanges] == ["three", "four"]
+    assert len([*(tmp_path / "chats").iterdir()]) == 2
+
+
+def test_save_says_that_a_file_is_replaced(chat) -> None:  # type: ignore[no-untyped-def]
+    first = chat("hi\n/save trip\n/save trip\n", saying("ho"))
+    assert "in place of" not in first.err
+    assert "trip.json, in place of the file of that name" in chat("hi\n/save trip\n", saying("ho")).err
+
+
+def test_load_says_what_can_be_loaded(chat) -> None:  # type: ignore[no-untyped-def]
+    none = "fix: no chat is saved yet; save one: /save NAME"
+    assert none in chat("/load nosuch\n").err
+    assert "error: no chat is saved yet" in chat("/load\n").err
+    chat("hi\n/save trip\n/save\n/save home\n", saying("ho"))
+    assert "fix: load one of the saved chats: home, trip\n" in chat("/load nosuch\n").err
+
+
 def test_a_full_context_says_what_to_do_and_the_chat_goes_on(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("x" * 100 + "\nhi\n", saying("ho"), context=64)
     assert "the context holds 64" in done.err
@@ -202,7 +250,7 @@ def test_a_full_context_says_what_to_do_and_the_chat_goes_on(chat) -> None:  # t
 
 def test_entropy_lists_the_least_certain_tokens(chat) -> None:  # type: ignore[no-untyped-def]
     done = chat("hi\n/entropy\n")
-    assert "least certain tokens" in done.err
+    assert "tokens with the highest entropy" in done.err
     assert done.err.count("entropy ") >= 5
     assert "\x1b" not in done.out
 
@@ -231,7 +279,7 @@ def test_methods_are_chosen_and_left(chat) -> None:  # type: ignore[no-untyped-d
         saying("it is 7", "yes"),
     )
     assert done.out == "it is 7\nyes\n"
-    assert "answer 7 · votes 3" in done.err
+    assert "answer 7 (the last number of its text) · 3 of 3 agree" in done.err
     assert "method: self-consistency:3" in done.err
     assert "method: off" in done.err
     assert done.repl.failures == 0
@@ -242,12 +290,12 @@ def test_the_last_question_again_by_a_vote(chat) -> None:  # type: ignore[no-unt
         "/vote\nhow many?\n/vote\n/vote 6:wave=6\n/vote x\n/method\n/set temp 0\n/vote\n", saying("it is 7")
     )
     assert done.out == "it is 7\n" * 3
-    assert "answer 7 · 4 of 4 agree · 4 more samples not needed" in done.err
-    assert "answer 7 · 6 of 6 agree · confidence 1.00 (the method's own, not calibrated) · seed 3" in done.err
-    assert "nothing has been asked yet" in done.err
-    assert "after vote: comes one number" in done.err
+    assert "answer 7 (the last number of its text) · 4 of 4 agree · 4 more samples not needed" in done.err
+    assert "6 of 6 agree · confidence 1.00 (the method's own, not calibrated) · seed 3" in done.err
+    assert "there is no question yet" in done.err
+    assert "after vote: one number is expected" in done.err
     assert "method: off" in done.err
-    assert "greedy samples are all alike, and cannot vote" in done.err
+    assert "greedy samples are all alike and cannot vote" in done.err
     assert done.repl.failures == 3
     assert done.repl.session.conversation.exchanges == [("how many?", "it is 7")]
 

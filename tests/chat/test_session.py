@@ -1,4 +1,4 @@
-"""A conversation on the fake backend: what is kept, what is read again, which draws are used."""
+"""A conversation on the fake backend: what is kept and read again, and which draws are used."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def ask(session: ChatSession, question: str, turn: Turn = GREEDY) -> Completion:
 
 
 def answer(events: Iterator[AnswerEvent]) -> Completion:
-    """What they end with."""
+    """Returns the completion with which the events end."""
     *_, last = events
     assert isinstance(last, Answered)
     return last.asking.result().completion
@@ -110,7 +110,7 @@ def test_compare_is_with_the_em_step_in_use() -> None:
 def test_nothing_asked_yet() -> None:
     session = chat(FakeBackend())
     for call in (session.take_back, lambda: list(session.compare(GREEDY, never))):
-        with pytest.raises(UsageError, match="nothing has been asked"):
+        with pytest.raises(UsageError, match="there is no question"):
             call()
 
 
@@ -204,7 +204,7 @@ def test_a_vote_that_was_stopped_joins_the_conversation() -> None:
     assert answer(session.ask("2+3?", turn, lambda: next(looks) > 12)).text == "it is 5"
     assert session.last is not None
     assert session.last.fields["stopped"] == "cancelled"
-    assert session.last.said[:2] == ["answer 5", "2 of 2 agree"]
+    assert session.last.said[:2] == ["answer 5 (the last number of its text)", "2 of 2 agree"]
     assert session.conversation.exchanges == [("2+3?", "it is 5")]
 
 
@@ -212,7 +212,7 @@ def test_stopping_a_revision_keeps_the_answer() -> None:
     session = chat(FakeBackend(saying("it is 5", "no, it is 6")))
     method = Chosen("sequential-refinement:2")
     turn = Turn(method.plan(Plan(SamplingParams(temperature=0), max_tokens=30)), method)
-    for looks in (12, 14):  # in the pass that reads the revision's prompt, and in the midst of the revision
+    for looks in (12, 14):  # in the pass that reads the revision's prompt, and in the middle of the revision
         seen = 0
 
         def stopped() -> bool:

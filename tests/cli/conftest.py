@@ -18,7 +18,7 @@ from tests.tiny_pair import ModelPair
 
 @dataclass
 class Outcome:
-    """What a run of the command line left behind."""
+    """The result of a run of the command line."""
 
     code: int
     out: str
@@ -47,7 +47,7 @@ def folder(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emlocal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., Outcome]:
-    """Run `emlocal` with arguments, in folders of its own; stdin is empty unless given."""
+    """Runs `emlocal` with arguments, in folders of its own; stdin is empty unless given."""
     for name in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"EMLOCAL_{name}_DIR", str(tmp_path / name.lower()))
     monkeypatch.setenv("COLUMNS", "200")
@@ -67,7 +67,7 @@ def emlocal(
 
 
 class _Stdin(io.TextIOWrapper):
-    """Bytes as stdin that `select` takes: a real file descriptor, always ready."""
+    """Bytes as a stdin that `select` accepts: a real file descriptor, always ready."""
 
     def __init__(self, raw: bytes) -> None:
         super().__init__(io.BytesIO(raw))

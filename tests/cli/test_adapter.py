@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """Weights with the shapes of the tiny model, as transformers would name them; no model runs on them."""
+    """Writes weights with the shapes of the tiny model under transformers' names; no model runs on them."""
     path = tmp_path / "model"
     path.mkdir()
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def model_folder(tmp_path: Path) -> Path:
 def test_show(emlocal: Emlocal, folder: Path, tiny: str) -> None:
     facts = json.loads(emlocal("adapter", "show", str(folder), "--json", "--base", tiny).out)
     assert facts.pop("size_bytes") > 4 * facts["parameters"]
-    assert "trained on tiny/base, and this is" in facts.pop("but")
+    assert "names tiny/base as its base model, but this is" in facts.pop("but")
     assert facts == {
         "path": str(folder),
         "format": "peft",
@@ -94,11 +94,11 @@ def test_convert_says_what_it_needs(emlocal: Emlocal, tmp_path: Path, folder: Pa
     gguf, out = tmp_path / "a.gguf", str(tmp_path / "out")
     done = emlocal("adapter", "convert", str(folder), "-o", str(gguf))
     assert done.code == 2
-    assert "to write GGUF takes the base model" in done.err
+    assert "a GGUF adapter needs its base model" in done.err
     assert "--base MODEL" in done.err
     done = emlocal("adapter", "convert", str(folder), "-o", out)
     assert done.code == 2
-    assert "say --to peft, --to mlx or --to gguf" in done.err
+    assert "add --to peft, --to mlx or --to gguf" in done.err
     write_gguf(ADAPTER, gguf, read_header(Path(tiny)))
     done = emlocal("adapter", "convert", str(gguf), "-o", out, "--to", "peft")
     assert done.code == 1
@@ -120,19 +120,19 @@ def test_convert_replaces_adapters_only_and_only_when_forced(
     model.write_bytes(Path(tiny).read_bytes())
     done = emlocal("adapter", "convert", str(folder), "-o", str(model), "--base", tiny, "--force")
     assert done.code == 2
-    assert "precious.gguf is no GGUF adapter, and --force replaces nothing else" in done.err
+    assert "precious.gguf is not a GGUF adapter, and --force replaces only adapters" in done.err
     assert "choose another name" in done.err
     assert model.read_bytes() == Path(tiny).read_bytes()
     done = emlocal("adapter", "convert", str(folder), "-o", str(folder), "--to", "mlx", "--force")
-    assert "is the adapter itself" in done.err
+    assert "is the adapter that is being converted" in done.err
 
 
 def test_a_file_that_is_no_adapter_is_called_that(emlocal: Emlocal, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "hi"}\n')
     done = emlocal("adapter", "show", str(path))
-    assert done.code == 1
-    assert f"{path} is no adapter" in done.err
+    assert done.code == 2
+    assert f"{path} is not an adapter" in done.err
     assert "emlocal models" not in done.err
 
 
@@ -171,7 +171,7 @@ def test_merge_into_what_is_no_model(emlocal: Emlocal, tmp_path: Path, folder: P
         done = emlocal(
             "adapter", "merge", "-m", str(name), "--adapter", str(folder), "-o", str(tmp_path / "x")
         )
-        assert done.code == 1
+        assert done.code == 2
         assert f"{name}" in done.err
         assert not (tmp_path / "x").exists()
 
@@ -186,7 +186,7 @@ def test_merge_into_a_gguf_model_whatever_the_adapters_format(
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(np.allclose(one[name], two[name], atol=1e-6) for name in one)
-    assert not (tmp_path / "one" / "emlocal.json").exists()  # it says what is in the cache
+    assert not (tmp_path / "one" / "emlocal.json").exists()  # the file says what is in the cache
     asked = ("--temp", "0", "--max-tokens", "12", "-q", "say 1")
     merged = emlocal("generate", "-m", str(tmp_path / "one"), *asked)
     assert merged.out == emlocal("generate", "-m", tiny, "--adapter", str(folder), *asked).out
@@ -216,11 +216,11 @@ def test_a_folder_for_another_model_is_refused_before_loading(
     assert "model.layers.1.mlp.down_proj, which tiny.gguf does not have" in done.err
     done = emlocal("generate", "-m", tiny, "--adapter", f"{tmp_path / 'two'}=nan", "x")
     assert done.code == 2
-    assert "a scale is finite" in done.err
+    assert "the scale must be finite" in done.err
 
 
 def test_a_batch_knows_its_adapter(emlocal: Emlocal, tmp_path: Path, folder: Path, tiny: str) -> None:
-    """A resumed run must have the same: a folder counts by its weights."""
+    """A resumed run must have the same adapter; a folder is identified by its weights."""
     lines = tmp_path / "in.jsonl"
     lines.write_text('{"prompt": "a"}\n')
     arguments = ["batch", str(lines), "-o", str(tmp_path / "out.jsonl"), "-m", tiny, "--max-tokens", "2"]

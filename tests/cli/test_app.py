@@ -1,4 +1,4 @@
-"""What holds for every verb: help, versions, errors, exit codes."""
+"""Behaviour of all verbs: help, versions, errors, exit codes."""
 
 import subprocess
 import sys

@@ -91,14 +91,14 @@ def test_a_second_run_goes_on(batch: Emlocal, tmp_path: Path, out: Path) -> None
     write(tmp_path / "in.jsonl", LINES)
     done = batch(source, "-o", str(out))
     assert done.code == 0
-    assert "has 3 rows; going on from there" in done.err
+    assert "has 3 rows; continuing after them" in done.err
     assert "3 already there" in done.err
     assert out.read_bytes().startswith(before)
     assert len(named(read(out))) == 5
     whole = out.read_bytes()
     done = batch(source, "-o", str(out))
     assert done.code == 0
-    assert "at once" not in done.err  # nothing is left to measure a number of sequences for
+    assert "at once" not in done.err  # nothing is left, so no number of sequences is measured
     assert out.read_bytes() == whole
 
 
@@ -107,7 +107,7 @@ def test_a_torn_row_is_cut_off_and_made_again(batch: Emlocal, good: str, out: Pa
     whole = named(read(out))
     out.write_bytes(out.read_bytes()[:-20])
     done = batch(good, "-o", str(out), "--ordered")
-    assert "ended in a torn row" in done.err
+    assert "ended in an incomplete row" in done.err
     assert {name: row["text"] for name, row in named(read(out)).items()} == {
         name: row["text"] for name, row in whole.items()
     }
@@ -118,7 +118,7 @@ def test_other_settings_are_refused_with_what_differs(batch: Emlocal, good: str,
     before = out.read_bytes()
     done = batch(good, "-o", str(out), "--seed", "3", "--temp", "0.7")
     assert done.code == 2
-    assert "was begun with other settings" in done.err
+    assert "was started with other settings" in done.err
     assert "seed: 0 -> 3" in done.err
     assert "sampling.temperature: 0.5 -> 0.7" in done.err  # the model's own was 0.5
     assert out.read_bytes() == before
@@ -132,7 +132,7 @@ def test_somebody_else_s_file_is_not_touched(batch: Emlocal, good: str, out: Pat
     out.write_text("my notes\n")
     done = batch(good, "-o", str(out))
     assert done.code == 2
-    assert "is no output of emlocal" in done.err
+    assert "is not an output of emlocal" in done.err
     assert out.read_text() == "my notes\n"
     assert not out.with_name("out.jsonl.run").exists()
 
@@ -174,8 +174,21 @@ def test_half_characters_reach_stdout_and_stop_nothing(batch: Emlocal) -> None:
     done = batch("-", "--keep", stdin=lines)
     rows = read(done.out)
     assert done.code == 1
-    assert sum("half a character" in row.get("error", "") for row in rows) == 2
+    assert sum("half of a surrogate pair" in row.get("error", "") for row in rows) == 2
     assert [row["kept"] for row in rows if "kept" in row] == [{"gold": "ü😀"}]
+
+
+def test_fields_that_the_rows_leave_out_are_named_once(batch: Emlocal, tmp_path: Path) -> None:
+    lines = [{"prompt": "a"}, {"id": "x", "topic": "t", "prompt": "b"}, {"id": "y", "prompt": "c"}]
+    source = write(tmp_path / "in.jsonl", lines)
+    note = "the rows leave out the lines' own id, topic"
+    assert batch(source).err.count(note) == 1
+    assert "an id called custom_id names the row" in batch(source, "--dry-run").err
+    for quiet in (batch(source, "--keep"), batch(source, "-q"), batch(write(tmp_path / "b", lines[:1]))):
+        assert "leave out" not in quiet.err
+    many = {f"column {i}": i for i in range(9)}
+    said = batch(write(tmp_path / "many.jsonl", [{"prompt": "a", **many}])).err
+    assert "own column 0, column 1, column 2, column 3, column 4 and 4 more (add --keep" in said
 
 
 def test_an_empty_input(batch: Emlocal, tmp_path: Path, out: Path) -> None:
@@ -267,7 +280,7 @@ def test_votes_go_on_where_they_were(batch: Emlocal, good: str, out: Path) -> No
         (["--seed", "-1"], "--seed is -1"),
         (["--retry-errors"], "--retry-errors needs an output"),
         (["--retry-errors", "--restart", "-o", "OUT"], "--retry-errors needs an output"),
-        (["-o", "IN"], "is the input: it would be overwritten"),
+        (["-o", "IN"], "is the input and would be overwritten"),
         (["-o", "/"], "is a folder"),
         (["-o", "/no/such/folder/out.jsonl"], "there is no folder /no/such/folder"),
     ],

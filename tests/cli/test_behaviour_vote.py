@@ -1,4 +1,4 @@
-"""`--method behaviour-vote` in all verbs: it needs leave, and a machine that can contain programs."""
+"""`--method behaviour-vote` in all verbs: it needs permission, and a machine that can contain programs."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ FIELDS = {"programs": 0, "cluster": 0, "behaviours": 0, "inputs": 0, "ruled_out"
 
 
 def verbs(folder: Path, model: str) -> dict[str, tuple[str, ...]]:
-    """Each with the method; of a model that need not be there."""
+    """Returns each verb with the method; the model need not exist."""
     lines = str(write(folder / "in.jsonl", [{"prompt": "Write f."}]))
     tests = str(write(folder / "h.jsonl", [HUMANEVAL_ROW]))
     common = ("-m", model, "--max-tokens", "8", "-t", "1")
@@ -46,12 +46,12 @@ def test_it_needs_a_sandbox_before_a_model_is_loaded(
     monkeypatch.setattr(landlock, "abi", lambda: 0)
     done = emlocal(*verbs(tmp_path, str(tmp_path / "none.gguf"))[verb], "--allow-code")
     assert (done.code, done.out) == (1, "")
-    assert "generated code cannot be contained here" in done.err
+    assert "this system cannot contain generated code" in done.err
 
 
 @contained
 def test_with_leave_it_answers(emlocal: Emlocal, tiny: str, tmp_path: Path) -> None:
-    """The tiny model writes no programs: the answer is greedy's."""
+    """The tiny model writes no programs, so the answer is the greedy one."""
     made = verbs(tmp_path, tiny)
     done = emlocal(*made["generate"], "--allow-code", "--no-use-examples", "--seed", "1")
     assert done.code == 0, done.err
@@ -64,7 +64,7 @@ def test_with_leave_it_answers(emlocal: Emlocal, tiny: str, tmp_path: Path) -> N
     assert {name: row[name] for name in FIELDS} == FIELDS
     talk = "Write f.\n/method off\nWrite f.\n/method behaviour-vote:2\nWrite f.\n"
     talked = emlocal(*made["chat"], "--allow-code", stdin=talk)
-    assert talked.err.count("no programs to choose among") == 2, talked.err
+    assert talked.err.count("no programs to choose from") == 2, talked.err
     refused = emlocal("chat", "-m", tiny, "-t", "1", stdin="/method behaviour-vote:2\n")
     assert "runs code that the model writes" in refused.err
     assert emlocal(*made["eval"], "--allow-code", "--parallel", "2").code == 0
@@ -78,7 +78,7 @@ def test_only_programs_are_run(emlocal: Emlocal, tmp_path: Path) -> None:
     methods = ("--methods", "greedy,behaviour-vote:3", "--allow-code", "-m", str(tmp_path / "none.gguf"))
     done = emlocal("eval", "--task", "gsm8k", "--data", data, *methods)
     assert done.code == 2
-    assert "behaviour-vote:3 runs programs; the answers of gsm8k are none" in done.err
+    assert "behaviour-vote:3 runs programs, but the answers to gsm8k are not programs" in done.err
 
 
 @contained

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
-    """The engine that `bench` opens, whatever it is asked for."""
+    """The engine that `bench` opens, whichever it asks for."""
     backend = FakeBackend()
 
     @contextmanager
@@ -93,6 +93,13 @@ def test_a_table_for_people(model: str) -> None:
     assert "\x1b" not in result.stdout
 
 
+def test_a_long_run_says_so_before_its_rounds(fake: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "may take up to" not in run().stderr
+    monkeypatch.setattr("emlocal.text.LONG", 0.0)
+    assert re.search(r"^this run may take up to .*: 2 rounds of 3 tokens on each side$", run().stderr, re.M)
+    assert "to shorten it, lower --rounds or --tokens" in run().stderr
+
+
 def test_an_engine_without_a_bare_loop(fake: FakeBackend) -> None:
     said = measured()
     assert said["decode"]["bare_tokens_per_second"] is None
@@ -120,7 +127,7 @@ def test_em_settings(fake: FakeBackend, flags: tuple[str, ...], settings: dict[s
         (("--no-em-inf",), "--no-em-inf"),
         (("--tokens", "0"), "--tokens"),
         (("--rounds", "0"), "--rounds"),
-        (("--tokens", "5000"), "do not fit the context"),
+        (("--tokens", "5000"), "exceed the context"),
     ],
 )
 def test_what_cannot_be_meant(fake: FakeBackend, flags: tuple[str, ...], says: str) -> None:
@@ -130,7 +137,7 @@ def test_what_cannot_be_meant(fake: FakeBackend, flags: tuple[str, ...], says: s
 
 
 def test_all_sides_decode_the_same_positions_past_end_tokens() -> None:
-    """The engine sees equal work from both sides, though every token of this model ends an answer."""
+    """The engine sees equal work from both sides, although every token of this model ends an answer."""
 
     def always_ends(tokens: Any) -> Any:
         row = np.zeros(257, dtype=np.float32)
@@ -199,7 +206,7 @@ def test_too_few_rounds_for_an_interval_show_their_range() -> None:
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 20, 101])
 def test_the_interval_covers_what_it_says(n: int) -> None:
     found = measure.ratio([float(i) for i in range(n)])
-    skipped = int(found.low)  # as many values lie below the interval as above it
+    skipped = int(found.low)  # number of values below the interval, and above it
 
     def coverage(skip: int) -> float:
         return 1 - 2 * sum(math.comb(n, k) for k in range(skip)) / 2**n
@@ -220,7 +227,7 @@ def test_the_interval_covers_what_it_says(n: int) -> None:
 def test_threads_wait_briefly_unless_the_user_has_chosen(
     chosen: dict[str, str], expected: str | None
 ) -> None:
-    """In a process of its own: OpenMP reads the variables when the library is loaded."""
+    """Runs in a separate process: OpenMP reads the variables when the library is loaded."""
     code = (
         "from emlocal.backends.llama_cpp.loading import load_library; load_library()\n"
         "import os; print(os.environ.get('GOMP_SPINCOUNT'))"

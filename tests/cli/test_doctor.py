@@ -1,4 +1,4 @@
-"""`emlocal doctor` on this machine, and on machines that are broken on purpose."""
+"""`emlocal doctor` on this machine, and on deliberately broken ones."""
 
 import importlib.metadata
 import importlib.util
@@ -32,13 +32,13 @@ def run(*arguments: str) -> Result:
 
 
 def examined() -> tuple[int, dict[str, Any]]:
-    """The exit code, and what --json said."""
+    """Returns the exit code and the output of --json."""
     result = run("--json")
     return result.exit_code, json.loads(result.stdout)
 
 
 def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, body: str) -> None:
-    """Put a module of our own before the real one, for the processes that the doctor starts."""
+    """Puts a fake module before the real one, for the processes that the doctor starts."""
     folder = tmp_path / "shadow"
     folder.mkdir()
     (folder / f"{module}.py").write_text(body)
@@ -73,6 +73,50 @@ def test_a_machine_that_works() -> None:
     assert "installed" in said["checks"]["torch"]
 
 
+def test_which_build_of_llama_cpp_it_is() -> None:
+    gpu = examined()[1]["checks"]["gpu"]
+    if gpu["built_for"]:
+        pytest.skip("this build has a GPU")
+    assert gpu["status"] == "info"
+    assert gpu["text"].startswith("llama.cpp is built for CPUs only")
+    assert gpu["gpus"] == []
+    assert len(gpu["fix"]) == (1 if sys.platform == "darwin" else 3)
+
+
+@pytest.mark.parametrize(("system", "tags"), [("linux", ["cu130", "cu125", "vulkan"]), ("darwin", ["metal"])])
+def test_wheels_for_gpus(system: str, tags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    lines = llama_cpp.gpu_install_lines()
+    assert [line.rpartition("/")[2] for line in lines] == tags
+    assert all("--only-binary llama-cpp-python" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("listing", "status", "text"),
+    [
+        (
+            {"built_for": ["cuda"], "gpus": []},
+            "info",
+            "llama.cpp is built for CUDA, but finds no GPU; models run on the CPU",
+        ),
+        (
+            {
+                "built_for": ["vulkan"],
+                "gpus": [{"name": "Vulkan0", "description": "RX", "free": 10**10, "total": 12 * 10**9}],
+            },
+            "ok",
+            "llama.cpp is built for Vulkan; Vulkan0 (RX): 10.0 GB free of 12.0 GB",
+        ),
+    ],
+)
+def test_builds_for_gpus(
+    listing: dict[str, Any], status: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "probe", lambda module, info: {"info": json.dumps(listing)})
+    (found,) = checks.gpu()
+    assert (found.status, found.text, found.fix) == (status, text, ())
+
+
 def test_lines_for_people_end_with_the_verdict() -> None:
     result = run()
     assert result.exit_code == 0
@@ -88,7 +132,7 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def apple(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine is: mlx is its engine."""
+    """Makes mlx the engine of this machine, whatever it is."""
     monkeypatch.setattr(mlx, "on_apple_silicon", lambda: True)
 
 
@@ -193,7 +237,7 @@ def test_numpy_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_whole_program_without_numpy_and_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The doctor itself must not need what it looks for."""
+    """The doctor itself must not need the packages that it checks."""
     shadow(tmp_path, monkeypatch, "numpy", "raise ImportError('the C-extensions failed')")
     (tmp_path / "shadow" / "llama_cpp.py").write_text("raise OSError('gone')")
     path = os.pathsep.join([str(tmp_path / "shadow"), str(Path(__file__).parents[2])])
@@ -218,10 +262,10 @@ def test_an_import_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
-    blocked.write_text("not a folder")  # read-only for root too, which permissions are not
+    blocked.write_text("not a folder")  # read-only even for root, unlike permissions
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(blocked / "cache"))
     code, said = examined()
-    assert code == 1  # no model here, and none can be fetched
+    assert code == 1  # there is no model here, and none can be fetched
     assert said["checks"]["cache"]["writable"] is False
     assert "EMLOCAL_CACHE_DIR" in said["checks"]["cache"]["fix"][0]
     assert "cannot be fetched" in said["checks"]["model"]["text"]

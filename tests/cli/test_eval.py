@@ -42,7 +42,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def timeless(found: dict[str, Any]) -> dict[str, Any]:
-    """Without what differs from run to run."""
+    """Returns the results without what differs from run to run."""
     for method in found["methods"]:
         del method["cost"]["seconds"], method["cost"]["passes"]
     return found
@@ -67,6 +67,18 @@ def test_methods_are_compared_and_reported(evaluate: Emlocal, tmp_path: Path) ->
     assert "<details" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8") or all(
         c["wins"] + c["losses"] == 0 for c in found["comparisons"]
     )
+
+
+def test_answers_that_are_cut_off_and_votes_without_answers_are_said(evaluate: Emlocal) -> None:
+    done = evaluate("--methods", "greedy,vote:2", "--max-tokens", "2")
+    said = " ".join(done.err.split())
+    cut = r"many answers are cut off \(--max-tokens 2, or the context\), and judged as they stand:"
+    found = re.search(cut + r" greedy (\d+) of (\d+)", said)
+    assert found is not None
+    assert int(found[1]) * 10 >= int(found[2])
+    votes = re.search(r"no sample has an answer, so that one text was judged: vote:2 (\d+) of (\d+)", said)
+    assert votes is not None
+    assert votes[2] == found[2]
 
 
 def test_the_same_command_gives_the_same_results(evaluate: Emlocal, tmp_path: Path) -> None:
@@ -203,14 +215,14 @@ def test_methods_that_are_left_out_are_named(evaluate: Emlocal) -> None:
     assert evaluate("--methods", "greedy,sample:1").code == 0
     done = evaluate("--methods", "greedy")
     assert done.code == 0
-    assert "not reported, since --methods does not name them: sample_1" in done.err
+    assert "not in the report, because --methods does not name them: sample_1" in done.err
 
 
 def test_a_folder_that_cannot_be_fails_before_the_model_loads(evaluate: Emlocal, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     done = evaluate("--model", str(tmp_path / "none.gguf"))
     assert (done.code, done.out) == (2, "")
-    assert "is a file, and -o names a folder" in done.err
+    assert "is a file; -o must name a folder" in done.err
 
 
 def test_the_folder_has_a_name_that_every_system_takes(

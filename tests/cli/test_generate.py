@@ -26,8 +26,23 @@ def test_the_same_seed_gives_the_same_answer_and_stdout_nothing_else(emlocal: Em
     assert "seed 7" in first.err
 
 
-def test_quiet_leaves_stderr_empty(emlocal: Emlocal, tiny: str) -> None:
-    assert emlocal("generate", "-m", tiny, "-q", *SHORT, "hello").err == ""
+def test_quiet_leaves_stderr_empty_unless_an_answer_is_cut_off(emlocal: Emlocal, tiny: str) -> None:
+    common = ("generate", "-m", tiny, "-q", *SHORT)
+    assert emlocal(*common, "--regex", "the", "hello").err == ""
+    assert emlocal(*common, "hello").err == "warning: the answer is cut off at --max-tokens 12\n"
+    several = emlocal(*common, "-n", "3", "hello")
+    assert several.err == "warning: 3 of 3 answers: cut off at --max-tokens 12\n"
+    assert several.code == 0
+
+
+def test_settings_that_do_nothing_are_said(emlocal: Emlocal, tiny: str) -> None:
+    flags = ("--em-inf", "--temp", "0", "--think-budget", "9", "--hide-thinking")
+    for verb in (("generate", "hello"), ("chat",)):
+        said = emlocal(*verb, "-m", tiny, *flags, *SHORT, stdin="" if "hello" in verb else "hi\n").err
+        assert said.count("warning: with --temp 0, EM (δ 0.3") == 1
+        assert said.count("tiny.gguf writes no thoughts, so --think-budget does nothing") == 1
+        assert said.count("tiny.gguf writes no thoughts, so --hide-thinking does nothing") == 1
+    assert "warning" not in emlocal("generate", "-m", tiny, "--em-inf", *SHORT, "hello").err
 
 
 def test_json_is_one_object_with_everything(emlocal: Emlocal, tiny: str) -> None:
@@ -87,8 +102,8 @@ def test_a_vote_prints_the_answer_alone_and_says_who_agrees(emlocal: Emlocal, ti
         assert f"{value['votes']} of {value['drawn']} agree" in plain.err
     else:
         assert f"none of {value['drawn']} has an answer to vote on" in plain.err
-    assert "semantic_entropy" not in plain.err  # words, no dump
-    assert emlocal(*vote, "-q").err == ""
+    assert "semantic_entropy" not in plain.err  # words, not a dump of fields
+    assert "agree" not in emlocal(*vote, "-q").err
     greedy = emlocal("generate", "-m", tiny, "--method", "greedy", *vote[7:11], *SHORT, "-q", "hello").out
     assert value["samples"][0]["text"].strip("\n") + "\n" == greedy
 
@@ -99,7 +114,7 @@ def test_em_best_prints_one_of_its_texts(emlocal: Emlocal, tiny: str) -> None:
         emlocal("generate", "-m", tiny, "--method", "em-best:3:score=unsure", "--json", *SHORT, "hello").out
     )
     assert done.out == value["text"].strip("\n") + "\n"
-    assert "the surest of 3 by unsure" in done.err
+    assert "the most certain of 3 by unsure" in done.err
     assert len(value["samples"]) == value["drawn"] == 3
 
 
@@ -139,7 +154,8 @@ def test_think_em_with_json_and_trace(emlocal: Emlocal, tiny: str, tmp_path: Pat
     done = json.loads(emlocal("generate", "-m", tiny, "--json", "--trace", str(path), *how, "hello").out)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     ended = done["finish_reason"] == "stop"
-    assert len(lines) == done["completion_tokens"] + ended  # of the answer, not of what was considered
+    # tokens of the answer, not of all that was considered
+    assert len(lines) == done["completion_tokens"] + ended
     assert done["steps"] in (1, 2)
     assert done["timings"]["generated_tokens"] >= done["considered_tokens"] > len(lines) / 2
     shown = emlocal("generate", "-m", tiny, *how, "hello")
@@ -150,7 +166,7 @@ def test_show_entropy_without_terminal_is_plain_and_says_so(emlocal: Emlocal, ti
     plain = emlocal("generate", "-m", tiny, *SHORT, "hello")
     shown = emlocal("generate", "-m", tiny, "--show-entropy", *SHORT, "hello")
     assert shown.out == plain.out
-    assert "without colours" in shown.err
+    assert "has no colours" in shown.err
 
 
 def test_stop_strings(emlocal: Emlocal, tiny: str) -> None:
@@ -191,22 +207,22 @@ def test_logit_bias_bans_a_token(emlocal: Emlocal, tiny: str, tmp_path: Path) ->
         (["x", "--min-p", "2"], "--min-p is 2"),
         (["x", "--em-inf", "--em-threshold", "-0.1"], "--em-threshold is -0.1; it must be at least 0"),
         (["x", "--em-inf", "--em-learning-rate", "0"], "--em-learning-rate is 0"),
-        (["x", "--em-steps", "3"], "--em-steps does nothing without --em-inf"),
-        (["x", "--em-inf", "--em-ratio", "0.5"], "--em-ratio does nothing without --adaptive-temp"),
+        (["x", "--em-steps", "3"], "--em-steps has no effect without --em-inf"),
+        (["x", "--em-inf", "--em-ratio", "0.5"], "--em-ratio has no effect without --adaptive-temp"),
         (["x", "--em-inf", "--adaptive-temp"], "contradict each other"),
         (["x", "--no-em-inf", "--em-preset", "paper"], "contradict each other"),
-        (["x", "--adaptive-temp", "--em-steps", "2"], "--em-steps does nothing without --em-inf"),
+        (["x", "--adaptive-temp", "--em-steps", "2"], "--em-steps has no effect without --em-inf"),
         (["x", "--json", "--show-entropy"], "contradict each other"),
         (["x", "-n", "0"], "--samples is 0"),
         (["x", "--max-tokens", "0"], "--max-tokens is 0"),
-        (["x", "--stop", ""], '--stop is [""]; it must be a text or a list of texts, none of them empty'),
+        (["x", "--stop", ""], '--stop is [""]; it must be a text or a list of texts that are not empty'),
         (["x", "--seed", "-1"], "--seed is -1"),
         (["x", "--logit-bias", "cat"], "--logit-bias is 'cat'"),
         (["x", "-f", "/no/such/file"], "cannot read /no/such/file"),
         (["x", "-f", "/"], "cannot read /"),
         (["x", "--context", "3"], "--context is 3"),
         (["x", "--threads", "0"], "--threads is 0"),
-        (["x", "--context", "100000"], "longer than"),
+        (["x", "--context", "100000"], "exceeds the"),
         (["x", "--adapter", "/no/adapter.gguf"], "there is no adapter"),
         (["x", "--logit-bias", "99999=1"], "names token 99999"),
         (["x", "--raw", "--system", "y"], "contradict each other"),

@@ -41,7 +41,7 @@ def test_a_turn_of_chat_and_taking_it_back(emlocal: Emlocal, tiny: str) -> None:
     first = emlocal(*chat, stdin="hello\n").out
     both = emlocal(*chat, stdin="hello\n/undo\nhello you\n")
     assert both.code == 0
-    assert "taken back: hello" in both.err
+    assert "removed: hello" in both.err
     assert both.out.startswith(first)
     assert len(both.out) > len(first) > 1
 

@@ -1,4 +1,4 @@
-"""`emlocal models`: answers on stdout, everything else on stderr, and nothing fetched by looking."""
+"""`emlocal models`: answers on stdout, everything else on stderr; showing a model fetches nothing."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path / "cache"))
     import huggingface_hub.constants
 
-    # Read when huggingface_hub is imported, which another test may have done before.
+    # huggingface_hub reads it on import, which another test may have done before.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -47,7 +47,7 @@ def cache_model(tmp_path: Path, repo: str, *files: str) -> Path:
 
 
 def put_starter(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny model in the starter model's place."""
+    """Puts the tiny model in the starter model's place."""
     path = write_tiny_gguf(starter.starter_path())
     monkeypatch.setattr(starter, "FILE_BYTES", path.stat().st_size)
     return path
@@ -66,9 +66,11 @@ def test_list_shows_every_model_and_what_is_here(tmp_path: Path, monkeypatch: py
     assert not rows["qwen3:4b"]["on_disk"]
     assert rows["someone/Other-GGUF:Q8_0"]["on_disk"]
     table = run("list").stdout
-    assert re.search(r"^qwen3:4b +4B +2\.5 GB +Apache-2\.0 *$", table, re.MULTILINE)
+    assert re.search(r"^qwen3:4b +4B +2\.5 GB +\w.* can +Apache-2\.0 *$", table, re.MULTILINE)
     assert re.search(r"^someone/Other-GGUF:Q8_0 +8\d kB +yes *$", table, re.MULTILINE)
     assert "\x1b" not in table
+    assert rows["gpt-oss:20b"]["thinks"] == "always"
+    assert rows["qwen3:8b"]["fits"]
 
 
 def test_show_of_a_file(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_rm_asks_and_removes_from_the_cache(tmp_path: Path) -> None:
     assert folder.exists()
     removed = run("rm", "qwen3:8b", "--yes")
     assert removed.exit_code == 0
-    assert removed.stderr == "Removed Qwen/Qwen3-8B-GGUF from the Hugging Face cache: 166 kB freed\n"
+    assert removed.stderr == "removed Qwen/Qwen3-8B-GGUF from the Hugging Face cache: 166 kB freed\n"
     assert not folder.exists()
     assert isinstance(run("rm", "qwen3:8b", "--yes").exception, ModelError)
 
@@ -157,7 +159,7 @@ def test_rm_never_touches_files_of_the_user(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "mine.gguf")
     result = run("rm", str(path), "--yes")
     assert isinstance(result.exception, UsageError)
-    assert "is yours" in result.exception.message
+    assert "is your own file" in result.exception.message
     assert path.exists()
 
 

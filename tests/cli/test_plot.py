@@ -1,4 +1,4 @@
-"""`emlocal plot` of what the other verbs wrote."""
+"""`emlocal plot` on the files of the other verbs."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_a_trace_of_generate(emlocal: Emlocal, tiny: str, tmp_path: Path) -> Non
     assert "t.jsonl\n9 tokens, entropy" in shown.out
     drawn = emlocal("plot", str(path), "-o", str(tmp_path / "t.pdf"))
     assert (drawn.code, drawn.out) == (0, "")
-    assert "drawn:" in drawn.err
+    assert "plot written to" in drawn.err
     assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -41,13 +41,13 @@ def test_different_kinds_are_refused(emlocal: Emlocal, tmp_path: Path, output: t
     paths = [str(run(tmp_path / "r", rows())), str(trace(tmp_path / "t.jsonl"))]
     done = emlocal("plot", *paths, *output)
     assert (done.code, done.out) == (2, "")
-    assert "they cannot be drawn together" in done.err
+    assert "they cannot share a plot" in done.err
 
 
 def test_a_file_that_is_no_picture_is_refused_before_anything_is_read(emlocal: Emlocal) -> None:
     done = emlocal("plot", "none", "-o", "x.gif")
     assert (done.code, done.out) == (2, "")
-    assert "x.gif is no picture" in done.err
+    assert "x.gif is not a picture" in done.err
 
 
 def in_a_pipe(*paths: Path, **environment: str) -> "subprocess.CompletedProcess[bytes]":

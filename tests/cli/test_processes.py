@@ -1,4 +1,4 @@
-"""Training in several processes that a launcher starts: the same run, its rollouts shared out."""
+"""Training in several processes of a launcher: the same run, with shared-out rollouts."""
 
 import json
 import os
@@ -51,7 +51,7 @@ LAUNCHED = [
     "--nproc-per-node",
     "2",
     "--standalone",
-]  # accelerate launch takes GPUs
+]  # accelerate launch would take GPUs
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,7 +59,7 @@ def test_two_processes_make_the_weights_of_one(pair: ModelPair, tmp_path: Path, 
     one, two = tmp_path / "one", tmp_path / "two"
     train(pair, one, method, [])
     said = train(pair, two, method, LAUNCHED)
-    assert said.count("finished: 2 steps") == 1  # one of them speaks
+    assert said.count("finished: 2 steps") == 1  # only one process reports
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (one, two)]
     for alone, together in zip(*rows, strict=True):
@@ -80,6 +80,6 @@ def test_a_run_of_two_is_resumed_by_two(pair: ModelPair, tmp_path: Path) -> None
         assert (out / "checkpoints" / name).is_dir()
     (out / "checkpoints" / "step-000002" / "state.json").write_text("torn")
     said = train(pair, out, "rl", LAUNCHED, "--save-every", "1", "--resume")
-    assert "going on after step 1" in said
+    assert "resuming after step 1" in said
     for name, pair_of_a in read_adapter(whole).pairs.items():
         assert (pair_of_a.b == read_adapter(out).pairs[name].b).all()

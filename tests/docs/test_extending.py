@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work: each in a copy of emlocal changed in one file, on real engines."""
+"""The examples of docs/extending.md work: each in a copy with one changed file, on real engines."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.docs.test_commands import SECONDS, run
 
 PAGE = ROOT / "docs" / "extending.md"
 LONGEST, SHORTEST = 50, 10
-"""Lines of code of an example."""
+"""Maximum and minimum lines of code in an example."""
 
 pytestmark = [
     pytest.mark.real,
@@ -35,12 +35,12 @@ class Example:
     files: dict[str, str] = field(default_factory=dict)
     """New files, by their paths in the repository."""
     changes: dict[str, list[str]] = field(default_factory=dict)
-    """Lines of a diff, by the existing file that they change."""
+    """Lines of a diff, by the file that they change."""
     scripts: list[str] = field(default_factory=list)
 
 
 def sections() -> dict[str, tuple[int, int]]:
-    """First and last line of each section, by its heading."""
+    """Returns the first and last line of each section, by its heading."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     starts = [(number, line[3:]) for number, line in enumerate(lines, start=1) if line.startswith("## ")]
     ends = [*(number for number, _ in starts[1:]), len(lines) + 1]
@@ -68,7 +68,7 @@ EXAMPLES = {title: example(title) for title in ("An EM step", "A method", "An en
 
 
 def changed(text: str, lines: list[str]) -> str:
-    """The text with each line that is marked + put behind the last one that is not."""
+    """Returns the text with each line marked + added after the last unmarked one."""
     found = text.splitlines()
     at = None
     for line in lines:
@@ -85,7 +85,7 @@ def changed(text: str, lines: list[str]) -> str:
 
 
 def built(wanted: Example, home: dict[str, str], place: Path) -> dict[str, str]:
-    """The environment of a copy of the package that has the example."""
+    """Returns the environment of a copy of the package that contains the example."""
     shutil.copytree(
         Path(emlocal.__file__).parent, place / "emlocal", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -126,7 +126,7 @@ def test_the_example_works(title: str, home: dict[str, str], tmp_path: Path) -> 
 
 
 def python(script: str, environment: dict[str, str], folder: Path) -> None:
-    """Run a script in the copy of the package."""
+    """Runs a script in the copy of the package."""
     done = subprocess.run(
         [sys.executable, "-"],
         cwd=folder,
@@ -170,7 +170,7 @@ with emlocal.load(MODEL, backend=ENGINE) as loaded:
     assert answer.tokens == loaded.generate("the", sharpen=True, em_power=3, max_tokens=6).tokens
 assert answer.entropy.touched == 1
 """
-"""The step on one engine: flag, batch line, name in an evaluation, Python."""
+"""The step on one engine: by flag, batch line, name in an evaluation, and Python."""
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "torch", "mlx"])
@@ -195,7 +195,7 @@ def rows(path: Path) -> list[Any]:
 
 
 def check_step(folder: Path, said: dict[str, str]) -> None:
-    """Both engines took the step, and so did a line, a method and a chat."""
+    """Checks that both engines used the step, and so did a line, a method and a chat."""
     answers = [read(folder / f"{engine}.json") for engine in ("llama", "torch")]
     assert [answer["backend"] for answer in answers] == ["llama.cpp", "torch"]
     for answer in answers:
@@ -225,7 +225,7 @@ def check_method(folder: Path, said: dict[str, str]) -> None:
 
 
 def check_engine(folder: Path, said: dict[str, str]) -> None:
-    """It says what torch says, whose sums may be in bfloat16."""
+    """Checks that it answers like torch, whose sums may be in bfloat16."""
     mine, torchs = (read(folder / f"{engine}.json") for engine in ("plain", "torch"))
     assert (mine["backend"], torchs["backend"]) == ("plain", "torch")
     assert mine["text"] == torchs["text"]

@@ -14,11 +14,24 @@ def test_the_reference_is_what_the_code_says() -> None:
     assert shown == page, "docs/cli.md is not what the code says; write it anew: python docs/reference.py"
 
 
+def test_the_table_of_machines_is_what_the_planner_says() -> None:
+    table = runpy.run_path(str(ROOT / "docs" / "machines.py"))["table"]()
+    shown = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert table in shown, "the table in docs/models.md is another one than: python docs/machines.py"
+
+
 def test_the_tables_of_results_are_what_the_evaluations_say() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "result_tables.py"))["page"]()
     shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert "| `em-inf` |" in shown
     assert shown == page, "docs/results.md is not what docs/results/ says: python docs/result_tables.py"
+
+
+def test_the_results_in_the_readme_are_what_the_evaluations_say() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "result_tables.py"))["readme"]()
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "**EM-INF against sampling**" in shown
+    assert shown == page, "README.md is not what docs/results/ says: python docs/result_tables.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""The paths, modules and names of the code that the pages mention are there."""
+"""The paths, modules and names of code that the pages mention exist."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from tests.test_imports import LAYERS
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PLACES = ("", "emlocal", "emlocal/models", "emlocal/backends", "emlocal/evaluation", "tests")
-"""Where a path may begin: pages leave out what their paragraph is about."""
+"""Places where a path may begin: pages leave out the folder that their paragraph is about."""
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _PATH = re.compile(r"[\w.\-]+(?:/[\w.\-]+)*\.(?:py|pyi|c|h|toml|md)")
 _MODULE = re.compile(r"\bemlocal(?:\.[a-z_]\w*)+")
@@ -21,13 +21,13 @@ _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def spans(page: Path) -> list[str]:
-    """What a page sets in code, outside of blocks."""
+    """Returns the inline code of a page, without blocks."""
     return _CODE.findall(_FENCED.sub("", page.read_text(encoding="utf-8")))
 
 
 @cache
 def names_in(path: Path) -> frozenset[str]:
-    """The names that a file defines: of classes with their methods and fields, of functions, of constants."""
+    """Returns the names that a file defines: classes with methods and fields, functions, constants."""
     found: set[str] = set()
 
     def add(body: list[ast.stmt], inside: str) -> None:
@@ -60,7 +60,7 @@ def test_what_code_is_named_is_there(page: Path) -> None:
     for span in spans(page):
         path, colons, name = span.partition("::")
         if not _PATH.fullmatch(path) or path in own or not (colons or "/" in path):
-            continue  # what has no folder is said of another page, or of what users have
+            continue  # names without a folder belong to another page, or to users
         file = file_of(path)
         assert file is not None, f"{page.name}: there is no {path}"
         if colons:
@@ -76,7 +76,7 @@ def test_what_module_is_named_is_there(page: Path) -> None:
 
 
 def is_there(parts: list[str]) -> bool:
-    """Whether emlocal.<parts> is a module, or a name in one; names of the front door are loaded late."""
+    """Whether emlocal.<parts> is a module or a name in one. Names in emlocal itself are loaded late."""
     import emlocal
 
     if len(parts) == 1 and parts[0] in emlocal.__all__:

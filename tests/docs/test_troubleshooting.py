@@ -10,7 +10,7 @@ from tests.docs.pages import ROOT, blocks
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 LEAST = 9
-"""Letters that a text of the code must have to count: one that is all holes would match anything."""
+"""Minimum number of letters of a text in the code: one of placeholders alone would match anything."""
 
 _SPOKEN_BEFORE = re.compile(r"^(error|warning|stopped): ")
 _KEPT = re.compile(r"; the adapter of step … was kept$")
@@ -18,7 +18,7 @@ _KEPT = re.compile(r"; the adapter of step … was kept$")
 
 @cache
 def texts_of_the_code() -> tuple[re.Pattern[str], ...]:
-    """Every text in emlocal's source, as a pattern in which what is filled in may be anything."""
+    """Returns every text in emlocal's source as a pattern in which a placeholder matches anything."""
     found: set[str] = set()
     for path in (ROOT / "emlocal").rglob("*.py"):
         found.update(_pattern(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

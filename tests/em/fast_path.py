@@ -1,4 +1,4 @@
-"""The fast path beside the reference: what the tests of the two compare."""
+"""The fast path and the reference, for the tests that compare them."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ CONTRACT = 1e-5
 
 @dataclass
 class Comparison:
-    """One row, one setting: the fast path at one cutoff, and its distance from the reference."""
+    """The fast path for one row, setting and cutoff, and its distance from the reference."""
 
     fast: Sharpened
     reference: EMResult
@@ -25,7 +25,7 @@ class Comparison:
 
 
 def sharpen(split: Split, step: EMStep | None) -> Sharpened | None:
-    """The step's fast way, as the sampler finds it."""
+    """Returns the step's fast path, as the sampler finds it."""
     return split.untouched() if step is None else FAST_WAYS[type(step)].sharpen(split, step)
 
 
@@ -36,7 +36,7 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def probabilities(split: Split, after: Sharpened) -> NDArray[np.float64]:
-    """The fast path's distribution, token by token."""
+    """Returns the fast path's distribution, token by token."""
     weights = split.tail[: len(split.row)].astype(np.float64) * split.scale
     weights = np.where(weights > 0, weights**after.tail_power, 0.0) * after.tail_factor
     weights[split.index] = np.exp(after.head)
@@ -46,7 +46,7 @@ def probabilities(split: Split, after: Sharpened) -> NDArray[np.float64]:
 
 
 def compare(row: Row, step: EMStep, cutoff: float) -> Comparison | None:
-    """None where the fast path declines at this cutoff."""
+    """Compares both; returns None if the fast path declines at this cutoff."""
     split = Splitter(len(row)).split(row, cutoff)
     after = sharpen(split, step)
     if after is None:
@@ -57,7 +57,7 @@ def compare(row: Row, step: EMStep, cutoff: float) -> Comparison | None:
 
 
 def first_cutoff(row: Row, step: EMStep) -> tuple[float, Comparison | None]:
-    """The cutoff that decoding would use, as the sampler tries them; 0 is the reference."""
+    """Returns the cutoff that decoding would use, tried in the sampler's order; 0 is the reference."""
     for cutoff in CUTOFFS:
         comparison = compare(row, step, cutoff)
         if comparison is not None:
@@ -70,7 +70,7 @@ SHAPES = ("flat", "groups", "cutoff", "zipf", "heavy", "sparse", "one-hot", "den
 
 @st.composite
 def hard_rows(draw: st.DrawFn) -> Row:
-    """Rows that real models do not make: flat, tied, masked, spread out, or all tail about a cutoff."""
+    """Draws rows that no model makes: flat, tied, masked, spread out, or mostly tail near a cutoff."""
     V = draw(st.sampled_from([1, 2, 3, 7, 50, 129, 1000, 3000]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = draw(st.sampled_from(SHAPES))

@@ -16,7 +16,7 @@ rows = arrays(np.float64, st.integers(2, 30), elements=st.floats(-15, 15))
 
 
 def temperature(z: np.ndarray, tempered: np.ndarray) -> float:
-    """τ, from the token farthest below the top."""
+    """Returns τ, from the token farthest below the top."""
     finite = np.isfinite(z)
     low = np.where(finite, z, z.max()).argmin()
     return float((z[low] - z.max()) / tempered[low])
@@ -34,7 +34,7 @@ def test_the_largest_temperature_that_reaches_the_target(z, ratio, threshold) ->
         return
     assert result.steps == 1
     shifted = z - z.max()
-    if entropy(shifted / COLDEST) > target:  # ties, or as good as
+    if entropy(shifted / COLDEST) > target:  # ties, or nearly
         np.testing.assert_array_equal(result.logits, shifted / COLDEST)
         return
     tau = temperature(z, result.logits)
@@ -76,7 +76,7 @@ def test_ratio_0_and_threshold_0_ask_for_the_top_token() -> None:
 
 
 def test_among_distributions_of_that_entropy_the_tempered_one_is_nearest() -> None:
-    """The claim of the module: KL(q ‖ p) is least at the tempered q. Tried against random q's."""
+    """The claim of the module: KL(q ‖ p) is least at the tempered q. Tested against random q's."""
     z = np.array([1.0, 0.4, 0.0, -1.0])
     p = np.exp(z) / np.exp(z).sum()
     result = AdaptiveTemperature(0.6, 0.0).apply(z)

@@ -1,4 +1,4 @@
-"""RLOO and GRPO against numbers worked by hand."""
+"""RLOO and GRPO compared with numbers worked by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from emlocal.em.rewards import grpo, rloo, zero_variance
 
 
 def test_rloo_by_hand() -> None:
-    # others' means: of 1: (0+0+3)/3 = 1; of 0: 4/3; of 3: 1/3
+    # means of the others: for 1, (0+0+3)/3 = 1; for 0, 4/3; for 3, 1/3
     assert rloo([[1, 0, 0, 3]])[0] == pytest.approx([0, -4 / 3, -4 / 3, 8 / 3])
     assert rloo([[5, 2]]).tolist() == [[3, -3]]
 

@@ -16,7 +16,7 @@ rows = arrays(np.float64, st.integers(2, 30), elements=st.floats(-15, 15))
 
 
 def naive(z: list[float], threshold: float, steps: int, rate: float, kl_weight: float) -> tuple[list, int]:
-    """EM-INF by gradient descent, in Python's floats, one token at a time."""
+    """Computes EM-INF by gradient descent in Python's floats, one token at a time."""
 
     def distribution() -> tuple[list[float], float]:
         top = max(z)
@@ -47,7 +47,7 @@ def naive(z: list[float], threshold: float, steps: int, rate: float, kl_weight: 
 def test_agrees_with_a_naive_loop(z, threshold, steps, rate, kl_weight) -> None:
     expected, taken = naive(z.tolist(), threshold, steps, rate, kl_weight)
     result = EMInf(threshold, steps, rate, "sgd", kl_weight).apply(z)
-    if taken == result.steps:  # else the entropy touched δ within rounding
+    if taken == result.steps:  # otherwise the entropy touched δ within rounding
         np.testing.assert_allclose(softmax(result.logits), softmax(np.array(expected)), atol=1e-7)
     else:
         assert min(abs(float(H) - threshold) for H in (result.entropy_after, entropy(expected))) < 1e-9
@@ -58,7 +58,7 @@ def test_agrees_with_a_naive_loop(z, threshold, steps, rate, kl_weight) -> None:
 @given(rows, st.integers(1, 15), st.floats(0.01, 20))
 def test_gradient_descent_keeps_the_argmax(z, steps, rate) -> None:
     result = EMInf(0.0, steps, rate).apply(z)
-    assert z[result.logits.argmax()] >= z.max() - 1e-12  # rounding may part what is as good as tied
+    assert z[result.logits.argmax()] >= z.max() - 1e-12  # rounding may separate near ties
     assert softmax(result.logits).max() >= softmax(z).max() - 1e-12
 
 
@@ -108,7 +108,7 @@ class TestStopping:
             assert (result.steps, result.entropy_before, result.entropy_after) == (0, 0, 0)
 
     def test_flat_rows_have_no_gradient(self, optimizer) -> None:
-        for V in (2, 4, 64):  # log V is exact enough that rounding breaks no tie
+        for V in (2, 4, 64):  # log V is exact enough here that rounding breaks no tie
             result = EMInf(0.0, 5, 1.0, optimizer).apply(np.zeros(V))
             assert result.steps == 5
             np.testing.assert_array_equal(result.logits, np.full(V, result.logits[0]))

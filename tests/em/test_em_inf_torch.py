@@ -1,4 +1,4 @@
-"""EM-INF with Adam beside torch's own Adam and autograd, on the authors' loss and settings."""
+"""EM-INF with Adam compared with torch's own Adam and autograd, with the authors' loss and settings."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.em.fast_path import probabilities, sharpen, softmax
 
 
 def authors(row: np.ndarray, dtype: torch.dtype, settings: EMInf) -> tuple[np.ndarray, int]:
-    """The loss of the paper's released code, on one row: entropy + κ·KL(p⁰ ‖ p), stop before a step."""
+    """Computes the released code's loss on one row: entropy + κ·KL(p⁰ ‖ p), with the stop before a step."""
     logits = torch.nn.Parameter(torch.tensor(row, dtype=dtype))
     p0 = functional.softmax(logits, dim=-1).detach()
     make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
@@ -51,7 +51,7 @@ def test_the_reference_and_the_fast_path_follow_torch(recorded, dtype, settings)
         assert fast.steps == steps
         np.testing.assert_allclose(probabilities(split, fast), expected, atol=1e-4)
         moved += steps > 0
-    assert moved >= 3  # three rows of the six lie above δ
+    assert moved >= 3  # three of the six rows are above δ
 
 
 def test_sharpen_takes_the_optimizer_asked_for(smollm2_rows) -> None:

@@ -1,4 +1,4 @@
-"""The fast path answers to the reference: total variation ≤ 1e-5 wherever it answers at all."""
+"""The fast path agrees with the reference: total variation ≤ 1e-5 whenever it gives a result."""
 
 import itertools
 import math
@@ -51,7 +51,7 @@ def test_total_variation_on_recorded_rows(smollm2_rows, grid: str) -> None:
     if grid == "gradient-descent":
         assert share[CUTOFFS[0]] > 0.9
         assert 0.0 not in share
-    else:  # Adam's bound does not reach as far, in particular over many steps
+    else:  # Adam's bound does not reach as far, especially over many steps
         assert share.get(0.0, 0) < (0.4 if grid == "adam" else 0.01)
 
 
@@ -80,7 +80,7 @@ def em_steps(draw: st.DrawFn) -> EMInf | AdaptiveTemperature:
     kind = draw(st.sampled_from(["sgd", "adam", "adaptive"]))
     if kind == "adaptive":
         return AdaptiveTemperature(draw(st.floats(0, 1)), threshold)
-    # far beyond what is sensible, up to what is allowed
+    # far beyond sensible values, up to the limit
     rates = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4, 1e6]
     kl_weight = draw(st.sampled_from([0, 0, 0.05, 0.5, 3.0, 15.0, 600.0, 1e6]))
     return EMInf(threshold, draw(st.integers(0, 30)), draw(st.sampled_from(rates)), kind, kl_weight)
@@ -106,14 +106,17 @@ def test_hard_rows(row, step, cutoff) -> None:
     if found is None:
         return
     assert found.total_variation <= CONTRACT
-    # below 1e-9 nats it is rounding that says whether H > δ
+    # below 1e-9 nats, rounding decides whether H > δ
     if found.reference.entropy_before > 1e-9 and found.total_variation > 1e-12:
         assert found.fast.steps == found.reference.steps
 
 
 @pytest.mark.parametrize("rows", [300])
 def test_random_search_for_a_row_that_breaks_the_contract(rows: int) -> None:
-    """Rows at the edge: much of the mass in the tail, just below the cutoff, and steps as long as pass."""
+    """Searches rows at the edge.
+
+    They have much mass in the tail, just below the cutoff, and the longest accepted steps.
+    """
     rng = np.random.default_rng(1)
     answered = 0
     for _ in range(rows):
@@ -163,7 +166,7 @@ class TestDefinedAnswers:
                 Splitter(len(row)).split(np.float32(row))
 
     def test_h_just_at_the_threshold_is_left_to_the_reference(self, smollm2_rows) -> None:
-        """Stopping there is a matter of the last bits, which only the reference has."""
+        """Stopping there depends on the last bits, which only the reference has."""
         row = smollm2_rows[4]
         for H in (float(entropy(row)), float(EMInf(0.0, 3, 1.0).apply(row).entropy_after)):
             assert sharpen(Splitter(len(row)).split(row), EMInf(H, 10, 1.0)) is None
@@ -195,7 +198,7 @@ class TestSplit:
         )
 
     def test_a_tail_of_equal_tokens_is_summed_within_rounding(self) -> None:
-        """Where every token's float32 rounding is the same, it adds up."""
+        """If every token's float32 rounding is the same, the errors add up."""
         rng = np.random.default_rng(0)
         for _ in range(100):
             row = np.full(20_000, -rng.uniform(13.82, 20))
@@ -229,7 +232,7 @@ class TestSplit:
 
 @given(st.integers(2, 12), st.integers(0, 2**32), st.floats(0.1, 8))
 def test_the_curvature_bounds_hold(V: int, seed: int, spread: float) -> None:
-    """λ and μ of `gradient_descent` beside the eigenvalues of the Hessian, from finite differences."""
+    """Compares λ and μ of `gradient_descent` with the eigenvalues of the Hessian, from finite differences."""
     z = np.random.default_rng(seed).normal(0, spread, V)
     p = softmax(z)
     H = float(entropy(z))

@@ -1,4 +1,4 @@
-"""Losses and their slopes, k3, averaging, and the choices of Clip-Cov, KL-Cov and TW-GRPO, by naive loops."""
+"""Losses, their slopes, k3, averaging, Clip-Cov, KL-Cov and TW-GRPO, compared with naive loops."""
 
 import math
 
@@ -27,7 +27,7 @@ OBJECTIVES = [
 
 
 def one_by_one(i: int, objective: PolicyObjective, now: float, pull: float) -> tuple[float, bool, float]:
-    """Loss, whether clipped, k3 of a single token, as the equations have it."""
+    """Returns loss, whether it is clipped, and k3 of a single token, straight from the equations."""
     a, ratio = ADVANTAGES[i], math.exp(now - OLD[i])
     if objective.kind == "reinforce":
         loss, clipped = -a * now, False
@@ -55,7 +55,7 @@ def test_the_losses_token_by_token(objective: PolicyObjective, pull: np.ndarray 
         up, down = (one_by_one(i, objective, NOW[i] + step, kappa)[0] for step in (1e-6, -1e-6))
         assert found.slope[i] == pytest.approx((up - down) / 2e-6, abs=1e-7)
     if objective.clip_low == 0.1:
-        assert 5 < found.clipped.sum() < M - 5  # both kinds are there
+        assert 5 < found.clipped.sum() < M - 5  # both kinds occur
 
 
 def test_just_drawn_both_losses_have_the_same_slope_and_kl_cov_none() -> None:
@@ -72,7 +72,8 @@ def test_just_drawn_both_losses_have_the_same_slope_and_kl_cov_none() -> None:
 
 
 def test_clipping_lets_tokens_come_back() -> None:
-    # ρ = 2 and 1/2, good and bad answers: what went too far in its own direction is held, the rest is not
+    # ρ = 2 and 1/2, good and bad answers: a token that went too far in its own direction is held, others are
+    # not
     now, old = np.log([2, 2, 0.5, 0.5]), np.zeros(4)
     found = policy_loss(now, [1, -1, 1, -1], PolicyObjective("ppo-clip"), old=old)
     assert found.clipped.tolist() == [True, False, False, True]

@@ -1,4 +1,4 @@
-"""Where EM-RL's estimates point: over every answer of a model that can be enumerated, against the slope."""
+"""The mean of EM-RL's estimates over every answer of an enumerable model, compared with the slope."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from tests.em import tiny_policy as tiny
 THETA = tiny.table()
 LENGTHS = [tiny.LENGTH] * tiny.COUNT
 LAST = [int(token) for token in tiny.ANSWERS[:, -1]]
-"""What stands for the extracted answer: the last token."""
+"""Stands for the extracted answer: the last token."""
 EXACT = 1e-9
 PAIRS = tiny.all_groups(2)
 
@@ -38,13 +38,13 @@ REWARDS = {
     "sequence, mean": sequence_reward(flat(tiny.log_probs(THETA)), LENGTHS, "mean"),
     "self-certainty": self_certainty_reward(flat(tiny.certainties(THETA)), LENGTHS),
     "verifier": verifier_reward(LAST, 3),
-    "vote of others": vote_reward([2, 2, 2, *LAST])[3:],  # as TTRL: a label from other answers
+    "vote of others": vote_reward([2, 2, 2, *LAST])[3:],  # as in TTRL: the label comes from other answers
 }
 REWARDS["verifier + 0.1 token"] = weighted_sum([REWARDS["verifier"], REWARDS["token"]], [1.0, 0.1])
 
 
 def same(got: Float64, want: Float64) -> None:
-    assert np.abs(want).max() > 1e-3  # there is something to compare
+    assert np.abs(want).max() > 1e-3  # otherwise there is nothing to compare
     assert np.abs(got - want).max() <= EXACT
 
 
@@ -121,10 +121,10 @@ def test_the_majority_rewards_estimate_is_half_the_gradient_of_the_expected_shar
     def expected_share(theta: Float64) -> float:
         return float(tiny.probabilities(theta)[PAIRS].prod(axis=1) @ shares.mean(axis=1))
 
-    # The share of an answer with itself, 1/2, is a constant: its estimate has mean 0.
+    # The share of an answer with itself, 1/2, is constant, so its estimate has mean 0.
     got = tiny.expected_estimate(THETA, PAIRS, shares)
     same(got, tiny.slope_of(expected_share, THETA) / 2)
-    assert not rloo(shares).any()  # and in a group of two no advantage is left
+    assert not rloo(shares).any()  # in a group of two no advantage is left
     assert not grpo(shares).any()
 
 
@@ -133,7 +133,7 @@ def test_the_majority_rewards_estimate_is_half_the_gradient_of_the_expected_shar
 
 def test_where_lengths_differ_only_the_sum_follows_the_expected_reward() -> None:
     rewards = verifier_reward(LAST, 3) + 0.5 * (tiny.ANSWERS[:, 0] == 1)
-    ends = tiny.ANSWERS == 4  # token 4 ends an answer; what follows is not there
+    ends = tiny.ANSWERS == 4  # token 4 ends an answer; later tokens do not exist
     lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, tiny.LENGTH)
     visible = np.arange(tiny.LENGTH) < lengths[:, None]
     rewards[lengths < tiny.LENGTH] = -1.0

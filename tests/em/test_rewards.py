@@ -1,4 +1,4 @@
-"""Rewards against numbers worked by hand and against naive loops."""
+"""Rewards compared with numbers worked by hand and with naive loops."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_self_certainty_is_the_divergence_of_the_uniform_from_the_model() -> Non
     p = np.exp(rows) / np.exp(rows).sum(axis=1, keepdims=True)
     expected = [sum(1 / 40 * np.log(1 / 40 / p[i, v]) for v in range(40)) for i in range(6)]
     assert self_certainty(rows) == pytest.approx(expected, abs=1e-12)
-    without_log_v = np.log(np.exp(rows).sum(axis=1)) - rows.mean(axis=1)  # as Intuitor's code has it
+    without_log_v = np.log(np.exp(rows).sum(axis=1)) - rows.mean(axis=1)  # as in Intuitor's code
     assert without_log_v - np.log(40) == pytest.approx(expected, abs=1e-12)
 
 
@@ -75,7 +75,7 @@ def test_self_certainty_refuses_masked_tokens() -> None:
         (["b", "a", "a", "b"], [0.5, 0.5, 0.5, 0.5], [1, 0, 0, 1]),  # the earliest of a tie
         ([None, None], [0.5, 0.5], [0, 0]),
         (["a", "a"], [1, 1], [1, 1]),
-        ([0, None, 0.0], [2 / 3, 1 / 3, 2 / 3], [1, 0, 1]),  # keys that are false are answers
+        ([0, None, 0.0], [2 / 3, 1 / 3, 2 / 3], [1, 0, 1]),  # falsy keys are answers too
     ],
 )
 def test_the_majority(answers: list[str | None], shares: list[float], votes: list[float]) -> None:
@@ -86,7 +86,7 @@ def test_the_majority(answers: list[str | None], shares: list[float], votes: lis
 def test_the_verifier() -> None:
     assert verifier_reward(["18", None, "17", "18"], "18").tolist() == [1, 0, 0, 1]
     assert verifier_reward([None, 0], 0).tolist() == [0, 1]
-    assert verifier_reward([None], None).tolist() == [0]  # a label that cannot be read is met by nobody
+    assert verifier_reward([None], None).tolist() == [0]  # no answer matches an unreadable label
 
 
 def test_weighted_sums() -> None:

@@ -1,4 +1,4 @@
-"""Scores of one answer: against plain definitions, on answers of any length."""
+"""Scores of one answer, compared with plain definitions on answers of any length."""
 
 import math
 from statistics import fmean
@@ -49,5 +49,5 @@ def test_a_probability_that_is_rounded_to_nothing_has_a_logarithm():
 
 @pytest.mark.parametrize(("entropies", "probabilities"), [([], []), ([1.0], [])])
 def test_no_tokens_no_scores(entropies, probabilities):
-    with pytest.raises(ValueError, match="no scores"):
+    with pytest.raises(ValueError, match="cannot be scored"):
         scores(entropies, probabilities)

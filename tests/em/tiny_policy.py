@@ -1,4 +1,4 @@
-"""A language model that can be enumerated: 5 tokens, answers of 3, logits out of a table."""
+"""An enumerable language model: 5 tokens, answers of 3, logits from a table."""
 
 from collections.abc import Callable
 from itertools import product
@@ -19,33 +19,33 @@ BEFORE = np.concatenate([np.zeros((COUNT, 1), np.int64), ANSWERS[:, :-1]], axis=
 
 
 def table(seed: int = 0) -> Float64:
-    """Logits [place, token before, token]: the parameters."""
+    """Returns the parameters: logits [place, token before, token]."""
     return 1.2 * np.random.default_rng(seed).standard_normal((LENGTH, V, V))
 
 
 def log_probs(theta: Float64) -> Float64:
-    """[125, 3] of every answer's tokens."""
+    """Returns log-probabilities of every answer's tokens, [125, 3]."""
     return log_softmax(theta)[PLACES, BEFORE, ANSWERS]
 
 
 def entropies(theta: Float64) -> Float64:
-    """[125, 3] at every answer's tokens."""
+    """Returns entropies at every answer's tokens, [125, 3]."""
     return entropy(theta)[PLACES, BEFORE]
 
 
 def certainties(theta: Float64) -> Float64:
-    """[125, 3] at every answer's tokens."""
+    """Returns self-certainties at every answer's tokens, [125, 3]."""
     rows = self_certainty(theta.reshape(-1, V)).reshape(LENGTH, V)
     return rows[PLACES, BEFORE]
 
 
 def probabilities(theta: Float64) -> Float64:
-    """[125] of the answers."""
+    """Returns probabilities of the answers, [125]."""
     return np.exp(log_probs(theta).sum(axis=1))
 
 
 def scores(theta: Float64) -> Float64:
-    """∂ log π(y_t | y_<t) / ∂θ, [125, 3, *θ]."""
+    """Returns ∂ log π(y_t | y_<t) / ∂θ, [125, 3, *θ]."""
     log_p = log_softmax(theta)
     found = np.zeros((COUNT, LENGTH, *theta.shape))
     for i, t in np.ndindex(COUNT, LENGTH):
@@ -55,7 +55,7 @@ def scores(theta: Float64) -> Float64:
 
 
 def slope_of(f: Callable[[Float64], float], theta: Float64) -> Float64:
-    """∂f/∂θ by central differences."""
+    """Returns ∂f/∂θ by central differences."""
     found = np.zeros(theta.shape)
     for index in np.ndindex(theta.shape):
         step = np.zeros(theta.shape)
@@ -65,7 +65,7 @@ def slope_of(f: Callable[[Float64], float], theta: Float64) -> Float64:
 
 
 def exact_gradient(theta: Float64, rewards: Float64) -> Float64:
-    """∂/∂θ Σ_y π_θ(y) R(y) with R [125] held where it is."""
+    """Returns ∂/∂θ Σ_y π_θ(y) R(y) with R, [125], held constant."""
     return slope_of(lambda at: float(probabilities(at) @ rewards), theta)
 
 
@@ -75,9 +75,9 @@ def expected_estimate(
     advantages: Float64,
     objective: PolicyObjective = PolicyObjective("reinforce"),
 ) -> Float64:
-    """The mean of the policy-gradient estimate over all groups [K, N] of answers, drawn independently.
+    """Returns the mean of the policy-gradient estimate over all groups [K, N] of independently drawn answers.
 
-    `advantages`: [K, N]. Points uphill.
+    `advantages`: [K, N]. The result points uphill.
     """
     count, n = groups.shape
     tokens = log_probs(theta)[groups].reshape(-1)
@@ -90,5 +90,5 @@ def expected_estimate(
 
 
 def all_groups(n: int) -> Float64:
-    """[125^n, n]: indices of answers."""
+    """Returns indices of answers for all groups, [125^n, n]."""
     return np.array(list(product(range(COUNT), repeat=n)))

@@ -57,12 +57,12 @@ SCICODE_ROW: dict[str, Any] = {
 
 
 def without_gold(row: dict[str, Any]) -> dict[str, Any]:
-    """As the main set has it."""
+    """Returns the row as in the main set, without gold code."""
     return {**row, "sub_steps": [{**step, "ground_truth_code": None} for step in row["sub_steps"]]}
 
 
 def write_targets(path: Path, tests: dict[str, dict[str, Any]]) -> Path:
-    """A file of SciCode's targets: by "STEP/testN" what is in the group; dicts are groups."""
+    """Writes a file of SciCode's targets: the content of each group by "STEP/testN"; dicts become groups."""
     import h5py  # only SciCode's tests need it
 
     def fill(group: Any, members: dict[str, Any]) -> None:

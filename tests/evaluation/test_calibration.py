@@ -1,4 +1,4 @@
-"""Calibrations: rising, never sure, near the truth, and the same from their file."""
+"""Calibrations: rising, never 0 or 1, near the truth, and equal after a round trip through their file."""
 
 import json
 import math
@@ -32,7 +32,7 @@ LABELLED = st.lists(st.tuples(st.integers(-8, 8), st.booleans()), min_size=1, ma
 
 
 def cases(raw: list[float], right: list[bool], *, own: bool = False, each: int = 1) -> Cases:
-    """Every score is the same; `each`: answers to a problem."""
+    """Makes cases in which every score is the same; `each`: answers to a problem."""
     problems = [f"p{i // each}" for i in range(len(raw))]
     return Cases(dict.fromkeys(RANKED, raw), raw, own, right, problems)
 
@@ -56,7 +56,10 @@ def test_curves_rise_and_are_never_sure(labelled: list[tuple[int, bool]]) -> Non
 @examples(200)
 @given(LABELLED)
 def test_isotonic_is_the_best_rising_step(labelled: list[tuple[int, bool]]) -> None:
-    """The min-max formula of isotonic regression (Barlow et al. 1972), and half an answer of either kind."""
+    """Compares with the min-max formula of isotonic regression (Barlow et al. 1972).
+
+    Half an answer of either kind is added.
+    """
     raw, right = [x / 2 for x, _ in labelled], [y for _, y in labelled]
     values = sorted(set(raw))
     hits = [sum(y for x, y in zip(raw, right, strict=True) if x == v) for v in values]
@@ -73,10 +76,10 @@ def test_isotonic_is_the_best_rising_step(labelled: list[tuple[int, bool]]) -> N
     ]
     curve = isotonic(raw, right)
     found = [{curve(values[k]) for k in of} for of in members.values()]
-    assert all(len(each) == 1 for each in found)  # what pooling joins stays joined
+    assert all(len(each) == 1 for each in found)  # pooled answers stay together
     if all(a < b for a, b in pairwise(smoothed)):
         assert [min(each) for each in found] == pytest.approx(smoothed)
-    else:  # half an answer more put small steps past their neighbours, and these were joined
+    else:  # half an answer more moved small steps past their neighbours, so these were joined
         assert len({min(each) for each in found}) < len(found)
 
 
@@ -130,7 +133,7 @@ def test_fit_takes_the_score_that_tells_most() -> None:
 
 
 def test_what_is_reported_was_not_fitted_on() -> None:
-    """Of pure noise the cross-fitted figures say that it is noise."""
+    """On pure noise, the cross-fitted figures show that it is noise."""
     random = np.random.default_rng(3)
     noise = {name: [float(x) for x in random.random(200)] for name in RANKED}
     right = [bool(x < 0.4) for x in random.random(200)]
@@ -189,13 +192,16 @@ WHOLE = {
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "emlocal-calibration-2"}, "no calibration of this version"),
+        ({"format": "emlocal-calibration-2"}, "not a calibration of this version"),
         ({"score": "magic"}, "there is no score 'magic'"),
-        ({"method": 3}, "method is no text"),
-        ({"samples": "8"}, "'8' is no number"),
+        ({"method": 3}, "method is not a text"),
+        ({"samples": "8"}, "'8' is not a number"),
         ({"curve": {"kind": "spline"}}, "no curve 'spline'"),
         ({"curve": {"kind": "platt", "slope": -1, "intercept": 0, "low": 0, "high": 1}}, "does not rise"),
-        ({"curve": {"kind": "platt", "slope": 1, "intercept": math.inf, "low": 0, "high": 1}}, "no number"),
+        (
+            {"curve": {"kind": "platt", "slope": 1, "intercept": math.inf, "low": 0, "high": 1}},
+            "not a number",
+        ),
         ({"curve": {"kind": "isotonic", "knots": []}}, "do not rise"),
         ({"curve": {"kind": "isotonic", "knots": [[0, 0.5], [1, 0.4]]}}, "do not rise"),
         ({"curve": {"kind": "isotonic", "knots": [[0, 0.5], [0, 0.6]]}}, "do not rise"),
@@ -216,7 +222,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, object], sa
 def test_what_is_no_calibration_is_refused(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "c.json"
     path.write_bytes(raw)
-    with pytest.raises(UsageError, match="is no calibration"):
+    with pytest.raises(UsageError, match="is not a calibration"):
         read_calibration(path)
     with pytest.raises(UsageError, match="there is no file"):
         read_calibration(tmp_path / "other.json")

@@ -1,4 +1,4 @@
-"""What confidence is worth: from rows to figures, results.json, pages and plots."""
+"""The figures of confidence: from rows to results.json, pages and plots."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ RIGHT = [i in (3, 6, 7, 9, 10, 11) for i in range(N)]
 def judged(
     sure: Sequence[float], right: Sequence[bool], source: str = METHOD, without: Sequence[int] = ()
 ) -> list[Judged]:
-    """`without`: those whose rows have no scores, as earlier versions wrote them."""
+    """Makes judged answers; `without`: those whose rows have no scores, as earlier versions wrote them."""
     task, found = sums(), []
     for i, (p, y) in enumerate(zip(sure, right, strict=True)):
         row: dict[str, Any] = {
@@ -65,7 +65,7 @@ def test_figures_are_those_of_the_rows() -> None:
     assert sure.auroc.low < sure.auroc.value < sure.auroc.high
     assert sure.calibration_error == calibration_error(SURE, RIGHT)
     assert tuple(risk.value for risk in sure.risks) == risks(SURE, RIGHT)
-    assert found["mean-entropy"].risks == sure.risks  # the same order
+    assert found["mean-entropy"].risks == sure.risks  # the order is the same
     assert found["mean-entropy"].calibration_error is None
 
 
@@ -89,7 +89,7 @@ def test_a_calibration_has_a_line_of_its_own() -> None:
     assert found[CALIBRATED].calibration_error == calibration_error([made.curve(p) for p in SURE], RIGHT)
     assert found[CALIBRATED].risks == found[CONFIDENCE].risks
     names = [one.score for one in score_results(cases(SURE, RIGHT, FREE), 0, made)]
-    assert CALIBRATED not in names  # it begins with what these do not have
+    assert CALIBRATED not in names  # its score is one that these rows lack
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_pages_have_the_table_the_figure_and_all_scores(document: Document) -> N
     value = [f"{100 * risk:.1f}" for risk in risks(SURE, RIGHT)]
     assert [cell.strip() for cell in line.split("|")][-11:-1] == value
     html = page.html(document)
-    assert html.count("<img") == 2  # cost, and risk; there are no entropies
+    assert html.count("<img") == 2  # cost and risk; there are no entropies
     assert "Risk against coverage" in html
     assert all(f"<td>{name}</td>" in html for name in (CONFIDENCE, *RANKED))
     without = page.html(replace(document, confidence={}))
@@ -161,7 +161,7 @@ def test_the_terminal_shows_as_many_coverages_as_it_has_room_for(
 ) -> None:
     write_json(document, tmp_path / "results.json")
     lines = [line.plain for line in screen_lines([tmp_path], width, colours=False)]
-    start = lines.index("wrong %, of the surest answers")
+    start = lines.index("wrong %, most confident answers first")
     heads = [part.strip() for part in lines[start + 1].split("%")[:-1]]
     assert heads == [f"{100 * coverage:.0f}" for coverage in shown]
     expected = [f"{100 * risks(SURE, RIGHT)[COVERAGES.index(c)]:.1f}" for c in shown]

@@ -1,4 +1,4 @@
-"""What --methods may say, and the settings that come of it."""
+"""The syntax of --methods, and the settings that result."""
 
 import pytest
 
@@ -67,19 +67,19 @@ def test_flags_are_for_those_that_sample() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "names none"),
-        (" , ", "names none"),
+        ("", "names no method"),
+        (" , ", "names no method"),
         ("greedy,greedy", "twice"),
         ("beam", "a method is one of"),
-        ("greedy:0.5", "says nothing there"),
-        ("sample:0.5:0.6", "says nothing there"),
+        ("greedy:0.5", "is not a setting"),
+        ("sample:0.5:0.6", "is not a setting"),
         ("em-inf:papers", "the presets are"),
         ("em-inf:em_step=3", "no setting 'em_step'"),
-        ("sample:seed=9", "--seed says which"),
-        ("sample:samples=3", "--samples how many"),
+        ("sample:seed=9", "which --seed sets"),
+        ("sample:samples=3", "--samples the answers"),
         ("sample:top_k=3:top-k=4", "sets top_k twice"),
-        ("self-consistency:x", "comes one number"),
-        ("self-consistency:4:5", "comes one number"),
+        ("self-consistency:x", "one number is expected"),
+        ("self-consistency:4:5", "one number is expected"),
         ("self-consistency:1", "at least 2"),
         ("greedy+sample", "exclude each other"),
         ("self-consistency:2+sequential-refinement", "exclude each other"),
@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_said(text: str, said: str) -> None:
     [
         ("sample:-1", "between 0 and 100"),
         ("sample:warm", "must be a number"),
-        ("em-inf:em_ratio=0.5", "does nothing without adaptive_temp"),
+        ("em-inf:em_ratio=0.5", "has no effect without adaptive_temp"),
         ("greedy+self-consistency:3", "all alike"),
         ("greedy+think-em:3", "cannot choose"),
     ],
@@ -118,6 +118,6 @@ def test_settings_in_words() -> None:
     (steps,) = read_contenders("think-em:3:think_choice=random")
     ours = describe(steps, steps.plan(BASE, frozenset()), BASE)
     assert ours.startswith("T 0.8, min-p 0.05")
-    assert ours.endswith("4 steps, one at random of 3, then greedy")
+    assert ours.endswith("4 steps, a random one of 3, then greedy")
     (short,) = read_contenders("sample:1:max_tokens=4")
     assert describe(short, short.plan(BASE, frozenset()), BASE) == "T 1, at most 4 tokens"

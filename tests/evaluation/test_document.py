@@ -1,4 +1,4 @@
-"""results.json read again."""
+"""Reading results.json."""
 
 import json
 from pathlib import Path
@@ -36,15 +36,15 @@ def changed(path: Path, *keys: Any, to: Any) -> None:
     ("keys", "to", "says"),
     [
         (("format",), "emlocal-eval-2", "its format is emlocal-eval-2, this one reads emlocal-eval-1"),
-        (("format",), "other", "holds no results of eval"),
+        (("format",), "other", "has no results of eval"),
         (("methods",), [], "it has no methods"),
-        (("methods", 0), 7, "a method is no object"),
-        (("methods", 1, "accuracy", "low"), "x", "low is missing, or no number"),
-        (("methods", 1, "accuracy", "low"), float("nan"), "low is missing, or no number"),
+        (("methods", 0), 7, "a method is not an object"),
+        (("methods", 1, "accuracy", "low"), "x", "low is missing, or not a number"),
+        (("methods", 1, "accuracy", "low"), float("nan"), "low is missing, or not a number"),
         (("methods", 1, "accuracy", "high"), 7, "an accuracy is"),
-        (("methods", 0, "cost"), None, "cost is missing, or no object"),
-        (("methods", 0, "cost", "flops"), 10**400, "flops is missing, or no number"),
-        (("task", "name"), None, "name is missing, or no text"),
+        (("methods", 0, "cost"), None, "cost is missing, or not an object"),
+        (("methods", 0, "cost", "flops"), 10**400, "flops is missing, or not a number"),
+        (("task", "name"), None, "name is missing, or not a text"),
     ],
 )
 def test_what_is_not_as_it_was_written(path: Path, keys: tuple[Any, ...], to: Any, says: str) -> None:
@@ -61,11 +61,11 @@ def test_names_cannot_paint_the_terminal(path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "is no JSON, or damaged, at line 1"),
-        (b'{"format": "emlo', "is no JSON, or damaged, at line 1"),
-        (b"\x7fELF\xff\x00", "byte 4 is no UTF-8 text"),
-        (b"[1]", "holds no results of eval"),
-        (b"[" * 100_000, "holds no results of eval"),
+        (b"", "is not JSON, or is damaged, at line 1"),
+        (b'{"format": "emlo', "is not JSON, or is damaged, at line 1"),
+        (b"\x7fELF\xff\x00", "byte 4 is not UTF-8 text"),
+        (b"[1]", "has no results of eval"),
+        (b"[" * 100_000, "has no results of eval"),
     ],
 )
 def test_what_is_no_file_of_results(tmp_path: Path, raw: bytes, says: str) -> None:
@@ -77,7 +77,7 @@ def test_what_is_no_file_of_results(tmp_path: Path, raw: bytes, says: str) -> No
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         read_results(tmp_path / "results.json")
     with pytest.raises(EmlocalError, match="cannot read"):
         read_results(tmp_path)

@@ -1,4 +1,4 @@
-"""Functions that models write: found in their text, and run with their tests."""
+"""Functions that models write: found in their texts, and run with their tests."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ TWICE = "class Solution:\n    def twice(self, n: int) -> int:"
             "entry_point": "Solution().twice",
             "test": "def check(candidate):\n    assert candidate(n=4) == 8",
         },
-        {  # its older files
+        {  # older files of that set
             "prompt": "from typing import *\nfrom math import *\n",
             "meta": {"query": f"Double n.\n```python\n{TWICE}\n```"},
             "entry_point": "Solution().twice",

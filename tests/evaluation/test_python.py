@@ -1,4 +1,4 @@
-"""`emlocal.evaluate` is the verb: the same results, checks and warnings."""
+"""`emlocal.evaluate` equals the command: the same results, checks and warnings."""
 
 import json
 from collections.abc import Callable
@@ -53,12 +53,12 @@ def test_python_finds_what_the_verb_does(
     assert [each.name for each in found.comparisons] == ["sample", "em-inf"]
     assert found.folder == tmp_path / "python"
     assert {"greedy 4/4", "sample 8/8", "em-inf 8/8", "judging 20/20"} <= set(told)
-    with pytest.raises(UsageError, match="was begun with other settings: seed: 3 -> 4"):
+    with pytest.raises(UsageError, match="was started with other settings: seed: 3 -> 4"):
         emlocal.evaluate("gsm8k", METHODS, data=questions, output=tmp_path / "python", **few | {"seed": 4})
 
 
 def test_questions_that_do_not_fit_are_warned_of(questions: Path, tmp_path: Path, tiny: str) -> None:
-    with pytest.warns(UserWarning, match="greedy: 4 questions could not be asked"):
+    with pytest.warns(UserWarning, match="greedy: 4 questions did not fit"):
         found = emlocal.evaluate(
             "gsm8k", "greedy", model=tiny, data=questions, output=tmp_path / "out", context=16, parallel=1
         )

@@ -1,4 +1,4 @@
-"""What is reported: the same numbers everywhere, and nothing that a browser would run or fetch."""
+"""Reports: equal numbers in all forms, and nothing that a browser would run or fetch."""
 
 import json
 import re
@@ -196,7 +196,7 @@ def test_figures_are_the_same_each_time(document: Document) -> None:
     entropy = page.entropy_along_the_answer(document)
     assert entropy is not None
     assert cost.lstrip().startswith("<?xml")
-    assert entropy.count("stroke-dasharray") >= 2  # before EM, for both
+    assert entropy.count("stroke-dasharray") >= 2  # before EM, for both methods
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Evaluations on an engine without a model: who is asked what, what is kept, what goes on."""
+"""Evaluations on an engine without a model: the questions, the stored answers, and resuming."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ def math() -> Task:
 
 
 def knowing(answers: dict[str, str]) -> Callable[[Sequence[int]], NDArray[np.float32]]:
-    """Says the answer to the last of these questions that the prompt has, and ends."""
+    """Returns a script that says the answer to the last of these questions in the prompt, and ends."""
 
     def script(tokens: Sequence[int]) -> NDArray[np.float32]:
         text = bytes(t for t in tokens if t < END).decode(errors="replace")
@@ -88,7 +88,7 @@ def texts(found: dict[str, list[Answer]]) -> dict[str, list[str]]:
 
 
 def _said(i: int, row: dict[str, str]) -> str:
-    """The right answer to the first three, one too many after them."""
+    """Returns the right answer to the first three questions, and one too many for the others."""
     return f"It is \\boxed{{{int(row['answer']) + (i > 2)}}}."
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same(tmp_path: Path, after: int) 
 
 
 class Watched(FakeBackend):
-    """Remembers what went through it together."""
+    """Records which sequences were computed together."""
 
     def __init__(self) -> None:
         super().__init__(hashed, sequences=PARALLEL + SPARE_SEQUENCES, shared=False)
@@ -207,7 +207,7 @@ def test_a_run_that_was_stopped_computes_what_it_would_have(tmp_path: Path) -> N
     journal = tmp_path / "cut" / "answers" / "sample.jsonl"
     kept = journal.read_bytes()
     assert texts(answered(tmp_path / "cut", MathTask("sums", rows(*many)), "sample", resumed)) == first
-    # the second block, of 18, was cut short: it is computed again from its beginning, the first is not
+    # The second block, of 18, was interrupted: it is computed again from its beginning, but the first is not.
     assert resumed.passes == whole.passes[-len(resumed.passes) :]
     assert 0.5 * len(whole.passes) < len(resumed.passes) < 0.8 * len(whole.passes)
     assert journal.read_bytes().startswith(kept)
@@ -215,7 +215,7 @@ def test_a_run_that_was_stopped_computes_what_it_would_have(tmp_path: Path) -> N
 
 def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
     answered(tmp_path, math(), "sample")
-    with pytest.raises(UsageError, match="was begun with other settings: seed"):
+    with pytest.raises(UsageError, match="was started with other settings: seed"):
         answered(tmp_path, math(), "sample", seed=5)
     assert len(answered(tmp_path, math(), "sample", seed=5, restart=True)["sample"]) == 5
 
@@ -258,7 +258,7 @@ def test_what_is_there_besides_is_told(tmp_path: Path) -> None:
 def test_what_answers_were_made_with_is_remembered(tmp_path: Path) -> None:
     engine, newer = backend(knowing(HALF)), {"emlocal": "1", "commit": "b"}
     answered(tmp_path, math(), "greedy", engine)
-    answered(tmp_path, math(), "greedy", engine, made_with=newer)  # nothing is answered
+    answered(tmp_path, math(), "greedy", engine, made_with=newer)  # nothing is left to answer
     assert answered_with(tmp_path) == {"greedy": [MADE_WITH]}
     answered(tmp_path, math(), "greedy,sample:1", engine, made_with=newer)
     assert answered_with(tmp_path) == {"greedy": [MADE_WITH], "sample:1": [newer]}
@@ -271,7 +271,7 @@ def test_a_program_may_raise_what_is_no_text(tmp_path: Path) -> None:
 
     task = Odd("sums", rows(*QUESTIONS))
     given = answered(tmp_path, task, "greedy", backend(knowing(HALF)))["greedy"]
-    for _ in range(2):  # found, and read again
+    for _ in range(2):  # found, then read again
         with Judge(task, tmp_path / "verdicts.jsonl") as judge:
             assert {one.verdict.detail for one in judge.judge(given)} == {"half ?"}
 
@@ -299,7 +299,7 @@ def test_verdicts_are_kept_and_torn_ones_made_again(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     assert marks() == first
     assert Counting.checks == 6
-    assert marks() == first  # the torn line has been ended, and hides no other
+    assert marks() == first  # the torn line got an end, and hides no other
     assert Counting.checks == 6
 
 

@@ -1,4 +1,4 @@
-"""SciCode's main problems: no gold code, targets from a file in the layout of the official one."""
+"""SciCode's main problems: no gold code, and targets from a file in the official layout."""
 
 import base64
 import pickle
@@ -30,10 +30,10 @@ SQUARES = "```python\ndef squares(x):\n    return [v * v for v in x]\n```"
 TOTAL = "```python\ndef total(x):\n    return sum(squares(x)), len(x)\n```"
 TARGETS: dict[str, Any] = {
     "900.1/test1": {"var1": np.array([1.0, 4.0])},
-    "900.1/test2": {"var1": 1.0, "var2": 4.0},  # that is (1.0, 4.0), and the test asks for target[0]
+    "900.1/test2": {"var1": 1.0, "var2": 4.0},  # the target is (1.0, 4.0), and the test uses target[0]
     "900.2/test1": {"var1": 14, "var2": 3},
     "900.2/test2": {"var1": True},
-    "900.2/test3": {"var1": 0},  # not looked at
+    "900.2/test3": {"var1": 0},  # ignored
     "900.2/test4": {"var1": 0.0},
 }
 DRAWN = "y = np.random.rand(4)\nassert np.allclose(total(y)[0], target)"
@@ -41,7 +41,7 @@ SEEDED = "np.random.seed(1)\ny = np.random.rand(4)\nassert np.allclose(total(y)[
 
 
 def seeded() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row and its targets, with a test that draws from a seed of its own, as official ones do."""
+    """Returns a row and its targets, with a test that seeds its own random numbers, as official ones do."""
     first, second = ROW["sub_steps"]
     tests = [SEEDED if test == DRAWN else test for test in second["test_cases"]]
     y = np.random.RandomState(1).rand(4)
@@ -82,7 +82,8 @@ def read(tmp_path: Path, members: dict[str, Any]) -> Any:
         ({"var1": "Möbius"}, "Möbius"),
         ({"var1": np.bytes_(b"fixed")}, "fixed"),
         ({"var1": 1, "var2": "a", "var3": False}, (1, "a", False)),
-        ({f"var{i}": i for i in range(1, 12)}, tuple(range(1, 12))),  # var10 is not between var1 and var2
+        # var10 must not come between var1 and var2
+        ({f"var{i}": i for i in range(1, 12)}, tuple(range(1, 12))),
         ({"var1": {"list": {"var1": 1.0, "var2": "a"}}}, [1.0, "a"]),
         ({"var1": {"list": {"var1": {"list": {"var1": 1}}, "var2": {"k": 2}}}}, [[1], {"k": 2}]),
         ({"var1": {"name": "x", "0.5": 2.0, "7": "text"}}, {"name": "x", 0.5: 2.0, "7": "text"}),
@@ -163,7 +164,8 @@ def test_the_file_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (0, "```python\ndef squares(x):\n    return (\n```", "", "wrong", "SyntaxError"),
         (1, TOTAL, SQUARES, "right", ""),
         (1, TOTAL.replace("len(x)", "0"), SQUARES, "wrong", "AssertionError"),
-        (1, TOTAL, SQUARES.replace("v * v", "v * 2"), "wrong", "AssertionError"),  # its own earlier step
+        # builds on its own earlier step
+        (1, TOTAL, SQUARES.replace("v * v", "v * 2"), "wrong", "AssertionError"),
         (1, TOTAL, "", "wrong", "NameError"),
         (1, "I do not know.", SQUARES, "no answer", ""),
     ],
@@ -241,7 +243,7 @@ def test_gold_code_is_preferred_and_targets_are_needed_for_the_rest_only(tmp_pat
     file = TargetFile(write_targets(tmp_path / "t.h5", {"1.1/test1": {"var1": 0}}))
     task = SciCodeTask(rows(SCICODE_ROW), targets=file)
     assert "gold" in (task.find(task.problems[0], SQUARES, {}) or ("",))[0]
-    with pytest.raises(UsageError, match=r"has no targets 900\.1/test1 of SciCode"):
+    with pytest.raises(UsageError, match=r"lacks the targets 900\.1/test1 of SciCode"):
         SciCodeTask(rows(ROW), targets=file)
 
 
@@ -254,7 +256,7 @@ def test_without_either_both_ways_are_named() -> None:
 
 def test_targets_are_for_scicode(tmp_path: Path) -> None:
     data = write(tmp_path / "h.jsonl", [HUMANEVAL_ROW])
-    with pytest.raises(UsageError, match="--targets is for --task scicode"):
+    with pytest.raises(UsageError, match="--targets works with --task scicode"):
         open_task("humaneval", data, targets=tmp_path / "t.h5")
     with pytest.raises(UsageError, match="there is no file"):
         open_task("scicode", write(tmp_path / "all.jsonl", [ROW]), targets=tmp_path / "t.h5")
@@ -281,7 +283,7 @@ def test_given_steps_are_not_asked_and_their_code_is_there(tmp_path: Path) -> No
     data = write(tmp_path / "all.jsonl", [given_row()])
     (tmp_path / "far").mkdir()
     file = write_targets(tmp_path / "far" / "test_data.h5", {"62.2/test1": {"var1": 5}})
-    with pytest.raises(UsageError, match=r"62\.1 of SciCode is given to the model, and its code is missing"):
+    with pytest.raises(UsageError, match=r"62\.1 of SciCode is given to the model, but its code is missing"):
         open_task("scicode", data, targets=file)
     (tmp_path / "far" / "62.1.txt").write_text(BLOCK)  # beside the targets, or
     (tmp_path / "62.1.txt").write_text(BLOCK)  # beside the problems
@@ -315,7 +317,7 @@ def test_a_given_steps_own_gold_code_is_taken() -> None:
         (("a", "b"), ("a", "c"), False),
         (["a", ["b", 1]], ["a", ["b", 1]], True),
         ((True, 1), (np.True_, 1), True),
-        ((np.nan,), (np.nan,), False),  # as np.allclose has it
+        ((np.nan,), (np.nan,), False),  # as in np.allclose
         (({"a": [1]},), ({"a": 2},), False),
         ((sparse.csr_matrix([[1]]),), (sparse.coo_matrix([[1]]),), True),
     ],

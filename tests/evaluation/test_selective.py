@@ -1,4 +1,4 @@
-"""Risk, coverage, AUROC and calibration error against counting by hand, ties above all."""
+"""Risk, coverage, AUROC and calibration error compared with counting by hand, especially with ties."""
 
 from fractions import Fraction
 from itertools import permutations
@@ -38,11 +38,13 @@ def test_auroc_is_the_share_of_pairs_that_are_in_order(cases: list[tuple[int, bo
 
 
 def by_lot(scores: list[float], right: list[bool], coverage: Fraction) -> float:
-    """The mean over all orders of the answers, ties broken by each, of the share of wrong ones; of the last
-    answer the part counts that the coverage has of it."""
+    """Returns the mean share of wrong answers over all orders of the answers, each of which breaks the ties.
+
+    If the coverage ends within an answer, that answer counts in part.
+    """
     found = []
     for order in permutations(range(len(scores))):
-        ranked = sorted(order, key=lambda i: -scores[i])  # stable: ties stay in this order
+        ranked = sorted(order, key=lambda i: -scores[i])  # the sort is stable, so ties stay in this order
         asked = coverage * len(scores)
         whole = int(asked)
         wrong = Fraction(sum(not right[i] for i in ranked[:whole]))
@@ -96,7 +98,7 @@ def test_figures_of_rising_transformations_are_the_same(cases: list[tuple[int, b
 def test_the_last_coverage_is_of_all() -> None:
     scores, right = [0.1, 0.2, 0.3, 0.9], [False, True, False, True]
     assert risks(scores, right)[-1] == 0.5
-    assert risks(scores, right)[4] == 0.5  # of the surest two
+    assert risks(scores, right)[4] == 0.5  # the two most certain
     assert COVERAGES[4] == 0.5
 
 
@@ -122,7 +124,7 @@ def test_intervals_hold_their_value_and_repeat_themselves(cases: list[tuple[int,
 
 
 def test_intervals_are_those_of_whole_problems() -> None:
-    """Four answers each to a few problems, all alike: as few problems as there are tell as much."""
+    """Four equal answers each to a few problems tell no more than the few problems."""
     random = np.random.default_rng(0)
     scores = [float(x) for x in random.random(30)]
     right = [bool(random.random() < x) for x in scores]
@@ -138,7 +140,7 @@ def test_intervals_are_those_of_whole_problems() -> None:
 
 
 def test_an_interval_of_auroc_covers_the_truth() -> None:
-    """Of 200 samples of 80 answers whose true AUROC is known, about 95 % of the intervals hold it."""
+    """Over 200 samples of 80 answers with a known AUROC, about 95 % of the intervals contain it."""
     random = np.random.default_rng(1)
     held = 0
     for seed in range(200):
@@ -153,5 +155,5 @@ def test_an_interval_of_auroc_covers_the_truth() -> None:
 @pytest.mark.parametrize("figure", [auroc, risks, calibration_error, brier])
 def test_no_answers_tell_nothing(figure: object) -> None:
     for scores, right in (([], []), ([0.5], [True, False]), ([float("nan")], [True])):
-        with pytest.raises(ValueError, match="tell nothing"):
+        with pytest.raises(ValueError, match="cannot be evaluated"):
             figure(scores, right)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Statistics, against scipy and statsmodels and by hand."""
+"""Statistics, compared with scipy, statsmodels and numbers worked by hand."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def test_wilson_by_hand() -> None:
 
 @pytest.mark.parametrize(("right", "n"), [(-1, 3), (4, 3), (0, 0)])
 def test_wilson_refuses_what_is_no_share(right: int, n: int) -> None:
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         wilson(right, n)
 
 
@@ -77,7 +77,7 @@ def test_holm_of_nothing_is_nothing() -> None:
 
 
 def test_holm_by_hand() -> None:
-    # sorted: 0.01 * 3, 0.02 * 2, 0.04 * 1; what comes later is never smaller
+    # sorted: 0.01 * 3, 0.02 * 2, 0.04 * 1; later values are never smaller
     assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
 
 
@@ -112,7 +112,7 @@ def test_the_bootstrap_is_scipys_bca(values: list[float]) -> None:
         (np.array(values),), np.mean, n_resamples=n, batch=2000, rng=np.random.default_rng(5)
     ).confidence_interval
     width = expected.high - expected.low
-    # both are drawn, and means of whole numbers are steps apart
+    # both are random, and means of whole numbers are steps apart
     tolerance = 0.03 * width + 1.01 / len(values)
     assert found.low == pytest.approx(expected.low, abs=tolerance)
     assert found.high == pytest.approx(expected.high, abs=tolerance)
@@ -135,7 +135,7 @@ def test_the_bootstrap_of_skewed_values_is_not_the_percentile_one() -> None:
 
 
 def test_whole_questions_are_drawn() -> None:
-    """Ten answers to each question that are all alike are no more than one answer."""
+    """Ten equal answers to each question count no more than one."""
     once = [1.0] * 6 + [0.0] * 14
     means_of_ten_alike = [statistics.fmean([v] * 10) for v in once]
     assert bootstrap_mean(means_of_ten_alike, seed=4) == bootstrap_mean(once, seed=4)

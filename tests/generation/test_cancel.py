@@ -100,7 +100,7 @@ def test_termination_sets_the_flag_and_is_handed_on_at_the_end() -> None:
         with interruptible():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert seen == ["outermost"] * 2  # at once: somebody is in a hurry
+            assert seen == ["outermost"] * 2  # at once: the user is in a hurry
         assert seen == ["outermost"] * 2
         assert signal.getsignal(signal.SIGTERM) is outermost
     finally:

@@ -1,4 +1,4 @@
-"""One job at a time on an engine whose every answer is known: what generate and chat see of the runner."""
+"""One job at a time on an engine with known answers: the runner as generate and chat use it."""
 
 import itertools
 from collections import Counter
@@ -32,18 +32,18 @@ def scheduler(backend: FakeBackend, parallel: int = 1) -> Scheduler:
 
 
 def events(runner: Scheduler, prompt: list[int], *requests: Request, **kwargs: Any) -> list[Event]:
-    """Of a job of the one session."""
+    """Returns the events of a job of the one session."""
     return list(runner.follow([Job(prompt, requests, at_once=True, session="chat")], **kwargs))
 
 
 def answer(runner: Scheduler, prompt: list[int], *requests: Request, **kwargs: Any) -> Completion:
-    """The last completion."""
+    """Returns the last completion."""
     completed = [e for e in events(runner, prompt, *requests, **kwargs) if isinstance(e, Completed)]
     return completed[-1].completion
 
 
 def cached(runner: Scheduler, prompt: list[int], *requests: Request) -> int:
-    """How much of the prompt was not read."""
+    """Returns how much of the prompt was cached."""
     return events(runner, prompt, *requests)[0].handle.timings.cached_tokens
 
 
@@ -54,7 +54,7 @@ def run(
     pieces = [e for e in found if isinstance(e, Token)]
     completions = [e.completion for e in found if isinstance(e, Completed)]
     completions.sort(key=lambda completion: completion.sample)
-    for completion in completions:  # what was streamed is what is returned
+    for completion in completions:  # the streamed text is the returned one
         shown = "".join(p.text for p in pieces if p.sample == completion.sample)
         assert shown + completion.tail == completion.text
         draws = [p.draw for p in pieces if p.sample == completion.sample]
@@ -109,7 +109,7 @@ class TestOneSample:
         pieces, [done] = run(FakeBackend(saying("one\ntwo\n\nthree")), request(100, "\n\n", "four"))
         assert (done.text, done.finish_reason, done.stop) == ("one\ntwo", "stop", "\n\n")
         assert done.tokens == list(b"one\ntwo\n\n")
-        assert [p.text for p in pieces][3:5] == ["", "\nt"]  # held back, then let go
+        assert [p.text for p in pieces][3:5] == ["", "\nt"]  # held back, then released
 
     def test_a_stop_string_never_completed_is_shown(self) -> None:
         _, [done] = run(FakeBackend(saying("wait EN")), request(100, "END"))
@@ -205,7 +205,7 @@ class TestSeveralSamples:
     def test_the_prompt_is_read_once(self) -> None:
         backend = FakeBackend(hashed)
         _, completions = run(backend, *self.requests(4))
-        # of each sample, the last token is drawn and not fed
+        # the last token of each sample is drawn and not fed
         assert backend.fed == len(PROMPT) + sum(len(c.draws) - 1 for c in completions)
 
     def test_some_end_before_others(self) -> None:
@@ -284,7 +284,7 @@ class TestPrefixReuse:
         assert cached(runner, first, request()) == 0
         assert backend.fed - before == len(first) + len(said)
         second = [*first, *said, *b"\n[user]bye\n[assistant]"]
-        assert cached(runner, second, request()) == len(first) + len(said)  # nothing to cut: only to append
+        assert cached(runner, second, request()) == len(first) + len(said)  # nothing to cut, only to append
 
     def test_after_several_samples_the_prompt_is_held(self) -> None:
         backend = FakeBackend(hashed)
@@ -326,7 +326,7 @@ def test_timings_count_tokens_of_all_samples() -> None:
 
 
 def test_the_fake_backend_keeps_its_word() -> None:
-    """`hashed` depends on every token and their order, or the tests above would show nothing."""
+    """`hashed` depends on every token and their order; otherwise the tests above would show nothing."""
     rows = [hashed(t) for t in ([1, 2], [2, 1], [1, 2, 2], [2, 2])]
     for one, other in itertools.combinations(rows, 2):
         assert abs(one - other).max() > 1

@@ -1,4 +1,4 @@
-"""Messages become tokens; what they say is never read as a control token."""
+"""Messages become tokens; their text is never read as a control token."""
 
 from dataclasses import replace
 
@@ -21,15 +21,22 @@ def test_the_template_says_how() -> None:
 
 
 def test_a_model_without_template() -> None:
-    """One question is sent as it is, with a word on that; roles need a template."""
+    """A single question is sent as it is, with a warning; roles need a template."""
     info = replace(FakeBackend().info, chat_template=None)
     question: Message = {"role": "user", "content": "hi"}
     warnings: list[str] = []
     assert for_template(info, [question], warnings.append) == "hi"
     assert warnings == ["fake has no chat template; prompts are sent as they are (--raw)"]
     conversation = [question, {"role": "assistant", "content": "ho"}, question]
-    for roles in ([{"role": "system", "content": "be kind"}, question], conversation):
-        with pytest.raises(UsageError, match="fake has no chat template: it takes no system message"):
+    refusals = {
+        r"so a system message \(--system\) cannot be used": [
+            {"role": "system", "content": "be kind"},
+            question,
+        ],
+        "which system messages": conversation,
+    }
+    for says, roles in refusals.items():
+        with pytest.raises(UsageError, match=f"fake has no chat template, {says}"):
             for_template(info, roles, warnings.append)
     assert len(warnings) == 1
     assert for_template(FakeBackend().info, conversation, warnings.append) == conversation
@@ -48,5 +55,5 @@ def test_messages_cannot_speak_for_others(smollm2: GGUFModel) -> None:
     tokens = chat_tokens(backend, [{"role": "user", "content": evil}])
     assert tokens.count(end) == plain.count(end)
     said = b"".join(backend.token_bytes(t) for t in tokens).decode()
-    assert evil in said  # as text, whole
+    assert evil in said  # as text, complete
     backend.close()

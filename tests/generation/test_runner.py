@@ -1,4 +1,4 @@
-"""Jobs that come and go while others run: nobody notices the others, and nothing is read twice."""
+"""Jobs that come and go while others run: they do not affect each other, and nothing is read twice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -51,7 +51,7 @@ def alone(text: str, key: int, most: int, samples: int) -> list[list[Draw]]:
 
 
 class Watched(FakeBackend):
-    """Remembers how many rows each pass had, and which sequences."""
+    """Records the number of rows and the sequences of each pass."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class Watched(FakeBackend):
 
 
 def test_one_of_eight_is_cancelled_and_the_others_do_not_notice() -> None:
-    """At the same batch shapes: in the other run the fifth ends by itself where it is cancelled here."""
+    """The batch shapes are equal: in the other run, the fifth ends by itself where it is cancelled here."""
     found = []
     for cancelled in (True, False):
         backend = Watched(sequences=8 + SPARE_SEQUENCES, shared=False)
@@ -85,7 +85,7 @@ def test_one_of_eight_is_cancelled_and_the_others_do_not_notice() -> None:
         events += work_off(runner)
         found.append(([draws(handle) for handle in handles], backend.passes))
         assert [e.handle for e in events if isinstance(e, Finished)].count(handles[0]) == 1
-    assert found[0] == found[1]  # the cancelled one's ten tokens, too, and who was in each pass
+    assert found[0] == found[1]  # includes the cancelled one's ten tokens, and the sequences of each pass
 
 
 def test_a_job_begins_beside_those_that_run() -> None:
@@ -148,7 +148,7 @@ def test_what_fails_fails_alone() -> None:
 
 
 class Followed:
-    """Two at a time, by turns."""
+    """Conversations that take turns, two at a time."""
 
     def __init__(self, *running: Iterator[Event]) -> None:
         self.running = [*running]
@@ -298,7 +298,7 @@ def test_two_conversations_of_five_turns_read_only_what_is_new(shared: bool, at_
 
 
 def test_without_a_session_conversations_find_what_they_said() -> None:
-    """As a server has them: each turn is a job by itself."""
+    """As in a server, each turn is a separate job."""
     backend = engine(1, 4)
     runner = Scheduler(backend, 1)
     system = list(b"the system message " * 3)
@@ -309,7 +309,8 @@ def test_without_a_session_conversations_find_what_they_said() -> None:
             [handle] = {e.handle for e in runner.follow([Job(prompt, job("", i, 6).requests)])}
             answer = handle.completions[0]
             if turn:
-                assert handle.timings.cached_tokens == len(said[i]) - 1  # the last that was said is not fed
+                # the last token of the answer is not fed
+                assert handle.timings.cached_tokens == len(said[i]) - 1
                 assert backend.fed - before == len(prompt) - len(said[i]) + len(answer.draws)
             elif i:
                 assert handle.timings.cached_tokens == len(system) + len("user ")
@@ -317,7 +318,7 @@ def test_without_a_session_conversations_find_what_they_said() -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    backend = engine(1, 2)  # three sequences, of which two keep what was
+    backend = engine(1, 2)  # three sequences, of which two can be kept
     runner = Scheduler(backend, 1)
 
     def ask(text: str) -> int:
@@ -325,14 +326,14 @@ def test_the_least_recently_used_goes_first() -> None:
         return handle.timings.cached_tokens
 
     assert [ask(text) for text in "abc"] == [0, 0, 0]
-    assert [ask(text) for text in "bca"] == [29, 29, 29]  # all three are there
-    assert ask("d") == 0  # b goes
+    assert [ask(text) for text in "bca"] == [29, 29, 29]  # all three are kept
+    assert ask("d") == 0  # b is dropped
     assert [ask(text) for text in "cad"] == [29, 29, 29]
     assert ask("b") == 0
 
 
 def test_kept_sequences_make_room_for_what_runs() -> None:
-    """Where all share one room: what is only kept goes, then the job that came last waits."""
+    """If all share one room, kept sequences go first, then the job that came last waits."""
     backend = FakeBackend(hashed, context=300, sequences=8)
     runner = Scheduler(backend, 2)
     for i in range(3):
@@ -356,7 +357,7 @@ def test_one_that_fills_the_room_ends_and_the_other_goes_on() -> None:
 
 def test_an_engine_that_loses_a_sequence_fails_its_job_alone() -> None:
     class Forgetful(FakeBackend):
-        """Cannot go back: a pass that is broken off empties what it fed."""
+        """Cannot go back: an interrupted pass empties the sequences that it fed."""
 
         def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
             try:
@@ -389,7 +390,7 @@ def test_what_another_job_is_reading_is_waited_for() -> None:
 
 
 def test_gaps_between_conversations_close_and_nothing_is_lost() -> None:
-    """What is kept between two that run moves to another number."""
+    """A kept sequence between two running ones moves to another number."""
     backend = Watched(sequences=12, shared=False)
     runner = Scheduler(backend, 3)
     texts = {i: f"conversation {i}, " for i in range(3)}
@@ -401,7 +402,7 @@ def test_gaps_between_conversations_close_and_nothing_is_lost() -> None:
         prompt = [*handle.job.prompt, *handle.completions[0].tokens, 1]
         again = runner.submit(Job(prompt, job("", i, 1).requests))
         work_off(runner)
-        assert again.timings.cached_tokens == len(prompt) - 2  # all that was fed
+        assert again.timings.cached_tokens == len(prompt) - 2  # everything that was fed
 
 
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 100, 1000])
@@ -417,7 +418,7 @@ def test_common_beginnings(n: int) -> None:
 
 
 def test_long_prompts_are_compared_quickly() -> None:
-    """64 times 40,000 tokens."""
+    """Compares 64 prompts of 40,000 tokens."""
     backend = FakeBackend(lambda tokens: np.zeros(VOCABULARY, np.float32), context=10**6, sequences=70)
     runner = Scheduler(backend, 1)
     seen: list[int] = []

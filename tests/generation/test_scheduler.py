@@ -1,4 +1,4 @@
-"""Continuous batching: the same answers whoever is beside, no prompt read twice, nothing left behind."""
+"""Continuous batching: answers ignore their neighbours, no prompt is read twice, nothing is left behind."""
 
 import math
 from collections import deque
@@ -35,12 +35,12 @@ def source(jobs: Sequence[Job]) -> Callable[[], Job | None]:
 
 
 def finished(runner: Scheduler, jobs: Sequence[Job]) -> list[Handle]:
-    """In the order in which they end."""
+    """Returns the handles in the order in which the jobs end."""
     return [e.handle for e in runner.run(source(jobs)) if isinstance(e, Finished)]
 
 
 def run(engine: FakeBackend, jobs: Sequence[Job], parallel: int) -> list[Handle]:
-    """In the order of the jobs."""
+    """Returns the handles in the order of the jobs."""
     with Scheduler(engine, parallel) as runner:
         found = {handle.job: handle for handle in finished(runner, jobs)}
         assert runner.idle
@@ -90,7 +90,7 @@ def test_a_common_beginning_is_read_once() -> None:
 
 
 def test_a_beginning_found_late_is_taken_from_who_has_it() -> None:
-    """One place: the second prompt arrives when the first is done; the third finds the root."""
+    """With one place, the second prompt arrives when the first is done; the third finds the root."""
     engine, shared = backend(1), "s" * 300
     done = run(engine, [job(i, shared + str(i)) for i in range(5)], 1)
     assert [handle.timings.cached_tokens for handle in done] == [0, 300, 300, 300, 300]
@@ -123,7 +123,7 @@ def test_jobs_may_follow_from_others() -> None:
         (job(1, "x" * 300), ContextFullError, "300 tokens"),
         (job(1, "x" * 256), ContextFullError, "holds 256"),
         (job(2, ""), UsageError, "empty"),
-        (job(3, "fine", 0), UsageError, "no samples"),
+        (job(3, "fine", 0), UsageError, "number of samples"),
     ],
 )
 def test_what_cannot_be_done_never_enters(bad: Job, error: type[Exception], message: str) -> None:
@@ -204,7 +204,10 @@ def test_too_many_places_for_the_backend() -> None:
 
 
 def test_what_is_decoded_together_has_numbers_that_follow_in_order() -> None:
-    """llama.cpp computes sequences in one pass only then; gaps that nothing fills close."""
+    """llama.cpp computes sequences in one pass only if their numbers are consecutive.
+
+    Gaps that stay empty are closed.
+    """
     together: list[list[int]] = []
 
     class Watched(FakeBackend):
@@ -216,4 +219,4 @@ def test_what_is_decoded_together_has_numbers_that_follow_in_order() -> None:
     run(engine, [job(i, f"{i}", 1, 3 + i * 11 % 37) for i in range(30)], 8)
     gaps = sum(ids[-1] - ids[0] + 1 != len(ids) for ids in together if ids)
     assert gaps == 0
-    assert len(together[-5]) == 1  # and so to the end
+    assert len(together[-5]) == 1  # and so on to the end

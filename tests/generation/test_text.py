@@ -21,7 +21,7 @@ def streamed(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str]
 
 
 def truncated(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:
-    """`text` up to the stop string that is complete first; of two that end together, the longer."""
+    """Cuts `text` at the stop string that is complete first; of two that end together, at the longer."""
     ends = [(text.find(s) + len(s), text.find(s), s) for s in stop if s in text]
     if not ends:
         return text, None

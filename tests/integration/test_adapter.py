@@ -1,4 +1,4 @@
-"""A GGUF LoRA adapter in real llama.cpp: its scale, and what it does to the logits."""
+"""A GGUF LoRA adapter in real llama.cpp: its scale, and its effect on the logits."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_the_flag(emlocal: Callable[..., Outcome], tiny: str, adapter: Path) -> 
     assert answer("--adapter", str(adapter)) != answer()
     refused = emlocal("generate", "-m", tiny, "--adapter", f"{adapter}=much", "x")
     assert refused.code == 2
-    assert "the scale, a number" in refused.err
+    assert "the scale after '=' must be a number" in refused.err
 
 
 def test_an_adapter_for_another_model_is_refused(

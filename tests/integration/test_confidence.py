@@ -24,7 +24,7 @@ SHORT = ("--max-tokens", "24", "-t", "1")
 
 
 def sums(path: Path) -> tuple[str, str]:
-    """Questions to calibrate on, and others."""
+    """Writes questions to calibrate on, and others."""
     pairs = [(a, b) for a in range(2, 12) for b in range(2, 14)]
     random.Random(0).shuffle(pairs)
     rows = [{"question": f"What is {a} + {b}? Say the number alone.", "answer": str(a + b)} for a, b in pairs]
@@ -44,7 +44,7 @@ def test_calibrate_then_abstain(emlocal: Emlocal, smollm2: GGUFModel, tmp_path: 
     assert table[-1].split()[:2] == ["greedy", "confidence"]
     scores = {s["score"]: s for s in json.loads((out / "results.json").read_text())["methods"][0]["scores"]}
     assert scores.keys() == {"confidence", *RANKED}
-    assert scores["confidence"]["auroc"]["value"] > 0.6  # it knows something
+    assert scores["confidence"]["auroc"]["value"] > 0.6  # better than chance
     assert len(scores["confidence"]["risks"]) == 10
     assert "## Confidence" in (out / "results.md").read_text(encoding="utf-8")
     calibration = json.loads(made.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def test_calibrate_then_abstain(emlocal: Emlocal, smollm2: GGUFModel, tmp_path: 
 
     again = emlocal("batch", test, "-m", model, "-o", str(rows), "--method", "greedy", *SHORT)
     assert again.code == 2
-    assert "abstain-below" in again.err  # another setting, so another run
+    assert "abstain-below" in again.err  # another setting makes another run
 
 
 def _right(question: str, text: str) -> bool:
@@ -119,7 +119,7 @@ def test_one_answer_says_how_sure_it_is_wherever_it_is_asked_for(
     assert f"log-probability {plain['scores']['log_probability']:.1f}" in chat
     with package.load(smollm2.path, threads=1) as loaded:
         answer = loaded.generate(ASK, method="greedy", max_tokens=24, calibration=calibration)
-        assert answer.confidence == pytest.approx(found["confidence"], abs=0.02)  # another prompt cache
+        assert answer.confidence == pytest.approx(found["confidence"], abs=0.02)  # the prompt cache differs
         assert answer.calibrated
         assert answer.scores is not None
         assert answer.scores.tokens == plain["scores"]["tokens"]
@@ -141,7 +141,7 @@ def test_other_answers_than_those_that_were_calibrated_are_warned_of(
 ) -> None:
     model = ("-m", str(smollm2.path), *SHORT, "--calibration", str(calibration))
     found = emlocal("generate", ASK, *model, "--method", "sample", "-n", "2", "--json")
-    assert f"warning: {calibration} was made for other answers (method greedy, not sample;" in found.err
+    assert f"warning: {calibration} was fitted on other answers (method greedy, not sample;" in found.err
     each = json.loads(found.out)["completions"]
     assert all(one["calibrated"] is False and one["confidence_from"] == "mean-entropy" for one in each)
     missing = emlocal("generate", ASK, "-m", str(smollm2.path), "--calibration", "nothing.json")
@@ -153,7 +153,7 @@ def test_calibrate_is_for_one_method(emlocal: Emlocal, tmp_path: Path) -> None: 
     dev, _ = sums(tmp_path)
     done = emlocal("eval", "--task", "questions", "--data", dev, "--calibrate", "c.json")
     assert done.code == 2
-    assert "--calibrate is for one method; --methods names 3" in done.err
+    assert "--calibrate needs exactly one method; --methods names 3" in done.err
     away = emlocal(
         "eval", "--task", "questions", "--data", dev, "--methods", "greedy", "--calibrate", "no/c.json"
     )

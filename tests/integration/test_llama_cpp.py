@@ -1,4 +1,4 @@
-"""llama.cpp on real models: beside llama-cpp-python's own generation, and through long prompts."""
+"""llama.cpp on real models: compared with llama-cpp-python's own generation, and with long prompts."""
 
 from collections.abc import Iterator
 
@@ -39,7 +39,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCppBacken
 
 @pytest.fixture(scope="module")
 def long(backend: LlamaCppBackend) -> list[int]:
-    """A prompt of more than two batches, no two parts of it alike."""
+    """Returns a prompt of more than two batches whose parts all differ."""
     return np.random.default_rng(0).integers(3, 290, 1300).tolist()
 
 
@@ -118,7 +118,7 @@ def test_cancelling_a_long_prompt_is_heeded_at_once_and_leaves_the_state(backend
         asked += 1
         return asked > limit
 
-    for limit in (0, 1, 10, 50):  # in the first batch, in its midst, in a later one
+    for limit in (0, 1, 10, 50):  # in the first batch, in the middle of it, in a later one
         asked = 0
         with pytest.raises(CancelledError):
             backend.forward([Feed(sequence, long)], cancelled)
@@ -130,7 +130,7 @@ def test_cancelling_a_long_prompt_is_heeded_at_once_and_leaves_the_state(backend
     limit, asked = 10**9, 0
     backend.forward([Feed(sequence, long)], cancelled)
     assert backend.length(sequence) == 1320
-    assert asked > 53  # else the last limit above was no test
+    assert asked > 53  # otherwise the last limit above tests nothing
 
 
 def test_overflow_in_a_later_batch_undoes_the_earlier_ones(backend, sequence, long) -> None:
@@ -145,7 +145,7 @@ def test_overflow_in_a_later_batch_undoes_the_earlier_ones(backend, sequence, lo
         backend.trim(sequence, 29)
         backend.forward([Feed(sequence, long[29:30])])
         np.testing.assert_allclose(backend.logits(sequence), before, atol=0.02 * before.std())
-        backend.forward([Feed(sequence, long[:600])])  # what was undone is free again
+        backend.forward([Feed(sequence, long[:600])])  # the undone room is free again
     finally:
         backend.release(other)
 
@@ -175,7 +175,7 @@ def test_em_on_a_real_model_changes_draws_and_never_the_top(smollm) -> None:
 
 @pytest.mark.real
 def test_small_contexts(smollm2: GGUFModel) -> None:
-    """llama_decode aborts the process when a batch exceeds n_batch, which is at most the context."""
+    """llama_decode aborts the process if a batch exceeds n_batch, which is at most the context."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=64, sequences=2, threads=1))
     sequence = backend.open()
     ids = backend.encode("a b c d " * 60, add_special=True, parse_special=True)
@@ -231,7 +231,7 @@ def test_kv_types(smollm2: GGUFModel, kv_type) -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_memory_counts_the_whole_kv_cache(smollm2: GGUFModel, kv_type) -> None:
-    """llama.cpp tells the size of a saved state, which holds the cells in use: here all of them."""
+    """llama.cpp reports the size of a saved state, which has all cells in use: here all of them."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=256, sequences=1, threads=1, kv_type=kv_type))
     empty = backend.memory_bytes()
     backend.forward([Feed(backend.open(), [5] * 256)])

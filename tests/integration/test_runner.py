@@ -1,4 +1,4 @@
-"""The runner on llama.cpp: what its arithmetic allows, and that nothing is read twice."""
+"""The runner on llama.cpp: equality as far as its arithmetic allows, and nothing is read twice."""
 
 from collections.abc import Iterator
 
@@ -39,7 +39,7 @@ def work_off(runner: Scheduler) -> None:
 
 
 def test_one_of_eight_is_cancelled_at_the_same_batch_shapes(eight: LlamaCppBackend) -> None:
-    """Bit for bit: entropies and probabilities of every draw of the seven others, too."""
+    """Bit for bit, including entropies and probabilities of every draw of the seven others."""
     lengths, limits = [9, 30, 17, 5, 22, 14, 40, 11], [40, 33, 40, 28, 40, 36, 40, 40]
     found = []
     for cancelled in (True, False):
@@ -58,7 +58,7 @@ def test_one_of_eight_is_cancelled_at_the_same_batch_shapes(eight: LlamaCppBacke
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_beside_others_a_job_says_what_it_says_alone(tiny_model: GGUFModel, shared: bool) -> None:
-    """As far as sums in another order allow: the same tokens, probabilities to 2e-3."""
+    """Equal as far as sums in another order allow: the same tokens, and probabilities to 2e-3."""
     backend = LlamaCppBackend(tiny_model, LoadOptions(context=256, sequences=6, shared=shared, threads=1))
     try:
         some = jobs([12, 25, 7, 18], [10, 14, 20, 8])
@@ -84,7 +84,7 @@ def test_beside_others_a_job_says_what_it_says_alone(tiny_model: GGUFModel, shar
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_chat_of_five_turns_beside_another(smollm2: GGUFModel, shared: bool) -> None:
-    """No turn reads more than is new, whether the turns alternate or are answered side by side."""
+    """No turn reads more than its new tokens, whether the turns alternate or run side by side."""
     backend = LlamaCppBackend(smollm2, LoadOptions(context=768, sequences=4, shared=shared, threads=1))
     turn = Turn(Plan(SamplingParams(temperature=0), max_tokens=8))
     try:
@@ -107,7 +107,7 @@ def test_a_chat_of_five_turns_beside_another(smollm2: GGUFModel, shared: bool) -
                     assert answer is not None
                     assert held[i] is None or timings.cached_tokens == held[i]
                     said = answer.completion
-                    # as a text the answer may have other tokens: then the next turn parts from it earlier
+                    # as text, the answer may give other tokens; then the next turn parts from it earlier
                     same = backend.encode(said.text, add_special=False, parse_special=False) == said.tokens
                     assert same, said.text
                     held[i] = timings.prompt_tokens + timings.generated_tokens - 1
@@ -117,7 +117,7 @@ def test_a_chat_of_five_turns_beside_another(smollm2: GGUFModel, shared: bool) -
 
 
 def test_what_is_found_says_the_same_as_what_is_read(eight: LlamaCppBackend) -> None:
-    """A prompt that continues a kept answer, and one that shares its beginning with a running job."""
+    """Tests a prompt that continues a kept answer, and one that shares its beginning with a running job."""
     first, second = jobs([60, 20], [20, 12])
 
     def answers(runner: Scheduler) -> list[Handle]:

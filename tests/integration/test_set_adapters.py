@@ -1,4 +1,4 @@
-"""Changing adapters on a loaded model, as training does at every step: right each time, and without leaks."""
+"""Changing adapters on a loaded model, as training does at every step: correct each time, without leaks."""
 
 import os
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ def test_a_bad_adapter_leaves_the_old_ones(tmp_path: Path, backend: LlamaCppBack
 
 
 def test_two_hundred_changes_do_not_leak(tmp_path: Path, backend: LlamaCppBackend) -> None:
-    """Adapters of 4.6 MB each: 200 that stayed would be 920 MB."""
+    """The adapters have 4.6 MB each: 200 that stayed would take 920 MB."""
     paths = [adapter(tmp_path, seed, rank=2048) for seed in (1, 2)]
     assert paths[0].stat().st_size > 4_000_000
     wanted = []

@@ -1,4 +1,4 @@
-"""What a method may ask of a question: samples in several jobs, and answers that go on from a beginning."""
+"""Requests of methods to a question: samples in several jobs, and answers continued from a beginning."""
 
 from collections.abc import Callable, Sequence
 
@@ -51,7 +51,7 @@ def test_an_answer_goes_on_as_if_it_had_not_stopped(sample: int, cut: int) -> No
     whole = done(QUESTION.job())[sample]
     begun = whole.tokens[:cut]
     job = QUESTION.job(samples=range(sample, sample + 1), after=begun)
-    if len(begun) < cut or len(begun) == len(whole.draws):  # it was finished before
+    if len(begun) < cut or len(begun) == len(whole.draws):  # it had already finished
         return
     [rest] = done(job)
     assert [*begun, *rest.tokens] == whole.tokens

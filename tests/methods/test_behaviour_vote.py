@@ -1,4 +1,4 @@
-"""behaviour-vote: how clusters decide, and the whole method on an engine that says canned programs."""
+"""behaviour-vote: the decision by clusters, and the whole method on an engine with canned programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_the_order_of_the_samples_changes_nothing_else(
     case: tuple[list[tuple[str, ...]], tuple[tuple[object] | None, ...]], random: Any
 ) -> None:
     rows, expected = case
-    order = [0, *random.sample(range(1, len(rows)), len(rows) - 1)]  # the greedy one stays
+    order = [0, *random.sample(range(1, len(rows)), len(rows) - 1)]  # the greedy one stays first
     certainty = [float(-i) for i in range(len(rows))]
     a = decide(dict(enumerate(rows)), expected, certainty)
     b = decide({i: rows[j] for i, j in enumerate(order)}, expected, [certainty[j] for j in order])
@@ -95,12 +95,13 @@ ONE, TWO, BAD = ["returns 1"], ["returns 2"], ["raises TypeError"]
     ("results", "expected", "certainty", "decision"),
     [
         ({0: ONE, 1: TWO, 2: TWO}, None, [0, -2, -1], Decision(2, 2, 2, 1, 0)),
-        ({0: ONE, 1: TWO}, None, [-9, -1], Decision(0, 1, 2, 1, 0)),  # a tie is greedy's
+        ({0: ONE, 1: TWO}, None, [-9, -1], Decision(0, 1, 2, 1, 0)),  # a tie goes to the greedy one
         ({0: [], 1: []}, None, [-9, -1], Decision(0, 0, 0, 0, 0, undecided=True)),
         ({1: [], 2: []}, None, [0, -9, -1], Decision(2, 0, 0, 0, 0, undecided=True)),
         ({}, None, [0.0], Decision(0, 0, 0, 0, 0, undecided=True)),
-        ({1: ONE, 2: TWO}, None, [0, -2, -1], Decision(2, 1, 2, 1, 0)),  # then the surest's
-        ({0: BAD, 1: BAD, 2: ONE}, None, [0, 0, 0], Decision(2, 1, 1, 1, 0)),  # failing is no answer
+        ({1: ONE, 2: TWO}, None, [0, -2, -1], Decision(2, 1, 2, 1, 0)),  # then to the most certain
+        # failing programs are no answer
+        ({0: BAD, 1: BAD, 2: ONE}, None, [0, 0, 0], Decision(2, 1, 1, 1, 0)),
         ({0: BAD, 1: BAD}, None, [0, 0], Decision(0, 0, 0, 0, 0, undecided=True)),
         ({0: TWO, 1: TWO, 2: ONE}, (1,), [0, 0, 0], Decision(2, 1, 1, 1, 2)),
         ({0: TWO, 1: TWO, 2: ONE}, (3,), [0, 0, 0], Decision(0, 2, 2, 1, 0)),  # all contradict it
@@ -146,7 +147,7 @@ PROGRAMS = {
     "g": "def f(n):\n    return f(n)",
     "h": "Sorry, no.",
 }
-"""By the letter that an answer begins with. `a` and `b` do the same for n ≥ 0."""
+"""Programs by the letter that an answer begins with. `a` and `b` do the same for n ≥ 0."""
 
 
 def engine(weights: Mapping[str, float], inputs: str) -> FakeBackend:
@@ -181,7 +182,7 @@ def ask(
     most: int | None = None,
     **own: Any,
 ) -> Outcome:
-    """`most`: Ctrl-C comes after so many tokens."""
+    """Runs the method; `most`: Ctrl-C comes after this many tokens."""
     method = Chosen("behaviour-vote", samples=n, allow_code=True, **own)
     base = Plan(params=SamplingParams(temperature=1.0, min_p=0.0), seed=seed, max_tokens=300)
     plan = method.plan(base, frozenset({"temperature", "min_p"}))
@@ -208,7 +209,7 @@ def test_programs_that_do_the_same_vote_together() -> None:
     outcome = ask({"c": 0.1, "a": 0.0, "b": 0.0}, inputs="(2,)\n(3,)\n({},)", n=12, seed=5)
     drawn = letters(outcome)
     alike = sum(drawn.count(letter) for letter in "ab")
-    assert drawn[0] == "c"  # greedy
+    assert drawn[0] == "c"  # the greedy one
     assert alike > drawn.count("c") > 0
     assert drawn[outcome.index] in "ab"
     assert outcome.fields == {
@@ -305,7 +306,7 @@ def test_it_needs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     if landlock.abi() >= landlock.OLDEST_ABI:
         Chosen("behaviour-vote:4:allow-code=true").plan(Plan())
     monkeypatch.setattr(run.landlock, "abi", lambda: 0)
-    with pytest.raises(EmlocalError, match="cannot be contained here"):
+    with pytest.raises(EmlocalError, match="cannot contain generated code"):
         Chosen("behaviour-vote:4", allow_code=True).plan(Plan())
 
 
@@ -313,10 +314,10 @@ def test_it_needs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("weights", "prompt", "said"),
     [
-        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "of 8 programs do the same on 2 inputs"),
-        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "ruled out by the prompt's examples"),
+        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "of 8 programs agree on 2 inputs"),
+        ({"c": 0.5, "a": 0.0, "b": 0.0}, "f(3) == 9", "contradict the prompt's examples"),
         ({"a": 0.0}, "f(3) == 9", "8 of 8 programs are the same text"),
-        ({"h": 0.0}, "f(3) == 9", "no programs to choose among"),
+        ({"h": 0.0}, "f(3) == 9", "no programs to choose from"),
     ],
 )
 def test_what_people_are_told(weights: Mapping[str, float], prompt: str, said: str) -> None:

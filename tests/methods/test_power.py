@@ -1,4 +1,4 @@
-"""Power-SMC: the law of what it answers, on a model small enough to list all its answers."""
+"""Power-SMC: the distribution of its answers, on a model small enough to list them all."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ def encode(asked: Asked) -> list[int]:
 
 
 def few(tokens: Sequence[int]) -> NDArray[np.float32]:
-    """A garden path: "a" is likelier than "b", but what follows it is scattered; after "b" all is sure."""
+    """A trap: "a" is likelier than "b", but its continuations are scattered; after "b" all is certain."""
     said = bytes(t for t in tokens if t < END).decode().removeprefix("?")
     options = {
         "": {"a": 0.55, "b": 0.45},
@@ -48,13 +48,13 @@ def few(tokens: Sequence[int]) -> NDArray[np.float32]:
 
 
 def silent(tokens: Sequence[int]) -> NDArray[np.float32]:
-    """As `hashed`, but never ends."""
+    """Like `hashed`, but never ends."""
     return np.where(np.arange(VOCABULARY) == END, -60, hashed(tokens)).astype(np.float32)
 
 
 @cache
 def law(alpha: float, most: int) -> dict[str, float]:
-    """p(answer)^α of all answers of at most so many tokens, normalised. Listed."""
+    """Returns normalised p(answer)^α for all answers of at most `most` tokens, by listing them."""
     found: dict[str, float] = {}
 
     def walk(said: str, log_p: float, left: int) -> None:
@@ -102,7 +102,7 @@ def frequencies(method: str, runs: int) -> Counter[str]:
 
 
 def distance(found: Counter[str], expected: dict[str, float]) -> float:
-    """Total variation."""
+    """Returns the total variation."""
     n = sum(found.values())
     return sum(abs(found[text] / n - expected.get(text, 0.0)) for text in {*found, *expected}) / 2
 
@@ -110,14 +110,14 @@ def distance(found: Counter[str], expected: dict[str, float]) -> float:
 def test_the_model_is_a_trap_for_low_temperature() -> None:
     first = {text: sum(p for t, p in law(3.0, 3).items() if t.startswith(text)) for text in "ab"}
     assert first["b"] > 0.85
-    assert 0.45**3 / (0.55**3 + 0.45**3) < 0.36  # what the temperature 1/3 has
+    assert 0.45**3 / (0.55**3 + 0.45**3) < 0.36  # the share at temperature 1/3
 
 
 @pytest.mark.parametrize("block", [1, 2])
 def test_with_many_particles_answers_have_the_powers_law(block: int) -> None:
     expected = law(3.0, 3)
     found = frequencies(f"power:16:power-alpha=3:power-block={block}", 250)
-    assert distance(found, expected) < 0.1  # of 250 draws from the law itself: 0.04 in the mean
+    assert distance(found, expected) < 0.1  # 250 draws from the exact distribution have 0.04 on average
 
 
 def test_one_particle_is_low_temperature() -> None:
@@ -127,7 +127,7 @@ def test_one_particle_is_low_temperature() -> None:
 
 
 def test_weights_are_the_sums_of_the_rows() -> None:
-    """For the very tokens that were drawn: log Σ p^α of each row, whatever the token."""
+    """For the drawn tokens: log Σ p^α of each row, whatever the token."""
     for alpha in (1.0, 1.5, 2.0, 4.0):
         found = outcome(f"power:4:power-alpha={alpha}:power-block=100", script=hashed, max_tokens=40)
         for answer in found.completions:
@@ -195,7 +195,7 @@ def test_copies_go_on_with_draws_of_their_own_and_nothing_is_read_twice() -> Non
     found = outcome("power:8:power-block=4:power-alpha=3", max_tokens=60, runner=runner)
     assert found.fields["resampled"] > 2
     assert len({tuple(c.tokens) for c in found.completions}) > 1
-    for answer in found.completions:  # whole, whatever it was put together from
+    for answer in found.completions:  # whole, however many parts it has
         assert len(answer.draws) - len(answer.tokens) == (answer.finish_reason == "stop")
         assert answer.text == bytes(answer.tokens).decode(errors="replace")
         assert [c.sample for c in found.completions] == list(range(8))

@@ -1,4 +1,4 @@
-"""Programs in texts: the function that is asked for, printed examples, inputs that models write."""
+"""Programs in texts: the requested function, printed examples, and inputs that models write."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def block(code: str) -> str:
     [
         (f"```python\n{BEGUN}```", ["def g(): 1\ndef f(): 2"], "f"),
         ("def f(x):\n    ...\n", ["def help(): 1\ndef f(): 2"] * 2, "f"),
-        ("def f(x):\n    pass\n", ["def g(): 1"], "g"),  # no answer does what was asked
+        ("def f(x):\n    pass\n", ["def g(): 1"], "g"),  # no answer defines the requested function
         ("Write a sum.", ["def add(a): 1", "def add(a): 2", "def plus(a): 3"], "add"),
         ("Write a function `plus`.", ["def add(a): 1", "def plus(a): 3"], "plus"),
         ("Write a sum.", ["def help(a): 1\ndef add(a): 2"] * 2, "add"),
@@ -107,14 +107,14 @@ def test_what_a_prompt_gives_and_not_what_it_does_goes_before_answers(prompt: st
         ("print(f(1))  # 7", (1,), (7,)),
         ("f(1) = 2", (1,), (2,)),
         ("f(1) returns 3 and f(2) returns 4", (1,), (3,)),
-        # not read for sure
+        # ambiguous
         ("f(1) returns 3 or 4", (1,), None),
         ("f(1) == 1 + 9", (1,), None),
         ("f(1) == 1, 2", (1,), None),
         ("assert f(1) == 2, 'wrong'", (1,), None),
         ("f(1) == x", (1,), None),
         ("f(1) == g(2)", (1,), None),
-        ("f(1) ==> ('a')", (1,), None),  # a tuple was meant, or not
+        ("f(1) ==> ('a')", (1,), None),  # perhaps a tuple, perhaps not
         (r"f('a\n') == 'b'", ("a\n",), None),  # escaped once or twice?
         ("f(1) is positive", (1,), None),
         ("2 * f(1) is odd, like 3", (1,), None),
@@ -122,7 +122,7 @@ def test_what_a_prompt_gives_and_not_what_it_does_goes_before_answers(prompt: st
         ("f(1)[0] == 3", (1,), None),
         ("f(1) == 'open", (1,), None),
         ("f(1) == [2", (1,), None),
-        # no call with literals
+        # not a call with literals
         ("def f(1)", None, None),
         ("f(n) = n + 1", None, None),
         ("f(a=1) == 2", None, None),
@@ -151,7 +151,7 @@ def test_a_call_printed_twice_is_one_example() -> None:
 
 @pytest.mark.skipif(not HUMANEVAL.exists(), reason="HumanEval is not here")
 def test_humaneval_is_read_as_people_read_it() -> None:
-    """Five of its own examples are wrong: of problems 47, 116 and 130."""
+    """Five of its own examples are wrong: those of problems 47, 116 and 130."""
     with gzip.open(HUMANEVAL, "rt") as file:
         rows = [json.loads(line) for line in file]
     found, wrong, without = 0, set(), 0
@@ -185,7 +185,7 @@ def test_humaneval_is_read_as_people_read_it() -> None:
         ("f(1, 2)\nassert f(3) == 4\nprint(f(5))\nx = f(6)", [(1, 2), (3,), (5,), (6,)]),
         ("(1, 2) -> 3\n(4, 5) # 6", [(1, 2), (4, 5)]),
         ("[1, 2]\n'a'\n7", [([1, 2],), ("a",), (7,)]),
-        ("(1, 2, 3)", [((1, 2, 3),)]),  # f takes two at most, so that is one
+        ("(1, 2, 3)", [((1, 2, 3),)]),  # f takes at most two, so this is one argument
         ("(1, 2)\n(1, 2)\n(1,  2)", [(1, 2)]),
         ("(x, 1)\n(os.system('x'),)\n__import__('os')\n(1 + 1,)\n(lambda: 1,)", []),
         ("f(1, 2, 3)\nf()\nf(a=1)\ng(1)", []),

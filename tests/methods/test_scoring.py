@@ -1,4 +1,4 @@
-"""Which tokens are the answer proper."""
+"""The tokens of the answer proper."""
 
 import pytest
 from hypothesis import given
@@ -17,8 +17,8 @@ from tests.examples import examples
 @examples(300)
 @given(st.data())
 def test_tokens_of_a_span_are_those_that_wrote_in_it(data: st.DataObject) -> None:
-    """Characters of one token to several, and tokens that begin a character that a later one ends."""
-    ends, writers = [0], []  # writers: the tokens of each character, the last of them among them
+    """A token may have several characters, or only begin one that a later token ends."""
+    ends, writers = [0], []  # writers: the last token of each character
     begun: list[int] = []
     for token in range(data.draw(st.integers(1, 8))):
         width = data.draw(st.integers(0, 3))
@@ -70,14 +70,14 @@ def answer(text: str) -> Completion:
 
 
 def test_entropy_of_the_answer_is_that_of_its_tokens() -> None:
-    """A token is a byte here, and é has two."""
+    """Here a token is a byte, and é has two."""
     done = answer("Né à 20 ans: \\boxed{4é2}!")
     start = "Né à 20 ans: \\boxed{".encode().__len__()
     own = [draw.entropy_before for draw in done.draws[start : start + 4]]
     found = scores_of(done)
     assert found is not None
     assert found.answer_entropy == pytest.approx(sum(own) / 4)
-    assert found.tokens == len(done.draws) == len(done.tokens) + 1  # and the end
+    assert found.tokens == len(done.draws) == len(done.tokens) + 1  # and the end token
 
 
 def test_an_answer_without_tokens_has_no_scores() -> None:

@@ -1,4 +1,4 @@
-"""Think-EM: what a step is, which one is kept, and that the parts are one answer."""
+"""Think-EM: the definition of a step, the choice of one, and joining the parts into one answer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -32,7 +32,7 @@ def encode(asked: Asked) -> list[int]:
 
 
 def wordy(tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Any bytes, but most of them letters, ends of sentences and half a character: steps end everywhere."""
+    """Returns any bytes, mostly letters, ends of sentences and half characters: steps end everywhere."""
     found = hashed(tokens)
     for byte in b"abcdefg .\n" + bytes("é√".encode()):
         found[byte] += 6
@@ -50,7 +50,7 @@ def outcome(
     params: SamplingParams = SamplingParams(),
     **plan: Any,
 ) -> Outcome:
-    """What a method answers; `heard`: the completions of each job."""
+    """Returns a method's outcome; `heard`: the completions of each job."""
     how = Chosen(method)
     planned = how.plan(Plan(params, **{"max_tokens": 120, **plan}), frozenset(plan))
     with Scheduler(FakeBackend(script, sequences=12, shared=False, context=context), 8) as runner:
@@ -92,7 +92,7 @@ def test_where_a_step_ends(text: str, ends: bool) -> None:
 
 
 def pieces(whole: Completion, cuts: Sequence[int]) -> list[Completion]:
-    """The answer in parts, cut where no character is cut."""
+    """Cuts the answer into parts, but never within a character."""
     bounds = [0, *cuts, len(whole.tokens)]
     parts = []
     for first, last in pairwise(bounds):
@@ -135,14 +135,14 @@ def test_parts_are_joined_to_the_whole(cuts: set[int], stop: tuple[str, ...]) ->
 def test_of_one_way_to_go_on_it_is_greedy_decoding(
     steps: int, most: int, stop: tuple[str, ...], penalties: bool, script: Script
 ) -> None:
-    """Bit for bit: text, tokens, statistics of each draw, and why it ended."""
+    """Bit for bit: text, tokens, statistics of each draw, and the finish reason."""
     settings = SamplingParams(em=EMInf(), repeat_penalty=1.3 if penalties else 1.0)
     more: dict[str, Any] = {"params": settings, "max_tokens": most, "stop": stop, "script": script}
     found = outcome(f"think-em:1:think-steps={steps}", **more)
     expected = outcome(
         "em-inf", **{**more, "params": SamplingParams(**{**vars(settings), "temperature": 0.0})}
     )
-    found.completion.tail = expected.completion.tail = ""  # what came late of the text is of no matter
+    found.completion.tail = expected.completion.tail = ""  # the late part of the text does not matter
     assert found.completion == expected.completion
     assert found.fields["changed_steps"] == 0
     assert found.generated_tokens == len(found.completion.tokens)
@@ -224,8 +224,10 @@ def test_greedys_step_is_greedy_and_the_others_are_drawn_anew_in_each_step() -> 
 
 
 def telling(first: dict[str, float], then: dict[str, dict[str, float]]) -> Script:
-    """Says one of the texts of `first`, then one of those that follow on all that was said; each with its
-    logit at the first byte, in which they differ, and sure of itself from there."""
+    """Returns a script that says one of the texts of `first`, then one that follows on all that was said.
+
+    Each has its logit at the first byte, in which they differ; from there on the script is certain.
+    """
 
     def script(tokens: Sequence[int]) -> NDArray[np.float32]:
         said = bytes(t for t in tokens if t < END).decode().removeprefix("why?")
@@ -289,7 +291,7 @@ def test_cancelled_it_has_what_was_said_so_far() -> None:
             continue
         own = (
             heard[-1][0].tokens if len(heard) > found.fields["steps"] else []
-        )  # greedy's beginning of a step
+        )  # the beginning of greedy's step
         chosen = completion.tokens[: len(completion.tokens) - len(own)]
         assert completion.tokens == chosen + own
         assert whole.completion.tokens[: len(chosen)] == chosen
@@ -299,7 +301,7 @@ def test_cancelled_it_has_what_was_said_so_far() -> None:
 
 
 def silent(tokens: Sequence[int]) -> NDArray[np.float32]:
-    """As `hashed`, but never ends."""
+    """Like `hashed`, but never ends."""
     return np.where(np.arange(VOCABULARY) == END, -60, hashed(tokens)).astype(np.float32)
 
 
@@ -387,9 +389,9 @@ def test_draws_are_its_own_where_nobody_chose_otherwise() -> None:
 
 def test_what_it_says_of_itself_and_refuses() -> None:
     how = Chosen("think-em:3:think-steps=2:think-score=log-probability")
-    assert how.collecting.describe(3) == ["2 steps, the surest of 3 by log-probability, then greedy"]
+    assert how.collecting.describe(3) == ["2 steps, the most certain of 3 by log-probability, then greedy"]
     random = Chosen("think-em", think_choice="random").collecting
-    assert random.describe(4) == ["4 steps, one at random of 4, then greedy"]
+    assert random.describe(4) == ["4 steps, a random one of 4, then greedy"]
     assert how.identity()["think-score"] == "log-probability"
     with pytest.raises(UsageError, match="at temperature 0"):
         how.collecting.check(SamplingParams(temperature=0.0))

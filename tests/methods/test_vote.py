@@ -1,4 +1,4 @@
-"""The vote and em-best on the engine without a model: what is drawn, in which waves, and what comes of it."""
+"""The vote and em-best on the engine without a model: the draws, the waves and the results."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from emlocal.generation.prompt import Asked
 from emlocal.methods import Chosen, Outcome
 from emlocal.methods.asking import Answered, Asking, Question, ask_one
 from emlocal.methods.em_best import surest
-from emlocal.methods.vote import Vote
+from emlocal.methods.vote import BETA, Vote
 from emlocal.methods.voting import Rules, Score, repeated, replay
 from emlocal.sampling import Draw
 from emlocal.settings import EMInf, Plan, SamplingParams
@@ -29,7 +29,7 @@ PROMPT = b"why, oh why, oh why is it so?"
 
 
 def script(tokens: Sequence[int]) -> NDArray[np.float32]:
-    """One of `REPLIES`, told apart by the first byte, after a word that depends on nothing."""
+    """Says one of `REPLIES`, told apart by the first byte, after a constant word."""
     said = bytes(t for t in tokens if t < END)[len(PROMPT) :]
     row = np.full(VOCABULARY, -50, dtype=np.float32)
     for i, reply in enumerate(REPLIES):
@@ -113,7 +113,7 @@ def plain_params() -> SamplingParams:
 
 
 def test_an_evaluation_takes_the_settings_that_were_made_for_it() -> None:
-    """It plans first, and asks with `collected`: that must not set the temperature again."""
+    """It plans first, and asks with `collected`, which must not set the temperature again."""
     (contender,) = read_contenders("sample:1+vote:4")
     plan = contender.plan(Plan(), frozenset())
     assert contender.method.collected().params(plan.params) == plan.params
@@ -138,7 +138,7 @@ def test_an_evaluation_takes_the_settings_that_were_made_for_it() -> None:
 def test_a_stopped_vote_is_a_beginning_of_the_long_one(
     seed: int, n: int, wave: int, sure: float, beta: float, score: Score, parallel: int
 ) -> None:
-    """Draw for draw; and stored answers give the same vote again."""
+    """Equal draw for draw; and stored answers give the same vote again."""
     found = outcome(
         f"vote:{n}:wave={wave}:vote-sure={sure}:beta={beta}:score={score}", seed, parallel=parallel
     )
@@ -155,7 +155,7 @@ def test_a_stopped_vote_is_a_beginning_of_the_long_one(
 
 
 def test_stored_answers_vote_as_they_did() -> None:
-    """As benchmarks/pool.py stores them, scores to six places."""
+    """The answers are stored as by benchmarks/pool.py, with six decimals of the scores."""
     found = outcome("vote:9:wave=3:sure=0.8:score=mean-entropy:beta=2", seed=4)
     stored = [
         json.loads(
@@ -199,7 +199,8 @@ def test_what_it_says() -> None:
     assert found.index == threes[0]
     assert found.confidence == len(threes) / len(texts)
     assert f"{len(threes)} of {len(texts)} agree" in found.said
-    assert "answer 3" in found.said
+    assert "answer 3 (the last number of its text)" in found.said
+    assert "answer 3" in outcome("vote:8:score=none:extraction=last-number", seed=1).said
 
 
 def test_a_prompt_is_read_once_a_wave_and_found_again() -> None:
@@ -238,7 +239,7 @@ def sample(
 
 
 def voted(method: str, *waves: Sequence[Completion]) -> Outcome:
-    """What a method makes of these samples."""
+    """Returns a method's outcome for these samples."""
     chosen = Chosen(method)
     asking = Asking(chosen.collecting, question(chosen))
     jobs = asking.start(lambda job: None)
@@ -279,7 +280,7 @@ def test_texts_that_loop_have_none_either() -> None:
         ],
     )
     assert (found.fields["answer"], found.fields["votes"], found.fields["answers"]) == ("6", 2, 2)
-    assert found.index == 3  # the text that does not loop, though it is less sure
+    assert found.index == 3  # the text that does not loop, though it is less certain
 
 
 def test_what_is_voted_on_can_be_said() -> None:
@@ -321,7 +322,7 @@ def test_stopped_midway_it_has_the_answer_of_what_is_there(seed: int, after: int
     assert len(ballots) >= len(done)
     assert found.fields["drawn"] == len(ballots)
     if ballots:
-        assert found.confidence == replay(ballots, Rules("tail-entropy", 1.0, wave=99)).decision.confidence
+        assert found.confidence == replay(ballots, Rules("tail-entropy", BETA, wave=99)).decision.confidence
     assert [c.sample for c in found.completions] == list(range(len(found.completions)))
 
 
@@ -340,7 +341,7 @@ def test_stopped_between_two_waves_the_first_one_counts() -> None:
     assert asking.stop(CancelledError(), lambda job: None) == ()
     found = asking.result()
     assert (found.fields["stopped"], found.fields["drawn"], len(found.jobs)) == ("cancelled", 2, 1)
-    assert found.said == ["answer 4", "1 of 2 agree", "2 different answers"]
+    assert found.said == ["answer 4 (the last number of its text)", "1 of 2 agree", "2 different answers"]
 
 
 def test_a_box_in_a_text_that_was_stopped_counts() -> None:
@@ -366,7 +367,7 @@ def test_em_best_takes_the_surest_that_is_whole() -> None:
     )
     assert (found.index, found.undecided, found.confidence) == (1, False, None)
     assert found.fields == {"chosen_by": "mean-entropy", "drawn": 5, "whole": 2}
-    assert found.said == ["the surest of 5 by mean-entropy, 2 of them whole"]
+    assert found.said == ["the most certain of 5 by mean-entropy, 2 of them whole"]
 
 
 def test_em_best_of_texts_none_of_which_is_whole() -> None:
@@ -399,7 +400,7 @@ def test_em_best_draws_what_sample_draws() -> None:
     ("values", "says"),
     [
         ({"name": "vote", "samples": 1}, "--samples is 1; vote needs at least 2"),
-        ({"name": "vote:x"}, "after vote: comes one number"),
+        ({"name": "vote:x"}, "after vote: one number is expected"),
         ({"name": "vote", "sure": 0.4}, "--vote-sure is 0.4; it must be between 0.5 and 1"),
         ({"name": "vote", "wave": 0}, "--wave is 0"),
         ({"name": "vote", "beta": -1}, "--vote-beta is -1"),
@@ -409,7 +410,7 @@ def test_em_best_draws_what_sample_draws() -> None:
         ({"name": "vote:8:extract=regex"}, "--extract regex needs a pattern"),
         ({"name": "vote+self-consistency"}, "exclude each other"),
         ({"name": "em-best", "samples": 1}, "em-best needs at least 2"),
-        ({"name": "em-best", "score": "none"}, "--score none leaves em-best nothing to choose by"),
+        ({"name": "em-best", "score": "none"}, "em-best needs a score to choose by; --score is none"),
         ({"name": "em-best", "wave": 2}, "--wave belongs to --method vote"),
         ({"name": "greedy", "score": "none"}, "--score belongs to --method vote or em-best"),
         ({"name": "greedy", "extraction": "boxed"}, "--extract belongs to --method self-consistency or vote"),
@@ -442,12 +443,12 @@ def test_in_words() -> None:
         (contender,) = read_contenders(name)
         words[name] = describe(contender, contender.plan(Plan(), frozenset()), Plan())
     assert words["vote"] == (
-        "T 0.7, min-p 0.05, vote of greedy and up to 7 samples in waves of 4, weighed by tail-entropy (β 1),"
-        " sure at 0.95"
+        "T 0.7, min-p 0.05, vote of greedy and up to 7 samples in waves of 4, weighed by tail-entropy"
+        " (β 0.5), sure at 0.95"
     )
     assert "up to 3 samples in waves of 2, all alike, sure at 0.95" in words["vote:4:beta=0:wave=2"]
     assert "weighed by p^1" in words["vote:alpha=2"]
-    assert words["em-best:3:score=unsure"].endswith("the surest of 3 by unsure")
+    assert words["em-best:3:score=unsure"].endswith("the most certain of 3 by unsure")
 
 
 @pytest.mark.parametrize("score", get_args(Score))

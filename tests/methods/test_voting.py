@@ -36,7 +36,7 @@ def scored(entropy: float, probability: float = 0.5) -> Scores:
 
 @st.composite
 def ballots_of(draw: Callable[..., Any], least: int = 1, most: int = 12, first: int = 0) -> list[Ballot]:
-    """Few answers and few scores, so that there are ties of all kinds."""
+    """Draws few answers and few scores, so that there are ties of all kinds."""
     said = st.tuples(st.sampled_from("abcd") | st.none(), st.integers(0, 5), st.integers(1, 4), st.booleans())
     drawn = draw(st.lists(said, min_size=least, max_size=most))
     return [
@@ -62,7 +62,7 @@ def test_its_scores_are_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("wrong", [{"beta": -1.0}, {"wave": 0}, {"score": "entropy"}])
 def test_rules_without_a_meaning(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="no such rules"):
+    with pytest.raises(ValueError, match="rules of a vote are out of range"):
         Rules(**wrong)
 
 
@@ -71,7 +71,7 @@ def test_rules_without_a_meaning(wrong: Any) -> None:
 
 @given(ballots_of())
 def test_without_score_it_is_the_majority(ballots: list[Ballot]) -> None:
-    """The earliest of the largest classes, and its first member: as self-consistency has it."""
+    """The earliest of the largest classes, and its first member, as in self-consistency."""
     whole = [dataclasses.replace(ballot, whole=True) for ballot in ballots]
     found = decide(whole)
     index = majority([ballot.key and str(ballot.key) for ballot in whole])
@@ -84,7 +84,7 @@ def test_without_score_it_is_the_majority(ballots: list[Ballot]) -> None:
 
 @given(ballots_of(), st.sampled_from(get_args(Score)))
 def test_weights_of_nothing_are_the_plain_vote(ballots: list[Ballot], score: Score) -> None:
-    """Bit for bit: beta 0, alpha 1, and a plain count of its own."""
+    """Bit for bit: beta 0, alpha 1, and a plain count."""
     found = decide(ballots, Rules(score, beta=0.0))
     assert decide(ballots, Rules(score, beta=3.0, alpha=1.0)) == found
     assert decide(ballots, Rules(score)) == found
@@ -180,7 +180,7 @@ def test_only_the_ranks_count(ballots: list[Ballot]) -> None:
 def test_a_surer_minority_wins_by_its_weights() -> None:
     entropies = {0: 2.0, 1: 0.1, 2: 1.9, 3: 0.2, 4: 1.8}
     ballots = [Ballot(i, "b" if i in (1, 3) else "a", "", scored(h)) for i, h in entropies.items()]
-    assert decide(ballots, Rules("mean-entropy", 0.0)).winner == ballots[4]  # the surest of a's three
+    assert decide(ballots, Rules("mean-entropy", 0.0)).winner == ballots[4]  # the most certain of a's three
     assert decide(ballots, Rules("mean-entropy", 0.3)).winner == ballots[4]
     found = decide(ballots, Rules("mean-entropy", 4.0))
     assert found.winner == ballots[1]
@@ -202,14 +202,15 @@ def test_ties_go_to_greedy_then_to_the_surest_single_then_to_the_earliest() -> N
         Ballot(i, key, "", scored(h)) for i, key, h in [(0, "a", 3), (1, "b", 1), (2, "b", 2), (3, "a", 2)]
     )
     plain = Rules("mean-entropy")
-    assert decide([a0, b1, b2, a3], plain).winner == a3  # greedy's answer, by its surest text
+    assert decide([a0, b1, b2, a3], plain).winner == a3  # greedy's answer, by its most certain text
     assert decide([b1, b2, a3, Ballot(4, "a", "", scored(0.5))], plain).winner == Ballot(
         4, "a", "", scored(0.5)
     )
     assert (
         decide([b1, b2, a3, Ballot(4, "a", "", scored(1.0))], plain).winner == b1
-    )  # equally sure: the earliest
-    assert decide([Ballot(0), a3, b2, b1], plain).winner == b1  # greedy's has no vote; the largest class
+    )  # equally certain: the earliest
+    # the greedy one has no vote; the largest class wins
+    assert decide([Ballot(0), a3, b2, b1], plain).winner == b1
 
 
 def test_the_text_is_the_surest_of_the_whole_ones() -> None:
@@ -220,13 +221,14 @@ def test_the_text_is_the_surest_of_the_whole_ones() -> None:
     ]
     assert decide(ballots, MEAN).winner == ballots[2]
     assert decide(ballots[1:2], MEAN).winner == ballots[1]
-    assert decide(ballots).winner == ballots[0]  # without a score the first, greedy's
+    assert decide(ballots).winner == ballots[0]  # without a score, the first: greedy's
 
 
 def test_a_score_that_is_missing_is_said() -> None:
-    with pytest.raises(ValueError, match="sample 1 has no scores, and mean-entropy is asked for"):
+    with pytest.raises(ValueError, match="sample 1 has no scores, but the vote needs mean-entropy"):
         decide([Ballot(0, "a", "", scored(1)), Ballot(1, "a")], MEAN)
-    assert decide([Ballot(0, "a", "", scored(1)), Ballot(1)], MEAN).votes == 1  # without a vote it needs none
+    # without a vote it needs no score
+    assert decide([Ballot(0, "a", "", scored(1)), Ballot(1)], MEAN).votes == 1
     assert decide([Ballot(0, "a"), Ballot(1, "a")]).agreement == 1
 
 
@@ -264,7 +266,7 @@ def test_four_of_four_are_enough_and_three_of_three_are_not() -> None:
 def test_a_leader_that_cannot_be_caught_wins_whatever_follows(
     ballots: list[Ballot], left: int, rules: Rules, data: Any
 ) -> None:
-    """Any rest: answers old and new, surer and less sure, with a vote and without."""
+    """Whatever the other samples say: old or new answers, more or less certain, with or without a vote."""
     assume(over(ballots, left, rules) == "decided")
     more = data.draw(ballots_of(least=left, most=left, first=len(ballots)))
     before, after = decide(ballots, rules), decide([*ballots, *more], rules)
@@ -275,7 +277,7 @@ def test_a_leader_that_cannot_be_caught_wins_whatever_follows(
 
 @given(ballots_of(most=5), st.integers(1, 3))
 def test_the_plain_vote_stops_as_early_as_it_can(ballots: list[Ballot], left: int) -> None:
-    """Not decided: then there is a rest after which another answer wins; a tie by being surer."""
+    """If not decided, some continuation lets another answer win; a tie, by being more certain."""
     rules = Rules("mean-entropy", sure=1.0)
     winner = decide(ballots, rules).winner
     if winner is None or over(ballots, left, rules) == "decided":
@@ -291,7 +293,7 @@ def test_the_plain_vote_stops_as_early_as_it_can(ballots: list[Ballot], left: in
 
 
 def test_weighted_votes_are_decided_too() -> None:
-    """The bound is no empty promise: with beta 1 four of four out of six cannot be caught."""
+    """The bound is useful: with beta 1, four of four out of six cannot be caught."""
     ballots = [Ballot(i, "a", "", scored(i)) for i in range(4)]
     assert over(ballots, 2, Rules("mean-entropy", 1.0, sure=1.0)) == "decided"
     assert over(ballots, 2, Rules("mean-entropy", 4.0, sure=1.0)) is None  # e^4 is too much to promise

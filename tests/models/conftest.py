@@ -1,4 +1,4 @@
-"""Every test here has folders of its own for what emlocal and huggingface_hub keep, and a hub of its own."""
+"""Each test here has its own folders for the files of emlocal and huggingface_hub, and its own hub."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from tests.models.fake_hub import FakeHub
 
-# In a process of its own, because huggingface_hub reads the environment when it is imported.
+# In a separate process, because huggingface_hub reads the environment on import.
 RESOLVE = """
 import json, sys
 from dataclasses import asdict
@@ -52,7 +52,10 @@ Resolve = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def resolve() -> Resolve:
-    """`resolve(name, **options)` of emlocal in a new process: its answer, or its error and hint."""
+    """Runs emlocal's `resolve(name, **options)` in a new process.
+
+    Returns its answer, or its error and hint.
+    """
 
     def run(name: str, **options: object) -> dict[str, Any]:
         done = subprocess.run(

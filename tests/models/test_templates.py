@@ -1,4 +1,4 @@
-"""Chat templates: what the Hugging Face ones need works, and what a hostile one tries does not."""
+"""Chat templates: the features that Hugging Face templates need work, and hostile attempts do not."""
 
 # ruff: noqa: E501 (templates stand on one line, as models write them)
 
@@ -51,6 +51,18 @@ class TestFeatures:
             ("{% for m in messages %}{{ m.content.replace('h', 'H') }}{{ '-'.join(['a', 'b']) }}{% endfor %}", "Hia-b"),
             ("{% block b %}{{ 'a'.replace('a', 'b', 1) }}{% endblock %}", "b"),
             ("{# a comment #}x", "x"),
+            ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "hi!"),
+            ("{% for m in messages %}{%- generation -%} {{ m.content }} {%- endgeneration -%}{% endfor %}", "hi"),
+            ("{% for m in messages %}{% generation %}{{ m.content.replace('h', 'H') }}{% endgeneration %}{% endfor %}", "Hi"),
+            ("{{ tools is none }}{{ documents is none }}{{ tools | tojson }}", "TrueTruenull"),
+            ("{{ 'a\nb\n\nc' | indent }}|{{ 'a\nb' | indent(2, first=true) }}|{{ 'a\nb' | indent('> ') }}", "a\n    b\n\n    c|  a\n  b|a\n> b"),
+            ("{{ 2.567 | round(1) }}{{ 2.5 | round(method='floor') | int }}", "2.62"),
+            ("{{ [1, 2, 3.5] | sum }}{{ messages | sum(attribute='n', start=1) if false }}{{ [[1], [2]] | sum(start=[]) }}", "6.5[1, 2]"),
+            ("{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2, 3] | slice(2) | list }}", "[[1, 2], [3, 0]][[1, 2], [3]]"),
+            ("{{ '%s is %.2f, %5d' | format('pi', 3.14159, 7) }}{{ '%(a)s' | format(a=1) }}", "pi is 3.14,     71"),
+            ("{{ '%s and %s' % ('a', none) }}{{ '%s' % messages[0].role }}{{ '100%%' % () }}", "a and Noneuser100%"),
+            ("{{ 'ab' | center(6) }}|", "  ab  |"),
+            ("{% macro never() %}{{ 'x' | wordwrap(3) | pprint | urlize }}{{ {} | xmlattr }}{% endmacro %}fine", "fine"),
             ("<b>&{{ '<&>' }}", "<b>&<&>"),  # a prompt is not HTML
         ],
     )  # fmt: skip
@@ -131,6 +143,15 @@ HOSTILE = {
     "padding": "{{ 'a'.ljust(10000000000) | length }}",
     "padding of bytes": "{{ 'a'.encode().ljust(10000000000) | length }}",
     "center": "{{ 'a' | center(10000000000) | length }}",
+    "indent": "{{ ('a\n' * 400000) | indent(1000) | length }}",
+    "indent by a text": "{{ ('a\n' * 400000) | indent('b' * 100000) | length }}",
+    "the filter format": "{{ '%1000000000d' | format(1) | length }}",
+    "a width from outside": "{{ '%*d' % (1000000000, 1) }}",
+    "many decimals": "{{ '%.1000000000f' | format(1) | length }}",
+    "decimals from outside": "{{ '%5.*f' | format(1000000000, 1) | length }}",
+    "a mapping's width": "{{ '%(a)1000000000d' | format(a=1) | length }}",
+    "sum of long lists": "{{ ([[0] * 100000] * 1000) | sum(start=[]) | length }}",
+    "a filter that is never needed": "{{ ('a ' * 500000) | wordwrap(1) | length }}",
     "bytes of an int": "{{ (1).to_bytes(10000000000, 'big') | length }}",
     "percent": "{{ '%1000000000d' % 1 }}",
     "format": "{{ '{:>1000000000}'.format(1) | length }}",
@@ -142,7 +163,7 @@ HOSTILE = {
 
 
 def test_hostile_templates_are_stopped_in_time_and_memory() -> None:
-    """In a process of its own that may take 2 GB, so that a failure here is no more than one."""
+    """Runs in a separate process limited to 2 GB, so that a failure here is only a failure."""
     code = """
 import json, resource, sys
 from emlocal.models.templates import render
@@ -193,7 +214,7 @@ def test_no_way_into_python(template) -> None:
         text = render(template, HI)
     except ModelError as why:
         text = why.message.split(":", 1)[1]
-        assert "unsafe" in text or "undefined" in text or "No filter" in text or "internal" in text
+        assert "unsafe" in text or "undefined" in text or "not all arguments" in text or "internal" in text
         return
     assert text in ("", "[Undefined]")
 
@@ -227,7 +248,7 @@ class TestRealModels:
         assert render(template, TALK) == chatml(TALK)
 
     def test_qwen(self) -> None:
-        """The template of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), as its GGUF file has it."""
+        """Tests the template of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), as in its GGUF file."""
         template = (DATA / "qwen2.5-chat-template.jinja").read_text("utf-8")
         greeting = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
         assert render(template, HI) == (

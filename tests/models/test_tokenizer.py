@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF files against llama.cpp's own: the same ids for the same text."""
+"""Tokenizers built from GGUF files compared with llama.cpp's own: equal ids for equal texts."""
 
 import json
 import random
@@ -141,7 +141,7 @@ def test_smollm2_has_the_same_facts(smollm2_pair: Pair) -> None:
 
 @pytest.mark.real
 def test_smollm2_encodes_every_block_of_unicode_alike(smollm2_pair: Pair) -> None:
-    """Every 37th code point here; all 1,112,064 agreed when this was written, for Qwen's vocabulary too."""
+    """Tests every 37th code point. When this was written, all 1,112,064 agreed, for Qwen's vocabulary too."""
     for code in range(0, 0x110000, 37):
         letter = chr(code) if not 0xD800 <= code < 0xE000 else "\ud800"
         sample = f"x{letter} {letter}{letter}1"
@@ -157,7 +157,7 @@ def test_smollm2_encodes_any_text_alike(smollm2_pair: Pair, text_: str) -> None:
 
 
 def with_vocabulary(path: Path, metadata: dict[str, Value], count: int) -> GGUFModel:
-    """A model of one narrow layer with this vocabulary of `count` tokens."""
+    """Writes a model of one narrow layer with this vocabulary of `count` tokens."""
     rows = np.zeros((count, EMBEDDING), "<f4")
     tensors = [t for t in tiny_tensors() if t.name != "token_embd.weight"]
     path.write_bytes(
@@ -169,7 +169,7 @@ def with_vocabulary(path: Path, metadata: dict[str, Value], count: int) -> GGUFM
 @pytest.mark.real
 @pytest.mark.parametrize("pre", ["qwen2", "smollm", "llama-bpe", "gpt-2", "default", None, "smaug-bpe"])
 def test_each_way_of_cutting_words(tmp_path: Path, smollm2: GGUFModel, pre: str | None) -> None:
-    """SmolLM2's tokens and merges with the words cut as other models cut them."""
+    """Tests SmolLM2's tokens and merges with the word splitting of other models."""
     header = smollm2.header
     tokens = header.byte_strings("tokenizer.ggml.tokens")
     kinds = [int(k) for k in header.array("tokenizer.ggml.token_type")]
@@ -194,8 +194,10 @@ def test_each_way_of_cutting_words(tmp_path: Path, smollm2: GGUFModel, pre: str 
 
 
 def sentencepiece(path: Path, **changes: Value) -> GGUFModel:
-    """A vocabulary in the manner of Mistral's: bytes, letters, words by rank, and runs of spaces that all
-    have one score, of which one length is missing."""
+    """Writes a vocabulary like Mistral's: bytes, letters, words by rank, and runs of spaces.
+
+    All runs have the same score, and one length is missing.
+    """
     letters = "▁etaoinshrdlucmgxyz.,'-<>|/0A1é漢=ab"
     words = "▁t he in er on an ▁a ▁the th the ing and ▁and -- ---- === 漢é xy xyx yx abab s> </ </s>x".split()  # noqa: SIM905
     runs = ["▁" * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11)]
@@ -254,7 +256,7 @@ def test_sentencepiece_that_cannot_be_exact_is_refused(tmp_path: Path) -> None:
     metadata["tokenizer.ggml.tokens"] = strings(tokens)
     metadata["tokenizer.ggml.scores"] = floats([-float(n) for n in range(len(tokens))])
     model = with_vocabulary(tmp_path / "letters.gguf", metadata, len(tokens))
-    with pytest.raises(ModelError, match="the token ab is made of a character that is no token"):
+    with pytest.raises(ModelError, match="the token ab has a character that is not a token"):
         unpack(model)
 
 
@@ -268,7 +270,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
         ({"model": text("rwkv")}, r"tiny\.gguf has a tokenizer of kind rwkv; emlocal can unpack gpt2, llama"),
         (
             {"merges": strings(["t h", "q zz"])},
-            r"1 of its 2 merges are of or to what is no token, such as q zz",
+            r"1 of its 2 merges involve texts that are not tokens, such as q zz",
         ),
     ):
         changed = metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
@@ -280,7 +282,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_of_others(tmp_path: Path) -> None:
-    """Tokens written as tables, several templates, padding and truncation that must not apply."""
+    """Tests tokens written as tables, several templates, and padding and truncation that must not apply."""
     source = unpack(resolve(str(write_tiny_gguf(tmp_path / "tiny.gguf"))))
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Files to draw, written by the code that writes them for people."""
+"""Files to plot, written by the code that writes them for users."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.evaluation.test_report import made
 
 
 def trace(path: Path, tokens: int = 12, samples: int = 1, *, em: bool = True) -> Path:
-    """What `generate --trace` writes for the fake engine."""
+    """Writes a trace like `generate --trace` for the fake engine."""
     settings = EMInf() if em else None
     params = SamplingParams(temperature=1.0, em=settings, logit_bias=((END, float("-inf")),))
     requests = [Request(params, Uniforms(0, 0, i), tokens) for i in range(samples)]
@@ -28,14 +28,14 @@ def trace(path: Path, tokens: int = 12, samples: int = 1, *, em: bool = True) ->
 
 
 def evaluation(folder: Path, repetitions: int = 1) -> Path:
-    """What `eval` writes: greedy (2 of 6 right) and em-inf:paper (4 of 6)."""
+    """Writes an evaluation like `eval`: greedy (2 of 6 right) and em-inf:paper (4 of 6)."""
     folder.mkdir(parents=True)
     write_json(made(repetitions), folder / "results.json")
     return folder
 
 
 def run(folder: Path, rows: list[dict[str, object]], end: str = "") -> Path:
-    """A run's folder with these metrics."""
+    """Writes a run's folder with these metrics."""
     folder.mkdir(parents=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text + end, encoding="utf-8")
@@ -50,7 +50,7 @@ def rows(n: int = 4, **more: float) -> list[dict[str, object]]:
 
 
 def texts(path: Path) -> set[str]:
-    """The texts of an SVG, which matplotlib writes as comments beside their outlines."""
+    """Returns the texts of an SVG, which matplotlib writes as comments beside their outlines."""
     parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
     tree = ElementTree.parse(path, parser)
     comments = (each.text for each in tree.iter() if each.tag is ElementTree.Comment)

@@ -1,4 +1,4 @@
-"""Figures of runs: what is read, how runs are told apart, what is drawn, what is refused."""
+"""Plots of runs: reading, telling runs apart, drawing, and refusals."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ def test_a_panel_for_each_thing_that_was_measured_and_a_line_for_each_run(tmp_pa
     ft, rl = run(tmp_path / "ft", rows()), run(tmp_path / "_rl", rows(reward=-3.0))
     write_picture([ft], tmp_path / "ft.svg")
     write_picture([ft / "metrics.jsonl", rl], tmp_path / "both.svg")
-    assert {"Entropy of the answers", "Length of the answers", "ft"} <= texts(tmp_path / "ft.svg")
-    assert not {"Reward", "KL to the base"} & texts(tmp_path / "ft.svg")
+    assert {"Entropy of answers", "Length of answers", "ft"} <= texts(tmp_path / "ft.svg")
+    assert not {"Reward", "KL to the base model"} & texts(tmp_path / "ft.svg")
     assert {"Reward", "ft", "_rl"} <= texts(tmp_path / "both.svg")
 
 
@@ -78,8 +78,8 @@ def test_a_picture_replaces_the_old_one_whole(tmp_path: Path) -> None:
         ("", "no metrics yet"),
         ("[1]\n", "no metrics of a run"),
         ('{"a": 1}\n', "no metrics of a run"),
-        ("\x7fELF\x00", "line 1 is no JSON"),
-        ('{"step": 0}\n{"ste\n{"step": 2}\n', "line 2 is no JSON"),
+        ("\x7fELF\x00", "line 1 is not JSON"),
+        ('{"step": 0}\n{"ste\n{"step": 2}\n', "line 2 is not JSON"),
     ],
 )
 def test_what_is_no_run(tmp_path: Path, text: str, says: str) -> None:
@@ -88,10 +88,10 @@ def test_what_is_no_run(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_what_is_not_there_and_what_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no run: there is no metrics\.jsonl"):
+    with pytest.raises(UsageError, match=r"is not a run: it has no metrics\.jsonl"):
         read_runs([tmp_path / "none"])
     found = run(tmp_path / "a", rows())
-    with pytest.raises(UsageError, match=r"is no picture"):
+    with pytest.raises(UsageError, match=r"is not a picture"):
         write_picture([found], tmp_path / "run.gif")
     with pytest.raises(EmlocalError, match="cannot write"):
         write_picture([found], tmp_path / "none" / "run.png")
@@ -105,5 +105,5 @@ def test_what_is_no_number_has_no_place(tmp_path: Path) -> None:
     ]
     found = read_runs([run(tmp_path / "a", [*odd, {"step": 3, "entropy": 0.5}])])
     assert found[0].line(PANELS[0]) == ([3], [0.5])
-    with pytest.raises(UsageError, match="no number to draw"):
+    with pytest.raises(UsageError, match="no number to plot"):
         panels_of(read_runs([run(tmp_path / "b", odd)]))

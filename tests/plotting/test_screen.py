@@ -1,4 +1,4 @@
-"""Lines, bars and axes of characters."""
+"""Lines, bars and axes in characters."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_runs_of_any_width(tmp_path: Path, width: int, colours: bool) -> None:
     lines = [line.plain for line in screen_lines(folders, width, colours=colours)]
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
-    for title in ("Entropy of the answers, nats a token", "Reward", "KL to the base", "Repeated text, %"):
+    for title in ("Entropy of answers, nats per token", "Reward", "KL to the base model", "Repeated text, %"):
         assert title in text
     assert lines[:2] == (["━━ one", "━━ two"] if colours else ["a one", "b two"])
 

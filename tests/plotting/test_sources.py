@@ -1,4 +1,4 @@
-"""What a path is, and what may stand together."""
+"""The kinds of paths, and which may be combined."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def test_kinds(tmp_path: Path) -> None:
     assert kind_of([ran]) == kind_of([ran, ran / "metrics.jsonl"]) == "run"
     assert kind_of([evaluated, evaluated / "results.json"]) == "evaluation"
     assert kind_of([traced]) == "trace"
-    with pytest.raises(UsageError, match=r"run is a training run and .*eval is an evaluation: they cannot"):
+    with pytest.raises(UsageError, match=r"run is a training run and .*eval is an evaluation; they cannot"):
         kind_of([ran, evaluated])
     with pytest.raises(UsageError, match=r"eval is an evaluation and .*t\.jsonl is a trace"):
         kind_of([evaluated, evaluated, traced])
@@ -24,9 +24,9 @@ def test_kinds(tmp_path: Path) -> None:
 def test_what_is_nothing_of_the_kind(tmp_path: Path) -> None:
     (tmp_path / "cut" / "answers").mkdir(parents=True)
     for path, says in (
-        (tmp_path / "none", "is not there"),
-        (tmp_path, "holds no run"),
-        (tmp_path / "cut", "has not come to its end"),
+        (tmp_path / "none", "does not exist"),
+        (tmp_path, "has neither a run"),
+        (tmp_path / "cut", "is not finished"),
     ):
         with pytest.raises(UsageError, match=says):
             kind_of([path])

@@ -1,4 +1,4 @@
-"""Traces: what is read, what each file that is none is called, what is drawn."""
+"""Traces: reading, the error for each bad file, and drawing."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_a_picture_names_tokens_and_what_em_did(tmp_path: Path) -> None:
     write_picture([path], tmp_path / "t.svg")
     found = texts(tmp_path / "t.svg")
     assert {"before EM", "after EM", "another token without EM", "entropy, nats"} <= found
-    assert f"$x_1$.jsonl: {answer.describe()}" in found  # no formula
+    assert f"$x_1$.jsonl: {answer.describe()}" in found  # not parsed as a formula
     assert "12 tokens" in answer.describe()
 
 
@@ -42,7 +42,7 @@ def test_pictures_of_any_length(tmp_path: Path, tokens: int) -> None:
 
 def test_more_answers_than_fit_a_picture_are_for_the_terminal(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.jsonl", 2, samples=MOST + 1)
-    with pytest.raises(UsageError, match=f"{MOST + 1} answers; a picture holds {MOST}"):
+    with pytest.raises(UsageError, match=f"{MOST + 1} answers; a picture shows at most {MOST}"):
         write_picture([path], tmp_path / "t.png")
     shown = "\n".join(line.plain for line in screen_lines([path], 80, colours=False))
     assert f"answer {MOST + 1}" in shown
@@ -64,14 +64,14 @@ def test_columns_stand_for_several_tokens_where_the_answer_is_longer(tmp_path: P
     answers = read_traces([trace(tmp_path / "t.jsonl", MOST_SPELLED + 1)])
     lines = [line.plain for line in show_traces(answers, 80)]
     assert max(map(len, lines)) <= 80
-    assert "(a column is the mean of 6 tokens)" in lines
+    assert "(each column is the mean of 6 tokens)" in lines
     assert f"(the texts of more than {MOST_SPELLED} tokens are not shown)" in lines
 
 
 def test_without_em_there_is_one_entropy(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.jsonl", em=False)
     lines = [line.plain for line in screen_lines([path], 80, colours=False)]
-    assert "EM did nothing" in lines[0]
+    assert "EM changed nothing" in lines[0]
     assert not any("░" in line or "▴" in line for line in lines)
     write_picture([path], tmp_path / "t.svg")
     assert "before EM" not in texts(tmp_path / "t.svg")
@@ -96,14 +96,14 @@ def test_damaged_traces_are_named_by_their_line(tmp_path: Path) -> None:
     lines = whole.splitlines(keepends=True)
     cases = {
         b"": "is empty",
-        whole[:-20]: "torn: its last line, 3, is not whole",
-        lines[0] + b"{}\n" + lines[2]: "line 2 is no token's",
-        whole.replace(b'"steps"', b'"stops"'): "line 1 is no token's",
+        whole[:-20]: "cut off: its last line, 3, is incomplete",
+        lines[0] + b"{}\n" + lines[2]: "line 2 is not a token",
+        whole.replace(b'"steps"', b'"stops"'): "line 1 is not a token",
         lines[0] + lines[2]: "line 2: token 2 of answer 1 comes after 1 token;",
         whole + whole: "line 4: token 0 of answer 1 comes after 3 tokens",
-        b"\x7fELF\x00\xff\xfe": "is no trace: line 1",
-        b"[" * 100_000 + b"\n": "is no trace: line 1",
-        lines[0].replace(b'"entropy_before": ', b'"entropy_before": NaN, "x": '): "line 1 is no token's",
+        b"\x7fELF\x00\xff\xfe": "is not a trace: line 1",
+        b"[" * 100_000 + b"\n": "is not a trace: line 1",
+        lines[0].replace(b'"entropy_before": ', b'"entropy_before": NaN, "x": '): "line 1 is not a token",
     }
     for damaged, says in cases.items():
         path.write_bytes(damaged)

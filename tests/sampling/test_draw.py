@@ -12,7 +12,7 @@ MASK = 2**64 - 1
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x64-10 in Python's integers, from the definition in Salmon et al. 2011."""
+    """Computes Philox4x64-10 in Python's integers, from the definition in Salmon et al. 2011."""
     c, k = list(counter), list(key)
     for _ in range(10):
         first, second = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
@@ -64,7 +64,7 @@ def test_an_answer_that_was_begun_goes_on_in_the_same_stream(start: int) -> None
 
 
 def test_the_stream_never_changes() -> None:
-    """What people's seeds mean: a change here breaks every recorded run."""
+    """Recorded seeds depend on it: a change here breaks every recorded run."""
     assert [Uniforms(0)[t] for t in range(2)] == [0.011546754286331562, 0.24154919656271812]
     assert request_key("a") == 0x2F42665B399EF840
     assert Uniforms(42, request_key("a"), 1)[1000] == 0.42563872336548436
@@ -100,7 +100,7 @@ def test_request_keys_differ_and_fit_64_bits() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square of 40,000 draws from 20 tokens, some rare; the seed is fixed, so this cannot flake."""
+    """Chi-square of 40,000 draws from 20 tokens, some rare. The seed is fixed, so this cannot be flaky."""
     rng = np.random.default_rng(3)
     weights = rng.dirichlet(np.full(20, 0.5))
     n = 40_000

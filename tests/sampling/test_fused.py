@@ -1,4 +1,4 @@
-"""The compiled sampler beside the numpy one: what it takes, that it says the same, and bad arguments."""
+"""The compiled sampler compared with the numpy one: inputs, equal results, and bad arguments."""
 
 import math
 import os
@@ -117,7 +117,7 @@ def test_arguments_that_cannot_be_meant_raise() -> None:
 
 
 def test_without_it_numpy_does_the_work_and_doctor_says_so(tmp_path: Path) -> None:
-    """The package as it is installed where nothing could be compiled."""
+    """Tests the package as installed on a machine that cannot compile it."""
     package = Path(emlocal.__file__).parent
     compiled = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
     shutil.copytree(package, tmp_path / "emlocal", ignore=compiled)

@@ -71,7 +71,7 @@ def test_a_banned_token_is_never_drawn_and_banning_all_is_an_error() -> None:
 
 
 def test_penalties_come_before_em_which_comes_before_temperature() -> None:
-    """H is that of the penalized logits; EM steps happen at temperature 1, then the rest follows."""
+    """H is that of the penalised logits; EM steps happen at temperature 1, and the rest follows."""
     row = np.float32([3.0, 2.5, 0.0])
     params = SamplingParams(repeat_penalty=2.0, em=EMInf(0.01, 3, 1.0), temperature=2.0, min_p=0.0)
     draw = Sampler(3).sample(row, params, 0.5, seen=[0])

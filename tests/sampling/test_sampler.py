@@ -1,4 +1,4 @@
-"""The sampler beside a full-vocabulary pipeline, and that pipeline beside numbers worked out by hand."""
+"""The sampler compared with a full-vocabulary pipeline, and that with numbers worked by hand."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from tests.examples import examples
 
 LAST = 1 - 2.0**-53
 BORDER = 1e-5
-"""How near a border of the exact CDF u may lie for the fast path to fall on its other side."""
+"""Distance from a border of the exact CDF within which the fast path may give the other token."""
 
 
 class TestReference:
@@ -59,12 +59,12 @@ class TestReference:
         assert self.after(min_p=1) == [0, 1, 0, 0]
 
     def test_top_p_counts_what_top_k_left(self) -> None:
-        """Of (4/7, 3/7) the first alone reaches 0.57; of the whole row it would have taken two."""
+        """Of (4/7, 3/7), the first alone reaches 0.57; of the whole row, top-p would have kept two."""
         assert self.after(top_k=2, top_p=0.57) == [0, 1, 0, 0]
         assert self.after(top_p=0.57)[3] > 0
 
     def test_dynamic_temperature_is_that_of_the_entropy(self) -> None:
-        """H = 1.2799 of log 4 = 1.3863: a share of 0.9233 of the way from 0.5 to 1.5."""
+        """H = 1.2799, and log 4 = 1.3863: a share of 0.9233 of the way from 0.5 to 1.5."""
         params = SamplingParams(temperature=1.0, dynatemp_range=0.5, min_p=0.0)
         T = params.temperature_at(1.279854, 4)
         assert pytest.approx(0.5 + 0.92322, abs=1e-4) == T
@@ -74,7 +74,7 @@ class TestReference:
         assert SamplingParams(temperature=0.5, dynatemp_range=0.7).temperature_at(0.0, 4) == 0
 
     def test_temperature_comes_before_truncation(self) -> None:
-        """At T = 0.5 the weights are 16:9:4:1, and min-p 0.3 drops what it would have kept at T = 1."""
+        """At T = 0.5 the weights are 16:9:4:1, and min-p 0.3 drops tokens that it would keep at T = 1."""
         np.testing.assert_allclose(self.after(temperature=0.5, min_p=0.3), [0, 16 / 25, 0, 9 / 25])
         np.testing.assert_allclose(self.after(min_p=0.3), [0, 4 / 9, 2 / 9, 3 / 9])
         assert self.after(temperature=0.5, top_p=0.53) == [0, 1, 0, 0]
@@ -121,7 +121,7 @@ PARAMS = [
     SamplingParams(temperature=0.5, dynatemp_range=2.0, top_p=0.9, min_p=0.0),
 ]
 WAYS = ["16", "32", "64", "numpy"]
-"""The compiled sampler with vector registers of 16, 32 and 64 bytes, and without it."""
+"""The compiled sampler with vector registers of 16, 32 and 64 bytes, and the numpy one."""
 US = [0.0, 2.0**-53, 1e-6, 0.1, 0.5, 0.77, 0.999, LAST]
 
 
@@ -137,7 +137,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Sampler]]:
 
 
 def agrees(token: int, p: np.ndarray, u: float) -> bool:
-    """Whether the token's share of the exact CDF holds u, or comes within BORDER of it."""
+    """Whether u is in the token's share of the exact CDF, or within BORDER of it."""
     below = float(p[:token].sum())
     return below - BORDER <= u <= below + float(p[token]) + BORDER
 
@@ -180,7 +180,7 @@ def test_token_without_em_is_what_the_same_u_draws_without(make, smollm2_rows) -
 
 
 def test_draws_spread_over_the_tail_as_they_should(make, smollm2_rows) -> None:
-    """Most of the probability in the tail: T = 3 on the open row, by quantiles of u."""
+    """Most of the probability is in the tail: T = 3 on the open row, by quantiles of u."""
     row, params = smollm2_rows[5], SamplingParams(temperature=3.0, min_p=0.0)
     sampler = make(len(row))
     cdf = np.cumsum(probabilities(row.astype(float), params))
@@ -215,7 +215,7 @@ def check_draw(draw, row, params, u) -> None:
     q = softmax(exact.logits)
     assert draw.p_after == pytest.approx(q[draw.token], abs=2e-5)
     cut_off = params.top_k or params.top_p < 1 or params.min_p > 0 or params.temperature < 0.9
-    if not cut_off:  # ties and near-ties may be cut or cooled apart either way
+    if not cut_off:  # ties and near-ties may be cut or cooled either way
         assert agrees(draw.token, probabilities(exact.logits, params), u)
 
 
@@ -267,7 +267,7 @@ def test_the_row_is_not_changed(make, smollm2_rows) -> None:
 
 
 def test_a_common_shift_changes_no_draw(make, smollm2_rows) -> None:
-    """Whichever way the sweep takes the row: as it is, or shifted to its top."""
+    """The sweep may take the row as it is, or shifted to its top."""
     sampler = make(smollm2_rows.shape[1])
     row = np.round(smollm2_rows[5] * 64) / np.float32(64)  # exact under these shifts
     params = SamplingParams(em=EMInf(), temperature=1.0, min_p=0.0)
@@ -286,7 +286,7 @@ def test_paths_counts_what_decided(make, smollm2_rows) -> None:
     assert sampler.paths == {1e-6: 6}
     H = float(sampler.sample(smollm2_rows[4], SamplingParams(), 0.5).entropy_before)
     sampler.sample(smollm2_rows[4], SamplingParams(em=EMInf(threshold=H)), 0.5)
-    assert sampler.paths[0] == 1  # H = δ within rounding: the reference decides
+    assert sampler.paths[0] == 1  # H = δ within rounding, so the reference decides
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,4 +1,4 @@
-"""One text for equal values: what a behaviour is compared by."""
+"""Equal values give equal texts, by which behaviours are compared."""
 
 import math
 from collections import Counter, OrderedDict, deque, namedtuple

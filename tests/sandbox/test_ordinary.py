@@ -1,4 +1,4 @@
-"""Programs as people write them: the sandbox lets them do their work, and says why where it does not."""
+"""Ordinary programs: the sandbox lets them work, and gives the reason if it does not."""
 
 import subprocess
 import sys
@@ -196,7 +196,7 @@ def test_ordinary_programs_pass(program: str) -> None:
 
 
 def test_what_can_be_imported_outside_can_be_imported_inside() -> None:
-    """All of the standard library but what opens windows and pages, or prints poems."""
+    """Tests all of the standard library but modules that open windows or pages, or print poems."""
     code = (
         "import importlib, sys\nfailed = []\n"
         "for name in sorted(sys.stdlib_module_names - {'antigravity', 'this', 'idlelib', 'turtledemo'}):\n"

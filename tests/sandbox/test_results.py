@@ -1,4 +1,4 @@
-"""What comes of a program's function on some inputs; programs that misbehave are a behaviour like others."""
+"""Results of a program's function on some inputs; misbehaviour of a program is a result too."""
 
 import time
 

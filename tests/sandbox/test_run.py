@@ -1,4 +1,4 @@
-"""Programs that set out to do harm: each is contained, and has failed."""
+"""Harmful programs: each is contained, and counts as failed."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def test_numpy_and_scipy_work_inside() -> None:
         ("def", "SyntaxError"),
         ("f = lambda: f()\nf()", "RecursionError"),
         ("import sys\nsys.exit(0)", "SystemExit"),
-        ("import os\nos._exit(0)", "left before its end, with exit code 0"),
+        ("import os\nos._exit(0)", "exited early, with exit code 0"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     ],
 )
@@ -66,7 +66,10 @@ def test_leaving_early_is_failing(program: str, said: str) -> None:
     ],
 )
 def test_the_kernel_sends_no_signals_for_it(call: str) -> None:
-    """Landlock keeps signals in from Linux 6.12 on; before that F_SETOWN and O_ASYNC would kill anybody."""
+    """Landlock contains signals from Linux 6.12 on.
+
+    Before that, F_SETOWN and O_ASYNC could kill any process.
+    """
     outcome = run.run(f"import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_GETFL)\n{call}")
     assert outcome.ending == "failed"
     assert NOT_PERMITTED in outcome.detail
@@ -84,7 +87,7 @@ def test_a_program_ends_with_the_process_that_runs_it() -> None:
     until = time.monotonic() + 20
     while not (child := children.read_text().strip()) and time.monotonic() < until:
         time.sleep(0.01)
-    time.sleep(1)  # it has locked itself in, and sleeps
+    time.sleep(1)  # by now it has locked itself in, and sleeps
     parent.kill()
     parent.communicate()
     while Path(f"/proc/{child}").exists() and time.monotonic() < until:
@@ -97,7 +100,7 @@ def test_a_report_of_its_own_does_not_count() -> None:
     program = (
         'import os, sys\nos.write(int(sys.argv[1]), b\'{"secret": "guess", "error": null}\')\nos._exit(0)'
     )
-    assert run.run(program) == run.Outcome("failed", "the program reported for itself")
+    assert run.run(program) == run.Outcome("failed", "the program wrote its own report")
 
 
 def test_a_crash_is_told_from_a_failure() -> None:
@@ -243,12 +246,12 @@ def test_nothing_is_left_open_or_running() -> None:
     for program in ("pass", "import time\ntime.sleep(99)", "import os\nos._exit(1)"):
         run.run(program, Limits(seconds=0.1))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert children.read_text() == running  # templates' process may be among them
+    assert children.read_text() == running  # the template process may be among them
 
 
 def test_without_containment_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(landlock, "abi", lambda: 2)
-    with pytest.raises(EmlocalError, match="cannot be contained here"):
+    with pytest.raises(EmlocalError, match="cannot contain generated code"):
         run.run("pass")
 
 
@@ -260,7 +263,10 @@ def test_an_interpreter_that_does_not_start_is_no_wrong_answer(monkeypatch: pyte
 
 @pytest.mark.skipif(os.getuid() != 0 or not SYSTEM_PYTHON, reason="changes user")
 def test_it_holds_for_a_user_without_privileges() -> None:
-    """The other tests may run as root. The system's own Python: that of root may be for root to read."""
+    """The other tests may run as root.
+
+    This one uses the system's Python, as root's own may be unreadable for others.
+    """
     folder = Path(tempfile.mkdtemp(prefix="emlocal-test-"))
     shutil.copytree(REPOSITORY / "emlocal", folder / "emlocal")
     for path in (folder, *folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""What a line sets for itself: every setting, every value out of its range, every contradiction."""
+"""Settings of a single line: every setting, every value out of range, every contradiction."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ SPELLINGS = sorted({s.removeprefix("--") for k in LINE.settings.values() for s i
 
 def test_nothing_set_is_the_plan_itself() -> None:
     assert overridden(PLAN, {}) == PLAN
-    assert overridden(EM_PLAN, dict.fromkeys(SPELLINGS)) == EM_PLAN  # null: not set
+    assert overridden(EM_PLAN, dict.fromkeys(SPELLINGS)) == EM_PLAN  # null means not set
 
 
 @pytest.mark.parametrize("name", sorted(settings_of(SamplingParams)))
@@ -98,10 +98,10 @@ def test_a_preset_brings_its_sampling_along_unless_the_line_says_otherwise() -> 
         ({"em_inf": True, "adaptive_temp": True}, "contradict each other"),
         ({"em_preset": "paper", "adaptive_temp": True}, "contradict each other"),
         ({"em_preset": "paper", "em_inf": False}, "em_inf false and em_preset contradict each other"),
-        ({"em_steps": 3}, "em_steps does nothing without em_inf"),
-        ({"em_optimizer": "adam"}, "em_optimizer does nothing without em_inf"),
-        ({"em_inf": True, "em_ratio": 0.5}, "em_ratio does nothing without adaptive_temp"),
-        ({"adaptive_temp": True, "em_steps": 2}, "em_steps does nothing without em_inf"),
+        ({"em_steps": 3}, "em_steps has no effect without em_inf"),
+        ({"em_optimizer": "adam"}, "em_optimizer has no effect without em_inf"),
+        ({"em_inf": True, "em_ratio": 0.5}, "em_ratio has no effect without adaptive_temp"),
+        ({"adaptive_temp": True, "em_steps": 2}, "em_steps has no effect without em_inf"),
         ({"em_inf": True, "em_optimizer": "lbfgs"}, 'em_optimizer is "lbfgs"; it must be sgd or adam'),
         ({"em_inf": True, "em_optimizer": [1]}, "em_optimizer is [1]; it must be sgd or adam"),
         ({"em_inf": True, "em_threshold": -1}, "em_threshold is -1; it must be at least 0"),
@@ -119,11 +119,11 @@ def test_a_preset_brings_its_sampling_along_unless_the_line_says_otherwise() -> 
         ({"seed": 1.0}, "seed is 1.0; it must be a whole number"),
         ({"samples": 0}, "samples is 0; it must be between 1 and 1024"),
         ({"n": 1025}, "samples is 1025; it must be between 1 and 1024"),
-        ({"stop": ""}, 'stop is ""; it must be a text or a list of texts, none of them empty'),
+        ({"stop": ""}, 'stop is ""; it must be a text or a list of texts that are not empty'),
         ({"stop": ["a", ""]}, 'stop is ["a", ""]; it must be'),
         ({"stop": [1]}, "stop is [1]; it must be"),
         ({"stop": {"a": 1}}, 'stop is {"a": 1}; it must be'),
-        ({"logit_bias": [[1, 2]]}, "logit_bias is [[1, 2]]; it must be an object of token ids and numbers"),
+        ({"logit_bias": [[1, 2]]}, "logit_bias is [[1, 2]]; it must be an object from token ids to numbers"),
         ({"logit_bias": {"cat": 1}}, 'logit_bias names "cat"; it must be a token id'),
         ({"logit_bias": {"-1": 1}}, 'logit_bias names "-1"; it must be a token id'),
         ({"logit_bias": {"9" * 5000: 1}}, 'logit_bias names "999'),

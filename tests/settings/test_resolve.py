@@ -1,4 +1,4 @@
-"""Where settings come from."""
+"""The sources of settings."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One setting, wherever it is typed: the same value, the same error, the same names."""
+"""One setting in all places where it can be set: the same value, error and names."""
 
 import json
 import math
@@ -20,22 +20,24 @@ from emlocal.errors import UsageError
 from emlocal.evaluation.contenders import read_contenders
 from emlocal.settings import EM_STEPS, Given, Setting, Table, resolve_settings, setting
 from emlocal.settings.em import EM, em_table
-from emlocal.settings.resolve import GENERATION, LINE, SAMPLING, read_settings
+from emlocal.settings.resolve import CONSTRAINT, GENERATION, LINE, SAMPLING, read_settings
 from emlocal.settings.table import FLAGS, KEYS, NAMES, NOTHING, SET
 from tests.cli.conftest import Outcome, emlocal, tiny
 from tests.examples import examples
 
 __all__ = ["emlocal", "tiny"]
 KNOWN = list(GENERATION.settings.values())
+OBJECTS = ("json_schema", "chat_template_kwargs")
+"""Settings that take an object as well as its JSON."""
 NUMBERS = [known for known in KNOWN if known.kind in ("number", "whole")]
 
 
 def typed_as_flags(*arguments: str) -> Given:
-    """What a verb is handed for these arguments."""
+    """Returns the values that a verb receives for these arguments."""
     handed = []
 
     @with_options
-    def probe(given: Annotated[Given, EM, SAMPLING] = NOTHING) -> None:
+    def probe(given: Annotated[Given, EM, SAMPLING, CONSTRAINT] = NOTHING) -> None:
         handed.append(given)
 
     app = typer.Typer(add_completion=False)
@@ -54,7 +56,7 @@ def as_flag(known: Setting, value: Any, name: str | None = None) -> Given:
 
 def in_file(path: Path, known: Setting, value: Any, name: str | None = None) -> Given:
     key = (name or known.flag).removeprefix("--")
-    path.write_text(f"{key} = {json.dumps(value)}", encoding="utf-8")  # such values are TOML, too
+    path.write_text(f"{key} = {json.dumps(value)}", encoding="utf-8")  # such values are TOML too
     return read_settings(path, GENERATION)
 
 
@@ -84,7 +86,7 @@ def by_keyword(known: Setting, value: Any, name: str | None = None) -> Given:
 def everywhere(
     path: Path, known: Setting, value: Any, name: str | None = None
 ) -> dict[str, Callable[[], Given]]:
-    """Each way to give a setting."""
+    """Yields each way to give a setting."""
     ways = {
         "flag": lambda: as_flag(known, value, name),
         "file": lambda: in_file(path, known, value, name),
@@ -92,13 +94,14 @@ def everywhere(
         "line": lambda: in_a_line(known, value, name),
         "keyword": lambda: by_keyword(known, value, name),
     }
-    if known.name != "seed" and not isinstance(value, list):  # all methods share it; commas part methods
+    # all methods share the seed; commas separate methods
+    if known.name != "seed" and not isinstance(value, list):
         ways["spec"] = lambda: in_a_spec(known, value, name)
     return ways
 
 
 def values_of(known: Setting) -> st.SearchStrategy[Any]:
-    """Values in range, as JSON and TOML have them."""
+    """Draws values in range, as in JSON and TOML."""
     high = min(known.high, 10**12)
     if known.kind == "whole":
         return st.integers(int(known.low), int(high))
@@ -106,6 +109,7 @@ def values_of(known: Setting) -> st.SearchStrategy[Any]:
         return st.floats(known.low, high, exclude_min=known.low_is_open, allow_subnormal=False)
     return {
         "switch": st.booleans(),
+        "text": st.text("abcxyz", min_size=1),
         "choice": st.sampled_from(known.choices or ("none",)),
         "texts": st.sampled_from(["3=-1.5", "4=2", "7=-inf"])
         if known.name == "logit_bias"
@@ -149,10 +153,10 @@ def test_a_setting_has_the_same_range_and_error_wherever_it_is_typed(known: Sett
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda k: k.name)
 def test_a_value_of_another_kind_is_refused_wherever_it_is_typed(known: Setting, tmp_path: Path) -> None:
-    wrong: Any = {"nested": True} if known.kind != "texts" else 3.5
+    wrong: Any = {"nested": True} if known.kind != "texts" and known.name not in OBJECTS else 3.5
     messages = set()
     for way, read in everywhere(tmp_path / "settings.toml", known, wrong).items():
-        if way in ("flag", "set", "file", "spec"):  # typer's own; text is a text; no JSON; colons
+        if way in ("flag", "set", "file", "spec"):  # typer's own errors; text stays text; not JSON; colons
             continue
         with pytest.raises(UsageError, match=f"^{known.name} ") as caught:
             read()
@@ -167,7 +171,8 @@ ALIASED = [(known, name) for known in KNOWN for name in known.aliases]
 def test_other_programs_names_are_understood_wherever_they_are_typed(
     known: Setting, name: str, tmp_path: Path
 ) -> None:
-    value = ["stop"] if known.kind == "texts" else 1
+    given: dict[str, Any] = {"texts": ["stop"], "text": "x", "switch": True}
+    value = given.get(known.kind, 1)
     for spelling in (name, "--" + name.removeprefix("--").replace("-", "_")):
         for way, read in everywhere(tmp_path / "settings.toml", known, value, spelling).items():
             assert list(read()) == [known.name], way
@@ -176,20 +181,23 @@ def test_other_programs_names_are_understood_wherever_they_are_typed(
 @pytest.mark.parametrize("known", [k for k in KNOWN if k.aliases], ids=lambda k: k.name)
 def test_one_setting_under_two_names_is_an_error_wherever_it_is_typed(known: Setting, tmp_path: Path) -> None:
     main, other = known.flag.removeprefix("--"), known.aliases[0].removeprefix("--")
-    value: Any = "x" if known.kind == "texts" else 1
+    value: Any = "x" if known.kind in ("text", "texts") else known.kind == "switch" or 1
+    flags = (known.flag, str(value), f"{known.aliases[0]}={value}")
+    if known.kind == "switch":
+        flags = (known.flag, known.aliases[0])
     toml = tmp_path / "settings.toml"
-    toml.write_text(f"{main} = {value!r}\n{other} = {value!r}\n")
+    toml.write_text(f"{main} = {json.dumps(value)}\n{other} = {json.dumps(value)}\n")
     line = parse_line(1, json.dumps({"prompt": "hi", main: value, other: value}).encode())
     assert isinstance(line, Item)
     for read in (
-        lambda: typed_as_flags(known.flag, str(value), f"{known.aliases[0]}={value}"),
+        lambda: typed_as_flags(*flags),
         lambda: read_settings(toml, GENERATION),
         lambda: LINE.read(line.overrides, NAMES),
         lambda: GENERATION.read({main.replace("-", "_"): value, other.replace("-", "_"): value}, NAMES),
     ):
         with pytest.raises(UsageError, match="are the same setting") as caught:
             read()
-        assert caught.value.hint == "give one of them"
+        assert caught.value.hint == "give only one of them"
 
 
 @pytest.mark.parametrize(
@@ -209,12 +217,12 @@ def test_misspelt_names(read: Callable[[], Any], says: str) -> None:
 
 
 def test_a_line_is_strict_with_settings_and_lenient_with_other_fields() -> None:
-    bad = parse_line(1, b'{"prompt": "hi", "top_kk": 3}')
+    bad = parse_line(1, b'{"prompt": "hi", "temprature": 3}')
     assert isinstance(bad, BadLine)
-    assert "did you mean top_k?" in bad.message
-    item = parse_line(1, b'{"prompt": "hi", "predict": 3, "context": "x", "n_predict": 4}')
+    assert "did you mean temperature?" in bad.message
+    item = parse_line(1, b'{"prompt": "hi", "predict": 3, "context": "x", "top_kk": 3, "n_predict": 4}')
     assert isinstance(item, Item)
-    assert (item.extra, item.overrides) == ({"predict": 3, "context": "x"}, {"n_predict": 4})
+    assert (item.extra, item.overrides) == ({"predict": 3, "context": "x", "top_kk": 3}, {"n_predict": 4})
 
 
 # ---------------------------------------------------------------------------------- the command line's flags
@@ -244,7 +252,7 @@ def test_flags_get_their_main_name_and_values_stay(arguments: list[str], found: 
 
 
 class _Option:
-    """What `respelt` looks at in click's options."""
+    """The attributes of click's options that `respelt` uses."""
 
     def __init__(self, flag: str, off: str, short: str, is_flag: bool) -> None:
         self.opts = [name for name in (short, flag) if name]
@@ -292,11 +300,11 @@ def test_pythons_keywords_are_the_table() -> None:
     shipped = EMInf, AdaptiveTemperature
     new = em_table([step for step in EM_STEPS if step not in shipped]).settings.keys()
     missing = GENERATION.settings.keys() - hints.keys()
-    assert missing <= new - em_table(shipped).settings.keys()  # a new step may do without
+    assert missing <= new - em_table(shipped).settings.keys()  # a new step need not be in it
     assert hints.keys() <= GENERATION.settings.keys() | {"em", "system", "raw"}
-    kinds = {"number": float, "whole": int, "switch": bool, "choice": str}
+    kinds = {"number": float, "whole": int, "switch": bool, "choice": str, "text": str}
     for known in KNOWN:
-        if known.name not in missing:
+        if known.name not in missing and known.name not in OBJECTS:
             assert known.kind == "texts" or hints[known.name] is kinds[known.kind]
 
 
@@ -308,7 +316,7 @@ def test_pythons_keywords_are_checked_and_take_other_names() -> None:
     for wrong, says in (
         ({"em": True, "em_inf": True}, "em and em_inf are the same setting"),
         ({"em": "paper", "em_preset": "paper"}, "em and em_preset are the same setting"),
-        ({"em": False, "em_steps": 3}, "em_steps does nothing without em_inf"),
+        ({"em": False, "em_steps": 3}, "em_steps has no effect without em_inf"),
         ({"top_k": -1}, "top_k is -1; it must be between 0 and"),
     ):
         with pytest.raises(UsageError, match=says):

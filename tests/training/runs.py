@@ -1,4 +1,4 @@
-"""A small run with real engines: torch trains the tiny model, llama.cpp answers with it."""
+"""A small run with real engines: torch trains the tiny model, and llama.cpp answers with it."""
 
 import multiprocessing
 import os
@@ -49,7 +49,7 @@ LABELS = ["1"] * len(PROMPTS)
 
 @dataclass
 class Watched:
-    """A watcher that remembers, and does something at the n-th event."""
+    """A watcher that records its events, and acts at the n-th one."""
 
     at: int = -1
     act: Callable[[], None] = lambda: None
@@ -87,7 +87,7 @@ def prepared(
     plan: Plan = Plan(token_budget=40, save_every=2),
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Run, Any]]:
-    """A run that has not begun, and the checkpoint to begin from."""
+    """Returns a run that has not begun, and the checkpoint to begin from."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -125,13 +125,13 @@ def _method(
 
 
 def run(pair: ModelPair, out: Path, watcher: Watched, *args: Any, **more: Any) -> Outcome:
-    """From the beginning, or on from what the folder holds."""
+    """Runs from the beginning, or from the folder's checkpoint."""
     with prepared(pair, out, watcher, *args, **more) as (work, start):
         return work.run(start)
 
 
 def assert_equal(one: Adapter, other: Adapter) -> None:
-    """Bit for bit."""
+    """Asserts equality bit for bit."""
     assert one.pairs.keys() == other.pairs.keys()
     for name, pair in one.pairs.items():
         assert np.array_equal(pair.a, other.pairs[name].a), name
@@ -139,14 +139,16 @@ def assert_equal(one: Adapter, other: Adapter) -> None:
 
 
 def assert_same(out: Path, whole: Path) -> None:
-    """Two runs left the same adapter and, but for times, the same metrics."""
+    """Asserts that two runs left the same adapter and, apart from times, the same metrics."""
     assert_equal(read_adapter(out), read_adapter(whole))
     assert timeless(metrics(out)) == timeless(metrics(whole))
 
 
 def kill_and_resume(pair: ModelPair, out: Path, settings: TrainingSettings, events: int) -> int:
-    """Carry a run to its end over up to ten kills, at moments drawn at random: while answering and training
-    (before so many events of the watcher), and around every write. How many kills there were."""
+    """Runs to the end with up to ten kills at random moments; returns the number of kills.
+
+    They come while answering and training (before a number of the watcher's events), and around every write.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.runs", "torch", "transformers"])
     random = np.random.default_rng(0)
@@ -163,7 +165,7 @@ def kill_and_resume(pair: ModelPair, out: Path, settings: TrainingSettings, even
 
 
 def _killed(pair: ModelPair, out: Path, settings: TrainingSettings, event: int, syncs: int) -> None:
-    """For a process of its own: go on with the run, and die by SIGKILL at an event, or at a file's fsync."""
+    """Resumes the run in its own process, and dies by SIGKILL at an event, or at a file's fsync."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)

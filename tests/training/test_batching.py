@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from emlocal.training.rollouts import Rollout, micro_batches, token_weights
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""Machines that test are busy."""
+"""Test machines are busy."""
 
 
 @patient

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which stay, which are read, and what is wrong with those that are not."""
+"""Checkpoints on disk: which stay, which are read, and the faults of the others."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from emlocal.training.checkpoint import Checkpoint, latest, save
 def state(step: int) -> Checkpoint:
     random = np.random.default_rng(step)
     learner = {"w": random.normal(size=(3, 4)).astype(np.float32), "w.steps": np.float32(step)}
-    good = {"w": random.normal(size=(4, 3)).astype(np.float32).T}  # not as it lies in memory
+    good = {"w": random.normal(size=(4, 3)).astype(np.float32).T}  # not in its order in memory
     return Checkpoint(step, learner, good, {"kl": 0.1 + step, "guards": [{"entropy": 1 / 3}], "first": None})
 
 
@@ -80,17 +80,17 @@ def changed(path: Path, **values: object) -> None:
         (lambda at: (at / "learner.safetensors").unlink(), "No such file"),
         (lambda at: (at / "good.safetensors").unlink(), "No such file"),
         (lambda at: (at / "state.json").unlink(), "No such file"),
-        (lambda at: (at / "learner.safetensors").write_bytes(b""), "learner.safetensors is not what"),
-        (lambda at: cut(at / "learner.safetensors"), "learner.safetensors is not what was written"),
-        (lambda at: cut(at / "good.safetensors"), "good.safetensors is not what was written"),
-        (lambda at: flip(at / "good.safetensors"), "good.safetensors is not what was written"),
+        (lambda at: (at / "learner.safetensors").write_bytes(b""), "learner.safetensors is damaged"),
+        (lambda at: cut(at / "learner.safetensors"), "learner.safetensors is damaged"),
+        (lambda at: cut(at / "good.safetensors"), "good.safetensors is damaged"),
+        (lambda at: flip(at / "good.safetensors"), "good.safetensors is damaged"),
         (lambda at: cut(at / "state.json"), ""),
-        (lambda at: (at / "state.json").write_text("[]"), "state.json is no table"),
+        (lambda at: (at / "state.json").write_text("[]"), "state.json is not a table"),
         (lambda at: (at / "state.json").write_text("[" * 100_000), ""),
-        (lambda at: changed(at / "state.json", step=3), "state.json is not what was written"),
-        (lambda at: changed(at / "state.json", history={}), "state.json is not what was written"),
-        (lambda at: changed(at / "state.json", sha256=[]), "is not what was written"),
-        (lambda at: changed(at / "state.json", sha256={}), "is not what was written"),
+        (lambda at: changed(at / "state.json", step=3), "state.json is damaged"),
+        (lambda at: changed(at / "state.json", history={}), "state.json is damaged"),
+        (lambda at: changed(at / "state.json", sha256=[]), "is damaged"),
+        (lambda at: changed(at / "state.json", sha256={}), "is damaged"),
         (lambda at: changed(at / "state.json", format="emlocal-checkpoint-9"), "'emlocal-checkpoint-9'"),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_run_that_went_back_behind_damaged_ones_keeps_what_it_writes(tmp_path:
     for step in (15, 20):
         save(tmp_path, state(step))
         cut(tmp_path / f"step-{step:06d}" / "learner.safetensors")
-    save(tmp_path, state(3))  # begun anew, and stopped
+    save(tmp_path, state(3))  # a new run that was stopped
     assert names(tmp_path) == ["step-000003"]
     assert step_of(tmp_path) == 3
 

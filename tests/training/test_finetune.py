@@ -1,4 +1,4 @@
-"""The loop: entropy falls, runs that are killed go on bit for bit, and what goes wrong is said."""
+"""The loop: entropy falls, killed runs resume bit for bit, and failures are reported."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.training.runs import (
 
 @pytest.fixture(scope="module")
 def whole(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     outcome = run(pair, out, Watched())
     assert outcome.reason == "finished"
@@ -97,14 +97,14 @@ def test_changed_settings_are_refused_with_their_differences(pair: ModelPair, wh
 
 
 def test_a_folder_that_holds_a_run_needs_resume(pair: ModelPair, whole: Path) -> None:
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="has a run already"):
         run(pair, whole, Watched())
 
 
 def test_a_folder_of_something_else_is_left_alone(pair: ModelPair, out: Path) -> None:
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"something else: thesis.tex"):
+    with pytest.raises(UsageError, match=r"has other files: thesis.tex"):
         run(pair, out, Watched())
     assert [p.name for p in out.iterdir() if p.name != ".lock"] == ["thesis.tex"]
 
@@ -169,7 +169,7 @@ def test_without_memory_it_goes_on_in_smaller_batches(
     monkeypatch.setattr(TorchEntropyLearner, "accumulate", cramped)
     watcher = Watched()
     assert run(pair, out, watcher).reason == "finished"
-    assert watcher.warnings == ["out of memory: going on with micro-batches of 20 tokens"]
+    assert watcher.warnings == ["out of memory: continuing with micro-batches of 20 tokens"]
     assert watcher.rows[0]["token_budget"] == 20
 
 
@@ -180,7 +180,7 @@ def test_an_answer_that_never_fits_is_said(
         raise OutOfMemoryError
 
     monkeypatch.setattr("emlocal.backends.torch.learner.TorchEntropyLearner.accumulate", full)
-    with pytest.raises(EmlocalError, match="does not fit into memory by itself"):
+    with pytest.raises(EmlocalError, match="does not fit in memory"):
         run(pair, out, Watched())
 
 

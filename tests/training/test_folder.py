@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what is in it after things went wrong."""
+"""The folder of a run: its owner, and its content after failures."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_new_run_and_the_same_again(out: Path) -> None:
     with opened(out, resume=True) as (folder, step):
         assert step == 2
         assert folder.warnings == []
-    assert rows(out) == [0, 1]  # step 2 will be made again
+    assert rows(out) == [0, 1]  # step 2 will run again
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_every_part_of_the_identity_counts(out: Path, change: dict[str, object],
     with pytest.raises(UsageError) as caught, opened(out, IDENTITY | change, resume=True):
         pass
     assert caught.value.message.endswith(f"has other settings: {says}")
-    with opened(out, resume=True) as (_, step):  # not in use any more, and unharmed
+    with opened(out, resume=True) as (_, step):  # released, and unharmed
         assert step == 1
 
 
@@ -82,7 +82,7 @@ def test_a_run_json_of_somebody_else(out: Path, text: str) -> None:
 @pytest.mark.parametrize("name", ["adapter_config.json", "x.tmp", ".hidden", "checkpoints"])
 def test_a_folder_with_something_in_it_is_not_touched(out: Path, name: str) -> None:
     (out / name).mkdir(parents=True)
-    with pytest.raises(UsageError, match=f"holds something else: {name}"):
+    with pytest.raises(UsageError, match=f"has other files: {name}"):
         RunFolder.open(out, "finetune", IDENTITY, resume=True)
     assert [p.name for p in out.iterdir()] == [name]
 
@@ -111,13 +111,13 @@ def test_one_at_a_time(out: Path) -> None:
                 RunFolder.open(out, "finetune", IDENTITY, resume=resume)
     with opened(out, resume=True) as (folder, step):
         assert step is None
-        assert "has no checkpoint yet: beginning anew" in folder.warnings[0]
+        assert "has no checkpoint yet: starting again" in folder.warnings[0]
 
 
 def test_resume_without_a_run_begins_and_says_so(out: Path) -> None:
     with opened(out, resume=True) as (folder, step):
         assert step is None
-        assert "holds no run to go on with" in folder.warnings[0]
+        assert "has no run to resume" in folder.warnings[0]
 
 
 def test_both_checkpoints_damaged_is_a_beginning_with_two_warnings(out: Path) -> None:
@@ -127,7 +127,7 @@ def test_both_checkpoints_damaged_is_a_beginning_with_two_warnings(out: Path) ->
     with opened(out, resume=True) as (folder, step):
         assert step is None
         assert len(folder.warnings) == 2
-        assert all("beginning anew" in text for text in folder.warnings)
+        assert all("starting again" in text for text in folder.warnings)
     assert rows(out) == []
 
 
@@ -153,7 +153,7 @@ def test_the_adapter_is_replaced_whole(out: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_wherever_it_strikes(out: Path) -> None:
-    """Files may grow to some bytes only: what the system says then is what a full disk makes it say."""
+    """A limit on file sizes produces the same system error as a full disk."""
     import resource
 
     begun(out, 1)
@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(out: Path) -> None:
             with pytest.raises(EmlocalError, match=r"cannot write .*step-000002: .*File too large") as saved:
                 folder.save(state(2))
             with pytest.raises(
-                EmlocalError, match=r"the newest adapter is not in .*File too large"
+                EmlocalError, match=r"the newest adapter could not be copied to .*File too large"
             ) as adapter:
                 folder.put_adapter(random_adapter())
         finally:
@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(out: Path) -> None:
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         RunFolder.open(file, "finetune", IDENTITY, resume=False)
     with pytest.raises(EmlocalError, match="cannot write"):
         RunFolder.open(file / "below", "finetune", IDENTITY, resume=False)

@@ -28,16 +28,16 @@ def test_the_entropy_floor_is_that_of_a_window() -> None:
     assert looked(dip)[1] == [None] * 5
     guards, said = looked([WELL, *[replace(WELL, entropy=0.019)] * 3])
     assert said[:3] == [None] * 3
-    assert said[3] == "the answers' entropy is 0.019 nats a token, below --entropy-floor 0.02"
+    assert said[3] == "the answers' entropy is 0.019 nats per token, below --entropy-floor 0.02"
     assert not guards.sound
     assert looked([replace(WELL, entropy=0.02)] * 5)[1] == [None] * 5
 
 
 def test_repetition_is_compared_with_the_first_step() -> None:
     looping = replace(WELL, repetition=0.3)
-    assert looked([looping] * 10)[1] == [None] * 10  # it was so at first
+    assert looked([looping] * 10)[1] == [None] * 10  # they already looped at first
     said = looked([WELL] * 3 + [looping] * 3)[1]
-    assert said[:5] == [None] * 5  # means of 0.13 and 0.22 are no more than 0.2 above 0.05
+    assert said[:5] == [None] * 5  # means of 0.13 and 0.22 are at most 0.2 above 0.05
     assert said[5] == "30% of the answers' text is repeated, 5% at first (--max-repetition 0.2)"
 
 
@@ -55,7 +55,7 @@ def test_length_by_a_factor_either_way(length: float, words: str) -> None:
 @pytest.mark.parametrize(
     ("other", "stops_at"),
     [
-        (replace(WELL, length=1000), 1),  # 550 in the mean
+        (replace(WELL, length=1000), 1),  # 550 on average
         (replace(WELL, length=300), 2),  # 200, then 233
         (replace(WELL, length=20), 2),  # 60, then 47
         (replace(WELL, repetition=0.55), 1),
@@ -76,7 +76,7 @@ def test_a_collapse_in_the_first_update_is_no_standard_for_later_ones(
 def test_growth_that_doubles_step_by_step_stops() -> None:
     said = looked([replace(WELL, length=length) for length in (60, 120, 240, 256, 256)])[1]
     assert said[:2] == [None, None]
-    assert said[2] is not None  # 140 in the mean
+    assert said[2] is not None  # 140 on average
 
 
 def test_kl_of_a_window_and_of_the_step_itself() -> None:
@@ -89,7 +89,7 @@ def test_kl_of_a_window_and_of_the_step_itself() -> None:
         assert guards.sound == (kl <= 1)
     assert said[:3] == [None] * 3  # means of 0, 0.25, 0.57
     assert said[3] is None  # 0.97
-    assert said[4] == "the KL to the base is 1.20 nats a token, above --max-kl 1"
+    assert said[4] == "the KL to the base is 1.20 nats per token, above --max-kl 1"
 
 
 def test_a_kl_that_is_not_looked_at() -> None:

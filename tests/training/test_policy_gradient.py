@@ -1,4 +1,4 @@
-"""What a step's answers come to, token by token, against loops written from the equations."""
+"""The results of a step's answers, token by token, compared with loops written from the equations."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,18 +21,24 @@ from emlocal.training.rollouts import MicroBatches, Rollout
 from tests.tiny_pair import ModelPair, random_adapter
 
 Rows = list[list[list[float]]]
-"""log p of each answer, token and word of the vocabulary."""
+"""log p by answer, token and word of the vocabulary."""
 
 STEP, CHOSEN, SAMPLES = 4, (6, 1, 3), 3
 LABELS = ["7", "12", "no", "x", "no", "no", r"it is \boxed{3.0}", "no"]
 TEXTS = ["\\boxed{3}", "so 3.", "so 4", "12", "none", "13", "x", "y", "5"]
-"""Right: the first two, and the fourth. The labels of the prompts chosen are 3, 12, and x, which is none of
-the last three: only numbers and what is boxed are answers."""
+"""Texts of which the first two and the fourth are right.
+
+The labels of the chosen prompts are 3, 12, and x. None of the last three texts matches x, because only
+numbers and boxed texts are answers.
+"""
 SCALED = {"reward": (("token", 0.5), ("sequence", -0.2), ("verifier", 3.0))}
 
 
 def answers() -> list[Rollout]:
-    """Three to each prompt, of various lengths: micro-batches take them in another order."""
+    """Makes three answers to each prompt.
+
+    Their lengths differ, so micro-batches take them in another order.
+    """
     random = np.random.default_rng(2)
     lengths = [3, 7, 1, 4, 9, 2, 5, 5, 6]
     found = []
@@ -43,7 +49,7 @@ def answers() -> list[Rollout]:
 
 
 class Recording(TorchPolicyLearner):
-    """Remembers the loss of each answer's tokens."""
+    """Records the loss of each answer's tokens."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -75,7 +81,7 @@ def batches_of(learner: Recording, budget: int = 25) -> MicroBatches:
 
 
 def rows_of(learner: Recording, temperature: float, *, base: bool = False) -> Rows:
-    """One prefix after the other."""
+    """Returns the rows, one prefix after the other."""
     found: Rows = []
     with torch.no_grad():
         for each in answers():
@@ -88,7 +94,7 @@ def rows_of(learner: Recording, temperature: float, *, base: bool = False) -> Ro
 
 
 class ByLoops:
-    """The same step, a number at a time."""
+    """The same step, one number at a time."""
 
     def __init__(self, settings: RLSettings, rows: Rows) -> None:
         self.settings, self.rows, self.rollouts = settings, rows, answers()
@@ -130,7 +136,7 @@ class ByLoops:
         return (own - mean) / (math.sqrt(sum((r - mean) ** 2 for r in group) / (SAMPLES - 1)) + 1e-6)
 
     def position_weight(self, i: int, t: int) -> float:
-        """TW-GRPO's."""
+        """Returns TW-GRPO's weight."""
         if self.settings.token_weights == "none":  # noqa: S105
             return 1.0
         first = i // SAMPLES * SAMPLES
@@ -149,7 +155,7 @@ class ByLoops:
         return total
 
     def tokens(self) -> tuple[list[list[float]], list[list[float]]]:
-        """Advantages and pulls of each answer's tokens."""
+        """Returns the advantages and pulls of each answer's tokens."""
         s = self.settings
         advantages = [
             [self.advantage(i) * self.position_weight(i, t) for t in range(len(row))]
@@ -205,7 +211,7 @@ def test_each_token_has_the_loss_of_its_answer(pair: ModelPair, changes: dict[st
     rows = rows_of(learner, settings.rollout_temperature)
     by_loops = ByLoops(settings, rows)
     advantages, pulls = by_loops.tokens()
-    base = learner.score(rollouts, base=True).log_probs  # held against a loop in test_policy_learner
+    base = learner.score(rollouts, base=True).log_probs  # compared with a loop in test_policy_learner
     ends = np.cumsum([len(each.answer) for each in rollouts])
     method = PolicyGradient(settings, learner, LABELS)
     learner.given.append({})
@@ -233,7 +239,7 @@ def test_each_token_has_the_loss_of_its_answer(pair: ModelPair, changes: dict[st
 
 
 def _assert_told(told: list[Any], by_loops: ByLoops) -> None:
-    """The metrics of a step, of its first gradient."""
+    """Checks the metrics of a step's first gradient."""
     settings, rewards = by_loops.settings, by_loops.rewards()
     groups = np.reshape(rewards, (-1, SAMPLES))
     row = told[0].row
@@ -249,7 +255,7 @@ def _assert_told(told: list[Any], by_loops: ByLoops) -> None:
             each = [by_loops.worth(name, i) for i in range(len(TEXTS))]
             assert row[f"reward_{name}"] == pytest.approx(np.mean(each), abs=1e-4)
     if settings.ppo_epochs == 2 and settings.regularize != "kl-cov":
-        assert told[1].row["clipped"] > 0  # of the policy after the first update
+        assert told[1].row["clipped"] > 0  # for the policy after the first update
     if settings.ppo_epochs == 2:
         assert told[1].row["reward"] == row["reward"]
 
@@ -298,7 +304,7 @@ def test_without_memory_a_step_is_made_anew_in_smaller_parts(
 
 def _cramped(real: Callable[..., Any], room: int) -> Callable[..., Any]:
     def run(batch: Sequence[Rollout], *args: Any, **more: Any) -> Any:
-        result = real(batch, *args, **more)  # it adds to the gradient, and then does not fit
+        result = real(batch, *args, **more)  # adds to the gradient, and then does not fit
         if len(batch) * max(map(len, batch)) > room:
             raise OutOfMemoryError
         return result
@@ -313,7 +319,7 @@ def test_a_group_that_tw_grpo_cannot_hold_at_once_is_said(
     learner = learner_of(pair, settings)
     monkeypatch.setattr(learner, "divergences", _cramped(learner.divergences, 5))
     method = PolicyGradient(settings, learner)
-    with pytest.raises(EmlocalError, match="3 answers to a prompt do not fit into memory at once") as caught:
+    with pytest.raises(EmlocalError, match="3 answers to a prompt do not fit in memory together") as caught:
         next(method.gradients(STEP, CHOSEN, answers(), batches_of(learner)))
     assert "--samples" in caught.value.hint
 

@@ -1,4 +1,4 @@
-"""Files of prompts as people have them: good lines, bad lines, and what is said of them."""
+"""Files of prompts as people write them: good lines, bad lines, and their errors."""
 
 import json
 import sys
@@ -73,21 +73,24 @@ def test_a_line_of_a_megabyte(tmp_path: Path) -> None:
         ('"a"', "line 2: not a JSON object"),
         ("null", "line 2: not a JSON object"),
         ("[" * 100_000, "line 2: not JSON"),
-        ("{}", "line 2: none of messages, prompt, question, problem is there"),
+        ("{}", "line 2: none of messages, prompt, conversations, question, problem is there"),
         ('{"text": "a"}', "line 2: none of messages"),
-        ('{"prompt": ""}', 'line 2: "prompt" is no text, or empty'),
-        ('{"prompt": " \\n"}', 'line 2: "prompt" is no text, or empty'),
-        ('{"prompt": 7}', 'line 2: "prompt" is no text'),
-        ('{"prompt": null}', 'line 2: "prompt" is no text'),
-        ('{"prompt": ["a"]}', 'line 2: "prompt" is no text'),
-        ('{"messages": []}', 'line 2: "messages" is no list'),
-        ('{"messages": "hi"}', 'line 2: "messages" is no list'),
-        ('{"messages": [{"role": "user"}]}', 'line 2: "messages" is no list'),
-        ('{"messages": [{"role": "king", "content": "a"}]}', 'line 2: "messages" is no list'),
-        ('{"messages": [{"role": "user", "content": null}]}', 'line 2: "messages" is no list'),
-        ('{"messages": [{"role": "system", "content": "a"}]}', 'line 2: "messages" has none of the user'),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "has none of the user"),
-        ('{"prompt": "\\ud83d"}', "line 2: half a character"),
+        ('{"prompt": ""}', "line 2: the prompt is empty"),
+        ('{"prompt": " \\n"}', "line 2: the prompt is empty"),
+        ('{"prompt": 7}', "line 2: prompt is a number; it must be a text"),
+        ('{"prompt": null}', "line 2: none of messages"),
+        ('{"prompt": ["a"]}', "line 2: prompt[0] is a text; it must be an object"),
+        ('{"question": ["a"]}', "line 2: question is a list; it must be a text"),
+        ('{"messages": []}', "line 2: messages is empty"),
+        ('{"messages": "hi"}', "line 2: messages is a text; it must be a list"),
+        ('{"messages": [{"role": "user"}]}', "line 2: messages[0].content is null"),
+        ('{"messages": [{"role": "king", "content": "a"}]}', 'line 2: messages[0].role is "king"'),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: messages[0].content is null"),
+        ('{"conversations": [{"from": "cat", "value": "a"}]}', 'line 2: conversations[0].from is "cat"'),
+        ('{"prompt": "a", "system": 5}', "line 2: system is a number; it must be a text"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', 'line 2: "messages" has no user message'),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "has only the assistant's messages"),
+        ('{"prompt": "\\ud83d"}', "line 2: the text has half of a surrogate pair"),
         (b'{"prompt": "caf\xe9"}', "line 2: not UTF-8"),
         (b"\x00\xff\xfe", "line 2: not UTF-8"),
     ],
@@ -102,9 +105,9 @@ def test_a_bad_line_is_named_and_nothing_is_used(tmp_path: Path, line: str | byt
 
 
 def test_what_is_no_text_is_told_how_to_be(tmp_path: Path) -> None:
-    for name, hint in (("p.txt", "text in UTF-8"), ("p.jsonl", '{"prompt": "…"}')):
+    for name, hint in (("p.txt", "UTF-8 text"), ("p.jsonl", '{"prompt": "…"}')):
         with pytest.raises(UsageError) as caught:
-            read_prompts(written(tmp_path, b"\xff\xfe", name))
+            read_prompts(written(tmp_path, b"\xff\xff", name))
         assert hint in str(caught.value.hint)
 
 
@@ -136,7 +139,7 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "\n", "  \n\r\n\n", "\ufeff"])
 @pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
 def test_empty_files(tmp_path: Path, content: str, name: str) -> None:
-    with pytest.raises(UsageError, match="holds no prompts"):
+    with pytest.raises(UsageError, match="has no prompts"):
         read_prompts(written(tmp_path, content, name))
 
 
@@ -151,7 +154,7 @@ def test_what_is_no_file_of_prompts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no file -"):
         read_prompts("-")
     if sys.platform != "win32":
-        with pytest.raises(UsageError, match="/dev/null holds no prompts"):
+        with pytest.raises(UsageError, match="/dev/null has no prompts"):
             read_prompts("/dev/null")
 
 

@@ -1,4 +1,4 @@
-"""EM-RL's loop: rewards reach their tokens, each reward moves itself up, killed runs go on bit for bit."""
+"""EM-RL's loop: rewards reach their tokens, each reward raises itself, killed runs resume bit for bit."""
 
 import os
 import subprocess
@@ -52,14 +52,14 @@ SETTINGS = RLSettings(
     max_length_change=1e9,
     max_kl=1e9,
 )
-"""As much at once as there is."""
+"""A setting with everything at once."""
 PASSES = 5
-"""Of a step over its answers: to score them, as the base, for TW-GRPO, and for each of two updates."""
+"""Passes of a step over its answers: scores, base scores, TW-GRPO, and two updates."""
 
 
 @pytest.fixture(scope="module")
 def whole(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert run(pair, out, Watched(), SETTINGS).reason == "finished"
     return out
@@ -86,8 +86,8 @@ def test_answers_to_a_prompt_differ_and_are_those_that_are_drawn_alone(pair: Mod
     together = drawn(pair, PROMPTS[:3], samples=4, parallel=5)
     assert len(set(together)) == 12
     assert drawn(pair, PROMPTS[:3], samples=4, parallel=1) == together  # one answer at a time
-    assert drawn(pair, PROMPTS[:1], samples=4, parallel=2) == together[:4]  # no other prompts
-    assert drawn(pair, PROMPTS[:3], samples=1, parallel=3) == together[::4]  # no other answers
+    assert drawn(pair, PROMPTS[:1], samples=4, parallel=2) == together[:4]  # without the other prompts
+    assert drawn(pair, PROMPTS[:3], samples=1, parallel=3) == together[::4]  # without the other answers
     same = drawn(pair, [PROMPTS[0]] * 3, samples=2, parallel=2)
     assert len(set(same)) == 6  # the same prompt in other places
     assert not set(drawn(pair, PROMPTS[:3], samples=4, parallel=5, step=3)) & set(together)
@@ -97,11 +97,11 @@ def test_answers_to_a_prompt_differ_and_are_those_that_are_drawn_alone(pair: Mod
 
 
 OFF = {"entropy_floor": 0, "max_repetition": 1, "max_length_change": 1e9, "max_kl": 0}
-"""Guards that never say anything."""
+"""Guards that never fire."""
 
 
 def small(recipe: str, **changes: object) -> RLSettings:
-    """A recipe scaled down to the tiny model; its guards are off."""
+    """Returns a recipe scaled down to the tiny model, with its guards off."""
     held = RLSettings(**read_recipe(recipe))
     sizes = {"prompts_per_step": 10, "samples": 8, "max_tokens": 12, "rank": 4, "alpha": 8}
     return replace(held, warmup=min(held.warmup, 1), **{**sizes, **OFF, **changes})  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def test_micro_batches_do_not_depend_on_checkpoints(pair: ModelPair, whole: Path
 
 
 class Counting(Watched):
-    """Asks to stop when a step's answers have been gone over so many times."""
+    """Asks to stop after this many passes over a step's answers."""
 
     asked = False
 
@@ -168,7 +168,7 @@ def test_ctrl_c_in_a_step_leaves_the_state_before_it(
         work.learner.update = lambda rate: updates.append(rate) or real(rate)  # type: ignore[func-returns-value]
         with pytest.raises(CancelledError):
             work.run(start)
-    # between the two updates of a step
+    # the last case is between the two updates of a step
     assert len(updates) == 3 * SETTINGS.ppo_epochs + (passes == PASSES - 1)
     (held, damaged) = checkpoint.latest(out / "checkpoints")
     assert held is not None
@@ -210,7 +210,7 @@ def test_thirty_times_the_learning_rate_collapses_and_the_good_adapter_stays(
 
 
 def test_labels_are_told_apart_the_same_in_every_process() -> None:
-    """Keys of answers are sets in part, which Python puts in another order in each process."""
+    """Keys of answers are partly sets, which Python orders differently in each process."""
     code = (
         "from emlocal.training.rl import PolicyGradient;"
         "from emlocal.training.rl_settings import RLSettings;"

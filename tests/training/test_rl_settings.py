@@ -34,14 +34,14 @@ def test_what_a_recipe_is(recipe: str, reward: str, advantage: str, loss: str, l
     found = settings(recipe)
     assert found.reward == ((reward, 1.0),)
     assert (found.advantage, found.loss, found.needs_labels) == (advantage, loss, labels)
-    assert found.steps >= 58  # every recipe says how long it goes
+    assert found.steps >= 58  # every recipe sets its steps
 
 
 def test_the_papers_settings_are_the_papers() -> None:
     paper = settings("paper-token")
     assert (paper.samples, paper.prompts_per_step, paper.steps) == (4, 512, 100)
     assert (paper.learning_rate, paper.kl_beta, paper.normalize) == (1e-6, 0.001, "sum")
-    for baseline in ("paper-sequence", "rloo"):  # what is compared differs in the reward alone
+    for baseline in ("paper-sequence", "rloo"):  # the compared recipes differ only in the reward
         other = settings(baseline)
         differences = {n for n, v in vars(paper).items() if vars(other)[n] != v}
         assert differences == {"reward"}
@@ -107,18 +107,18 @@ def test_recipes_that_are_not_there(name: str) -> None:
         ({"reward": (("token", 1.0), ("token", 2.0))}, "twice"),
         ({"reward": (("token", 0.0),)}, "not 0"),
         ({"reward": (("token", float("nan")),)}, "not 0"),
-        ({"reward": (("majority", 1.0),), "samples": 2}, "majority of two"),
+        ({"reward": (("majority", 1.0),), "samples": 2}, "--reward majority needs"),
         ({"regularize": "kl-cov", "loss": "ppo-clip"}, "--ppo-epochs is 1"),
         ({"regularize": "kl-cov", "ppo_epochs": 2}, "--loss ppo-clip|ratio of ppo-clip"),
         ({"target_modules": ()}, "--target-modules is empty"),
         ({"kl_beta": -0.1}, "--kl-beta is -0.1"),
         ({"ppo_epochs": 1.5}, "whole number"),
         ({"ppo_epochs": 2}, "--ppo-epochs is 2; .* the ratio of ppo-clip"),
-        ({"clip_low": 0.5}, "--clip-low is 0.5, and does nothing without --loss ppo-clip"),
-        ({"clip_cov_share": 0.5}, "nothing without --regularize clip-cov"),
-        ({"kl_cov_pull": 2.0}, "nothing without --regularize kl-cov"),
-        ({"tw_alpha": 2.0}, "nothing without --token-weights tw-grpo"),
-        ({"normalize": "mean", "reward": (("vote", 1.0),)}, "nothing without --reward token or sequence"),
+        ({"clip_low": 0.5}, "--clip-low is 0.5, which has no effect without --loss ppo-clip"),
+        ({"clip_cov_share": 0.5}, "no effect without --regularize clip-cov"),
+        ({"kl_cov_pull": 2.0}, "no effect without --regularize kl-cov"),
+        ({"tw_alpha": 2.0}, "no effect without --token-weights tw-grpo"),
+        ({"normalize": "mean", "reward": (("vote", 1.0),)}, "no effect without --reward token or sequence"),
     ],
 )
 def test_settings_that_cannot_be_meant(changes: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What is drawn, and what is said of it."""
+"""The drawn answers, and their statistics."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import pytest
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, saying
 from emlocal.errors import CancelledError
 from emlocal.generation.scheduler import SPARE_SEQUENCES
-from emlocal.training.rollouts import Rollout, describe, draw_rollouts, repetition
+from emlocal.methods.voting import repeated
+from emlocal.training.rollouts import Rollout, describe, draw_rollouts
 from emlocal.training.settings import FineTuneSettings
 
 SETTINGS = FineTuneSettings(max_tokens=9, seed=3)
@@ -22,17 +23,17 @@ def backend(**more: object) -> FakeBackend:
     [
         ([], 0),
         ([7], 0),
-        ([7, 7, 7, 7], 0),  # one run of 4: nothing to repeat
+        ([7, 7, 7, 7], 0),  # one sequence of 4: nothing to repeat
         ([7, 7, 7, 7, 7], 1 / 2),
         ([1, 2, 3, 4, 5, 6, 7, 8], 0),
         ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),
-        ([1, 2, 3, 9, 1, 2, 3, 8], 0),  # three in a row are no run
+        ([1, 2, 3, 9, 1, 2, 3, 8], 0),  # three in a row are not enough
         ([1, 2] * 50, 95 / 97),
         ([5] * 103, 99 / 100),
     ],
 )
 def test_repetition_by_hand(tokens: list[int], share: float) -> None:
-    assert repetition(tokens) == pytest.approx(share)
+    assert repeated(tokens) == pytest.approx(share)
 
 
 def test_answers_do_not_depend_on_how_many_are_drawn_at_once() -> None:
@@ -79,7 +80,7 @@ def test_progress_and_cancelling() -> None:
     engine = backend()
     with pytest.raises(CancelledError):
         draw_rollouts(engine, PROMPTS, SETTINGS, 0, 2, cancelled=lambda: True)
-    assert draw_rollouts(engine, PROMPTS, SETTINGS, 0, 2)  # nothing is held
+    assert draw_rollouts(engine, PROMPTS, SETTINGS, 0, 2)  # no sequence is still held
 
 
 def test_statistics_weigh_tokens_for_entropy_and_answers_for_the_rest() -> None:

@@ -1,4 +1,4 @@
-"""`emlocal.finetune` and `emlocal.rl` are the verbs: the same adapters, checks and warnings."""
+"""`emlocal.finetune` and `emlocal.rl` equal the commands: the same adapters, checks and warnings."""
 
 import json
 import warnings
@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Told(View):
-    """Remembers what it is told."""
+    """Records its reports."""
 
     def __init__(self) -> None:
         super().__init__(lambda text: self.warnings.append(text))
@@ -67,7 +67,7 @@ def test_python_trains_what_the_verb_does(
         assert (tmp_path / "python" / file).read_bytes() == (tmp_path / "verb" / file).read_bytes(), file
     assert timeless(result.metrics) == timeless(view.rows) == timeless(metrics(tmp_path / "verb"))
     assert (result.outcome.reason, result.adapter, result.accuracy) == ("finished", tmp_path / "python", None)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="has a run already"):
         train(data, tmp_path / "python", model=str(pair.gguf), **SMALL, **more)
 
 
@@ -96,11 +96,11 @@ def test_prompts_of_ones_own_accuracy_and_warnings(pair: ModelPair, tmp_path: Pa
         ({"recipe": "best"}, "there is no recipe best"),
         ({"steps": 0}, "steps is 0; it must be between 1"),
         ({"save_every": 0}, "save_every is 0; it must be between 1"),
-        ({"rollouts": "mlx"}, "--rollouts is mlx, and torch is trained"),
+        ({"rollouts": "mlx"}, "--rollouts is mlx, but torch trains"),
         ({"limit": 0}, "limit is 0"),
-        ({"data": ["", {"x": 1}, 3]}, "prompt 1: empty; prompt 2: none of .*; prompt 3: neither"),
-        ({"data": []}, "the list holds no prompts"),
-        ({"validate": ["say"]}, "prompt 1: no answer to compare with"),
+        ({"data": ["", {"x": 1}, 3]}, "prompt 1: empty; prompt 2: none of .*; prompt 3: this is neither"),
+        ({"data": []}, "the list has no prompts"),
+        ({"validate": ["say"]}, "prompt 1: there is no answer to compare with"),
     ],
 )
 def test_bad_settings(pair: ModelPair, tmp_path: Path, given: dict[str, Any], message: str) -> None:

@@ -1,9 +1,9 @@
 """The contract of `backends/base.py` on llama.cpp, for any CPU.
 
 Sequences share one KV pool (`kv_unified`), so a fork costs nothing until it differs. Logits are read where
-llama.cpp wrote them: numpy views on its output buffer, valid until the next decode. llama-cpp-python serves
-as the ctypes declarations only; its `Llama` class is not used (O(n²) detokenizing, no many sequences, and
-silent bugs: docs/decisions.md).
+llama.cpp wrote them, through numpy views on its output buffer, which are valid until the next decode. Only
+the ctypes declarations of llama-cpp-python are used, not its `Llama` class, which detokenizes in O(n²),
+cannot hold many sequences, and has silent bugs (docs/decisions.md).
 """
 
 import ctypes
@@ -30,8 +30,8 @@ from emlocal.models.resolve import GGUFModel
 from emlocal.sampling import Draw, Sampler
 from emlocal.text import counted
 
-_PATIENCE = 0.5  # seconds that `close` waits for a tokenization that was given up
-_NO_SLOT, _ABORTED = 1, 2  # llama_decode's answers other than 0 and errors < 0
+_PATIENCE = 0.5  # seconds that `close` waits for an abandoned tokenization
+_NO_SLOT, _ABORTED = 1, 2  # llama_decode's results other than 0 and errors < 0
 
 
 class LlamaCppBackend(Backend):
@@ -42,7 +42,10 @@ class LlamaCppBackend(Backend):
     def __init__(
         self, model: GGUFModel, options: LoadOptions = LoadOptions(), loading: Loading | None = None
     ) -> None:
-        """`loading`: of the same model and options, where it has begun already."""
+        """Waits for the model and sets it up.
+
+        `loading`: of the same model and options, if it has begun already.
+        """
         loading = loading or Loading(model, options)
         self._model, self._context = loading.wait()
         self._lib: Any = loading.lib
@@ -53,6 +56,7 @@ class LlamaCppBackend(Backend):
         self.max_sequences = options.sequences
         self._shared = options.shared
         self._kv_type = options.kv_type or DEFAULT_KV_TYPE
+        self._placed = loading.placement.describe()
         self._memory = self._lib.llama_get_memory(self._context)
         allocated = self._lib.llama_n_ctx(self._context)  # more than was asked for: a multiple of 256
         self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[self._kv_type])
@@ -61,7 +65,7 @@ class LlamaCppBackend(Backend):
         try:
             self._put_adapters(options.adapters)
         except BaseException:
-            loading.free()  # and not twice, where it is in a `with` block
+            loading.free()  # a `with` block does not free it a second time
             raise
         self._batch = Batch(self._lib, loading.batch)
         self._lengths: dict[int, int] = {}
@@ -79,10 +83,10 @@ class LlamaCppBackend(Backend):
         self._abortable = False
 
     def set_adapters(self, adapters: Sequence[tuple[Adapter | Path, float]]) -> None:
-        """Compute with these adapters, (adapter, scale), from now on, and free those that were loaded before.
+        """Computes with these adapters, (adapter, scale), from now on, and frees those loaded before.
 
-        Raises BackendError while a sequence is open, whose state comes from other weights; ModelError for an
-        adapter that cannot be used, and then the ones before stay.
+        Raises BackendError while a sequence is open, because its state comes from other weights. Raises
+        ModelError for an adapter that cannot be used; the earlier ones then stay.
         """
         if self._lengths:
             raise BackendError(
@@ -93,7 +97,8 @@ class LlamaCppBackend(Backend):
         self._put_adapters(adapters)
 
     def _put_adapters(self, adapters: Sequence[tuple[Adapter | Path, float]]) -> None:
-        # The new ones are loaded before the old ones are freed: llama.cpp tells adapters apart by address.
+        # The new ones are loaded before the old ones are freed, because llama.cpp tells adapters apart by
+        # address.
         loaded: list[tuple[Any, float]] = []
         try:
             for each, scale in adapters:
@@ -196,7 +201,7 @@ class LlamaCppBackend(Backend):
             self._lib.llama_set_abort_callback(self._context, callback, ctypes.c_void_p(0))
             self._abortable = long
         self._rows = {}
-        if not self._shared:  # llama.cpp computes sequences together only where their numbers follow in order
+        if not self._shared:  # llama.cpp computes sequences together only if their numbers follow in order
             feeds = sorted(feeds)
         for feed in feeds:
             held = self._lengths[feed.sequence]
@@ -204,24 +209,24 @@ class LlamaCppBackend(Backend):
                 raise ContextFullError(
                     f"{counted(len(feed.tokens), 'more token')} cannot be added: the sequence"
                     f" holds {held:,} of {self.context:,}",
-                    "give a larger --context",
+                    "set a larger --context",
                 )
         try:
             for feed in feeds:
                 self._append(feed, flush=feed is feeds[-1])
         except BaseException:
             self._batch.clear()
-            for feed in feeds:  # what was decoded of this call goes again
+            for feed in feeds:  # removes what this call has decoded
                 held = self._lengths[feed.sequence]
                 if not self._lib.llama_memory_seq_rm(self._memory, feed.sequence, held, -1):
                     self._lib.llama_memory_seq_rm(self._memory, feed.sequence, -1, -1)
-                    self._lengths[feed.sequence] = 0  # recurrent models cannot go back a part of the way
+                    self._lengths[feed.sequence] = 0  # recurrent models cannot go back part of the way
             raise
         for feed in feeds:
             self._lengths[feed.sequence] += len(feed.tokens)
 
     def _append(self, feed: Feed, flush: bool) -> None:
-        """Put a feed's tokens into batches, decoding each that is full."""
+        """Puts a feed's tokens into batches, and decodes each batch that is full."""
         start = self._lengths[feed.sequence]
         size = self._batch.capacity
         for i in range(0, len(feed.tokens), size):
@@ -243,7 +248,7 @@ class LlamaCppBackend(Backend):
             raise ContextFullError(
                 f"{counted(self._batch.size, 'more token')} cannot be added: the context"
                 f" holds {held:,} of {self.context:,}",
-                "give a larger --context",
+                "set a larger --context",
             )
         if answer != 0:
             raise BackendError(f"llama_decode failed with {answer}: {first_error()}")
@@ -253,48 +258,51 @@ class LlamaCppBackend(Backend):
         self._batch.clear()
 
     def _logits_of_batch(self, n: int) -> list[NDArray[np.float32]]:
-        """Views on the rows that the batch wanted, made once for each place where llama.cpp puts them."""
+        """Returns views on the rows that the batch wanted, made once for each address that llama.cpp uses."""
         address = self._logits_address(self._context)
         if address is None:
-            raise BackendError("llama.cpp has no logits for tokens that asked for them")
+            raise BackendError("llama.cpp returned no logits for tokens that needed them")
         rows = self._views.get((address, n))
         if rows is None:
             rows = self._views[address, n] = list(view(address, n, self.info.vocabulary))
         return rows
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen) for r in rows]
+        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen, r.legal) for r in rows]
 
     def logits(self, sequence: int) -> NDArray[np.float32]:
         return self._rows[sequence].copy()
 
     def describe(self) -> str:
         adapters = f", {counted(len(self._adapters), 'adapter')}" if self._adapters else ""
-        return f"context {counted(self.context, 'token')}, {counted(self.threads, 'thread')}{adapters}"
+        placed = f", {self._placed}" if self._placed else ""
+        return (
+            f"context {counted(self.context, 'token')}, {counted(self.threads, 'thread')}{placed}{adapters}"
+        )
 
     @property
     def arithmetic(self) -> str:
-        return f"cpu, keys and values in {self._kv_type}"
+        return f"{self._placed or 'cpu'}, keys and values in {self._kv_type}"
 
     def memory_bytes(self) -> int:
-        # the compute buffers it does not tell
+        # without the compute buffers, which llama.cpp does not report
         return int(self._lib.llama_model_size(self._model)) + self._kv_bytes
 
     def close(self) -> None:
         if not self._encoding.acquire(timeout=_PATIENCE):
-            return  # a tokenization that was given up reads the vocabulary: the memory goes with the process
+            return  # an abandoned tokenization reads the vocabulary: the memory goes with the process
         self._rows, self._views = {}, {}
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
 
 def bare_decode(backend: LlamaCppBackend, sequence: int, token: int, steps: int) -> list[float]:
-    """The least that decoding can cost on this engine: `llama_decode`, an argmax, and nothing else.
+    """Decodes as cheaply as this engine allows: `llama_decode`, an argmax, and nothing else.
 
-    What `emlocal bench` holds the decode loop against. It is a program that someone could have written on
-    llama-cpp-python's C functions in ten lines, on the same model and context.
+    `emlocal bench` compares the decode loop with it. Anyone could write this program on llama-cpp-python's C
+    functions in ten lines, on the same model and context.
 
-    Returns seconds of each of `steps` greedy steps after `token`; the sequence is as before afterwards.
+    Returns the seconds of each of `steps` greedy steps after `token`; the sequence is afterwards as before.
     """
     lib, context, vocabulary = backend._lib, backend._context, backend.info.vocabulary
     batch = lib.llama_batch_init(1, 0, 1)

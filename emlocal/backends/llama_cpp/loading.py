@@ -1,12 +1,12 @@
-"""A model and its context on their way into memory, while Python does something else.
+"""Loads a model and its context in a thread, while Python does something else.
 
-No numpy here: it is among what is imported meanwhile. First the shared library: finding it, starting it, and
-what it logs. At the end the trial: models of architectures whose keys emlocal does not know are loaded in a
-process of their own first, once.
+The module does not import numpy, which is imported during the loading. First comes the shared library:
+finding it, starting it, and its log. At the end comes the trial: a model whose architecture has keys that
+emlocal does not know is first loaded in a process of its own, once.
 
-llama.cpp ends the process on files that contradict themselves in ways that a header's check has to know by
-name (models/gguf/keys.py). Of the other architectures a crash or an endless loop happens there, in a child
-with limits, and is one line. What came through is remembered by its contents.
+llama.cpp ends the process on files that contradict themselves, in ways that the check of the header must know
+by name (models/gguf/keys.py). For other architectures, a crash or an endless loop happens in a child process
+with limits, and becomes one line of error. A model that passed is remembered by its contents.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, Self
 
 from emlocal.backends.engine import KVType, LoadOptions, context_length, wait_briefly
+from emlocal.backends.llama_cpp.devices import Placement, fill, gpus, place, remarks
 from emlocal.errors import BackendError, ModelError, UsageError
 from emlocal.machine import physical_cores
 from emlocal.models.gguf.file import came_through, remember_trial
@@ -33,7 +34,8 @@ from emlocal.models.resolve import GGUFModel
 _LOG: list[str] = []
 _MOST_LINES = 40
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
-_SAID_ANYWAY = "llama_model_load: error loading model: "  # before what makes llama.cpp refuse a model
+# stands before the reason why llama.cpp refuses a model
+_SAID_ANYWAY = "llama_model_load: error loading model: "
 
 REQUIREMENT = "llama-cpp-python>=0.3.36,<0.4"
 INSTALL = (
@@ -44,11 +46,11 @@ INSTALL = (
 
 @cache
 def load_library() -> ModuleType:
-    """The ctypes module, started. Raises BackendError where it is missing."""
+    """Returns the ctypes module, started. Raises BackendError if it is missing."""
     wait_briefly()
     try:
         lib: Any = _declarations()
-    except (ImportError, OSError, RuntimeError, AttributeError) as why:  # the last: a symbol is missing
+    except (ImportError, OSError, RuntimeError, AttributeError) as why:  # AttributeError: a symbol is missing
         raise BackendError(f"the llama.cpp engine cannot be loaded: {why}", INSTALL) from why
     keep_errors(lib)
     lib.llama_backend_init()
@@ -56,17 +58,17 @@ def load_library() -> ModuleType:
 
 
 def _declarations() -> ModuleType:
-    """llama_cpp.llama_cpp, the C functions, without the package around it.
+    """Returns llama_cpp.llama_cpp, the C functions, without the package around it.
 
-    The package would import its Llama class, chat formats and all that they need: 25 ms. So an empty module
-    stands for it while its part is imported. Who imports llama_cpp later gets the whole of it, with
+    The package would import its Llama class, chat formats and everything that they need: 25 ms. So an empty
+    module replaces it while its part is imported. A later import of llama_cpp gets the whole package, with
     declarations of its own for the same library.
     """
-    if "llama_cpp" in sys.modules or threading.active_count() > 1:  # no other thread may meet the stand-in
+    if "llama_cpp" in sys.modules or threading.active_count() > 1:  # another thread must not see the stand-in
         return _import()
     spec = find_spec("llama_cpp")
     if spec is None or spec.submodule_search_locations is None:
-        return _import()  # which says what is wrong
+        return _import()  # this import reports what is wrong
     try:
         return _without_package(spec.submodule_search_locations)
     except (ImportError, AttributeError):  # another version may need its package
@@ -81,7 +83,7 @@ def _import() -> ModuleType:
 
 
 def _without_package(folders: list[str]) -> ModuleType:
-    """llama_cpp.llama_cpp out of these folders, with sys.modules as before afterwards."""
+    """Returns llama_cpp.llama_cpp from these folders, and leaves sys.modules as before."""
     before = set(sys.modules)
     package = ModuleType("llama_cpp")
     package.__path__ = folders
@@ -104,30 +106,30 @@ def _log_callback(lib: Any) -> Any:
 
 @cache
 def _deaf(lib: Any) -> Any:
-    """A log callback in C that does nothing: a function that looks at no argument and returns a constant."""
+    """Returns a log callback in C that does nothing: it reads no argument and returns a constant."""
     return ctypes.cast(lib.llama_max_devices, lib.llama_log_callback)
 
 
 def keep_errors(lib: Any) -> None:
-    """Log to Python from now on: errors are kept for `first_error`, the rest is dropped."""
+    """Sends the log to Python from now on: errors are kept for `first_error`, the rest is dropped."""
     _LOG.clear()
     lib.llama_log_set(_log_callback(lib), ctypes.c_void_p(0))
 
 
 def keep_nothing(lib: Any) -> None:
-    """Log nowhere from now on, without calls into Python, which would wait for the GIL."""
+    """Sends the log nowhere from now on, without calls into Python, which would wait for the GIL."""
     lib.llama_log_set(_deaf(lib), ctypes.c_void_p(0))
 
 
 def forget_errors() -> None:
-    """What is logged from now on is the first."""
+    """Drops the errors so far; the next error is the first."""
     _LOG.clear()
 
 
 def first_error() -> str:
-    """What llama.cpp first complained of since `keep_errors` or `forget_errors`, for error messages.
+    """Returns llama.cpp's first error since `keep_errors` or `forget_errors`, for error messages.
 
-    The first line says why; those after it say what failed because of that.
+    The first line gives the reason; later lines say what failed because of it.
     """
     if not _LOG:
         return "it gave no reason"
@@ -140,20 +142,19 @@ _KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # enu
 
 
 class Loaded(NamedTuple):
-    """What llama.cpp has made; both pointers are for the receiver to free."""
+    """The model and context that llama.cpp made; the receiver must free both pointers."""
 
     model: Any
     context: Any
 
 
 class Loading:
-    """Begins to load when it is made, after a trial in a child where the model needs one (`try_first`).
+    """A loading in progress. It begins on construction; `wait` returns the result.
 
-    `wait` has the result.
+    If the model needs a trial in a child process, that comes first (`try_first`).
 
-    In a `with` block that is left by an exception, what was loaded is freed. No code of Python's runs in
-    the thread between its two calls of llama.cpp, so that it does not wait for the GIL, and no signal is
-    ever handled there.
+    If an exception leaves its `with` block, the loaded parts are freed. The thread runs no Python code
+    between its two calls of llama.cpp, so that it does not wait for the GIL. No signal is ever handled there.
     """
 
     def __init__(self, model: GGUFModel, options: LoadOptions) -> None:
@@ -164,9 +165,8 @@ class Loading:
         most = self.lib.llama_max_parallel_sequences()
         if options.sequences > most:
             raise UsageError(
-                f"{options.sequences} sequences at once, emlocal's own among them,"
-                f" are more than llama.cpp's {most}",
-                "give a smaller --parallel or --samples",
+                f"{options.sequences} sequences at once, emlocal's own included, exceed llama.cpp's {most}",
+                "set a smaller --parallel or --samples",
             )
         # With fewer tokens than sequences, in a batch or in the whole context, llama.cpp ends the process:
         # each sequence may want its row of logits.
@@ -175,9 +175,10 @@ class Loading:
         self._files, self._kv_type = model.files, options.kv_type or DEFAULT_KV_TYPE
         self._model_params = self.lib.llama_model_default_params()
         self._context_params = self._params(options)
+        self.placement, self._kept = self._place(model, options)
         self._model: Any = None
         self._context: Any = None
-        keep_nothing(self.lib)  # two thousand lines
+        keep_nothing(self.lib)  # the log has two thousand lines
         self._thread = threading.Thread(target=self._load, name="loading")
         self._thread.start()
 
@@ -191,23 +192,24 @@ class Loading:
             self._abandon()
 
     def wait(self) -> Loaded:
-        """Model and context. Raises ModelError or BackendError with llama.cpp's reason."""
+        """Returns model and context. Raises ModelError or BackendError with llama.cpp's reason."""
         try:
             self._thread.join()
         except BaseException:  # Ctrl-C
             self._abandon()
             raise
         keep_errors(self.lib)
-        if not self._context:  # once more, to hear why
+        if not self._context:  # loads once more, to get the reason
             self._load()
         if not self._model:
-            raise ModelError(f"llama.cpp cannot load {self._files[0]}: {first_error()}")
+            fewer = "put fewer layers on GPUs: --gpu-layers 0" if self.placement.offload.layers else ""
+            raise ModelError(f"llama.cpp cannot load {self._files[0]}: {first_error()}", fewer)
         if not self._context:
             self.free()
             raise BackendError(
                 f"llama.cpp cannot make a context of {self.length:,} tokens with {self._kv_type} keys and"
                 f" values: {first_error()}",
-                "try a smaller --context",
+                "try a smaller --context" + (" or --gpu-layers" if self.placement.offload.layers else ""),
             )
         return Loaded(self._model, self._context)
 
@@ -222,6 +224,14 @@ class Loading:
         params.no_perf = True
         return params
 
+    def _place(self, model: GGUFModel, options: LoadOptions) -> tuple[Placement, Any]:
+        """Decides which layers go to GPUs. Returns that, and memory that the parameters point to."""
+        found = gpus(self.lib)
+        placement = place(model.header, options.offload, found, self._context_params.n_ctx, self._kv_type)
+        for text in remarks(options.offload, placement):
+            options.warn(text)
+        return placement, fill(self.lib, self._model_params, options.offload, placement, found)
+
     def _load(self) -> None:
         self._model = self._model or load_model(self.lib, self._files, self._model_params)
         if self._model:
@@ -233,7 +243,7 @@ class Loading:
         self.free()
 
     def free(self) -> None:
-        """Free what was loaded."""
+        """Frees the loaded parts."""
         if self._context:
             self.lib.llama_free(self._context)
         if self._model:
@@ -242,7 +252,10 @@ class Loading:
 
 
 def load_model(lib: Any, files: tuple[Path, ...], params: Any) -> Any:
-    """A llama_model*, null if it cannot be loaded. The files' headers have been checked before."""
+    """Returns a llama_model*, null if it cannot be loaded.
+
+    The files' headers must have been checked before.
+    """
     if len(files) == 1:
         return lib.llama_model_load_from_file(os.fsencode(files[0]), params)
     paths = (ctypes.c_char_p * len(files))(*(os.fsencode(f) for f in files))
@@ -250,9 +263,9 @@ def load_model(lib: Any, files: tuple[Path, ...], params: Any) -> Any:
 
 
 SECONDS = 30.0
-"""What a trial may take, and besides: one second for each ..."""
-BYTES_A_SECOND = 20_000_000  # ... of the file, which has to come from the disk
-SPARE_BYTES = 4 << 30  # of memory, besides twice the file (llama.cpp may rearrange all weights)
+"""Basic time limit of a trial; each `BYTES_A_SECOND` of the file adds a second."""
+BYTES_A_SECOND = 20_000_000  # the file must come from the disk
+SPARE_BYTES = 4 << 30  # of memory, in addition to twice the file (llama.cpp may rearrange all weights)
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import main; main(sys.argv[2:])"
 _TEXT = b"Hi \xf0\x9f\x98\x80"
@@ -260,11 +273,11 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 def try_first(model: GGUFModel, threads: int) -> None:
-    """Load the model in a child and compute four tokens, if emlocal does not know its architecture's keys.
+    """Loads the model in a child and computes four tokens, if its architecture's keys are unknown to emlocal.
 
-    Raises ModelError where that kills the child or does not end, BackendError where it cannot be done.
-    What llama.cpp refuses with an error comes through here: it does so again. Files that came through before
-    are known by their contents (`emlocal.identity.gguf_digest`) and cost some milliseconds.
+    Raises ModelError if that kills the child or does not end, BackendError if the trial is not possible.
+    Files that llama.cpp refuses with an error pass: it refuses them again later. Files that passed before are
+    known by their contents (`emlocal.identity.gguf_digest`) and take some milliseconds.
     """
     if model.header.architecture in CHECKED:
         return
@@ -285,7 +298,7 @@ def _try(model: GGUFModel, threads: int) -> None:
     settings = {"threads": threads, "seconds": seconds, "bytes": 2 * size + SPARE_BYTES}
     code = _START.format(__name__)
     arguments = [json.dumps(sys.path), json.dumps(settings), *map(str, model.files)]
-    # Without a backtrace: llama.cpp starts a debugger for one. Without GPUs: this is about the file.
+    # No backtrace, because llama.cpp starts a debugger for one. No GPUs, because this is about the file.
     environment = os.environ | {"GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
@@ -298,17 +311,17 @@ def _try(model: GGUFModel, threads: int) -> None:
     except subprocess.TimeoutExpired:
         raise _refused(model, f"did not finish within {seconds:.0f} s") from None
     except OSError as error:
-        raise BackendError(f"{model.path.name} cannot be tried in a process of its own: {error}") from error
+        raise BackendError(f"{model.path.name} cannot be tested in a separate process: {error}") from error
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if done.returncode < 0 or (sys.platform == "win32" and done.returncode > 1):
         raise _refused(model, _ending(done.returncode, said))
     if done.returncode:
         last = shown(said[-1]) if said else f"exit code {done.returncode}"
-        raise BackendError(f"{model.path.name} cannot be tried in a process of its own: {last}")
+        raise BackendError(f"{model.path.name} cannot be tested in a separate process: {last}")
 
 
 def _ending(code: int, said: list[str]) -> str:
-    """How the child died, with the assertion that failed if it named one."""
+    """Returns how the child died, with the failed assertion if it named one."""
     how = signal.Signals(-code).name if -code in set(signal.Signals) else f"code {code}"
     failed = next((line for line in said if "GGML_ASSERT" in line or "GGML_ABORT" in line), "")
     return f"ended with {how}" + (f" at {shown(failed.rpartition('/')[2])}" if failed else "")
@@ -316,14 +329,14 @@ def _ending(code: int, said: list[str]) -> str:
 
 def _refused(model: GGUFModel, what: str) -> ModelError:
     return ModelError(
-        f"{model.path.name} is not a usable GGUF file: tried in a process of its own, llama.cpp {what}",
-        hint=f"get the file again, or another one of this model ({shown(model.header.architecture)} is not"
-        " among the architectures whose files emlocal checks by itself)",
+        f"{model.path.name} is not a usable GGUF file: in a test in a separate process, llama.cpp {what}",
+        hint="fetch the file again, or use another file of this model;"
+        f" emlocal has no checks of its own for the architecture {shown(model.header.architecture)}",
     )
 
 
 def main(arguments: list[str]) -> None:
-    """A trial's child: load the files, compute four tokens, and end with exit code 0 if nothing crashed."""
+    """Runs a trial in the child: loads the files, computes four tokens, exits with 0 if all went well."""
     settings = json.loads(arguments[0])
     _limit(settings["seconds"], settings["bytes"])
 
@@ -347,11 +360,11 @@ def main(arguments: list[str]) -> None:
     for length in (min(max(found, 1), 3), 1):  # several at once, and one
         if lib.llama_decode(context, lib.llama_batch_get_one(tokens, length)) == 0:
             lib.llama_get_logits_ith(context, -1)
-    os._exit(0)  # to free it all is of no use here
+    os._exit(0)  # freeing it all is useless here
 
 
 def _limit(seconds: float, most_bytes: int) -> None:
-    """End by itself, whatever llama.cpp does and whoever started this is gone."""
+    """Makes the process end by itself, even if llama.cpp hangs and the parent is gone."""
     if sys.platform == "win32":
         return
     import resource

@@ -1,16 +1,17 @@
-"""Long texts cut where llama.cpp's tokens cannot run across, and a bound on how few tokens a text has.
+"""Long texts, cut where no token of llama.cpp crosses, and a lower bound of the tokens of a text.
 
-llama.cpp tokenizes some long texts in time that grows with the square of their length: where names of special
-tokens are many (it searches the rest of the text for each), and where characters fall back to bytes in a
-SentencePiece vocabulary (it copies all tokens so far for each). In pieces both are linear.
+llama.cpp tokenizes some long texts in time that grows with the square of their length. One kind are texts
+with many names of special tokens: it searches the rest of the text for each. The other are texts with
+characters that fall back to bytes in a SentencePiece vocabulary: it copies all tokens so far for each. In
+pieces both take linear time.
 
 Two kinds of places are safe to cut at, with the same tokens as the whole text has:
 
 - After the name of a special token that overlaps no other name. llama.cpp takes such names out first, the
-  longest first, and tokenizes what is between them each for itself.
-- After a character that no token's text contains. No token runs across it, since SentencePiece builds tokens
-  out of the vocabulary's texts only. The next piece begins with that character once more, as llama.cpp puts
-  a space before each piece, and its tokens are left out.
+  longest first, and tokenizes each part between them by itself.
+- After a character that no token's text contains. No token crosses it, since SentencePiece builds tokens from
+  the vocabulary's texts only. The next piece begins with that character once more, as llama.cpp puts a space
+  before each piece, and its tokens are left out.
 """
 
 import re
@@ -22,8 +23,8 @@ from emlocal.models.unpacked.tokenizer import byte_letters
 from emlocal.text import longest_of
 
 LONG = 8_192
-"""Characters from which a text is cut."""
-_PIECE = 4_096  # characters, or more where there is no safe place
+"""Texts with more characters than this are cut."""
+_PIECE = 4_096  # characters, or more if there is no safe place
 
 
 class Piece(NamedTuple):
@@ -31,7 +32,7 @@ class Piece(NamedTuple):
 
     text: str
     again: str
-    """The end of the piece before, with which this one begins."""
+    """The end of the piece before, repeated at the beginning of this one."""
 
 
 class TokenTexts:
@@ -53,7 +54,7 @@ class TokenTexts:
         self._special = (*self._shown, *(t for t, a in pairs if t and a & hidden))
         self._characters = frozenset().union(*texts) | {" "}
         self._longest = max(map(len, raw), default=1)
-        """Bytes. One token stands for no more of a text's bytes, and for no more of its characters."""
+        """Bytes of the longest token. No token stands for more of a text's bytes, or of its characters."""
         known = set(texts)
         self._cuttable = (self._sentencepiece or byte_pairs) and not self._strips
         if self._sentencepiece:
@@ -62,15 +63,17 @@ class TokenTexts:
         else:  # llama.cpp drops bytes that the vocabulary lacks
             spelt = [letter in known for letter in byte_letters()]
             self._bounded = byte_pairs
-        """Whether `least_tokens` can say anything: other kinds drop, merge or rewrite what they do not
-        know."""
-        # Some byte-pair vocabularies put lower case for upper case, which can take fewer bytes: of each
-        # character only the first byte counts there.
+        """Whether `least_tokens` can give a bound.
+
+        Other kinds of vocabularies drop, merge or rewrite unknown parts.
+        """
+        # Some byte-pair vocabularies put lower case for upper case, which can take fewer bytes. There only
+        # the first byte of each character counts.
         inner = () if self._sentencepiece else range(0x80, 0xC0)
         self._uncounted = bytes({*inner, *(byte for byte, there in enumerate(spelt) if not there)})
 
     def least_tokens(self, text: str) -> int:
-        """As many tokens the text has at least; 0 where nothing is certain."""
+        """Returns a lower bound of the tokens of a text; 0 if nothing is certain."""
         if not self._bounded:
             return 0
         if self._strips:
@@ -78,7 +81,7 @@ class TokenTexts:
         return len(text.encode(errors="replace").translate(None, self._uncounted)) // self._longest
 
     def pieces(self, text: str, parse_special: bool) -> Iterator[Piece]:
-        """The text in pieces of some thousand characters, as far as there are safe places."""
+        """Yields the text in pieces of some thousand characters, cut only at safe places."""
         if not self._cuttable:
             yield Piece(text, "")
             return
@@ -91,7 +94,7 @@ class TokenTexts:
             yield Piece(text[start - len(again) :], again)
 
     def _cuts(self, text: str, parse_special: bool) -> Iterator[tuple[int, str]]:
-        """(where, what the next piece begins with again), in order."""
+        """Yields (where to cut, the text that the next piece repeats), in order."""
         names = _names(self._special if parse_special else self._shown)
         unmergeable = self._unmergeable(text)
         begin = end = 0  # of the names that overlap one another
@@ -113,20 +116,20 @@ class TokenTexts:
     def _between(
         self, text: str, unmergeable: "re.Pattern[str] | None", start: int, stop: int
     ) -> Iterator[tuple[int, str]]:
-        """Cuts after characters of no token, in a part of the text without names."""
+        """Yields cuts after characters that no token contains, in a part of the text without names."""
         if unmergeable is not None:
             for hit in unmergeable.finditer(text, start, stop):
                 yield hit.end(), hit[0]
 
     def _unmergeable(self, text: str) -> "re.Pattern[str] | None":
-        """What finds the characters of the text that no token contains; None where there are none."""
+        """Returns a pattern of the text's characters that no token contains; None if there are none."""
         free = set(text) - self._characters if self._sentencepiece else set()
         return re.compile(f"[{''.join(map(re.escape, sorted(free)))}]") if free else None
 
 
 @lru_cache(maxsize=8)
 def _names(texts: tuple[str, ...]) -> re.Pattern[str]:
-    """What finds the longest of these names at every place, also at those within another name."""
+    """Returns a pattern that finds the longest name at every place, also within another name."""
     return re.compile(f"(?=({longest_of(texts)}))")
 
 
@@ -136,7 +139,7 @@ def join_pieces(
     add_special: bool,
     parse_special: bool,
 ) -> list[int]:
-    """The tokens of the whole text."""
+    """Returns the tokens of the whole text."""
     first = next(pieces)
     second = next(pieces, None)
     if second is None:

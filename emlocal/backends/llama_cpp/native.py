@@ -1,4 +1,4 @@
-"""llama.cpp's structures as Python sees them: a batch to decode, its logits, and the loaded vocabulary."""
+"""llama.cpp's structures in Python: a batch to decode, its logits, and the loaded vocabulary."""
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -12,7 +12,10 @@ from emlocal.models.gguf.header import GGUFHeader
 
 
 class Batch:
-    """A llama_batch. `capacity`: at most the context's n_batch; llama_decode aborts the process beyond."""
+    """A llama_batch.
+
+    `capacity`: at most the context's n_batch, beyond which llama_decode aborts the process.
+    """
 
     def __init__(self, lib: Any, capacity: int) -> None:
         self.capacity = capacity
@@ -44,7 +47,7 @@ class Batch:
         return self.capacity - self.size
 
     def add(self, sequence: int, tokens: Sequence[int], position: int, wanted: bool) -> None:
-        """Append tokens from `position` of a sequence on; `wanted`: with the logits after the last."""
+        """Appends tokens of a sequence, from `position` on; `wanted`: with the logits after the last."""
         first, n = self.size, len(tokens)
         last = first + n - 1
         if n == 1:  # a step of decoding: three stores
@@ -60,15 +63,15 @@ class Batch:
         self.size = self.struct.n_tokens = last + 1
 
     def clear(self) -> None:
-        """Empty it."""
+        """Empties the batch."""
         self.size = self.struct.n_tokens = 0
         self.wanted = []
 
 
 def address_of_logits(lib: Any) -> Callable[[Any], int | None]:
-    """llama_get_logits as a function from context to address: the binding's own makes a pointer object.
+    """Returns llama_get_logits as a function from context to address; the binding's makes a pointer object.
 
-    At that address lie the rows that the last batch wanted, one after the other, float32 [wanted, V].
+    At that address are the rows that the last batch wanted, one after the other, float32 [wanted, V].
     """
     prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
     function: Callable[[Any], int | None] = prototype(
@@ -78,20 +81,20 @@ def address_of_logits(lib: Any) -> Callable[[Any], int | None]:
 
 
 def view(address: int, rows: int, vocabulary: int) -> NDArray[np.float32]:
-    """Memory of llama.cpp's as float32 [rows, vocabulary]; valid until the next decode."""
+    """Returns llama.cpp's memory as float32 [rows, vocabulary]; valid until the next decode."""
     raw = (ctypes.c_float * (rows * vocabulary)).from_address(address)
     return np.ctypeslib.as_array(raw).reshape(rows, vocabulary)
 
 
 class EndTokens(Set[int]):
-    """The tokens that end a generation, by asking: to list them takes 40 ms for 151,936 tokens."""
+    """The tokens that end a generation, asked for one by one: listing them takes 40 ms for 151,936 tokens."""
 
     def __init__(self, lib: Any, vocab: Any, size: int) -> None:
         self._lib, self._vocab, self._size = lib, vocab, size
         self._known: dict[object, bool] = {}
 
     @classmethod
-    def _from_iterable(cls, tokens: Iterable[Any]) -> Set[Any]:  # of `&` and the like
+    def _from_iterable(cls, tokens: Iterable[Any]) -> Set[Any]:  # for `&` and the like
         return frozenset(tokens)
 
     def __contains__(self, token: object) -> bool:
@@ -109,7 +112,7 @@ class EndTokens(Set[int]):
 
 
 def control_texts(lib: Any, vocab: Any, size: int) -> tuple[str, ...]:
-    """The names of control tokens, "<|im_end|>" and its kind; 50 ms for 151,936 tokens."""
+    """Returns the names of control tokens, "<|im_end|>" and its kind; takes 50 ms for 151,936 tokens."""
     control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
     tokens = (t for t in range(size) if lib.llama_vocab_get_attr(vocab, t) & control)
     texts = ((lib.llama_vocab_get_text(vocab, t) or b"").decode(errors="replace") for t in tokens)
@@ -117,7 +120,7 @@ def control_texts(lib: Any, vocab: Any, size: int) -> tuple[str, ...]:
 
 
 def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo:
-    """What the model says of itself, from the loaded vocabulary and the file's header."""
+    """Returns the facts about the model, from the loaded vocabulary and the file's header."""
     vocab = lib.llama_model_get_vocab(model)
     size = int(lib.llama_vocab_n_tokens(vocab))
 
@@ -132,6 +135,7 @@ def model_info(lib: Any, model: Any, name: str, header: GGUFHeader) -> ModelInfo
         trained_context=int(lib.llama_model_n_ctx_train(model)),
         end_tokens=EndTokens(lib, vocab, size),
         chat_template=header.chat_template,
+        tool_template=header.tool_template,
         bos=text(int(lib.llama_vocab_bos(vocab))),
         eos=text(int(lib.llama_vocab_eos(vocab))),
         sampling=header.sampling,

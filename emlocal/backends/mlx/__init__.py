@@ -1,4 +1,4 @@
-"""The MLX engine: Apple Silicon, and on Linux the CPU, where it is tested. Generates; trains by EM-FT."""
+"""The MLX engine: Apple Silicon, and on Linux the CPU, for tests. It generates, and trains by EM-FT."""
 
 import platform
 import sys
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def on_apple_silicon() -> bool:
-    """Whether this is a Mac with an Apple processor."""
+    """Returns whether this is a Mac with an Apple processor."""
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 def _suits(model: str | None) -> str | None:
-    return "this is Apple Silicon" if on_apple_silicon() and ENGINE.installed() else None
+    return "this machine is Apple Silicon" if on_apple_silicon() and ENGINE.installed() else None
 
 
 def _check() -> None:
@@ -59,7 +59,7 @@ def _verdict(said: Mapping[str, str]) -> Verdict:
 
 
 def _open(folder: Path, *, name: str, device: str, dtype: str, threads: int) -> Opened:
-    """MLX chooses its threads for itself."""
+    """Opens a model; `threads` is ignored, because MLX chooses its threads itself."""
     from emlocal.backends.mlx.backend import open_model
 
     return open_model(folder, name=name, device=device, dtype=dtype)

@@ -1,9 +1,9 @@
-"""The contract of `backends/base.py` on MLX, Apple's GPUs, and on Linux the CPU; and how a folder gets there.
+"""The contract of `backends/base.py` on MLX: Apple's GPUs, and on Linux the CPU; and loading of a folder.
 
-Each sequence is a slot of the cache. All but the last token of a feed is read in passes of similar length
-(`backends/slots.py`), without logits; the last tokens of all feeds then are one step of the batch. MLX
-computes when it is told to: that is done within each call here, so that an error or a cancellation belongs to
-its call, and statistics to their token.
+Each sequence is a slot of the cache. All but the last token of a feed are read in passes of similar length
+(`backends/slots.py`), without logits. The last tokens of all feeds are then one step of the batch. MLX
+computes only when it is told to. Each call here tells it, so that an error or a cancellation belongs to its
+call, and statistics to their token.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ from emlocal.models.tokenizer import Tokenizer as FolderTokenizer
 from emlocal.text import counted
 
 CPU_BUDGET, GPU_BUDGET = 512, 2048
-"""Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""
+"""Tokens of a pass: enough to keep the device busy, and few enough to keep the activations small."""
 
 
 class MLXBackend(SlotBackend):
@@ -61,8 +61,10 @@ class MLXBackend(SlotBackend):
         *,
         on_device_sampler: bool | None = None,
     ) -> None:
-        """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens. See
-        SlotBackend."""
+        """Sets up the engine; see SlotBackend.
+
+        `on_device_sampler`: None for the faster choice, the host's on CPUs; both draw the same tokens.
+        """
         self.place = place
         self._budget = GPU_BUDGET if place.on_gpu else CPU_BUDGET
         on_device = place.on_gpu if on_device_sampler is None else on_device_sampler
@@ -89,12 +91,12 @@ class MLXBackend(SlotBackend):
         if not isinstance(error, RuntimeError):
             self._undo(feeds, lengths)
             return
-        # MLX has nothing more specific; what is half computed is of no use
+        # MLX has no more specific error; the half-computed parts are useless
         self._decoder.cache.drop()
         self._lengths = dict.fromkeys(self._lengths, 0)
         raise BackendError(
             f"MLX failed at {counted(len(feeds), 'sequence')} at once: {str(error).splitlines()[0]}",
-            "if memory is short, try a smaller --parallel or --context",
+            "set a smaller --parallel or --context if memory is short",
         ) from None
 
     def _reserve(self, slots: int, tokens: int) -> None:
@@ -104,7 +106,7 @@ class MLXBackend(SlotBackend):
             raise BackendError(
                 f"MLX has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens:"
                 f" {str(error).splitlines()[0]}",
-                "try a smaller --context or --parallel",
+                "set a smaller --context or --parallel",
             ) from None
 
     def _on_host(self, at: int) -> NDArray[np.float32]:
@@ -125,7 +127,7 @@ class MLXBackend(SlotBackend):
 
 
 class MLXModel(Opened):
-    """A model in MLX, to be trained or made an engine of."""
+    """A model in MLX, to train or to make an engine of."""
 
     place: Place
 
@@ -146,9 +148,9 @@ class MLXModel(Opened):
 
 
 def open_model(folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> MLXModel:
-    """The model in `folder`, loaded. `name`: what people call it.
+    """Loads the model in `folder`. `name`: what people call it.
 
-    Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
+    Raises ModelError for a folder that cannot be used, UsageError for an unknown device or format.
     """
     header = read_folder_header(folder)
     return _open(header, choose_place(header.tensors, device, dtype), name)
@@ -172,11 +174,11 @@ def open_folder(
     dtype: str = "auto",
     on_device_sampler: bool | None = None,
 ) -> MLXBackend:
-    """The engine on the model in `folder`, with its adapters.
+    """Returns the engine on the model in `folder`, with its adapters.
 
     Args:
         name: what people call it.
-        base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
+        base: header of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
         on_device_sampler: see MLXBackend.
 
     Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options.

@@ -1,17 +1,16 @@
-"""Keys and values by slots, behind the interface that mlx-lm's models expect of their caches.
+"""Keys and values by slots, with the interface that mlx-lm's models expect of their caches.
 
-One slot for each sequence of the contract. A layer's keys are one array [slots, kv_heads, capacity + 1,
-head_dim], its values another. Rows of a forward pass are a range of slots, each with its own length: rotary
-positions start at each row's own offset, and a mask says which cells a token sees. mlx-lm's BatchKVCache
-aligns rows on the right instead, which moves every row's cells whenever rows come or go.
+There is one slot for each sequence of the contract. A layer's keys are one array [slots, kv_heads, capacity +
+1, head_dim], its values another. Rows of a forward pass are a range of slots, each with its own length:
+rotary positions start at each row's own offset, and a mask says which cells a token sees. mlx-lm's
+BatchKVCache aligns rows on the right instead, which moves every row's cells whenever rows come or go.
 
-Cells at and beyond a sequence's length are zero. The last cell of a slot, never read, takes what padding and
-rows that only fill a gap would write.
+Cells at and beyond a sequence's length are zero. The last cell of a slot, which is never read, takes what
+padding and rows that only fill a gap would write.
 
-Forward passes of an mlx-lm model over chunks of several sequences.
-
-mlx-lm's own BatchGenerator draws with one global random state, gives no statistics, and decides itself when
-rows come and go; so the model and the cache are driven directly.
+`Decoder` runs forward passes of an mlx-lm model over chunks of several sequences. mlx-lm's own BatchGenerator
+draws with one global random state, gives no statistics, and decides itself when rows come and go. So the
+model and the cache are driven directly.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,42 +26,44 @@ from emlocal.backends.slots import Chunk, SlotCache
 from emlocal.errors import CancelledError, ModelError
 
 LAYERS_BETWEEN = 4
-"""Layers of a long pass that are computed before somebody is asked whether to go on."""
+"""Layers of a long pass that are computed between two checks for cancellation."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one forward pass reads and writes."""
+    """The cells that one forward pass reads and writes."""
 
     slots: range
     cells: mx.array | None
-    """Where each token is written, int32 [B, T]; the slot's last cell for those that are not kept. None where
-    all rows write the cells from `length` − T on."""
+    """The cell of each token, int32 [B, T]; the slot's last cell for tokens that are not kept.
+
+    None if all rows write the cells from `length` − T on.
+    """
     offsets: mx.array | int
-    """The position of each row's first token, int32 [B]; one number where it is the same."""
+    """The position of each row's first token, int32 [B]; one number if all are the same."""
     positions: mx.array
-    """Of each token, int32 [B, T]."""
+    """The position of each token, int32 [B, T]."""
     length: int
-    """Cells to be read."""
+    """Number of cells to read."""
     cancelled: Callable[[], bool] | None
-    """Asked every few layers; None: not at all."""
+    """Called every few layers; None: never."""
 
 
 class MLXCache(SlotCache):
-    """All layers' keys and values. `layers` is what a model takes as its cache."""
+    """All layers' keys and values. `layers` is the object that a model takes as its cache."""
 
     def __init__(self, reach: Sequence[int | None]) -> None:
-        """`reach`: how many cells back each layer sees; None: all."""
+        """Makes an empty cache. `reach`: how many cells back each layer sees; None: all."""
         self.layers = [Layer(self, i, size) for i, size in enumerate(reach)]
         self.window: Window | None = None
 
     def begin(self, window: Window) -> None:
-        """Say what the next pass reads and writes."""
+        """Sets what the next pass reads and writes."""
         self.window = window
 
     @property
     def arrays(self) -> list[mx.array]:
-        """What is held, of the layers that have stored something."""
+        """The arrays of the layers that have stored something."""
         return [array for layer in self.layers for array in layer.held()]
 
     def _grow(self, slots: int, tokens: int) -> None:
@@ -116,16 +117,16 @@ class Layer:
         return self._owner.window
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store new keys and values, [B, kv_heads, T, head_dim]; all up to the window's length.
+        """Stores new keys and values, [B, kv_heads, T, head_dim].
 
-        Raises CancelledError.
+        Returns all keys and values up to the window's length. Raises CancelledError.
         """
         window, owner = self._window, self._owner
         if window.cancelled is not None and self._index % LAYERS_BETWEEN == 0:
-            mx.eval(keys, values)  # the layers before this one; nothing is computed earlier than that
+            mx.eval(keys, values)  # computes the layers before this one, which MLX does not do earlier
             if window.cancelled():
                 raise CancelledError
-        if self._keys is None or self._values is None:  # the first pass: only now are the shapes known
+        if self._keys is None or self._values is None:  # in the first pass: the shapes are not known before
             self._keys = _zeros(keys, owner.slots, owner.capacity)
             self._values = _zeros(values, owner.slots, owner.capacity)
         self._keys, seen_keys = _store(self._keys, keys, window)
@@ -135,9 +136,9 @@ class Layer:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """Which cells each token sees, bool [B, 1, T, length].
+        """Returns which cells each token sees, bool [B, 1, T, length].
 
-        None or "causal" where that says the same: attention has quicker kernels for these.
+        None or "causal" if they mean the same: attention has quicker kernels for these.
         """
         window = self._window
         reach = window_size or self._reach
@@ -149,19 +150,19 @@ class Layer:
         return seen if reach is None else seen & (cells > here - reach)
 
     def held(self) -> Iterator[mx.array]:
-        """Keys and values, once there are some."""
+        """Yields keys and values, once there are some."""
         if self._keys is not None and self._values is not None:
             yield self._keys
             yield self._values
 
     def grow(self, slots: int, tokens: int) -> None:
-        """Move what is held into stores of so many slots and tokens."""
+        """Moves the contents into stores of this many slots and tokens."""
         if self._keys is not None and self._values is not None:
             self._keys = _grown(self._keys, slots, tokens)
             self._values = _grown(self._values, slots, tokens)
 
     def shrink(self, slots: int, tokens: int) -> None:
-        """Back to so many slots and tokens and the spare cell."""
+        """Cuts the stores back to this many slots and tokens, and the spare cell."""
         if self._keys is not None and self._values is not None:
             self._keys = self._keys[:slots, :, : tokens + 1]
             self._values = self._values[:slots, :, : tokens + 1]
@@ -179,7 +180,7 @@ class Layer:
 
 
 def _zeros(like: mx.array, slots: int, tokens: int) -> mx.array:
-    """An empty store for states with these heads and dimensions, of so many tokens and the spare cell."""
+    """Returns an empty store for states with these heads and dimensions, with one spare cell per slot."""
     return mx.zeros((slots, like.shape[1], tokens + 1, like.shape[3]), like.dtype)
 
 
@@ -191,7 +192,7 @@ def _grown(old: mx.array, slots: int, tokens: int) -> mx.array:
 
 
 def _store(store: mx.array, new: mx.array, window: Window) -> tuple[mx.array, mx.array]:
-    """Write [B, kv_heads, T, head_dim] where it belongs; the store, and all of it that attention reads."""
+    """Writes [B, kv_heads, T, head_dim] into its cells; returns the store, and its part for attention."""
     low, high, width = window.slots.start, window.slots.stop, new.shape[2]
     if window.cells is None:
         store[low:high, :, window.length - width : window.length] = new
@@ -202,9 +203,9 @@ def _store(store: mx.array, new: mx.array, window: Window) -> tuple[mx.array, mx
 
 
 _UNLIKE = 0.3
-"""Standard deviations of the logits. Rounding in bfloat16 makes 0.1, another computation more than 1."""
+"""Limit in standard deviations of the logits. Rounding in bfloat16 makes 0.1, another computation over 1."""
 GAP = 2
-"""Decoding computes gaps between slots too, each up to this many times the rows asked for."""
+"""Decoding also computes gaps between slots, each up to this many times the rows asked for."""
 
 
 class Decoder:
@@ -219,7 +220,7 @@ class Decoder:
         self.cache = MLXCache(self.reach)
 
     def read(self, chunks: Sequence[Chunk], cancelled: Callable[[], bool]) -> None:
-        """Compute the chunks, of different slots in ascending order, and store their keys and values.
+        """Computes the chunks, of different slots in ascending order, and stores their keys and values.
 
         Raises CancelledError.
         """
@@ -228,7 +229,7 @@ class Decoder:
             mx.eval(self.cache.arrays)
 
     def step(self, chunks: Sequence[Chunk]) -> mx.array:
-        """The same for one token a slot, and the logits after it, float32 [chunks, V], computed."""
+        """Computes one token per slot, and returns the logits after it, float32 [chunks, V], computed."""
         parts = []
         for rows in _ranges(chunks):
             asked = [i for i, chunk in enumerate(rows) if chunk.tokens]  # the others only fill a gap
@@ -239,9 +240,9 @@ class Decoder:
         return found
 
     def _run(self, rows: Sequence[Chunk], cancelled: Callable[[], bool] | None) -> mx.array:
-        """[rows, T, V], not computed yet. The rows' slots follow in order.
+        """Returns [rows, T, V], not computed yet. The rows' slots follow in order.
 
-        Padding is on the right, at the positions that follow, so that it sees something; it is not kept.
+        Padding is on the right, at the positions that follow, so that it sees some cells; it is not kept.
         """
         width = max(len(chunk.tokens) for chunk in rows)
         length = max(chunk.stop for chunk in rows)
@@ -265,9 +266,9 @@ class Decoder:
         return logits
 
     def check(self) -> None:
-        """Compute five tokens with the cache, in rows of different lengths, and without: do they agree?
+        """Compares logits with the cache, in rows of different lengths, and without it, on five tokens.
 
-        Raises ModelError where the logits differ, or where layers did not use the cache.
+        Raises ModelError if the logits differ, or if layers did not use the cache.
         """
         name = type(self._model).__module__.rpartition(".")[2]
         tokens = list(range(5))
@@ -281,22 +282,23 @@ class Decoder:
         self.cache.clear(1, 0, len(tokens))
         if held != layers:
             raise ModelError(
-                f"{name} is not for the mlx engine: {held // 2} of its {layers // 2} layers keep keys"
+                f"{name} does not run on the mlx engine: only {held // 2} of its {layers // 2}"
+                " layers keep keys"
                 " and values"
             )
         far = float(mx.sqrt(mx.mean(mx.square(got - expected))) / mx.std(expected))
         if not far < _UNLIKE:
             raise ModelError(
-                f"{name} is not for the mlx engine: step by step its logits are off by {far:.2g}"
+                f"{name} does not run on the mlx engine: token by token its logits are off by {far:.2g}"
                 " standard deviations"
             )
 
 
 def _ranges(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Runs of slots in order, each for a pass of its own; small gaps between single tokens are filled.
+    """Returns runs of slots in order, each for a pass of its own.
 
-    A row that is computed for nothing costs less than another pass over the weights; it writes nothing that
-    is read.
+    Small gaps between single tokens are filled. An unneeded row costs less than another pass over the
+    weights; it writes nothing that is read.
     """
     single = all(len(chunk.tokens) == 1 for chunk in chunks)
     runs: list[list[Chunk]] = []

@@ -1,10 +1,9 @@
-"""EM-FT on MLX: mlx-lm's LoRA layers on a frozen model, MLX's AdamW, and the chunked loss.
+"""EM-FT on MLX: mlx-lm's LoRA layers on a frozen model, MLX's AdamW, and the loss in chunks.
 
-The EM-FT loss on MLX, and its gradient by the hidden states, a few rows of logits at a time.
-
-As in the torch engine (backends/torch/policy.py): the head is frozen under LoRA, so a chunk's gradient is
-formed while its logits are there, and [tokens, V] never is. The equations are those of `emlocal.em.losses`,
-which this is tested against.
+The loss and its gradient with respect to the hidden states are computed for a few rows of logits at a time.
+As in the torch engine (backends/torch/policy.py), the head is frozen under LoRA. So a chunk's gradient is
+formed while its logits exist, and [tokens, V] never exists as a whole. The equations are those of
+`emlocal.em.losses`, which this is tested against.
 """
 
 import math
@@ -39,18 +38,18 @@ from emlocal.models.adapters.adapter import Adapter, LoraPair
 from emlocal.models.memory import available
 
 CHUNK_BYTES = 40 << 20
-"""Of one float32 buffer of logits. MLX allocates ahead of what it computes: there are up to sixteen."""
+"""Bytes of one float32 buffer of logits. MLX allocates ahead of its computation: there are up to sixteen."""
 
 
 class Head:
     """The weights that turn hidden states into logits: a linear layer's, or the embeddings'.
 
-    Logits and what is computed of them are float32 whatever the model is; a bfloat16 row's entropy is off by
-    percents. So weights that are not quantized are held in float32 once more.
+    Logits and the numbers computed from them are float32 in every model, because a bfloat16 row's entropy is
+    off by some per cent. So weights that are not quantized are held once more, in float32.
     """
 
     def __init__(self, layer: Module) -> None:
-        """Raises TypeError for a layer with a bias."""
+        """Takes the layer's weights. Raises TypeError for a layer with a bias."""
         if "bias" in layer:
             raise TypeError("the head has a bias")
         self._layer = layer
@@ -60,11 +59,11 @@ class Head:
         mx.eval(self._weight)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """[rows, H] → float32 [rows, V]."""
+        """Returns the logits: [rows, H] → float32 [rows, V]."""
         return self._product(hidden.astype(mx.float32), transpose=True)
 
     def pull_back(self, gradient: mx.array) -> mx.array:
-        """By the logits, float32 [rows, V] → by the hidden states, float32 [rows, H]."""
+        """Turns a gradient by the logits, [rows, V], into one by the hidden states, [rows, H]; float32."""
         return self._product(gradient, transpose=False)
 
     def _product(self, x: mx.array, *, transpose: bool) -> mx.array:
@@ -88,14 +87,14 @@ class Head:
 
 
 class Terms(NamedTuple):
-    """What a batch of positions costs. Not computed before it is asked for."""
+    """The loss of a batch of positions, in parts. MLX computes them when they are needed."""
 
     entropy: mx.array
     """[M] float32, nats."""
     kl: mx.array
     """[M] float32, nats; zeros without a base."""
     gradient: mx.array
-    """[M, H] float32: of Σ weight · (H + β·KL) by the hidden states."""
+    """[M, H] float32: gradient of Σ weight · (H + β·KL) with respect to the hidden states."""
 
 
 def em_ft_terms(
@@ -108,7 +107,9 @@ def em_ft_terms(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Terms:
-    """Of Σ_m weight_m · (H(p_m) + β·KL(p_m ‖ p⁰_m)), p = softmax(head · hidden / temperature).
+    """Returns the terms of Σ_m weight_m · (H(p_m) + β·KL(p_m ‖ p⁰_m)).
+
+    p is softmax(head · hidden / temperature).
 
     Args:
         hidden: [M, H], the states that the head reads, any float dtype.
@@ -122,7 +123,7 @@ def em_ft_terms(
     done: list[Terms] = []
     for start in range(0, hidden.shape[0], rows):
         part = hidden[start : start + rows]
-        if done:  # else MLX might compute the logits of several chunks before it is through with one
+        if done:  # otherwise MLX might compute the logits of several chunks before it finishes one
             part = mx.depends(part, done[-1].gradient)
         base = None
         if base_hidden is not None:
@@ -134,7 +135,7 @@ def em_ft_terms(
 
 
 def _chunk(z: mx.array, base: mx.array | None, beta: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Entropy [rows], KL [rows] and ∂(H + β·KL)/∂z [rows, V]."""
+    """Returns entropy [rows], KL [rows] and ∂(H + β·KL)/∂z [rows, V]."""
     z = z - z.max(axis=1, keepdims=True)
     e = mx.exp(z)
     total = e.sum(axis=1, keepdims=True)
@@ -156,9 +157,10 @@ Arrays = dict[str, mx.array]
 
 
 class MLXEntropyLearner(EntropyLearner):
-    """Trains a LoRA adapter on an mlx-lm model, which is frozen and keeps the adapter attached.
+    """A learner that trains a LoRA adapter on an mlx-lm model by EM-FT.
 
-    A and B are float32 whatever the model is, so that small optimizer steps are not rounded away.
+    The model is frozen and keeps the adapter attached. A and B are float32 in every model, so that small
+    optimizer steps are not rounded away.
     """
 
     def __init__(
@@ -170,9 +172,9 @@ class MLXEntropyLearner(EntropyLearner):
         *,
         checkpointing: bool = False,
     ) -> None:
-        """`checkpointing`: compute activations twice rather than keep them.
+        """Attaches the adapter. `checkpointing`: compute activations twice instead of keeping them.
 
-        Raises ModelError for a model whose logits are no plain product of hidden states and head.
+        Raises ModelError for a model whose logits are not a plain product of hidden states and head.
         """
         self.processes = Processes()
         self.model = model
@@ -190,7 +192,8 @@ class MLXEntropyLearner(EntropyLearner):
         self.parameters = sum(array.size for array in self._arrays().values())
         self._optimizer = self._new_optimizer()
         self._gradient: Arrays = {}
-        mx.set_memory_limit(mx.get_active_memory() + available())  # near it, MLX waits for what it can free
+        # near this limit, MLX waits until it can free memory
+        mx.set_memory_limit(mx.get_active_memory() + available())
 
     def accumulate(self, batch: Sequence[Answer], weights: Sequence[float]) -> EntropyTerms:
         tokens, predicts = padded(batch)
@@ -206,7 +209,7 @@ class MLXEntropyLearner(EntropyLearner):
             held = self._gradient
             self._gradient = {name: held[name] + g if held else g for name, g in found.items()}
             mx.eval(self._gradient, sums)
-        except RuntimeError as error:  # MLX has nothing more specific
+        except RuntimeError as error:  # MLX has no more specific error
             if out_of_memory(error):
                 raise OutOfMemoryError from error
             raise
@@ -215,9 +218,9 @@ class MLXEntropyLearner(EntropyLearner):
     def _loss(
         self, ids: mx.array, places: mx.array, weights: mx.array, base: mx.array | None
     ) -> tuple[mx.array, mx.array]:
-        """A number whose gradient is the loss's, and the sums of loss, entropy and KL, [3].
+        """Returns a number whose gradient is the loss's, and the sums of loss, entropy and KL, [3].
 
-        The gradient by the hidden states is known; autograd is asked for the rest, through their product.
+        The gradient by the hidden states is known; autograd computes the rest, through their product.
         """
         states = self._states(ids, places)
         objective = self._objective
@@ -234,15 +237,15 @@ class MLXEntropyLearner(EntropyLearner):
         return (states * mx.stop_gradient(terms.gradient).astype(states.dtype)).sum(), sums
 
     def _states(self, ids: mx.array, places: mx.array) -> mx.array:
-        """The hidden states at these places of the rectangle, counted row by row: [M, H].
+        """Returns the hidden states at these places of the rectangle, counted row by row: [M, H].
 
-        Rows are padded on the right, where causal attention does not look: they need no mask.
+        Rows are padded on the right, where causal attention does not look, so they need no mask.
         """
         states: mx.array = self._body(ids)
         return states.reshape(-1, states.shape[-1])[places]
 
     def _base_states(self, ids: mx.array, places: mx.array) -> mx.array:
-        """Those of the model without its adapter."""
+        """Returns the hidden states of the model without its adapter."""
         with base_weights(self.model):
             states = self._states(ids, places)
             mx.eval(states)
@@ -316,7 +319,7 @@ class MLXEntropyLearner(EntropyLearner):
         )
 
     def _arrays(self) -> Arrays:
-        """What is trained, by the names that gradients have: A as [in, rank], B as [rank, out]."""
+        """Returns the trained arrays, by the names that gradients have: A as [in, rank], B as [rank, out]."""
         found: Arrays = {}
         for name, layer in self._layers.items():
             found |= {f"{name}.lora_a": layer.lora_a, f"{name}.lora_b": layer.lora_b}
@@ -328,28 +331,30 @@ class MLXEntropyLearner(EntropyLearner):
 
 
 def _head(model: Module, body: Any) -> Head:
-    """The model's head. Raises ModelError where its logits are not its plain product: some models scale or
-    bend them."""
+    """Returns the model's head.
+
+    Raises ModelError if the logits are not its plain product: some models scale or bend them.
+    """
     layer = model["lm_head"] if "lm_head" in model else body["embed_tokens"]
     if isinstance(layer, LoRALinear):
-        raise ModelError("the model's head has an adapter: EM-FT cannot train it")
+        raise ModelError("EM-FT cannot train this model: its head has an adapter")
     try:
         head = Head(layer)
     except TypeError:
-        raise ModelError("the model's head has a bias: EM-FT cannot train it") from None
+        raise ModelError("EM-FT cannot train this model: its head has a bias") from None
     untyped: Any = model
     tokens = mx.arange(min(4, head.vocabulary))[None]
     logits = untyped(tokens).astype(mx.float32)[0]
     if float(mx.abs(logits - head.logits(body(tokens)[0])).max()) > 0.02 * float(mx.abs(logits).max()):
-        raise ModelError("the model's logits are no plain product of its head: EM-FT cannot train it")
+        raise ModelError("EM-FT cannot train this model: its logits are not the plain product of its head")
     return head
 
 
 @contextmanager
 def _checkpointing(model: Module | None) -> Iterator[None]:
-    """Within this block the model's layers compute their activations twice; None: of no model.
+    """Makes the model's layers compute their activations twice within this block; None: no model.
 
-    mlx-lm's `grad_checkpoint` does the same to a class for good; answering would then be slower.
+    mlx-lm's `grad_checkpoint` changes a class for good, which would make answering slower.
     """
     untyped: Any = model
     kinds = {type(layer) for layer in untyped.layers} if model is not None else set()
@@ -364,7 +369,7 @@ def _checkpointing(model: Module | None) -> Iterator[None]:
 
 
 def _recomputed(call: Any) -> Any:
-    """A layer's __call__ that keeps its inputs only, and computes the rest again for the gradient."""
+    """Returns a layer's __call__ that keeps its inputs only, and recomputes the rest for the gradient."""
 
     def run(layer: Module, *arguments: Any, **more: Any) -> Any:
         def inner(parameters: Any, *arguments: Any, **more: Any) -> Any:
@@ -377,5 +382,5 @@ def _recomputed(call: Any) -> Any:
 
 
 def _numbers(array: mx.array) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A copy on the host."""
+    """Returns a copy on the host."""
     return np.array(array, dtype=np.float32, order="C")

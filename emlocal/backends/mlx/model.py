@@ -1,6 +1,6 @@
-"""A model in mlx-lm: on which device, in which number format and why; its folder loaded; LoRA on it.
+"""A model in mlx-lm: its device and number format, the loading of its folder, and LoRA layers on it.
 
-Loaded are safetensors only, no code from the folder, and nothing from the network. LoRA is mlx-lm's own
+Only safetensors are loaded, no code from the folder, and nothing from the network. LoRA uses mlx-lm's own
 layer.
 """
 
@@ -52,26 +52,26 @@ class Place:
         return DTYPES[self.format]
 
     def describe(self) -> str:
-        """ "cpu, float32 (MLX sees no GPU)"."""
+        """Returns device, format and reason: "cpu, float32 (MLX sees no GPU)"."""
         return f"{'gpu' if self.on_gpu else 'cpu'}, {self.format} ({self.reason})"
 
 
 def choose_place(tensors: Mapping[str, SafeTensor], device: str = "auto", dtype: str = "auto") -> Place:
-    """The GPU if there is one, else the CPU; on GPUs the format of the model's weights.
+    """Chooses the GPU if there is one, else the CPU; on GPUs the format of the model's weights.
 
-    On CPUs it is float32: a step of SmolLM2-135M took 81 ms, in bfloat16 124 and in float16 216.
+    On CPUs the format is float32: a step of SmolLM2-135M took 81 ms, in bfloat16 124 and in float16 216.
 
-    Raises UsageError for a device that is not there or a format without a name here.
+    Raises UsageError for a device that does not exist or an unknown format.
     """
     gpu = mx.is_available(mx.gpu)
     if device not in ("auto", "cpu", "gpu"):
-        raise UsageError(f"MLX knows no device {device}", "use cpu or gpu")
+        raise UsageError(f"MLX has no device {device}", "use cpu or gpu")
     if device == "gpu" and not gpu:
-        raise UsageError("MLX sees no GPU here", "use the device cpu")
+        raise UsageError("MLX finds no GPU on this machine", "use --device cpu")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"there is no format {dtype}", f"use {', '.join(DTYPES)}")
     chosen = mx.gpu if device == "gpu" or (device == "auto" and gpu) else mx.cpu
-    reason = "asked for" if device != "auto" else "Apple's GPU" if gpu else "MLX sees no GPU"
+    reason = "asked for" if device != "auto" else "Apple's GPU" if gpu else "MLX finds no GPU"
     if device == "auto" and not gpu and _has_reference_blas():
         reason += "; slow without OpenBLAS: docs/backends.md#mlx"
     if dtype == "auto":
@@ -80,18 +80,18 @@ def choose_place(tensors: Mapping[str, SafeTensor], device: str = "auto", dtype:
 
 
 def _has_reference_blas() -> bool:
-    """Whether matrices are multiplied by the BLAS of Linux's wheel, 25 times as slowly as OpenBLAS does it.
+    """Returns whether the BLAS of Linux's wheel multiplies matrices, 25 times as slowly as OpenBLAS does.
 
     numpy's OpenBLAS (libscipy_openblas) is in the process too, under names of its own.
     """
     try:
         return "/libopenblas" not in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
 
 
 def _stored(tensors: Mapping[str, SafeTensor]) -> str:
-    """float16 where most floating-point weights are stored so, else bfloat16."""
+    """Returns float16 if most floating-point weights are stored in it, else bfloat16."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
@@ -99,13 +99,16 @@ def _stored(tensors: Mapping[str, SafeTensor]) -> str:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether MLX says so when a buffer or a GPU's command does not fit. On Linux's CPU the process ends."""
+    """Returns whether the error says that a buffer or a GPU's command does not fit.
+
+    On Linux's CPU the process ends instead.
+    """
     text = str(error)
     return "malloc" in text or "Insufficient Memory" in text or "OutOfMemory" in text
 
 
 def memory_terms(header: ModelHeader) -> Terms:
-    """What an estimate of the memory that a model takes on the chosen device goes by.
+    """Returns the terms for an estimate of a model's memory on the chosen device.
 
     Packed weights stay packed; the others have the format that they are computed in.
     """
@@ -116,7 +119,7 @@ def memory_terms(header: ModelHeader) -> Terms:
 
 
 def load_model(header: FolderHeader, place: Place) -> Module:
-    """The causal language model in a checked folder, in the place's format, ready to be run.
+    """Loads the causal language model in a checked folder, in the place's format, ready to run.
 
     Quantized layers stay quantized; their scales and all other weights take the format. The device becomes
     MLX's default one.
@@ -143,20 +146,20 @@ def load_model(header: FolderHeader, place: Place) -> Module:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a config that asks for code of its own, or for other things than text."""
+    """Raises ModelError for a config that asks for code of its own, or for other things than text."""
     name = config.get("model_type") or "?"
     if config.get("model_file") is not None:
         raise ModelError(
-            f"{name} wants to run {config['model_file']} from its folder, which emlocal never does"
+            f"{name} needs code from its folder ({config['model_file']}), which emlocal never runs"
         )
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{name} is an encoder and a decoder; the mlx engine runs decoders only")
+        raise ModelError(f"{name} has an encoder and a decoder; the mlx engine runs decoders only")
 
 
 def old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5's `rope_parameters` under the names that mlx-lm's models read, where those are missing.
+    """Returns transformers 5's `rope_parameters` under the names that mlx-lm reads, if those are missing.
 
-    Without this a model would run with the wrong frequencies, and say so only in its answers.
+    Without this a model would run with the wrong frequencies, which would show only in its answers.
     """
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
@@ -175,9 +178,9 @@ def old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def windows(model: Module) -> list[int | None]:
-    """How far back each of the model's caches reaches; None: to the beginning.
+    """Returns how far back each of the model's caches reaches; None: to the beginning.
 
-    Raises ModelError for a model that keeps anything else than keys and values of attention.
+    Raises ModelError for a model that keeps anything but keys and values of attention.
     """
     untyped: Any = model
     new_cache: Any = KVCache
@@ -194,20 +197,20 @@ def windows(model: Module) -> list[int | None]:
             raise ModelError(
                 f"{type(model).__module__.rpartition('.')[2]} keeps a {type(cache).__name__}; the mlx engine"
                 " runs models of full and sliding attention only",
-                "use --backend llama.cpp, if there is a GGUF of it",
+                "use --backend llama.cpp with a GGUF file of this model",
             )
     return found
 
 
 def context_of(header: FolderHeader, reach: list[int | None]) -> int:
-    """The tokens that the model was trained for, as far as mlx-lm computes it right.
+    """Returns the tokens that the model was trained for, as far as mlx-lm computes it correctly.
 
-    mlx-lm leaves the sliding window out of some architectures (Mistral's first model): up to the window's
-    length that makes no difference.
+    mlx-lm ignores the sliding window of some architectures (Mistral's first model); up to the window's length
+    that makes no difference.
     """
     config, length = header.config, header.context_length
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (rope.get("rope_type") or rope.get("type")) == "dynamic":  # which mlx-lm does not stretch
+    if (rope.get("rope_type") or rope.get("type")) == "dynamic":  # mlx-lm does not stretch these
         length = min(length, rope.get("original_max_position_embeddings") or length)
     window = config.get("sliding_window")
     kinds = config.get("layer_types") or ["sliding_attention"]
@@ -218,15 +221,15 @@ def context_of(header: FolderHeader, reach: list[int | None]) -> int:
 
 
 def attach(model: Module, adapter: Adapter, strength: float, dtype: mx.Dtype, base: str) -> None:
-    """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
+    """Puts an adapter's layers into the model, in place, on top of earlier adapters' layers.
 
-    mlx-lm's layer computes y = W x + scale · (x A) B, with A [in, rank] and B [rank, out]: `LoraPair`'s
-    scale is that scale. A and B take the model's number format.
+    mlx-lm's layer computes y = W x + scale · (x A) B, with A [in, rank] and B [rank, out]: `LoraPair`'s scale
+    is that scale. A and B take the model's number format.
 
     Args:
-        strength: times each pair's scale.
+        strength: a factor on each pair's scale.
         base: what to call the model.
-    Raises ModelError where the adapter names a layer that the model does not have or that has another shape.
+    Raises ModelError if the adapter names a layer that the model does not have or that has another shape.
     """
     layers = _linear_layers(model)
     check_fits(adapter, {name: _shape(layer) for name, layer in layers.items()}, base)
@@ -241,19 +244,21 @@ def attach(model: Module, adapter: Adapter, strength: float, dtype: mx.Dtype, ba
 
 
 def linear_layers(model: Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of each linear layer but the head by its name."""
+    """Returns (out, in) of each linear layer except the head, by name."""
     return {name: _shape(layer) for name, layer in _linear_layers(model).items() if name != "lm_head"}
 
 
 def lora_layers(model: Module) -> dict[str, LoRALinear]:
-    """The model's LoRA layers by name."""
+    """Returns the model's LoRA layers by name."""
     return {name: layer for name, layer in _modules(model) if isinstance(layer, LoRALinear)}
 
 
 @contextmanager
 def base_weights(model: Module) -> Iterator[None]:
-    """Within this block the model computes as if it had no adapter. Nothing outlives it that is not
-    computed."""
+    """Makes the model compute without its adapter within this block.
+
+    Arrays must be computed before the block ends.
+    """
     layers = lora_layers(model)
     for name, layer in layers.items():
         _replace(model, name, layer.linear)
@@ -265,7 +270,7 @@ def base_weights(model: Module) -> Iterator[None]:
 
 
 def _modules(model: Module) -> list[tuple[str, Module]]:
-    """All modules by name, in the model's order, which MLX gives backwards."""
+    """Returns all modules by name, in the model's order, which MLX gives backwards."""
     return list(reversed(model.named_modules()))
 
 
@@ -275,7 +280,7 @@ def _linear_layers(model: Module) -> dict[str, Module]:
 
 
 def _shape(layer: Module) -> tuple[int, int]:
-    """[out, in] of a linear layer, quantized or not, or with LoRA."""
+    """Returns [out, in] of a linear layer, quantized or not, or with LoRA."""
     if isinstance(layer, LoRALinear):
         return int(layer.lora_b.shape[1]), int(layer.lora_a.shape[0])
     rows, columns = layer.weight.shape
@@ -285,7 +290,7 @@ def _shape(layer: Module) -> tuple[int, int]:
 
 
 def _replace(model: Module, name: str, layer: Module) -> None:
-    """Put `layer` at "model.layers.0.self_attn.q_proj"."""
+    """Puts `layer` at the place `name`, such as "model.layers.0.self_attn.q_proj"."""
     *path, last = name.split(".")
     parent = model
     for part in path:

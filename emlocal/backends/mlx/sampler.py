@@ -1,18 +1,18 @@
 """From rows of logits on a device to tokens: one compiled function, and one small transfer to the host.
 
-What emlocal.sampling.draw does row by row, on blocks of rows, in float32 and 64-bit integers, since
-Apple's GPUs have no float64. Tokens are the reference's unless u lies within EDGE of a border of its CDF. The
-host's half is emlocal.backends.device_sampler.
+It does the work of emlocal.sampling.draw on blocks of rows instead of single rows, in float32 and 64-bit
+integers, since Apple's GPUs have no float64. Tokens are the reference's unless u is within EDGE of a border
+of its CDF. The host's half is emlocal.backends.device_sampler.
 
-Rows are float32 [R, V], with FLOOR for masked tokens; settings are columns, [R, 1]. First the EM step, as
-emlocal.em's references have it: the number of rounds is fixed before they begin; a row that is done stays as
-it is, bit for bit, while others go on. All are functions of arrays alone, for mx.compile.
+Rows are float32 [R, V], with FLOOR for masked tokens; settings are columns, [R, 1]. First comes the EM step,
+as in emlocal.em's references. The number of rounds is fixed before they begin; a row that is done stays the
+same, bit for bit, while others continue. All are functions of arrays alone, for mx.compile.
 
-Then temperature, top-k, top-p, min-p and the inverse-CDF draw. Weights are float32, at most 1; their sums are
-of integers, in units of 2⁻⁴⁴, and so exact in any order: the draw adds no error of its own to that of the
-weights, the last token with any weight is never passed, and it cannot matter how a device shares a sum out
-among its threads. With 262,144 tokens what is cut off comes to less than 2⁻²⁶ of the total. Prefix sums are
-made of shifted additions, since MLX has no scans of 64-bit integers for Metal.
+Then come temperature, top-k, top-p, min-p and the inverse-CDF draw. Weights are float32, at most 1. Their
+sums are sums of integers, in units of 2⁻⁴⁴, and so exact in any order. The draw therefore adds no error of
+its own to that of the weights, and never passes the last token with any weight. The way a device splits a sum
+among its threads does not matter. With 262,144 tokens, the cut-off parts are less than 2⁻²⁶ of the total.
+Prefix sums are made of shifted additions, since MLX has no scans of 64-bit integers for Metal.
 """
 
 import math
@@ -34,20 +34,20 @@ from emlocal.sampling import SamplingParams
 from emlocal.sampling.draw import COLDEST as COLDEST_DRAW
 
 GROUP = 512
-"""V is a multiple of it; so many numbers are summed up first."""
+"""V is a multiple of it; groups of this many numbers are summed up first."""
 FLOOR = -1e20
 """A masked token's logit: its probability is 0, and no product with it is NaN, as with -inf."""
 HALVINGS = 28
-"""Of the bisection's interval, which is 14 wide: finer than float32 tells temperatures apart."""
+"""Halvings of the bisection's interval, which is 14 wide: finer than float32 tells temperatures apart."""
 
 
 class Sharpened(NamedTuple):
-    """What an EM step made of rows."""
+    """Rows after an EM step."""
 
     z: mx.array
     """[R, V]."""
     entropy_before: mx.array
-    """Nats, [R, 1], and so on."""
+    """Nats, [R, 1]; the next fields, too."""
     entropy_after: mx.array
     steps: mx.array
 
@@ -62,14 +62,16 @@ class Descent(NamedTuple):
 
 
 def total(values: mx.array) -> mx.array:
-    """Sums of rows, [R, V] → [R, 1], by groups of groups: MLX's CPU adds one after another, which over 49,152
-    numbers costs 1e-4 of the sum."""
+    """Returns the sums of rows, [R, V] → [R, 1], by groups of groups.
+
+    MLX's CPU adds one after another, which over 49,152 numbers costs 1e-4 of the sum.
+    """
     grouped = values.reshape(len(values), -1, GROUP // 32, 32)
     return grouped.sum(axis=-1).sum(axis=-1).sum(axis=-1, keepdims=True)
 
 
 def distribution(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """p and log p, [R, V], and the entropy in nats, [R, 1]."""
+    """Returns p and log p, [R, V], and the entropy in nats, [R, 1]."""
     shifted = z - z.max(axis=-1, keepdims=True)
     weights = mx.exp(shifted)
     mass = total(weights)
@@ -78,12 +80,12 @@ def distribution(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 
 def entropy(z: mx.array) -> mx.array:
-    """Nats, [R, 1]."""
+    """Returns the entropy in nats, [R, 1]."""
     return distribution(z)[2]
 
 
 def gradient_descent(z: mx.array, settings: Descent, rounds: int, *, with_kl: bool) -> Sharpened:
-    """EM-INF by gradient descent: ∂H/∂z = −p (log p + H), and with KL also κ (p − p⁰).
+    """Takes EM-INF's steps by gradient descent: ∂H/∂z = −p (log p + H), and with KL also κ (p − p⁰).
 
     `rounds`: the most steps of any row.
     """
@@ -101,7 +103,7 @@ def gradient_descent(z: mx.array, settings: Descent, rounds: int, *, with_kl: bo
 
 
 def adam(z: mx.array, settings: Descent, rounds: int) -> Sharpened:
-    """EM-INF with Adam from a fresh state. Source: Kingma & Ba 2015, algorithm 1."""
+    """Takes EM-INF's steps with Adam from a new state. Source: Kingma & Ba 2015, algorithm 1."""
     p, log_p, H = distribution(z)
     p0, before, taken = p, H, mx.zeros_like(H)
     mean, square = mx.zeros_like(z), mx.zeros_like(z)
@@ -119,7 +121,7 @@ def adam(z: mx.array, settings: Descent, rounds: int) -> Sharpened:
 
 
 def adaptive_temperature(z: mx.array, ratio: mx.array, threshold: mx.array) -> Sharpened:
-    """Cool rows to the entropy max(ratio · H₀, threshold), by bisection of log τ."""
+    """Cools rows to the entropy max(ratio · H₀, threshold), by bisection of log τ."""
     before = entropy(z)
     target = mx.maximum(ratio * before, threshold)
     low, high = mx.full(before.shape, math.log(COLDEST)), mx.zeros_like(before)
@@ -135,12 +137,12 @@ def adaptive_temperature(z: mx.array, ratio: mx.array, threshold: mx.array) -> S
 
 _UNIT = 2.0**44
 MOST_TOKENS = 1 << 19
-"""A sum of more of them could overflow."""
+"""The most tokens; a sum over more could overflow."""
 _LOW = 0xFFFFFFFF
 
 
 class Truncation(NamedTuple):
-    """What follows the EM step, [R, 1] each."""
+    """The settings of the steps after the EM step, [R, 1] each."""
 
     temperature: mx.array
     dynatemp_range: mx.array
@@ -160,7 +162,7 @@ class Fractions(NamedTuple):
 def choose(
     z: mx.array, entropy: mx.array, settings: Truncation, fractions: Fractions, vocabulary: int, ordered: bool
 ) -> mx.array:
-    """The tokens that `fractions.u` draws, int32 [R, 1].
+    """Returns the tokens that `fractions.u` draws, int32 [R, 1].
 
     Args:
         z: logits after the EM step, float32 [R, V].
@@ -172,16 +174,16 @@ def choose(
     shifted = z - z.max(axis=-1, keepdims=True)
     greedy = temperature == 0
     weights = mx.exp(shifted / mx.maximum(temperature, COLDEST_DRAW))
-    # greedy: the tokens at the top share everything, and u = 0 takes the first
+    # greedy: the tokens at the top share all the weight, and u = 0 takes the first
     weights = mx.where(greedy, (shifted == 0).astype(mx.float32), weights)
     if ordered:
         weights = _keep_largest(weights, settings, fractions)
-    weights = mx.where(weights >= settings.min_p, weights, 0.0)  # the largest weighs 1
+    weights = mx.where(weights >= settings.min_p, weights, 0.0)  # the largest weight is 1
     return inverse_cdf(weights, mx.where(greedy, mx.array(0, mx.uint64), fractions.u))
 
 
 def temperature_at(entropy: mx.array, settings: Truncation, vocabulary: int) -> mx.array:
-    """SamplingParams.temperature_at."""
+    """Returns SamplingParams.temperature_at for each row."""
     if vocabulary == 1:
         return settings.temperature
     low = mx.maximum(settings.temperature - settings.dynatemp_range, 0.0)
@@ -191,7 +193,7 @@ def temperature_at(entropy: mx.array, settings: Truncation, vocabulary: int) -> 
 
 
 def _keep_largest(weights: mx.array, settings: Truncation, fractions: Fractions) -> mx.array:
-    """Top-k, then top-p; 0 for what they drop. Among equal weights the lower ids stay."""
+    """Applies top-k, then top-p: dropped tokens get weight 0. Among equal weights the lower ids stay."""
     size = weights.shape[1]
     descending = -mx.sort(-weights, axis=-1)
     k = mx.minimum(mx.where(settings.top_k > 0, settings.top_k, float(size)), float(size))
@@ -207,20 +209,20 @@ def _keep_largest(weights: mx.array, settings: Truncation, fractions: Fractions)
 
 
 def inverse_cdf(weights: mx.array, u: mx.array) -> mx.array:
-    """The first index whose cumulative weight exceeds u · total, int32 [R, 1]."""
+    """Returns the first index whose cumulative weight exceeds u · total, int32 [R, 1]."""
     whole = fixed(weights)
     return first_above(whole, part(whole.sum(axis=-1, keepdims=True), u))
 
 
 def fixed(weights: mx.array) -> mx.array:
-    """Weights of at most 1 as uint64, in units of 2⁻⁴⁴; what is below one unit is cut off."""
+    """Returns weights of at most 1 as uint64, in units of 2⁻⁴⁴; smaller parts are cut off."""
     return (weights * _UNIT).astype(mx.uint64)
 
 
 def part(total: mx.array, fraction: mx.array) -> mx.array:
-    """fraction · total, rounded down, for a fraction in units of 2⁻⁶⁴; always below the total.
+    """Returns fraction · total, rounded down, for a fraction in units of 2⁻⁶⁴; always below the total.
 
-    It may be 2 units low: the carry of the lowest products is left out.
+    It may be 2 units low, because the carry of the lowest products is left out.
     """
     high, low = total >> 32, total & _LOW
     upper, lower = fraction >> 32, fraction & _LOW
@@ -228,9 +230,9 @@ def part(total: mx.array, fraction: mx.array) -> mx.array:
 
 
 def first_above(whole: mx.array, target: mx.array) -> mx.array:
-    """The first index whose cumulative sum is above `target`, which the total is; by groups, then within one.
+    """Returns the first index whose cumulative sum is above `target`: uint64 [R, n · GROUP] → int32 [R, 1].
 
-    uint64 [R, n · GROUP] and [R, 1] → int32 [R, 1].
+    `target` is uint64 [R, 1], and the total is above it. The search goes by groups, then within one.
     """
     grouped = whole.reshape(whole.shape[0], -1, GROUP)
     sums = prefix_sums(grouped.sum(axis=-1))
@@ -243,7 +245,10 @@ def first_above(whole: mx.array, target: mx.array) -> mx.array:
 
 
 def prefix_sums(values: mx.array) -> mx.array:
-    """Inclusive, along the last axis of [R, n], in log₂ n additions of the array shifted by 1, 2, 4, …"""
+    """Returns inclusive prefix sums along the last axis of [R, n].
+
+    It takes log₂ n additions of the array shifted by 1, 2, 4, …
+    """
     shift = 1
     while shift < values.shape[1]:
         values = values + mx.pad(values[:, :-shift], [(0, 0), (shift, 0)])
@@ -252,27 +257,28 @@ def prefix_sums(values: mx.array) -> mx.array:
 
 
 EDGE = 2e-6
-"""Tested: how near a border of the exact CDF u may lie for another token to be drawn."""
+"""The tested distance of u from a border of the exact CDF within which another token may be drawn."""
 CPU_ROWS, GPU_ROWS = 2, 4
 """Rows of a block."""
 Block = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
 class MLXSampler(DeviceSampler):
-    """See DeviceSampler."""
+    """The sampler of the mlx engine; see DeviceSampler."""
 
     def __init__(self, vocabulary: int, *, on_gpu: bool) -> None:
         """Raises ModelError for more than 524,288 tokens, whose sums would not fit 64 bits."""
         if vocabulary > MOST_TOKENS:
             raise ModelError(
-                f"the model has {vocabulary:,} tokens; on GPUs mlx draws from {MOST_TOKENS:,} at most"
+                f"the model has {vocabulary:,} tokens; on GPUs the mlx engine samples from"
+                f" {MOST_TOKENS:,} at most"
             )
         self.vocabulary = vocabulary
         self.block = GPU_ROWS if on_gpu else CPU_ROWS
         self._compiled: dict[Hashable, Block] = {}
 
     def _structure(self, params: SamplingParams) -> Hashable:
-        """What a function is compiled for: the EM step's kernel, whether rows need a sort, the rounds."""
+        """Returns the key of a compiled function: EM step's kernel, whether rows need a sort, rounds."""
         ordered = params.top_p < 1 or 0 < params.top_k < self.vocabulary
         return kernel_of(params.em), ordered, most_steps(params.em)
 
@@ -290,7 +296,7 @@ class MLXSampler(DeviceSampler):
         return np.array(mx.concatenate(list(outcomes)))
 
     def _function(self, structure: tuple[str, bool, int]) -> Block:
-        """`sample_block` for rows whose settings have this structure, compiled on its first use."""
+        """Returns `sample_block` for rows whose settings have this structure, compiled on its first use."""
         if structure not in self._compiled:
             kind, ordered, rounds = structure
             self._compiled[structure] = mx.compile(
@@ -308,7 +314,7 @@ def sample_block(
     rounds: int,
     vocabulary: int,
 ) -> mx.array:
-    """float32 [R, V] → float32 [R, 7]: the fields of Draw, or a fault in place of the token.
+    """Returns the fields of Draw, or a fault in place of the token: float32 [R, V] → float32 [R, 7].
 
     `columns` are the settings, float32 [11, R, 1]; `fractions` uint64 [2, R, 1].
     """
@@ -349,7 +355,7 @@ def _sharpen(z: mx.array, kind: str, descent: Descent, ratio: mx.array, rounds: 
 
 
 def _fractions(rows: Sequence[Row]) -> NDArray[np.uint64]:
-    """uint64 [2, B]: u and top-p, in units of 2⁻⁶⁴; exact."""
+    """Returns u and top-p, in units of 2⁻⁶⁴, exactly: uint64 [2, B]."""
     wanted = [
         [int(row.u * 2**64) for row in rows],
         [int(min(row.params.top_p, 1 - 2**-53) * 2**64) for row in rows],
@@ -358,7 +364,7 @@ def _fractions(rows: Sequence[Row]) -> NDArray[np.uint64]:
 
 
 def adjusted(block: mx.array, rows: Sequence[Row]) -> mx.array:
-    """Penalties, then biases, on the first rows of a block of its own, float32 [R, V]."""
+    """Applies penalties, then biases, then masks, to the first rows of a block, float32 [R, V], in place."""
     entries = device_sampler.penalized(rows)
     if entries:
         at, tokens = mx.array([i for i, *_ in entries]), mx.array([token for _, token, *_ in entries])
@@ -372,10 +378,15 @@ def adjusted(block: mx.array, rows: Sequence[Row]) -> mx.array:
     if biases:
         at, tokens = mx.array([i for i, *_ in biases]), mx.array([token for _, token, _ in biases])
         block[at, tokens] = block[at, tokens] + mx.array([bias for *_, bias in biases])
+    packed = device_sampler.legal_bits(rows, block.shape[1])
+    if packed is not None:
+        legal = (mx.array(packed)[..., None] >> mx.arange(8, dtype=mx.uint8)) & 1
+        legal = legal.reshape(len(rows), -1)[:, : block.shape[1]]
+        block[: len(rows)] = mx.where(legal == 0, -mx.inf, block[: len(rows)])
     return block
 
 
 def _probability(z: mx.array, token: mx.array) -> mx.array:
-    """softmax(z) at the token, [R, 1]."""
+    """Returns softmax(z) at the token, [R, 1]."""
     shifted = z - z.max(axis=-1, keepdims=True)
     return mx.exp(mx.take_along_axis(shifted, token, axis=-1)) / total(mx.exp(shifted))

@@ -1,4 +1,4 @@
-"""The torch engine: CUDA, and any CPU. Generates and trains."""
+"""The torch engine: CUDA, and any CPU. It generates and trains."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from emlocal.models.memory import Terms
     from emlocal.models.resolve import Model
 
-wait_briefly()  # read when torch loads its OpenMP library
+wait_briefly()  # torch reads it when it loads its OpenMP library
 
 _INSTALL = (
     "pip install 'emlocal[torch]' (on Linux 2 GB and more, for CUDA; for the CPU alone add"
@@ -36,7 +36,10 @@ _INSTALL = (
 
 
 def has_cuda() -> bool:
-    """Whether there is an NVIDIA device and a torch built for it, by files: an import takes 1 s."""
+    """Returns whether there is an NVIDIA device and a torch built for it.
+
+    It looks at files, because an import takes 1 s.
+    """
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False

@@ -1,7 +1,7 @@
-"""The contract of `backends/base.py` on torch, CUDA devices and any CPU; and how a folder gets there.
+"""The contract of `backends/base.py` on torch: CUDA devices and any CPU; and loading of a folder.
 
 Each sequence is a slot of the cache. Feeds are cut into passes of similar length (`backends/slots.py`);
-logits stay on the device, and so does sampling.
+logits stay on the device, and sampling runs there.
 """
 
 import itertools
@@ -46,7 +46,7 @@ from emlocal.models.tokenizer import Tokenizer as FolderTokenizer
 from emlocal.text import counted
 
 CPU_BUDGET, CUDA_BUDGET = 512, 4096
-"""Tokens of a pass: as many as keep the device busy, few enough that memory for activations stays small."""
+"""Tokens of a pass: enough to keep the device busy, and few enough to keep the activations small."""
 
 
 class TorchBackend(SlotBackend):
@@ -66,8 +66,10 @@ class TorchBackend(SlotBackend):
         *,
         on_device_sampler: bool | None = None,
     ) -> None:
-        """`on_device_sampler`: None for what is faster, the host's on CPUs; both draw the same tokens. See
-        SlotBackend."""
+        """Sets up the engine; see SlotBackend.
+
+        `on_device_sampler`: None for the faster choice, the host's on CPUs; both draw the same tokens.
+        """
         if place.on_cpu:
             torch.set_num_threads(options.threads or physical_cores())
         self.place = place
@@ -80,7 +82,7 @@ class TorchBackend(SlotBackend):
     def _compute(self, feeds: Sequence[Feed], lengths: Sequence[int], cancelled: Callable[[], bool]) -> None:
         rows: list[Tensor] = []
         for chunks in passes(feeds, lengths, self._budget):
-            # a step is over before anybody could cancel it
+            # a step ends before anybody could cancel it
             single = all(len(chunk.tokens) == 1 for chunk in chunks)
             logits = self._decoder.run(chunks, (lambda: False) if single else cancelled)
             if logits is not None:
@@ -97,7 +99,7 @@ class TorchBackend(SlotBackend):
         if out_of_memory(error):
             raise BackendError(
                 f"{self.place.device} has no memory for {counted(len(feeds), 'sequence')} at once",
-                "try a smaller --parallel or --context",
+                "set a smaller --parallel or --context",
             ) from None
 
     def _reserve(self, slots: int, tokens: int) -> None:
@@ -109,7 +111,7 @@ class TorchBackend(SlotBackend):
                 raise
             raise BackendError(
                 f"{self.place.device} has no memory for {counted(slots, 'sequence')} of {tokens:,} tokens",
-                "try a smaller --context or --parallel",
+                "set a smaller --context or --parallel",
             ) from None
 
     def _on_host(self, at: int) -> NDArray[np.float32]:
@@ -134,7 +136,7 @@ class TorchBackend(SlotBackend):
 
 
 class TorchModel(Opened):
-    """A model in torch, to be trained or made an engine of."""
+    """A model in torch, to train or to make an engine of."""
 
     place: Place
 
@@ -172,9 +174,9 @@ class TorchModel(Opened):
 def open_model(
     folder: Path, *, name: str = "", device: str = "auto", dtype: str = "auto", threads: int | None = None
 ) -> TorchModel:
-    """The model in `folder`, loaded. `name`: what people call it; `threads`: of the CPU, from now on.
+    """Loads the model in `folder`. `name`: what people call it; `threads`: CPU threads, from now on.
 
-    Raises ModelError for a folder that cannot be used, UsageError for a device or format that there is not.
+    Raises ModelError for a folder that cannot be used, UsageError for an unknown device or format.
     """
     place = choose_place(device, dtype)
     if threads is not None:
@@ -188,6 +190,7 @@ def open_model(
         trained_context=trained_context(config),
         end_tokens=tokenizer.end_tokens,
         chat_template=tokenizer.chat_template,
+        tool_template=tokenizer.tool_template,
         bos=tokenizer.bos,
         eos=tokenizer.eos,
         sampling=sampling_settings(folder),
@@ -205,15 +208,15 @@ def open_folder(
     dtype: str = "auto",
     on_device_sampler: bool | None = None,
 ) -> TorchBackend:
-    """The engine on the model in `folder`, with its adapters.
+    """Returns the engine on the model in `folder`, with its adapters.
 
     Args:
         name: what people call it.
-        base: of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
+        base: header of the GGUF model that the folder was unpacked from; adapters in GGUF need it.
         on_device_sampler: see TorchBackend.
 
-    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options; as much of it
-    as can be known before the weights are loaded.
+    Raises ModelError for a folder or adapter that cannot be used, UsageError for bad options; if possible
+    before the weights are loaded.
     """
     check_kv_type("torch", options.kv_type, choose_place(device, dtype).format)
     adapters = [_scaled(in_memory(adapter, base), scale) for adapter, scale in options.adapters]

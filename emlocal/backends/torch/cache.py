@@ -2,10 +2,10 @@
 
 A layer's keys are one tensor [slots, kv_heads, capacity + 1, head_dim], its values another. Rows of a forward
 pass are a range of slots, which attention reads as a view; nothing is copied in a decoding step. Cells at and
-beyond a sequence's length are zero. The last cell of a slot, never read, takes what padding and rows
+beyond a sequence's length are zero. The last cell of a slot, which is never read, takes what padding and rows
 that only fill a gap would write.
 
-One forward pass of a transformers model over chunks of several sequences.
+`Decoder` runs forward passes of a transformers model over chunks of several sequences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,24 +23,24 @@ from emlocal.errors import CancelledError, ModelError
 
 @dataclass(frozen=True)
 class Window:
-    """What one forward pass reads and writes."""
+    """The cells that one forward pass reads and writes."""
 
     rows: Tensor
     """Slots, int64 [B, 1], ascending."""
     adjacent: bool
-    """Whether they follow in order, so that a view holds them."""
+    """Whether the slots follow in order, so that a view has them."""
     cells: Tensor
-    """Where each token is written, int64 [B, T]; the slot's last cell for those that are not kept."""
+    """The cell of each token, int64 [B, T]; the slot's last cell for tokens that are not kept."""
     span: tuple[int, int] | None
-    """First cell and the one past the last, where all rows write the same ones in order."""
+    """First cell and the one past the last, if all rows write the same cells in order; otherwise None."""
     first: int
     """The lowest slot."""
     length: int
-    """Cells to be read."""
+    """Number of cells to read."""
 
 
 class TorchCache(SlotCache, Cache):
-    """Stands where transformers expects its cache: the model's attention calls `update`."""
+    """The cache that transformers' models use: their attention calls `update`."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -50,20 +50,20 @@ class TorchCache(SlotCache, Cache):
         self._cancelled: Callable[[], bool] = lambda: False
 
     def begin(self, window: Window, cancelled: Callable[[], bool]) -> None:
-        """Say what the next pass reads and writes; `cancelled` is asked at each layer."""
+        """Sets what the next pass reads and writes; `cancelled` is called at each layer."""
         self._window, self._cancelled = window, cancelled
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, [B, kv_heads, T, head_dim]; all up to the window's length.
+        """Stores a layer's new keys and values, [B, kv_heads, T, head_dim].
 
-        Raises CancelledError.
+        Returns all keys and values up to the window's length. Raises CancelledError.
         """
         if self._cancelled():
             raise CancelledError
         assert self._window is not None
-        while len(self._keys) <= layer_idx:  # the first pass: only now are the shapes known
+        while len(self._keys) <= layer_idx:  # in the first pass: the shapes are not known before
             self._keys.append(_zeros(key_states, self.slots, self.capacity))
             self._values.append(_zeros(value_states, self.slots, self.capacity))
         return (
@@ -72,22 +72,25 @@ class TorchCache(SlotCache, Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Cells held before the pass; meaningful, and asked for, where no explicit mask is given."""
+        """Returns the cells held before the pass.
+
+        transformers asks for it, and it has a meaning, only without an explicit mask.
+        """
         assert self._window is not None
         return self._window.length - self._window.cells.shape[1]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """The position of the pass's first token, where no explicit mask is given."""
+        """Returns the position of the pass's first token, for passes without an explicit mask."""
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of what attention reads."""
+        """Returns length and offset of the cells that attention reads."""
         assert self._window is not None
         return self._window.length, 0
 
     @property
     def layers_held(self) -> int:
-        """Layers that have stored something."""
+        """Number of layers that have stored something."""
         return len(self._keys)
 
     def _grow(self, slots: int, tokens: int) -> None:
@@ -121,12 +124,12 @@ class TorchCache(SlotCache, Cache):
 
 
 def _zeros(like: Tensor, slots: int, tokens: int) -> Tensor:
-    """An empty store for states with these heads and dimensions, of so many tokens and the spare cell."""
+    """Returns an empty store for states with these heads and dimensions, with one spare cell per slot."""
     return like.new_zeros(slots, like.shape[1], tokens + 1, like.shape[3])
 
 
 def _store(store: Tensor, new: Tensor, window: Window) -> Tensor:
-    """Write [B, kv_heads, T, head_dim] where it belongs; give back all that attention reads."""
+    """Writes [B, kv_heads, T, head_dim] into its cells; returns the cells that attention reads."""
     low, high = window.first, window.first + len(new)
     if window.adjacent and window.span is not None:
         store[low:high, :, window.span[0] : window.span[1]] = new
@@ -138,14 +141,14 @@ def _store(store: Tensor, new: Tensor, window: Window) -> Tensor:
 
 
 def is_range(slots: Sequence[int]) -> bool:
-    """Whether ascending slots follow in order."""
+    """Returns whether ascending slots follow in order."""
     return slots[-1] - slots[0] + 1 == len(slots)
 
 
 _UNLIKE = 0.3
-"""Standard deviations of the logits. Rounding in bfloat16 makes 0.1, another computation more than 1."""
+"""Limit in standard deviations of the logits. Rounding in bfloat16 makes 0.1, another computation over 1."""
 GAPS = 2
-"""Decoding computes gaps between slots too, up to this many times the rows asked for; then it copies."""
+"""Decoding also computes gaps between slots, up to this many times the rows asked for; then it copies."""
 
 
 class Decoder:
@@ -168,9 +171,9 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], cancelled: Callable[[], bool]) -> Tensor | None:
-        """Compute the chunks, of different slots in ascending order, and store their keys and values.
+        """Computes the chunks, of different slots in ascending order, and stores their keys and values.
 
-        Returns the logits that chunks want, in their order, float32 [wanted, V]; None where none are.
+        Returns the logits that chunks want, in their order, float32 [wanted, V]; None if no chunk wants any.
         Raises CancelledError.
         """
         rows = self._with_gaps(chunks)
@@ -202,7 +205,7 @@ class Decoder:
         return self._logits(hidden[at[:, 0], at[:, 1]])
 
     def _with_gaps(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
-        """The chunks, with rows of nothing in between where a view of the cache then does and is cheap."""
+        """Returns the chunks, with empty rows in between if a view of the cache then works and is cheap."""
         first, last = chunks[0].slot, chunks[-1].slot
         single = all(len(chunk.tokens) == 1 for chunk in chunks)
         if is_range([chunk.slot for chunk in chunks]) or not single or last - first >= GAPS * len(chunks):
@@ -211,9 +214,9 @@ class Decoder:
         return [by_slot.get(slot, Chunk(slot, 0, (), False)) for slot in range(first, last + 1)]
 
     def _inputs(self, rows: Sequence[Chunk], width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, positions and cells, each int64 [B, T]; padding is on the right.
+        """Returns token ids, positions and cells, each int64 [B, T]; padding is on the right.
 
-        It stands at the position of the row's last token, so that it sees something; it is not kept.
+        Padding has the position of the row's last token, so that it sees some cells; it is not kept.
         """
         inputs = np.zeros((3, len(rows), width), dtype=np.int64)
         ids, positions, cells = inputs
@@ -228,9 +231,9 @@ class Decoder:
         return on_device[0], on_device[1], on_device[2]
 
     def _mask(self, positions: Tensor, length: int, plain: bool) -> Tensor | dict[str, Tensor] | None:
-        """Which cells each token sees, bool [B, 1, T, length], by type of layer where there are several.
+        """Returns which cells each token sees, bool [B, 1, T, length], by type of layer if there are several.
 
-        None where it is the usual causal mask (`plain`), for which attention has quicker kernels.
+        None if it is the usual causal mask (`plain`), for which attention has quicker kernels.
         """
         if plain and all(size is None or size >= length for size in self._windows.values()):
             return None
@@ -240,11 +243,11 @@ class Decoder:
             kind: causal if size is None else causal & (cells > here - size)
             for kind, size in self._windows.items()
         }
-        # a model whose layers are all alike takes a tensor, others a dictionary
+        # a model whose layers are all alike takes a tensor, others take a dictionary
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] → float32 [n, V]."""
+        """Returns the logits: [n, hidden] → float32 [n, V]."""
         logits: Tensor = self._head(hidden).float() * self._scale
         if self._softcap is not None:
             logits = self._softcap * torch.tanh(logits / self._softcap)
@@ -252,9 +255,9 @@ class Decoder:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compute four tokens with the cache and without: does the model work as this class assumes?
+        """Compares logits with the cache and without it, on four tokens: a test of this class's assumptions.
 
-        Raises ModelError where the logits differ, or where layers did not use the cache.
+        Raises ModelError if the logits differ, or if layers did not use the cache.
         """
         architecture = type(self._model).__name__
         tokens = list(range(4))
@@ -267,26 +270,28 @@ class Decoder:
         layers = self._model.config.num_hidden_layers
         if self.cache.layers_held != layers:
             raise ModelError(
-                f"{architecture} is not for the torch engine: {self.cache.layers_held} of its {layers} layers"
+                f"{architecture} does not run on the torch engine: only {self.cache.layers_held} of"
+                f" its {layers} layers"
                 " keep keys and values"
             )
         assert got is not None
         if not expected.isfinite().all():
             raise ModelError(
-                f"{architecture}'s logits are not finite: weights of this model are damaged", "get it again"
+                f"{architecture}'s logits are not finite: its weights are damaged", "fetch the model again"
             )
         far = float((got[0] - expected).square().mean().sqrt() / expected.std())
         if not far < _UNLIKE:
             raise ModelError(
-                f"{architecture} is not for the torch engine: step by step its logits are off by {far:.2g}"
+                f"{architecture} does not run on the torch engine: token by token its logits are"
+                f" off by {far:.2g}"
                 " standard deviations"
             )
 
 
 def attention_windows(config: Mapping[str, Any]) -> dict[str, int | None]:
-    """How far back layers see, by their type; None: to the beginning.
+    """Returns how far back layers see, by their type; None: to the beginning.
 
-    Raises ModelError for other layers than those of full and sliding attention.
+    Raises ModelError for layers other than those of full and sliding attention.
     """
     size: int | None = config.get("sliding_window")
     if config.get("use_sliding_window") is False:

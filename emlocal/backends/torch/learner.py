@@ -37,12 +37,15 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015; Loshchilov & Hutter 201
 
 
 class TorchLearner(Learner):
-    """Trains a LoRA adapter on a transformers model, which is frozen and keeps the adapter attached."""
+    """A learner that trains a LoRA adapter on a transformers model.
+
+    The model is frozen and keeps the adapter attached.
+    """
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, descent: Descent, *, checkpointing: bool = False
     ) -> None:
-        """`checkpointing`: compute activations twice rather than keep them."""
+        """Attaches the adapter. `checkpointing`: compute activations twice instead of keeping them."""
         self.processes = Processes()
         self.model = model
         self._descent = descent
@@ -70,9 +73,9 @@ class TorchLearner(Learner):
 
     @contextmanager
     def _pass(self, batch: Sequence[Answer]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids and places of a micro-batch, see `padded`, to be computed with in the block.
+        """Yields token ids and places of a micro-batch (see `padded`), to compute with in the block.
 
-        Raises OutOfMemoryError where the block runs out of memory.
+        Raises OutOfMemoryError if the block runs out of memory.
         """
         try:
             with self._fast_products(), self._checkpointing():
@@ -84,22 +87,25 @@ class TorchLearner(Learner):
             raise
 
     def _base_states(self, tokens: Tensor, predicts: Tensor) -> Tensor:
-        """Those of the model without its adapter."""
+        """Returns the hidden states of the model without its adapter."""
         with torch.no_grad(), base_weights(self.model):
             return self._states(tokens, predicts)
 
     def _states(self, tokens: Tensor, predicts: Tensor) -> Tensor:
-        """The hidden states that predict answers' tokens, [M, H].
+        """Returns the hidden states that predict answers' tokens, [M, H].
 
-        Rows are padded on the right, where causal attention does not look: they need no mask.
+        Rows are padded on the right, where causal attention does not look, so they need no mask.
         """
         states: Tensor = self._body(input_ids=tokens, use_cache=False).last_hidden_state
         return states[predicts]
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """Let the layers compute their activations twice: only here, since they then keep no keys and values,
-        which answering needs. `training` is set on them alone: their children drop nothing out."""
+        """Makes the layers compute their activations twice within this block.
+
+        It is not on elsewhere, because the layers then keep no keys and values, which answering needs.
+        `training` is set on these layers alone, so their children do not use dropout.
+        """
         for layer in self._recomputed:
             layer.training = True
         try:
@@ -110,7 +116,7 @@ class TorchLearner(Learner):
 
     @contextmanager
     def _fast_products(self) -> Iterator[None]:
-        """With a bfloat16 model on a CPU, let the head's float32 products be made of bfloat16 numbers too.
+        """Lets the head's float32 products use bfloat16 numbers, for a bfloat16 model on a CPU.
 
         Their sums, and so the logits, stay float32.
         """
@@ -140,7 +146,7 @@ class TorchLearner(Learner):
         return norm
 
     def _add_up(self) -> None:
-        """Bring the gradient to its sum over all processes: in one piece, for the numbers are few."""
+        """Replaces the gradient by its sum over all processes, in one piece, because the numbers are few."""
         if self.processes.count > 1:
             parts = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._parameters]
             flat = torch.cat([part.flatten() for part in parts])
@@ -196,7 +202,7 @@ class TorchLearner(Learner):
 
 
 class TorchEntropyLearner(TorchLearner, EntropyLearner):
-    """Trains a LoRA adapter on the entropy of answers' tokens."""
+    """A learner that trains a LoRA adapter on the entropy of answers' tokens."""
 
     def __init__(
         self,
@@ -207,7 +213,7 @@ class TorchEntropyLearner(TorchLearner, EntropyLearner):
         *,
         checkpointing: bool = False,
     ) -> None:
-        """See `TorchLearner`."""
+        """Sets up the learner; see `TorchLearner`."""
         super().__init__(model, adapter, descent, checkpointing=checkpointing)
         self._objective = objective
 
@@ -229,7 +235,7 @@ class TorchEntropyLearner(TorchLearner, EntropyLearner):
 
 
 class TorchPolicyLearner(TorchLearner, PolicyLearner):
-    """Trains a LoRA adapter by policy gradients of drawn answers.
+    """A learner that trains a LoRA adapter by policy gradients of drawn answers.
 
     The reference is the same model with its adapter switched off: there is no second copy.
     """
@@ -244,7 +250,10 @@ class TorchPolicyLearner(TorchLearner, PolicyLearner):
         temperature: float = 1.0,
         checkpointing: bool = False,
     ) -> None:
-        """`temperature`: at which answers are drawn, and so that of the policy. See `TorchLearner`."""
+        """Sets up the learner; see `TorchLearner`.
+
+        `temperature`: at which answers are drawn, and therefore the policy's own.
+        """
         super().__init__(model, adapter, descent, checkpointing=checkpointing)
         self._objective = objective
         self._temperature = temperature
@@ -285,7 +294,7 @@ class TorchPolicyLearner(TorchLearner, PolicyLearner):
         return PolicyTerms(len(losses.weights), loss, entropy, kl, int(clipped))
 
     def _drawn(self, batch: Sequence[Answer]) -> Tensor:
-        """The answers' tokens, [M] int64."""
+        """Returns the answers' tokens, [M] int64."""
         return torch.tensor([token for each in batch for token in each.answer], device=self._device)
 
     def _tensor(self, array: Floats) -> Tensor:
@@ -296,23 +305,23 @@ class TorchPolicyLearner(TorchLearner, PolicyLearner):
 
 
 def _head(model: nn.Module, body: nn.Module) -> Tensor:
-    """The weights that turn hidden states into logits, [V, H].
+    """Returns the weights that turn hidden states into logits, [V, H].
 
-    On a CPU in float32, whatever the model is: a product of bfloat16 there has bfloat16 logits, whose
-    entropy is off by percents, and oneDNN multiplies float32 in bfloat16 as fast (docs/decisions.md).
+    On a CPU they are float32 in every model. A product of bfloat16 there has bfloat16 logits, whose entropy
+    is off by some per cent. oneDNN multiplies float32 in bfloat16 as fast (docs/decisions.md).
 
-    Raises ModelError where the logits are not their plain product: some models scale or bend them.
+    Raises ModelError if the logits are not their plain product: some models scale or bend them.
     """
     head = model.get_submodule("lm_head")
     if not isinstance(head, nn.Linear):
-        raise ModelError("the model's head is no linear layer: EM-FT cannot train it")
+        raise ModelError("EM-FT cannot train this model: its head is not a linear layer")
     weight = head.weight.detach()
     with torch.no_grad():
         tokens = torch.arange(min(4, len(weight)), device=weight.device).unsqueeze(0)
         logits = model(input_ids=tokens, use_cache=False).logits.float()
         ours = body(input_ids=tokens, use_cache=False).last_hidden_state.float() @ weight.float().T
     if (logits - ours).abs().max() > 0.02 * logits.abs().max():  # what bfloat16 rounds is less
-        raise ModelError("the model's logits are no plain product of its head: EM-FT cannot train it")
+        raise ModelError("EM-FT cannot train this model: its logits are not the plain product of its head")
     return weight.float() if weight.device.type == "cpu" else weight
 
 

@@ -1,12 +1,11 @@
-"""A model in transformers: on which device, in which number format and why; its folder loaded; LoRA on it.
+"""A model in transformers: its device and number format, the loading of its folder, and LoRA layers on it.
 
-Loaded are safetensors only, no code from the folder, nothing from the network, and without chatter. LoRA
-layers are attached, switched off for a while, and taken out again.
+Only safetensors are loaded, no code from the folder, nothing from the network, and without messages. LoRA
+layers can be attached, switched off for a while, and removed.
 
-For decoding on CPUs, linear layers have their weights in the order in which oneDNN's kernels read them. torch
-keeps a matrix row by row, and oneDNN puts it in order anew at each product, which costs more than the product
-itself where there are few rows (docs/decisions.md). Inductor's frozen graphs do the same, by the same
-operators.
+For decoding on CPUs, linear layers store their weights in the order in which oneDNN's kernels read them.
+torch keeps a matrix row by row, and oneDNN reorders it at each product. With few rows that costs more than
+the product itself (docs/decisions.md). Inductor's frozen graphs do the same, by the same operators.
 """
 
 import warnings
@@ -30,7 +29,10 @@ from emlocal.models.header import ModelHeader
 from emlocal.models.memory import Terms, available
 
 RUNTIME_BYTES = 200_000_000
-"""transformers, the tokenizer, oneDNN's buffers, with torch loaded already: measured on Linux, on a CPU."""
+"""Bytes for transformers, the tokenizer and oneDNN's buffers, with torch loaded already.
+
+Measured on Linux, on a CPU.
+"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,16 +54,16 @@ class Place:
         return str(self.dtype).removeprefix("torch.")
 
     def describe(self) -> str:
-        """ "cpu, float32 (no CUDA device)"."""
+        """Returns device, format and reason: "cpu, float32 (no CUDA device)"."""
         return f"{self.device}, {self.format} ({self.reason})"
 
 
 def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
-    """CUDA if there is a device, else the CPU; bfloat16 where the hardware computes it.
+    """Chooses CUDA if there is a device, else the CPU; bfloat16 if the hardware computes it.
 
-    Where it does not: float16 on CUDA, float32 on CPUs (docs/decisions.md has the measurements).
+    If it does not: float16 on CUDA, float32 on CPUs (docs/decisions.md has the measurements).
 
-    Raises UsageError for a device that is not there or a format without a name here.
+    Raises UsageError for a device that does not exist or an unknown format.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,13 +73,15 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"torch knows no device {device}", "use cpu, cuda or cuda:N") from None
+        raise UsageError(f"torch has no device {device}", "use cpu, cuda or cuda:N") from None
     if place.type not in ("cpu", "cuda"):
         raise UsageError(f"emlocal does not run on {device}", "use cpu, cuda or cuda:N")
     if place.type == "cuda":
         count = torch.cuda.device_count()
         if (place.index or 0) >= count:
-            raise UsageError(f"there is no device {device}; torch sees {count}", "use another device, or cpu")
+            raise UsageError(
+                f"there is no device {device}; torch finds {count}", "use another device, or cpu"
+            )
         why = torch.cuda.get_device_name(place) + (f", {why}" if why else "")
     if dtype == "auto":
         chosen = _best_on_cuda(place) if place.type == "cuda" else _best_on_cpu()
@@ -89,37 +93,40 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
 
 
 def _best_on_cuda(device: torch.device) -> torch.dtype:
-    """bfloat16 from compute capability 8.0 on: before that it is emulated."""
+    """Returns bfloat16 from compute capability 8.0 on, otherwise float16: older devices emulate bfloat16."""
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def _best_on_cpu() -> torch.dtype:
-    """bfloat16 on x86 processors with instructions for it, as far as Linux tells; elsewhere it is untried."""
+    """Returns bfloat16 on x86 processors with instructions for it, as far as Linux tells, otherwise float32.
+
+    Other systems are untried.
+    """
     info = Path("/proc/cpuinfo")
     flags = info.read_text("utf-8", errors="replace").split() if info.is_file() else []
     return torch.bfloat16 if "avx512_bf16" in flags else torch.float32
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch says with it that there is no memory: on CPUs it has no class for that."""
+    """Returns whether the error means that memory ran out; on CPUs torch has no class for that."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_terms(header: ModelHeader) -> Terms:
-    """What an estimate of the memory that a model takes on the chosen device goes by."""
+    """Returns the terms for an estimate of a model's memory on the chosen device."""
     place = choose_place()
     size = place.dtype.itemsize
     free = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else available()
-    # packed, an output layer has its own weights even where it shares the embedding's (`PackedLinear`)
+    # a packed output layer has its own weights even if it shares the embedding's (`PackedLinear`)
     head = header.vocab_size * header.embedding_length if can_pack(place.device, place.dtype) else 0
     return Terms(size, (header.parameters + head) * size, free, RUNTIME_BYTES)
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The causal language model in `folder`, ready to be run.
+    """Loads the causal language model in `folder`, ready to run.
 
-    Raises ModelError for a folder that is no such model, is incomplete, or has layers other than
-    full or sliding attention.
+    Raises ModelError for a folder that is not such a model, is incomplete, or has layers other than full or
+    sliding attention.
     """
     with quiet():
         config = _read_config(folder)
@@ -148,14 +155,14 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
         except torch.OutOfMemoryError:
             size = sum(p.nbytes for p in model.parameters()) / 1e9
             raise ModelError(
-                f"{folder} needs {size:.1f} GB; {device} has less free", "use a smaller model"
+                f"{folder} needs {size:.1f} GB; {device} has less memory free", "use a smaller model"
             ) from None
     loaded: nn.Module = model
     return loaded
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The model in `folder` without its weights (on torch's meta device): its layers, in milliseconds.
+    """Returns the model in `folder` without weights (on torch's meta device), within milliseconds.
 
     Raises ModelError as `load_model` does for its configuration.
     """
@@ -177,26 +184,26 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a configuration (config.json) that is no decoder of attention layers alone."""
+    """Raises ModelError unless a configuration (config.json) is a decoder of attention layers alone."""
     name = config.get("model_type") or "?"
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{name} is an encoder and a decoder; the torch engine runs decoders only")
+        raise ModelError(f"{name} has an encoder and a decoder; the torch engine runs decoders only")
     if config.get("vision_config") or config.get("audio_config"):
         raise ModelError(f"{name} also takes pictures or sound; the torch engine runs text models only")
     attention_windows(config)
 
 
 def trained_context(config: Mapping[str, Any]) -> int:
-    """The tokens that the model was trained for; without stretching of positions that changes with length.
+    """Returns the tokens that the model was trained for, without stretching positions by length.
 
-    Raises ModelError where the configuration does not tell.
+    Raises ModelError if the configuration does not tell.
     """
     length = config.get("max_position_embeddings")
     if not isinstance(length, int) or length < 1:
         raise ModelError(f"{config.get('model_type')}'s config.json has no max_position_embeddings")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
-        # these choose the frequencies by the longest row: rows of a batch would depend on each other
+        # these choose the frequencies by the longest row, so rows of a batch would depend on each other
         original = rope.get("original_max_position_embeddings") or config.get(
             "original_max_position_embeddings"
         )
@@ -206,7 +213,7 @@ def trained_context(config: Mapping[str, Any]) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within this block transformers shows no bars and no warnings; what it was set to comes back."""
+    """Silences transformers' bars and warnings within this block, and restores its settings afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(50)  # CRITICAL
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -225,7 +232,7 @@ def _first_line(error: BaseException) -> str:
 
 
 _ROWS = 16
-"""That the order is chosen for. From 1 to 512 it made no difference."""
+"""The number of rows that the order is chosen for. From 1 to 512 it made no difference."""
 
 
 class PackedLinear(nn.Module):
@@ -244,7 +251,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether linear layers of that format are quicker when packed, and can be."""
+    """Returns whether linear layers of that format are faster when packed, and can be."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
@@ -255,10 +262,10 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def pack(model: nn.Module) -> None:
-    """Put packed layers in place of the model's linear ones, those below LoRA layers too.
+    """Replaces the model's linear layers by packed ones, also those below LoRA layers.
 
-    For models that will not be trained. One layer at a time is there twice; an output layer whose weights are
-    the embedding's stays so.
+    For models that will not be trained. One layer at a time exists twice. An output layer whose weights are
+    the embedding's stays in memory twice.
     """
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:  # another kind may do more than the product
@@ -267,16 +274,16 @@ def pack(model: nn.Module) -> None:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the packed layers, which are no parameters of the model."""
+    """Returns the bytes of the packed layers, which are not parameters of the model."""
     return sum(layer.nbytes for layer in model.modules() if isinstance(layer, PackedLinear))
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer and a trainable low-rank change beside it: y = W x + b + scale · B (A x).
 
-    A and B are float32 where they are trained, so that small optimizer steps are not rounded away, and of the
-    layer's format where they are only used: casting them at each call would take longer than the products.
-    Source: Hu et al. 2021, eq. 3.
+    A and B are float32 in training, so that small optimizer steps are not rounded away. Otherwise they have
+    the layer's format: casting them at each call would take longer than the products. Source: Hu et al. 2021,
+    eq. 3.
     """
 
     def __init__(self, base: "nn.Linear | LoraLinear", pair: LoraPair, dtype: torch.dtype) -> None:
@@ -298,7 +305,7 @@ class LoraLinear(nn.Module):
         return torch.add(y, low @ self.b.to(x.dtype).T, alpha=self.scale)
 
     def pair(self) -> LoraPair:
-        """A copy of the weights."""
+        """Returns a copy of the weights."""
         return LoraPair(_copy(self.a), _copy(self.b), self.scale)
 
 
@@ -307,11 +314,11 @@ def _copy(parameter: nn.Parameter) -> np.ndarray[tuple[int, ...], np.dtype[np.fl
 
 
 def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
-    """Put an adapter's layers into the model, in place; over those of another adapter, where there are any.
+    """Puts an adapter's layers into the model, in place, on top of earlier adapters' layers.
 
-    `dtype`: of A and B; the model's own where they are not trained.
+    `dtype`: of A and B; the model's own if they are not trained.
 
-    Raises ModelError where it names a layer that the model does not have or that has another shape.
+    Raises ModelError if the adapter names a layer that the model does not have or that has another shape.
     """
     for name, pair in adapter.pairs.items():
         try:
@@ -319,25 +326,25 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype = torch.float3
         except AttributeError:
             raise ModelError(f"the adapter changes {name}, which the model does not have") from None
         if not isinstance(layer, nn.Linear | LoraLinear):
-            raise ModelError(f"the adapter changes {name}, which is no linear layer of the model")
+            raise ModelError(f"the adapter changes {name}, which is not a linear layer of the model")
         if (layer.out_features, layer.in_features) != (pair.b.shape[0], pair.a.shape[1]):
             raise ModelError(
                 f"the adapter's {name} is {pair.b.shape[0]} × {pair.a.shape[1]},"
                 f" the model's {layer.out_features} × {layer.in_features}",
-                "give the model that this adapter was trained on",
+                "use the model that this adapter was trained on",
             )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoraLinear(layer, pair, dtype))
 
 
 def lora_layers(model: nn.Module) -> Mapping[str, LoraLinear]:
-    """The model's LoRA layers by name, in the model's order."""
+    """Returns the model's LoRA layers by name, in the model's order."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[None]:
-    """Within this block the model computes as if it had no adapter."""
+    """Makes the model compute without its adapter within this block."""
     layers = list(lora_layers(model).values())
     for layer in layers:
         layer.enabled = False
@@ -349,7 +356,7 @@ def base_weights(model: nn.Module) -> Iterator[None]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of each linear layer but the head by its name, in the model's order."""
+    """Returns (out, in) of each linear layer except the head, by name, in the model's order."""
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()

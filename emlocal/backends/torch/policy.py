@@ -1,22 +1,18 @@
-"""EM-RL from hidden states: log-probabilities of drawn tokens, what rewards are made of, and the loss.
-
-As in `objective`, logits exist for a few rows at a time. Under LoRA the head is frozen, and the gradient
-of log π(y_t) by the hidden state, (head[y_t] − Σ_v p_v head[v]) / T, has the hidden state's own size. So it
-is formed in the forward pass, while the logits are there; whatever is computed of the log-probabilities
-then only scales each token's row of it. Every loss on log-probabilities is therefore fused by being written
-in plain torch on [M] numbers, and a backward pass never meets the vocabulary.
-
-The equations are those of `emlocal.em.losses` and `emlocal.em.rewards`, which this is tested
-against.
-
-The EM-FT loss from hidden states: the language-model head and the entropy of its rows in one function.
+"""Losses of EM-FT and EM-RL from hidden states, and the scores of drawn tokens that rewards need.
 
 The logits of all tokens at once, [M, V], would take gigabytes (2,048 × 151,936 in float32: 1.2 GB, and
-autograd keeps several of that size). Here they exist for a few rows at a time. Under LoRA the head is
-frozen, so each chunk's gradient by its hidden states is formed at once, in the forward pass, while its
-logits are there: two products a token instead of three, and nothing to keep but [M, H].
+autograd keeps several of that size). Here they exist for a few rows at a time.
 
-The equations are those of `emlocal.em.losses`, which this is tested against.
+EM-FT: the language-model head and the entropy of its rows are one function. Under LoRA the head is frozen, so
+each chunk's gradient by its hidden states is formed at once, in the forward pass, while its logits exist.
+That takes two products per token instead of three, and keeps only [M, H].
+
+EM-RL: the gradient of log π(y_t) by the hidden state, (head[y_t] − Σ_v p_v head[v]) / T, has the hidden
+state's own size. It is formed in the forward pass, too. Whatever is computed from the log-probabilities then
+only scales each token's row of it. So every loss on log-probabilities is fused by being written in plain
+torch on [M] numbers, and a backward pass never meets the vocabulary.
+
+The equations are those of `emlocal.em.losses` and `emlocal.em.rewards`, which this is tested against.
 """
 
 import math
@@ -30,11 +26,11 @@ from emlocal.em.losses import PolicyObjective
 from emlocal.em.relatives import LARGEST_GAP
 
 CHUNK_BYTES = 80 << 20
-"""Of one float32 buffer of logits."""
+"""Bytes of one float32 buffer of logits."""
 
 
 class Terms(NamedTuple):
-    """What a batch of positions costs."""
+    """The EM-FT loss of a batch of positions, and its parts."""
 
     loss: Tensor
     """Scalar, Σ weight · (H + β·KL); differentiable by the hidden states."""
@@ -54,7 +50,7 @@ def em_ft_loss(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Terms:
-    """Σ_m weight_m · (H(p_m) + β·KL(p_m ‖ p⁰_m)), p = softmax(head · hidden / temperature).
+    """Returns Σ_m weight_m · (H(p_m) + β·KL(p_m ‖ p⁰_m)), p = softmax(head · hidden / temperature).
 
     Args:
         hidden: [M, H], the states that the head reads, any float dtype.
@@ -110,7 +106,7 @@ class _EMFTLoss(torch.autograd.Function):
 
 
 def _entropy_chunk(z: Tensor, base: Tensor | None, beta: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Entropy [rows], KL [rows] and ∂(H + β·KL)/∂z [rows, V], which overwrites z."""
+    """Returns entropy [rows], KL [rows] and ∂(H + β·KL)/∂z [rows, V], which overwrites z."""
     z -= z.amax(dim=1, keepdim=True)
     e = z.exp()
     total = e.sum(dim=1, keepdim=True)
@@ -130,12 +126,12 @@ def _entropy_chunk(z: Tensor, base: Tensor | None, beta: float) -> tuple[Tensor,
 
 
 def rows_at_once(head: Tensor, chunk_bytes: int) -> int:
-    """How many rows' float32 logits fit in so many bytes; 1 at least."""
+    """Returns how many rows' float32 logits fit in this many bytes; at least 1."""
     return max(1, chunk_bytes // (4 * head.shape[0]))
 
 
 def chunk_logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """float32 [rows, V], divided by the temperature: a new buffer, the caller's to overwrite."""
+    """Returns logits divided by the temperature, float32 [rows, V]: a new buffer, free to overwrite."""
     if head.dtype == torch.float32 or hidden.device.type != "cuda":
         logits = torch.mm(hidden.to(head.dtype), head.T).float()
     else:
@@ -144,30 +140,30 @@ def chunk_logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, [rows, 1], without a temporary of their size."""
+    """Returns the products of two matrices' rows, [rows, 1], without a temporary array of their size."""
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
 
 
 class TokenScores(NamedTuple):
-    """Of each token and the distribution it was drawn from, all [M] float32, nats."""
+    """Scores of each token and the distribution it was drawn from, all [M] float32, nats."""
 
     log_prob: Tensor
     """log π(y_t | y_<t); differentiable by the hidden states."""
     entropy: Tensor
-    """H(p_t); differentiable where that was asked for."""
+    """H(p_t); differentiable on request."""
     self_certainty: Tensor
     """KL(U ‖ p_t), detached."""
 
 
 class PolicyTerms(NamedTuple):
-    """What a batch of tokens costs."""
+    """The EM-RL loss of a batch of tokens, and its parts."""
 
     loss: Tensor
     """Scalar, Σ weight · loss; differentiable by the hidden states."""
     scores: TokenScores
-    """All detached."""
+    """The tokens' scores, all detached."""
     clipped: Tensor
-    """[M] bool: held at the clip."""
+    """[M] bool: whether the token is held at the clip."""
     kl: Tensor
     """[M] float32, k3 in nats, detached; zeros without a reference."""
 
@@ -181,18 +177,18 @@ def token_scores(
     entropy_too: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenScores:
-    """One pass over the vocabulary for everything that rewards and losses are made of.
+    """Returns, in one pass over the vocabulary, the scores that rewards and losses are computed from.
 
-    Where hidden states ask for no gradient (rollouts, the reference), none is formed.
+    If hidden states need no gradient (rollouts, the reference), none is formed.
 
     Args:
         hidden: [M, H], the states that predict the tokens, any float dtype.
-        head: [V, H], frozen, of the dtypes that `objective.em_ft_loss` takes.
+        head: [V, H], frozen, of the dtypes that `em_ft_loss` takes.
         tokens: [M] int64, those that were drawn.
         temperature: T > 0, of p = softmax(head · hidden / T).
         entropy_too: make the entropy differentiable as well, by one more product of the head's size.
-        chunk_bytes: the size of a buffer of logits (there are two), which decides how many rows are taken
-            at a time.
+        chunk_bytes: the size of a buffer of logits (there are two), which decides how many rows are taken at
+            a time.
     """
     wanted = hidden.requires_grad and torch.is_grad_enabled()
     log_prob, entropy, certainty = _TokenScores.apply(  # type: ignore[no-untyped-call]
@@ -244,7 +240,7 @@ class _TokenScores(torch.autograd.Function):
 
 
 def _chunk(z: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor, Tensor]:
-    """Scores [rows] each, p [rows, V] and E[z] [rows, 1], from logits z, which lose their maximum."""
+    """Returns scores [rows] each, p [rows, V] and E[z] [rows, 1]; subtracts each row's maximum from z."""
     z -= z.amax(dim=1, keepdim=True)
     e = z.exp()
     total = e.sum(dim=1, keepdim=True)
@@ -271,18 +267,18 @@ def policy_gradient_loss(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> PolicyTerms:
-    """Σ_t weight_t · loss_t, with the losses of `emlocal.em.losses.policy_loss`.
+    """Returns Σ_t weight_t · loss_t, with the losses of `emlocal.em.losses.policy_loss`.
 
     Args:
         hidden, head, tokens, temperature, chunk_bytes: as for `token_scores`.
         advantages: [M] float32, of each token (after Clip-Cov's zeros, TW-GRPO's weights).
         weights: [M] float32, `averaging_weights` of the whole step, so that micro-batches add up to it.
-        old: [M] float32, log-probabilities when drawn, by `token_scores` (another engine rounds
-            differently); for ppo-clip and `pull`.
+        old: [M] float32, log-probabilities when drawn, by `token_scores` (another engine rounds differently);
+            for ppo-clip and `pull`.
         reference: [M] float32, log-probabilities without the adapter; for beta.
         pull: [M] float32, KL-Cov's coefficients.
     Raises:
-        ValueError: something that is needed is not there.
+        ValueError: a needed array is missing.
     """
     if old is None and (objective.kind == "ppo-clip" or pull is not None):
         raise ValueError("ppo-clip and KL-Cov need the log-probabilities that the tokens were drawn with")
@@ -316,7 +312,7 @@ def policy_gradient_loss(
 
 
 def _ppo_clip(ratio: Tensor, advantages: Tensor, objective: PolicyObjective) -> tuple[Tensor, Tensor]:
-    """Loss and whether it is clipped, each [M]."""
+    """Returns the loss and whether it is clipped, each [M]."""
     free = ratio * advantages
     held = ratio.detach().clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantages
     clipped = held < free
@@ -326,14 +322,14 @@ def _ppo_clip(ratio: Tensor, advantages: Tensor, objective: PolicyObjective) -> 
 def position_divergences(
     states: Sequence[Tensor], head: Tensor, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """How much a group's G answers disagree at each position, [T] float32, T that of the longest.
+    """Returns how much a group's G answers disagree at each position, [T] float32, T that of the longest.
 
-    `emlocal.em.relatives.position_divergence` of each position, a few at a time: the authors hold
-    [G, T, V] numbers.
+    It is `emlocal.em.relatives.position_divergence` of each position, a few at a time. The authors hold [G,
+    T, V] numbers.
 
     Args:
         states: of each answer, [its tokens, H]: those that predict its tokens.
-        head, temperature, chunk_bytes: as for `token_scores`; G rows are taken at a time at least.
+        head, temperature, chunk_bytes: as for `token_scores`; at least G rows are taken at a time.
     """
     longest, uniform = max(map(len, states)), -math.log(head.shape[0])
     found = torch.empty(longest, dtype=torch.float32, device=head.device)

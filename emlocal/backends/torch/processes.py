@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` (or torchrun) started. All communication is accelerate's."""
+"""The processes that `accelerate launch` (or torchrun) started. accelerate does all communication."""
 
 from typing import TypeVar
 

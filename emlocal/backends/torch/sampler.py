@@ -1,12 +1,12 @@
 """From rows of logits on a device to tokens, with one transfer to the host at the end.
 
-What emlocal.sampling.draw does row by row, on blocks of rows, in float64. The host's half is
-emlocal.backends.device_sampler.
+It does the work of emlocal.sampling.draw on blocks of rows instead of single rows, in float64. The host's
+half is emlocal.backends.device_sampler.
 
-Rows are float64 [R, V], with FLOOR for masked tokens; settings are columns, [R, 1]. First the EM step, as
-emlocal.em's references have it, without asking the host: the number of rounds is fixed before they begin; a
-row that is done stays as it is, bit for bit, while others go on. Then temperature, top-k, top-p, min-p and
-the inverse-CDF draw.
+Rows are float64 [R, V], with FLOOR for masked tokens; settings are columns, [R, 1]. First comes the EM step,
+as in emlocal.em's references, without asking the host. The number of rounds is fixed before they begin; a row
+that is done stays the same, bit for bit, while others continue. Then come temperature, top-k, top-p, min-p
+and the inverse-CDF draw.
 """
 
 import math
@@ -32,12 +32,12 @@ FLOOR = -1e30
 
 
 class Sharpened(NamedTuple):
-    """What an EM step made of rows."""
+    """Rows after an EM step."""
 
     z: Tensor
     """[R, V]."""
     entropy_before: Tensor
-    """Nats, [R, 1], and so on."""
+    """Nats, [R, 1]; the next fields, too."""
     entropy_after: Tensor
     steps: Tensor
 
@@ -52,7 +52,7 @@ class Descent(NamedTuple):
 
 
 def distribution(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p and log p, [R, V], and the entropy in nats, [R, 1]."""
+    """Returns p and log p, [R, V], and the entropy in nats, [R, 1]."""
     shifted = z - z.amax(-1, keepdim=True)
     weights = shifted.exp()
     total = weights.sum(-1, keepdim=True)
@@ -61,15 +61,15 @@ def distribution(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def entropy(z: Tensor) -> Tensor:
-    """Nats, [R, 1]."""
+    """Returns the entropy in nats, [R, 1]."""
     return distribution(z)[2]
 
 
 def descend(z: Tensor, threshold: Tensor, allowed: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of gradient descent on the entropy, ∂H/∂z = −p (log p + H), where H > threshold and `allowed`.
+    """Takes one step of gradient descent on the entropy, ∂H/∂z = −p (log p + H).
 
-    Returns the rows after it, the entropy before it, and which rows it moved. A function of tensors alone,
-    for torch.compile.
+    It moves rows with H > threshold that `allowed` allows. Returns the rows after the step, the entropy
+    before it, and which rows it moved. A function of tensors alone, for torch.compile.
     """
     p, log_p, H = distribution(z)
     active = allowed & (threshold < H)
@@ -80,7 +80,10 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def gradient_descent(z: Tensor, settings: Descent, rounds: int, step: Step = descend) -> Sharpened:
-    """EM-INF without the KL term. `rounds`: the most steps of any row; `step`: `descend`, or it compiled."""
+    """Takes EM-INF's steps without the KL term.
+
+    `rounds`: the most steps of any row; `step`: `descend`, or its compiled form.
+    """
     taken = torch.zeros_like(settings.steps)
     before: Tensor | None = None
     for i in range(rounds):
@@ -93,7 +96,7 @@ def gradient_descent(z: Tensor, settings: Descent, rounds: int, step: Step = des
 
 
 def gradient_descent_with_kl(z: Tensor, settings: Descent, rounds: int) -> Sharpened:
-    """EM-INF with the KL term: the gradient is that of the entropy and κ (p − p⁰)."""
+    """Takes EM-INF's steps with the KL term: the gradient is that of the entropy and κ (p − p⁰)."""
     taken = torch.zeros_like(settings.steps)
     before: Tensor | None = None
     p0: Tensor | None = None
@@ -110,7 +113,7 @@ def gradient_descent_with_kl(z: Tensor, settings: Descent, rounds: int) -> Sharp
 
 
 def adam(z: Tensor, settings: Descent, rounds: int) -> Sharpened:
-    """EM-INF with Adam from a fresh state. Source: Kingma & Ba 2015, algorithm 1."""
+    """Takes EM-INF's steps with Adam from a new state. Source: Kingma & Ba 2015, algorithm 1."""
     taken = torch.zeros_like(settings.steps)
     before: Tensor | None = None
     p0: Tensor | None = None
@@ -132,7 +135,7 @@ def adam(z: Tensor, settings: Descent, rounds: int) -> Sharpened:
 
 
 def adaptive_temperature(z: Tensor, ratio: Tensor, threshold: Tensor) -> Sharpened:
-    """Cool rows to the entropy max(ratio · H₀, threshold), by bisection of log τ."""
+    """Cools rows to the entropy max(ratio · H₀, threshold), by bisection of log τ."""
     before = entropy(z)
     target = torch.maximum(ratio * before, threshold)
     low = torch.full_like(before, math.log(COLDEST))
@@ -154,7 +157,7 @@ def _sharpened(z: Tensor, before: Tensor | None, taken: Tensor) -> Sharpened:
 
 
 def _over(active: Tensor) -> bool:
-    """Whether no row moves any more, where asking does not wait for the device."""
+    """Returns whether no row moves any more; False on devices where asking would wait."""
     return active.device.type == "cpu" and not bool(active.any())
 
 
@@ -165,7 +168,7 @@ TOP = 1024
 
 
 class Truncation(NamedTuple):
-    """What follows the EM step, [R, 1] each."""
+    """The draw, and the settings of the steps after the EM step, [R, 1] each."""
 
     u: Tensor
     temperature: Tensor
@@ -177,29 +180,29 @@ class Truncation(NamedTuple):
 
 
 def choose(z: Tensor, entropy: Tensor, settings: Truncation, vocabulary: int, largest: int) -> Tensor:
-    """The tokens that `settings.u` draws, int64 [R, 1].
+    """Returns the tokens that `settings.u` draws, int64 [R, 1].
 
     Args:
         z: logits after the EM step.
         entropy: theirs, nats [R, 1].
         vocabulary: tokens that are not padding.
-        largest: of how many tokens the order is needed: 0 where no row has top-k or top-p, TOP where each
-            row has a top-k up to that, else V.
+        largest: how many tokens must be put in order: 0 if no row has top-k or top-p, TOP if each row has a
+            top-k up to that, else V.
     """
     temperature = temperature_at(entropy, settings, vocabulary)
     shifted = z - z.amax(-1, keepdim=True)
     greedy = temperature == 0
     weights = (shifted / temperature.clamp_min(COLDEST_DRAW)).exp()
-    # greedy: the tokens at the top share everything, and u = 0 takes the first
+    # greedy: the tokens at the top share all the weight, and u = 0 takes the first
     weights = torch.where(greedy, (shifted == 0).to(z.dtype), weights)
     if largest:
         weights = _keep_largest(weights, settings, min(largest, weights.shape[1]))
-    weights = torch.where(weights >= settings.min_p, weights, 0.0)  # the largest weighs 1
+    weights = torch.where(weights >= settings.min_p, weights, 0.0)  # the largest weight is 1
     return inverse_cdf(weights, torch.where(greedy, 0.0, settings.u))
 
 
 def temperature_at(entropy: Tensor, settings: Truncation, vocabulary: int) -> Tensor:
-    """SamplingParams.temperature_at."""
+    """Returns SamplingParams.temperature_at for each row."""
     if vocabulary == 1:
         return settings.temperature
     low = (settings.temperature - settings.dynatemp_range).clamp_min(0.0)
@@ -209,7 +212,7 @@ def temperature_at(entropy: Tensor, settings: Truncation, vocabulary: int) -> Te
 
 
 def _keep_largest(weights: Tensor, settings: Truncation, m: int) -> Tensor:
-    """Top-k, then top-p; 0 for what they drop. Among equal weights the lower ids stay."""
+    """Applies top-k, then top-p: dropped tokens get weight 0. Among equal weights the lower ids stay."""
     if m < weights.shape[1]:
         ordered = weights.topk(m, dim=-1).values
     else:
@@ -226,7 +229,10 @@ def _keep_largest(weights: Tensor, settings: Truncation, m: int) -> Tensor:
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds u · total, int64 [R, 1]: by groups, then within one."""
+    """Returns the first index whose cumulative weight exceeds u · total, int64 [R, 1].
+
+    The search goes by groups, then within one.
+    """
     grouped = weights.view(len(weights), -1, GROUP)
     sums = grouped.sum(-1)
     cumulative = sums.cumsum(-1)
@@ -238,22 +244,25 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """The first index where `cumulative` > target; the last with any weight where rounding leaves none."""
+    """Returns the first index where `cumulative` > target.
+
+    If rounding leaves none, returns the last index with any weight.
+    """
     last = torch.where(weights > 0, torch.arange(weights.shape[-1], device=weights.device), 0)
     return torch.minimum((cumulative <= target).sum(-1, keepdim=True), last.amax(-1, keepdim=True))
 
 
 CPU_ROWS, CUDA_ROWS = 2, 16
-"""Rows of a block; 16 rows of 151,936 tokens take 19 MB each time they are written down."""
+"""Rows of a block; 16 rows of 151,936 tokens take 19 MB in each array."""
 
 
 class TorchSampler(DeviceSampler):
-    """See DeviceSampler."""
+    """The sampler of the torch engine; see DeviceSampler."""
 
     def __init__(
         self, vocabulary: int, device: torch.device, warn: Callable[[str], None] = lambda message: None
     ) -> None:
-        """`warn` is told once if the EM step cannot be compiled."""
+        """Sets up the sampler. `warn` is called once if the EM step cannot be compiled."""
         self.vocabulary = vocabulary
         self.device = device
         self.block = CPU_ROWS if device.type == "cpu" else CUDA_ROWS
@@ -279,7 +288,7 @@ class TorchSampler(DeviceSampler):
         return table
 
     def _sample_block(self, raw: Tensor, columns: Tensor, kind: str, largest: int, rounds: int) -> Tensor:
-        """float32 [R, V] → float64 [R, 7]: the fields of Draw, or a fault in place of the token."""
+        """Returns the fields of Draw, or a fault in place of the token: float32 [R, V] → float64 [R, 7]."""
         top = raw.amax(-1, keepdim=True)  # NaN wins every max
         fault = torch.where(
             top.isnan(), NAN, torch.where(top.isposinf(), INFINITE, torch.where(top.isneginf(), MASKED, 0))
@@ -321,7 +330,7 @@ class TorchSampler(DeviceSampler):
 
 
 class Compiled:
-    """`descend` through torch.compile; as it is where that fails, which `warn` is told once."""
+    """`descend` through torch.compile. If that fails, `warn` is called once and it runs uncompiled."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -337,7 +346,7 @@ class Compiled:
             done = self._step(z, threshold, allowed, rate)
         except (RuntimeError, ImportError, OSError) as error:
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self._warn(f"torch.compile failed ({why}); the EM step runs uncompiled, which is slower")
+            self._warn(f"torch.compile failed ({why}); the EM step runs uncompiled and slower")
             self._step = descend
             done = self._step(z, threshold, allowed, rate)
         self._proven = True
@@ -345,19 +354,19 @@ class Compiled:
 
 
 def _columns(rows: Sequence[Row]) -> NDArray[np.float64]:
-    """float64 [12, B]: u, and what `device_sampler.columns` has."""
+    """Returns u and the columns of `device_sampler.columns`, float64 [12, B]."""
     return np.concatenate([np.array([[row.u for row in rows]]), device_sampler.columns(rows)])
 
 
 def _largest(params: SamplingParams, vocabulary: int) -> int:
-    """Of how many tokens the row needs the order; see `choose`."""
+    """Returns how many tokens of the row must be put in order; see `choose`."""
     if 0 < params.top_k <= TOP:
         return TOP
     return vocabulary + GROUP if params.top_p < 1 or 0 < params.top_k < vocabulary else 0
 
 
 def adjusted(block: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties, then biases, on the first rows of a block, float32 [R, V], in place."""
+    """Applies penalties, then biases, then masks, to the first rows of a block, float32 [R, V], in place."""
     entries = device_sampler.penalized(rows)
     if entries:
         where = torch.tensor([(i, token) for i, token, *_ in entries], device=block.device).T
@@ -370,10 +379,15 @@ def adjusted(block: Tensor, rows: Sequence[Row]) -> Tensor:
     if biases:
         where = torch.tensor([(i, token) for i, token, _ in biases], device=block.device).T
         block[where[0], where[1]] += torch.tensor([bias for *_, bias in biases], device=block.device)
+    packed = device_sampler.legal_bits(rows, block.shape[1])
+    if packed is not None:
+        bits = torch.from_numpy(packed).to(block.device)[..., None]
+        legal = (bits >> torch.arange(8, dtype=torch.uint8, device=block.device)) & 1
+        block[: len(rows)].masked_fill_(legal.flatten(1)[:, : block.shape[1]] == 0, -math.inf)
     return block
 
 
 def _probability(z: Tensor, token: Tensor) -> Tensor:
-    """softmax(z) at the token, [R, 1]."""
+    """Returns softmax(z) at the token, [R, 1]."""
     shifted = z - z.amax(-1, keepdim=True)
     return shifted.gather(-1, token).exp() / shifted.exp().sum(-1, keepdim=True)

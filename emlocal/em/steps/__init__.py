@@ -1,5 +1,7 @@
-"""The EM steps that emlocal has, one file each. A new one is a file here and a line in the table
-(docs/extending.md)."""
+"""The EM steps of emlocal, one file each.
+
+To add one, add a file here and a line in the table (docs/extending.md).
+"""
 
 from emlocal.em import EMStep
 from emlocal.em.steps.adaptive_temperature import AdaptiveTemperature
@@ -14,4 +16,4 @@ STEPS: dict[str, type[EMStep]] = {
         AdaptiveTemperature,
     )
 }
-"""By name."""
+"""The EM steps, by name."""

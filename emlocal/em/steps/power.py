@@ -1,7 +1,7 @@
-"""The power of a distribution: logits times α, so p^α up to its sum.
+"""The power of a distribution: logits times α, which is p^α up to its sum.
 
-What Power-SMC proposes tokens from (emlocal/methods/power.py). It has no flag: alone it is the temperature
-1/α, which has one. As a step it says a token's probability on both sides: p before, p^α / Σ p^α after.
+Power-SMC proposes tokens from it (emlocal/methods/power.py). It has no flag: by itself it is the temperature
+1/α, which has one. As a step it gives a token's probability on both sides: p before, p^α / Σ p^α after.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Power(EMStep):
-    """Settings. Raises UsageError for a value out of range."""
+    """The power step and its settings. Raises UsageError for a value out of range."""
 
     name: ClassVar[str] = "power"
     flag: ClassVar[str] = ""
     help: ClassVar[str] = ""
 
-    alpha: float = setting(2.0, "--power-alpha", 1, 100, "α of power: answers as p^α has them.")
+    alpha: float = setting(
+        2.0, "--power-alpha", 1, 100, "Set the exponent α of --method power: it samples from p^α."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def keeps_most_probable(self) -> bool:
+        """Always: one factor for all logits keeps their order."""
+        return True
 
     def describe(self) -> str:
         return f"p^{self.alpha:g}"

@@ -1,7 +1,7 @@
-"""An evaluation for people and programs: results.json, Markdown, HTML with figures.
+"""Reports of an evaluation: results.json, Markdown, and HTML with figures.
 
-- `document`: everything that there is to report, what it was made with, and its JSON
+- `document`: the content of a report with its provenance, and its JSON
 - `texts`: numbers as people read them; the Markdown page
-- `page`: the HTML page, which needs nothing beside itself, and its figures: accuracy against cost, entropy
-  along the answer
+- `page`: the self-contained HTML page and its figures: accuracy against cost, entropy along the answer, and
+  risk against coverage
 """

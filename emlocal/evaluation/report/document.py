@@ -1,6 +1,6 @@
-"""Everything that there is to report of an evaluation: results.json, written and read.
+"""The content of an evaluation's report, written to results.json and read from it.
 
-With it goes what a result was made with: versions, commit, machine.
+Also the provenance of a result: versions, commit, machine.
 """
 
 import json
@@ -32,20 +32,20 @@ FORMAT = "emlocal-eval-1"
 
 @dataclass(frozen=True)
 class Document:
-    """An evaluation."""
+    """The content of an evaluation's report."""
 
     task: Task
     model: Mapping[str, Any]
     """Name, file, hash, parameters, adapters."""
     settings: Mapping[str, Any]
-    """What all contenders have alike: engine, seed, limits, template's system message."""
+    """Settings that all contenders share: engine, seed, limits, system message."""
     made_with: Mapping[str, Any]
     methods: Sequence[MethodResult]
     comparisons: Sequence[Comparison]
     judged: Mapping[str, Sequence[Judged]]
-    """By contender."""
+    """Judged answers by contender."""
     confidence: Mapping[str, Sequence[ScoreResult]] = field(default_factory=dict)
-    """By contender: what its scores are worth; nothing where its answers have none."""
+    """By contender, the figures of its scores; empty if its answers have no scores."""
 
     @property
     def repetitions(self) -> int:
@@ -54,7 +54,7 @@ class Document:
 
 
 def as_json(document: Document) -> dict[str, Any]:
-    """The object in results.json. Texts are in the answers' own files; here are their marks."""
+    """Returns the object for results.json. It has the verdicts; the texts are in the answers' own files."""
     marks: dict[str, dict[str, list[dict[str, Any]]]] = {p.id: {} for p in document.task.problems}
     for name, judged in document.judged.items():
         for one in judged:
@@ -86,39 +86,38 @@ def as_json(document: Document) -> dict[str, Any]:
 
 
 def write_json(document: Document, path: Path) -> None:
-    """Write results.json. Raises EmlocalError where it cannot be written."""
+    """Writes results.json. Raises EmlocalError if it cannot be written."""
     with atomic_writer(path) as file:
         json.dump(as_json(document), file, ensure_ascii=False, indent=1)
         file.write("\n")
 
 
-_LARGEST = 1e300  # NaN, infinities and endless integers are not below it
+_LARGEST = 1e300  # NaN, infinities and endless integers fail `abs(x) <= _LARGEST`
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a method stands: how often it is right, and what an answer costs."""
+    """A method's accuracy and the cost of its answers."""
 
     name: str
     accuracy: Estimate
     flops: float
-    """Of one answer; 0 where none was given."""
+    """FLOPs of one answer; 0 if there is none."""
     repetitions: int = 1
     """The K of mean@K."""
     risks: tuple[Estimate, ...] = ()
-    """The share of wrong answers among the surest by its confidence, by `selective.COVERAGES`; none where
-    answers have no confidence."""
+    """Share of wrong answers among the most confident, by `selective.COVERAGES`; empty without confidence."""
 
     @classmethod
     def of(cls, method: MethodResult, scores: Sequence[ScoreResult] = ()) -> "Standing":
-        """Of an evaluation at hand."""
+        """Makes a standing from the results of an evaluation."""
         sure = next((one.risks for one in scores if one.score == CONFIDENCE), ())
         return cls(method.name, method.accuracy, method.cost.flops, method.repetitions, sure)
 
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation, as its file tells."""
+    """The part of results.json that plots need."""
 
     task: str
     problems: int
@@ -127,23 +126,23 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """What results.json says of the methods.
+    """Reads the methods' results from results.json.
 
-    Raises UsageError for a file that is not there, is no results.json, is one of another version, or damaged;
-    EmlocalError where it cannot be read.
+    Raises UsageError if the file is missing, is not a results.json, has another version or is damaged. Raises
+    EmlocalError if it cannot be read.
     """
     try:
         found = json.loads(path.read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path} is not there", "give what -o of eval was") from None
+        raise UsageError(f"{path} does not exist", "name the folder that eval wrote (-o)") from None
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
     except UnicodeDecodeError as why:
-        raise UsageError(f"{path} holds no results of eval: byte {why.start:,} is no UTF-8 text") from None
+        raise UsageError(f"{path} has no results of eval: byte {why.start:,} is not UTF-8 text") from None
     except json.JSONDecodeError as why:
-        raise UsageError(f"{path} is no JSON, or damaged, at line {why.lineno:,}: {why.msg}") from None
+        raise UsageError(f"{path} is not JSON, or is damaged, at line {why.lineno:,}: {why.msg}") from None
     except (ValueError, RecursionError) as why:
-        raise UsageError(f"{path} holds no results of eval: {why}") from None
+        raise UsageError(f"{path} has no results of eval: {why}") from None
     _check_format(found, path)
     try:
         return _results(found)
@@ -157,14 +156,14 @@ def _check_format(found: object, path: Path) -> None:
         return
     if isinstance(name, str) and name.startswith(FORMAT.rstrip("0123456789")):
         raise UsageError(
-            f"{path} is of another version of emlocal: its format is {name}, this one reads {FORMAT}",
-            "run the same emlocal eval again: answers that are there are kept",
+            f"{path} comes from another version of emlocal: its format is {name}, this one reads {FORMAT}",
+            "run the same emlocal eval again; existing answers are kept",
         )
-    raise UsageError(f"{path} holds no results of eval", "give what -o of eval was")
+    raise UsageError(f"{path} has no results of eval", "name the folder that eval wrote (-o)")
 
 
 class _DamagedError(ValueError):
-    """A value that is not there or is of another kind; the text names it."""
+    """A value that is missing or has the wrong type; the text names it."""
 
 
 def _results(found: dict[str, Any]) -> Results:
@@ -182,7 +181,7 @@ def _results(found: dict[str, Any]) -> Results:
 
 def _standing(method: object) -> Standing:
     if not isinstance(method, dict):
-        raise _DamagedError("a method is no object")
+        raise _DamagedError("a method is not an object")
     return Standing(
         _text(method, "name"),
         _share(_part(method, "accuracy"), "an accuracy"),
@@ -193,10 +192,10 @@ def _standing(method: object) -> Standing:
 
 
 def _risks(method: dict[str, Any]) -> tuple[Estimate, ...]:
-    """None where an earlier version wrote none."""
+    """Returns the risks of the confidence; empty if an earlier version wrote none."""
     scores = method.get("scores", [])
     if not isinstance(scores, list):
-        raise _DamagedError("scores are no list")
+        raise _DamagedError("scores are not a list")
     for score in scores:
         if isinstance(score, dict) and score.get("score") == CONFIDENCE:
             risks = score.get("risks")
@@ -208,7 +207,7 @@ def _risks(method: dict[str, Any]) -> tuple[Estimate, ...]:
 
 def _share(found: object, what: str) -> Estimate:
     if not isinstance(found, dict):
-        raise _DamagedError(f"{what} is no object")
+        raise _DamagedError(f"{what} is not an object")
     value, low, high = (_number(found, name) for name in ("value", "low", "high"))
     if not (0 <= low <= high <= 1 and 0 <= value <= 1):
         raise _DamagedError(f"{what} is {value}, of {low} to {high}")
@@ -218,21 +217,21 @@ def _share(found: object, what: str) -> Estimate:
 def _part(of: dict[str, Any], name: str) -> dict[str, Any]:
     value = of.get(name)
     if not isinstance(value, dict):
-        raise _DamagedError(f"{name} is missing, or no object")
+        raise _DamagedError(f"{name} is missing, or not an object")
     return value
 
 
 def _text(of: dict[str, Any], name: str) -> str:
     value = of.get(name)
     if not isinstance(value, str):
-        raise _DamagedError(f"{name} is missing, or no text")
+        raise _DamagedError(f"{name} is missing, or not a text")
     return harmless(value)
 
 
 def _number(of: dict[str, Any], name: str) -> float:
     value = of.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise _DamagedError(f"{name} is missing, or no number")
+        raise _DamagedError(f"{name} is missing, or not a number")
     return value
 
 
@@ -240,7 +239,7 @@ _ANSWERED = "made_with.jsonl"
 
 
 def provenance(name: str) -> dict[str, object]:
-    """Versions, commit and machine, with the engine of this name; for results.json."""
+    """Returns versions, commit and machine for results.json. `name`: the engine."""
     machine = cpu()
     packages = ("numpy", *(engine(name).distributions if name in ENGINES else ()), "math-verify")
     return {
@@ -255,15 +254,17 @@ def provenance(name: str) -> dict[str, object]:
 
 
 def note_answering(folder: Path, method: str, made_with: Mapping[str, object]) -> None:
-    """Remember in the folder of an evaluation what a method's answers are made with, from here on."""
+    """Records in the evaluation's folder what a method's answers are made with from now on."""
     if answered_with(folder).get(method, [])[-1:] != [dict(made_with)]:
         with (folder / _ANSWERED).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"method": method, "made_with": made_with}, ensure_ascii=False) + "\n")
 
 
 def answered_with(folder: Path) -> dict[str, list[dict[str, object]]]:
-    """What each method's answers were made with, from the first on; more than one where the run went on with
-    another version, or elsewhere."""
+    """Returns what each method's answers were made with, oldest first.
+
+    There are several entries if a run was resumed with another version or on another machine.
+    """
     found: dict[str, list[dict[str, object]]] = {}
     path = folder / _ANSWERED
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -278,7 +279,7 @@ def answered_with(folder: Path) -> dict[str, list[dict[str, object]]]:
 def answered_otherwise(
     folder: Path, methods: Sequence[str], now: Mapping[str, object]
 ) -> dict[str, list[str]]:
-    """By method, what its answers were made with where that is not what this run has: versions, commit."""
+    """Returns, by method, the versions, commit or machine that differ from those of this run."""
     before = answered_with(folder)
     found = {}
     for method in methods:
@@ -292,18 +293,21 @@ def answered_otherwise(
 
 
 def check_folder(output: Path | None) -> None:
-    """Raise UsageError where no folder can be: before a model is loaded."""
+    """Raises UsageError if the output folder cannot be created or written. Runs before a model is loaded."""
     if output is None:
         return
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UsageError(f"{there} is a file, and -o names a folder", "use another -o")
+        raise UsageError(f"{there} is a file; -o must name a folder", "use another -o")
     if not os.access(there, os.W_OK):
-        raise UsageError(f"nothing can be written into {there}", "use another -o")
+        raise UsageError(f"{there} is not writable", "use another -o")
 
 
 def commit() -> str | None:
-    """Of the checkout that emlocal runs from, "-dirty" where it was changed; None where there is none."""
+    """Returns the commit of emlocal's checkout, with "-dirty" if it has changes.
+
+    Returns None if it is not a checkout.
+    """
     folder = Path(emlocal.__file__).parent
     try:
         head = _git(folder, "rev-parse", "HEAD")

@@ -1,6 +1,6 @@
-"""The HTML page and its figures: everything in one file, no scripts, nothing fetched.
+"""The HTML page and its figures: one file without scripts that fetches nothing.
 
-Figures are SVG texts that stand by themselves. `emlocal plot` draws accuracy against cost as they do.
+Each figure is an SVG text of its own. `emlocal plot` draws accuracy against cost with the same functions.
 """
 
 import base64
@@ -27,25 +27,30 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 7.2, 3.8  # inches
 _APART = 0.015
-"""Shares of the axis between methods of the same cost, so that their bars do not hide each other."""
+"""Minimum distance between methods of the same cost, as a share of the axis; it keeps error bars apart."""
 _MARGIN, _WIDE, _DECADE = 1.25, 2, 10
-"""Around the costs, as a factor; and the factors between them from which on the axis is logarithmic, and has
-fewer numbers."""
+"""Margin around the costs, as a factor; and two ratios of the largest to the smallest cost.
+
+From the first on, the axis is logarithmic; from the second on, it has fewer numbers.
+"""
 _MARKERS = "os^vDP"
 _COLOURS = (
     *(f"C{i}" for i in range(10)),
-    *("#13476c", "#994c08", "#1a601a", "#801718", "#593e71"),  # the same, darker
+    *("#13476c", "#994c08", "#1a601a", "#801718", "#593e71"),  # the same colours, darker
     *("#54342d", "#884774", "#4c4c4c", "#717114", "#0e727c"),
 )
 
 
 def standings_of(document: Document) -> list[Standing]:
-    """Of all methods."""
+    """Returns the standings of all methods."""
     return [Standing.of(method, document.confidence.get(method.name, ())) for method in document.methods]
 
 
 def accuracy_against_cost(document: Document) -> str | None:
-    """A point with its interval for each method, over the FLOPs of an answer. None where none answered."""
+    """Draws a point with its interval for each method, over the FLOPs of an answer.
+
+    Returns None if there are no answers.
+    """
     standings = standings_of(document)
     if not any(standing.flops for standing in standings):
         return None
@@ -59,9 +64,11 @@ def accuracy_against_cost(document: Document) -> str | None:
 def draw_accuracy_against_cost(
     axes: "Axes", standings: Sequence[Standing], drawn_as: Sequence[Mapping[str, Any]]
 ) -> None:
-    """The points and their intervals, of all that have a cost; the name of the accuracy is the caller's.
+    """Draws the points and intervals of all methods with a cost.
 
-    `drawn_as`: the standings' `looks`, in their order.
+    The caller sets the label of the accuracy axis.
+
+    `drawn_as`: `looks` of the standings, in their order.
     """
     costly = [pair for pair in zip(standings, drawn_as, strict=True) if pair[0].flops]
     places = _cost_axis(axes, [standing.flops for standing, _ in costly])
@@ -79,13 +86,13 @@ def draw_accuracy_against_cost(
             **look,
         )
     scale = ", logarithmic" if axes.get_xscale() == "log" else ""
-    axes.set_xlabel(f"FLOPs of an answer{scale}\n(2 · parameters · tokens)")
+    axes.set_xlabel(f"FLOPs per answer{scale}\n(2 · parameters · tokens)")
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.25)
 
 
 def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
-    """Make the axis one of costs; the places of these, the same ones beside each other."""
+    """Sets up the cost axis; returns the positions of these costs, with equal ones side by side."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(costs) / _MARGIN, max(costs) * _MARGIN
@@ -104,8 +111,11 @@ def _cost_axis(axes: "Axes", costs: Sequence[float]) -> list[float]:
 
 
 def _apart(shares: Sequence[float]) -> list[float]:
-    """Places on the axis in their order, none nearer to another than `_APART`, and by least squares the
-    nearest: isotonic regression (pool adjacent violators), with the distances taken out first."""
+    """Moves positions on the axis so that all are at least `_APART` from each other, and keeps their order.
+
+    The moves have the least sum of squares: isotonic regression (pool adjacent violators) on the positions
+    minus the distances.
+    """
     order = sorted(range(len(shares)), key=lambda i: shares[i])
     groups: list[list[float]] = []
     for k, i in enumerate(order):
@@ -121,10 +131,10 @@ def _apart(shares: Sequence[float]) -> list[float]:
 
 
 def looks(evaluations: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Colours and markers of the methods of each evaluation, by their names.
+    """Returns the colours and markers of the methods of each evaluation, by name.
 
-    A method has one colour in all of them, and each evaluation one marker. After twenty methods the colours
-    come again.
+    A method has the same colour in all evaluations; each evaluation has one marker. Colours repeat after
+    twenty methods.
     """
     names = list(dict.fromkeys(name for methods in evaluations for name in methods))
     return [
@@ -135,7 +145,7 @@ def looks(evaluations: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
 
 
 def risk_against_coverage(document: Document) -> str | None:
-    """A line with its band for each method. None where no answer has a confidence."""
+    """Draws a line with its band for each method; returns None if no answer has a confidence."""
     standings = standings_of(document)
     if not any(standing.risks for standing in standings):
         return None
@@ -149,9 +159,9 @@ def risk_against_coverage(document: Document) -> str | None:
 def draw_risk_against_coverage(
     axes: "Axes", standings: Sequence[Standing], drawn_as: Sequence[Mapping[str, Any]]
 ) -> None:
-    """The share of wrong answers among the surest, by how many are answered, with bands of 95 %.
+    """Draws the share of wrong answers among the most confident over coverage, with bands of 95 %.
 
-    `drawn_as`: the standings' `looks`, in their order.
+    `drawn_as`: `looks` of the standings, in their order.
     """
     answered = [100 * coverage for coverage in COVERAGES]
     for standing, look in zip(standings, drawn_as, strict=True):
@@ -160,8 +170,8 @@ def draw_risk_against_coverage(
             values = [100 * risk.value for risk in standing.risks]
             axes.plot(answered, values, markersize=4, label=standing.name, **look)
             axes.fill_between(answered, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
-    axes.set_xlabel("answered, the surest first, %")
-    axes.set_ylabel("wrong among them, % (bands: 95 %)")
+    axes.set_xlabel("coverage: answered, most confident first, %")
+    axes.set_ylabel("risk: wrong among them, % (bands: 95 %)")
     axes.set_xlim(0, 103)
     axes.set_ylim(bottom=0)
 
@@ -171,7 +181,7 @@ def _bands(standing: Standing) -> list[tuple[float, float]]:
 
 
 def entropy_along_the_answer(document: Document) -> str | None:
-    """Mean entropy by token: dashed before EM, solid after it. None where no entropies were kept."""
+    """Draws the mean entropy at each token: dashed before EM, solid after. Returns None without entropies."""
     if all(method.curve is None for method in document.methods):
         return None
     figure, axes = _figure()
@@ -207,7 +217,7 @@ def _legend(figure: "Figure") -> None:
 
 
 def _svg(figure: "Figure") -> str:
-    """The same text each time: no date, and ids of a fixed salt."""
+    """Returns the figure as SVG. Equal figures give equal texts: no date, and ids with a fixed salt."""
     from matplotlib import rc_context
 
     file = io.StringIO()
@@ -217,13 +227,13 @@ def _svg(figure: "Figure") -> str:
 
 
 MOST_SHOWN = 30
-"""Wins of a comparison that are shown, and losses; the page says how many are left out."""
+"""Maximum number of wins, and of losses, that a comparison lists; the page says how many it leaves out."""
 _LONGEST = 6000  # characters of an answer
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One method's answers to a problem, the first that tells the two methods apart in front."""
+    """One method's answers to a problem; the text shown is the first that tells the two methods apart."""
 
     name: str
     mark: str
@@ -234,7 +244,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A problem that one method alone got right, or more often."""
+    """A problem that only one method got right, or one got right more often."""
 
     id: str
     title: str
@@ -253,7 +263,7 @@ class _Listed:
 
 
 def html(document: Document) -> str:
-    """The page. Raises BackendError where matplotlib is missing."""
+    """Renders the page. Raises BackendError if matplotlib is missing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -266,18 +276,18 @@ def html(document: Document) -> str:
     pictures = [
         (
             "Accuracy against cost",
-            "Up is better, left is cheaper. Methods of nearly the same cost are drawn side by side.",
+            "Higher is better, further left is cheaper. Methods of nearly equal cost stand side by side.",
             accuracy_against_cost(document),
         ),
         (
             "Entropy along the answer",
-            "Of the distribution before temperature and truncation. Dashed: before EM; solid: after it.",
+            "Entropy before temperature and truncation. Dashed: before EM; solid: after EM.",
             entropy_along_the_answer(document),
         ),
         (
             "Risk against coverage",
-            "How many of the answers are wrong where only the surest are given. Lower is better; a line that"
-            " rises to the right is of a confidence that knows something.",
+            "The share of wrong answers if only the most confident are given. Lower is better. A line that"
+            " rises to the right shows that confidence is informative.",
             risk_against_coverage(document),
         ),
     ]
@@ -299,13 +309,13 @@ def html(document: Document) -> str:
 
 
 def write_page(document: Document, path: Path) -> None:
-    """Write the page. Raises EmlocalError where it cannot be written."""
+    """Writes the page. Raises EmlocalError if it cannot be written."""
     with atomic_writer(path) as file:
         file.write(html(document))
 
 
 def _as_url(svg: str) -> str:
-    """As an image of its own: the ids of two figures in one page would be mistaken for each other."""
+    """Returns the figure as the URL of an image of its own: inline, the ids of two figures would collide."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
@@ -326,7 +336,7 @@ def _lists(document: Document) -> list[_Listed]:
 
 
 def _pairs(document: Document, name: str, reference: str) -> tuple[list[_Pair], list[_Pair]]:
-    """The problems on which a method is better than the reference, and those on which it is worse."""
+    """Returns the problems on which a method is better than the reference, and those on which it is worse."""
     ours, theirs = (_by_problem(document.judged[of]) for of in (name, reference))
     better: list[_Pair] = []
     worse: list[_Pair] = []

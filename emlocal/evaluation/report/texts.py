@@ -1,4 +1,4 @@
-"""Numbers as people read them, in the tables of the screen, Markdown and HTML."""
+"""Numbers as people read them, for the tables on the screen, in Markdown and in HTML."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 def share(estimate: Estimate) -> str:
-    """ "42.0 (36.5–47.7)", in percent."""
+    """Formats a share in percent: "42.0 (36.5–47.7)"."""
     return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
 
 
 def difference(comparison: Comparison | None) -> str:
-    """ "+3.1 (−0.6 to +6.9)", in points; nothing for the reference itself.
+    """Formats a difference in percentage points: "+3.1 (−0.6 to +6.9)"; empty for the reference itself.
 
-    Where no problem tells the two apart, resampling gives no interval.
+    If the methods agree on all problems, resampling gives no interval, and the text is "none".
     """
     if comparison is None:
         return ""
@@ -37,12 +37,12 @@ def _signed(value: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Two digits, or "< 0.001"."""
+    """Formats a p-value with two or three decimals, or as "< 0.001"."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def flops(value: float) -> str:
-    """ "1.31 T"."""
+    """Formats FLOPs: "1.31 T"."""
     for scale, letter in _SCALES:
         if value >= scale:
             return f"{value / scale:.3g} {letter}"
@@ -50,22 +50,22 @@ def flops(value: float) -> str:
 
 
 def entropy_changed(before: float, after: float) -> bool:
-    """Whether two digits show that EM did something."""
+    """Whether two decimals show that EM changed the entropy."""
     return abs(before - after) >= 0.005
 
 
 def entropy(before: float, after: float) -> str:
-    """ "0.22 → 0.08", nats, or one number where EM changed nothing."""
+    """Formats entropy in nats: "0.22 → 0.08", or one number if EM changed nothing."""
     return change(before, after, entropy_changed(before, after))
 
 
 def accuracy_name(document: Document) -> str:
-    """ "accuracy %", or "mean@4 %"."""
+    """Returns the name of the accuracy: "accuracy %", or "mean@4 %"."""
     return "accuracy %" if document.repetitions == 1 else f"mean@{document.repetitions} %"
 
 
 def columns(document: Document) -> list[str]:
-    """The heads of the table of methods."""
+    """Returns the heads of the table of methods."""
     heads = ["method", f"{accuracy_name(document)} (95 %)"]
     heads += [f"pass@{k} % (95 %)" for k in _ks(document)]
     heads += ["problems solved % (95 %)"] if _has_steps(document) else []
@@ -74,8 +74,15 @@ def columns(document: Document) -> list[str]:
     return [*heads, "entropy, nats"]
 
 
+LEGEND = (
+    "no answer, cut off: numbers of answers; read and written: tokens; read to FLOPs: means of one answer;"
+    " results.md explains more"
+)
+"""A line below the table of methods on the screen."""
+
+
 def rows(document: Document) -> list[list[str]]:
-    """The table of methods; costs are means of one answer."""
+    """Returns the rows of the table of methods; costs are means of one answer."""
     compared = {comparison.name: comparison for comparison in document.comparisons}
     return [_row(document, method, compared.get(method.name)) for method in document.methods]
 
@@ -107,7 +114,7 @@ def _has_steps(document: Document) -> bool:
 
 
 def confidence_columns(coverages: Sequence[float] = COVERAGES) -> list[str]:
-    """The heads of the table of confidence: wrong answers among so many of the surest."""
+    """Returns the heads of the table of confidence, with the share of wrong answers at each coverage."""
     heads = ["method", "score", "AUROC % (95 %)", "calibration error %"]
     return heads + [f"wrong at {coverage:.0%}".replace("%", " %") for coverage in coverages]
 
@@ -119,7 +126,10 @@ def confidence_rows(
     every_score: bool = False,
     intervals: bool = False,
 ) -> list[list[str]]:
-    """The table of confidence, of all scores or of confidence alone; no rows where no answer has any."""
+    """Returns the table of confidence, for all scores or for confidence alone.
+
+    It has no rows without confidences.
+    """
     rows = []
     for name, results in document.confidence.items():
         for result in results:
@@ -140,20 +150,21 @@ def _score_cells(result: ScoreResult, coverages: Sequence[float], *, intervals: 
 
 
 def confidence_notes(document: Document) -> list[str]:
-    """What a reader of the table of confidence must know."""
+    """Returns the notes below the table of confidence."""
     if not document.confidence:
         return []
     return [
-        "AUROC: the chance that a right answer has more confidence than a wrong one; 50 is a coin's.",
-        "Calibration error: how far confidence is from the share of right answers, over ten bins of equally"
-        " many answers. Confidence that is not calibrated is no such share.",
-        "Wrong at 30 %: the share of wrong ones among the 30 % of answers with most confidence. Answers of"
-        " the same confidence are taken as by lot. Intervals: bootstrap percentiles over questions.",
+        "AUROC: the chance that a right answer has more confidence than a wrong one; 50 % is a coin toss.",
+        "Calibration error: the distance between confidence and the share of right answers, over"
+        " ten bins of equally"
+        " many answers. Uncalibrated confidence is not meant as such a share.",
+        "Wrong at 30 %: the share of wrong answers among the 30 % with the highest confidence. Answers with"
+        " the same confidence count as drawn at random. Intervals: bootstrap percentiles over questions.",
     ]
 
 
 def notes(document: Document) -> list[str]:
-    """What a reader of the table must know."""
+    """Returns the notes below the table of methods."""
     n = len(document.task.problems)
     k = document.repetitions
     said = [
@@ -163,48 +174,50 @@ def notes(document: Document) -> list[str]:
         + f"; seed {document.settings['seed']}.",
         "Intervals: "
         + _kinds_of_intervals(document)
-        + ("; of differences BCa bootstrap over paired questions." if document.comparisons else "."),
+        + ("; for differences, BCa bootstrap over paired questions." if document.comparisons else "."),
     ]
     if _has_steps(document):
         said.append(
             "A problem is solved when all of its steps are right"
-            + (", in all of its answers." if k > 1 else ".")
+            + (" in every answer to it." if k > 1 else ".")
         )
     if document.comparisons:
-        test = "McNemar's exact test" if k == 1 else "McNemar's exact test, or random flips of signs"
+        test = "McNemar's exact test" if k == 1 else "McNemar's exact test, or a sign-flip test"
         said.append(
             f"p: {test}, adjusted by Holm for {counted(len(document.comparisons), 'comparison')}."
-            " A difference whose interval holds 0 may be chance."
+            " A difference whose interval includes 0 may be chance."
         )
     parallel = document.settings["parallel"]
     at_once = "" if parallel is None else f" (with {counted(int(parallel), 'sequence')} at once)"
     said.append(
-        "Costs are means of one answer by the method, all its samples and rounds counted: tokens read and"
+        "Costs are means per answer and include all samples and rounds of the method: tokens read and"
         f" written, forward passes, seconds{at_once}, FLOPs = 2 · parameters · tokens."
+    )
+    said.append(
+        "No answer: texts in which the judge found nothing to compare. Cut off: answers that reached"
+        " --max-tokens or the context; a vote counts by the share of its samples that did."
     )
     guessed = [f"{m.name} {m.guessed:,}" for m in document.methods if m.guessed]
     if guessed:
-        said.append(f"Without a box, the last number was taken: {', '.join(guessed)}.")
+        said.append(f"Answers without a box, judged by their last number: {', '.join(guessed)}.")
     errors = [f"{m.name} {m.errors:,}" for m in document.methods if m.errors]
     if errors:
-        said.append(f"Not asked, because the prompt does not fit the context: {', '.join(errors)}.")
+        said.append(f"Not answered, because the prompt does not fit the context: {', '.join(errors)}.")
     return said
 
 
 def _kinds_of_intervals(document: Document) -> str:
-    """Which apply to the accuracies: of single answers, of several to a question, of steps."""
+    """Names the intervals of the accuracies: for single answers, several to a question, or steps."""
     if _has_steps(document):
-        return "BCa bootstrap over problems; of problems solved Wilson's"
+        return "BCa bootstrap over problems; Wilson for problems solved"
     if document.repetitions == 1:
-        return "Wilson's"
+        return "Wilson"
     single = any(method.repetitions == 1 for method in document.methods)
-    return "BCa bootstrap over questions" + (
-        "; Wilson's of methods with one answer to each" if single else ""
-    )
+    return "BCa bootstrap over questions" + ("; Wilson for methods with one answer to each" if single else "")
 
 
 def markdown(document: Document) -> str:
-    """The evaluation as a page of Markdown."""
+    """Returns the evaluation as a Markdown page."""
     heads = columns(document)
     lines = [f"# {document.task.name}: {document.model['name']}", ""]
     lines += markdown_table(heads, rows(document))
@@ -227,7 +240,7 @@ DIFFERENCES = ("method", "against", "points (95 %)", "wins", "losses", "p", "p (
 
 
 def difference_rows(document: Document) -> list[list[str]]:
-    """The table of differences, by `DIFFERENCES`."""
+    """Returns the rows of the table of differences, by `DIFFERENCES`."""
     return [
         [c.name, c.reference, difference(c), f"{c.wins:,}", f"{c.losses:,}", p_value(c.p), p_value(c.p_holm)]
         for c in document.comparisons
@@ -235,7 +248,7 @@ def difference_rows(document: Document) -> list[list[str]]:
 
 
 def facts(document: Document) -> list[tuple[str, str]]:
-    """Model, settings and versions, flat."""
+    """Returns model, settings and versions as flat pairs of name and value."""
     groups = (document.model, document.settings, document.made_with, {"judge": document.task.judge})
     flat = [(name, value) for group in groups for name, value in group.items()]
     return [(name, _flat(value)) for name, value in flat if value not in (None, [], {}, "")]
@@ -250,7 +263,7 @@ def _flat(value: object) -> str:
 
 
 def markdown_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Returns the lines of a Markdown table."""
 
     def line(row: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
@@ -259,6 +272,6 @@ def markdown_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list
 
 
 def write_markdown(document: Document, path: Path) -> None:
-    """Write the page. Raises EmlocalError where it cannot be written."""
+    """Writes the page. Raises EmlocalError if it cannot be written."""
     with atomic_writer(path) as file:
         file.write(markdown(document))

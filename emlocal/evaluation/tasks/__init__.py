@@ -1,12 +1,12 @@
-"""What models are asked, and how it is told whether they are right.
+"""Tasks: the questions for the models, and how their answers are judged.
 
-`open_task` makes a task of its name and a file.
+`open_task` makes a task from its name and a file.
 
-- `task`: what a task is, and rows of JSONL, JSON, gzip or the hub
-- `mathematics`: questions with an answer: GSM8K, MATH-500, and files of their kind
-- `programs`: HumanEval and its kind: a function, and tests that it must pass
-- `scicode`: problems in steps, each built on the code of those before; `scicode_h5` reads official targets,
-  `scicode_targets` (computed targets) and `scicode_official` run in the sandbox
+- `task`: what a task is, and rows from JSONL, JSON, gzip or the hub
+- `mathematics`: questions with one answer: GSM8K, MATH-500, and similar files
+- `programs`: HumanEval and its kind: write a function that passes tests
+- `scicode`: problems in steps, each built on the code of earlier steps; `scicode_h5` reads official targets,
+  and `scicode_targets` (computed targets) and `scicode_official` run in the sandbox
 """
 
 from dataclasses import replace
@@ -53,18 +53,20 @@ def open_task(
     code_seconds: float | None = None,
     targets: Path | None = None,
 ) -> Task:
-    """The task, with its first `limit` problems, from a file or from the hub.
+    """Opens a task with its first `limit` problems, from a file or from the hub.
 
-    `questions` is any file of questions with answers; `targets` SciCode's file of targets, for problems
-    without gold code. Raises UsageError for an unknown name, a file that is none of its kind, or no file
-    where the hub has none; EmlocalError where the hub cannot be had, or h5py for the targets.
+    `questions` is any file of questions with answers. `targets` is SciCode's file of targets, for problems
+    without gold code.
+
+    Raises UsageError for an unknown name, an unsuitable file, or a missing file if the hub has none. Raises
+    EmlocalError if the hub cannot be reached, or if h5py is missing for the targets.
     """
     if name not in NAMES:
         raise UsageError(f"--task is {name!r}; it must be one of {', '.join(NAMES)}")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}; it must be at least 1")
     if targets is not None and name != "scicode":
-        raise UsageError(f"--targets is for --task scicode; --task is {name}", "leave it out")
+        raise UsageError(f"--targets works with --task scicode only; --task is {name}", "leave it out")
     chosen = _rows(name, data, limit).first(limit)
     if name == "scicode":
         beside = given_code(path.expanduser().parent for path in (data, targets) if path is not None)
@@ -87,11 +89,11 @@ def _rows(name: str, data: Path | None, limit: int | None) -> Rows:
     if data is not None:
         return read_rows(data)
     if name not in _ON_THE_HUB:
-        raise UsageError(f"--task {name} needs its file", "give it with --data FILE")
+        raise UsageError(f"--task {name} needs its file", "name it with --data FILE")
     if find_spec("datasets") is None:
         raise EmlocalError(
-            f"--task {name} without --data is a dataset of the hub, which needs the package datasets",
-            "give its file with --data, or pip install datasets",
+            f"--task {name} without --data reads the hub, which needs the package datasets",
+            "name its file with --data, or pip install datasets",
         )
     dataset, split, config = _ON_THE_HUB[name]
     return hub(dataset, split, limit, config)

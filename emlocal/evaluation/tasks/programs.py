@@ -1,11 +1,11 @@
-"""Write a function: HumanEval, and files of its kind; LeetCode's problems in two published forms.
+"""Tasks that ask for a function: HumanEval and similar files, and LeetCode's problems in two published forms.
 
 - HumanEval: `prompt` is the head of the function with its description; `test` defines `check(candidate)`,
-  which is called with what `entry_point` names.
-- LeetCodeDataset (Xia et al. 2025): the same, but `prompt` holds imports only, and the question is `query`.
-- DeepSeek-Coder's LeetCode contests: the question is `prompt_sft`, and `test` calls `Solution()` by itself.
+  which is called with the function that `entry_point` names.
+- LeetCodeDataset (Xia et al. 2025): the same, but `prompt` holds only imports, and the question is `query`.
+- DeepSeek-Coder's LeetCode contests: the question is `prompt_sft`, and `test` calls `Solution()` itself.
 
-A program passes when nothing is raised.
+A program passes if it raises nothing.
 """
 
 from collections.abc import Mapping
@@ -31,30 +31,30 @@ _LEETCODE = "\n".join(
         "inf = float('inf')",
     )
 )
-"""What LeetCode imports for its users."""
+"""The imports that LeetCode provides for its users."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A row, understood."""
+    """A parsed row."""
 
     question: str
     title: str
     head: str
-    """A program that goes before the answer."""
+    """Code that runs before the answer."""
     definition: str
-    """What an answer must define: "def f"."""
+    """Definition that an answer must contain: "def f"."""
     tests: str
 
 
 class ProgramTask(Task):
-    """Functions to be written; what is written is run."""
+    """Functions to write; judging runs them."""
 
     runs_code: ClassVar[bool] = True
     votes: ClassVar[bool] = False
 
     def __init__(self, name: str, rows: Rows, limits: Limits = Limits()) -> None:
-        """Raises UsageError for a row of none of the three kinds."""
+        """Raises UsageError for a row of another form than these three."""
         self._asked = {
             id_: _understood(row, rows.where(i))
             for i, (id_, row) in enumerate(zip(rows.ids, rows, strict=True))
@@ -71,7 +71,7 @@ class ProgramTask(Task):
         return self._asked[problem.id].title
 
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
-        """The program to run: the function that was written, and the tests."""
+        """Returns the program to run: the answer's function and the tests."""
         asked = self._asked[problem.id]
         code = code_of(text, asked.definition)
         if code is None:
@@ -84,12 +84,15 @@ class ProgramTask(Task):
 
 
 def definition_of(entry: str) -> str:
-    """How the definition of an entry point begins: `f` is a function, `Solution().f` a class's method."""
+    """Returns the start of an entry point's definition.
+
+    `f` is a function, `Solution().f` a class's method.
+    """
     return f"class {entry.partition('(')[0]}" if "(" in entry else f"def {entry}"
 
 
 def _understood(row: Row, where: str) -> _Asked:
-    """Raises UsageError, with where the row is, for a row of none of the three kinds."""
+    """Parses a row. Raises UsageError, with the row's place, if it has none of the three forms."""
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     meta = row.get("meta")
     if isinstance(meta, Mapping) and isinstance(meta.get("query"), str):
@@ -111,5 +114,5 @@ def _understood(row: Row, where: str) -> _Asked:
     missing = "test" if not test else "prompt" if not prompt else "entry_point"
     raise UsageError(
         f"{where} has no text {missing!r}",
-        "a row has the texts prompt, test and entry_point; docs/evaluation.md has the other forms",
+        "write a row with the texts prompt, test and entry_point, or as docs/evaluation.md says",
     )

@@ -1,10 +1,10 @@
-"""SciCode: problems in steps, each a function that uses those before it (Tian et al. 2024, arXiv 2407.13168).
+"""SciCode (Tian et al. 2024, arXiv 2407.13168): problems in steps, each a function that uses earlier ones.
 
-The model builds on its own earlier functions, as in the official protocol, and is told the background. The
-development problems have gold code, from which targets are computed (`scicode_targets`). The main ones have
-none: their targets are an official file (`scicode_h5`), compared in the official way (`scicode_official`).
-The order of the prompt is the official one's; the words are ours, so figures are comparable among methods
-here and not with the leaderboard.
+As in the official protocol, the model builds on its own earlier functions, and the prompt includes the
+background. The development problems have gold code, from which targets are computed (`scicode_targets`). The
+main problems have none: their targets come from an official file (`scicode_h5`) and are compared in the
+official way (`scicode_official`). The prompt has the official order but our wording, so figures compare
+methods here and are not comparable with the leaderboard.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ _DEFINED = re.compile(r"^(?:def|class)\s+\w+", re.MULTILINE)
 _TARGETS = Path(__file__).with_name("scicode_targets.py")
 _OFFICIAL = Path(__file__).with_name("scicode_official.py")
 _GIVEN = ("13.6", "62.1", "76.3")
-"""Steps that the official protocol does not ask: their code is given to those after them."""
+"""Steps that the official protocol does not ask; later steps get their code."""
 LIMITS = Limits(seconds=300.0, memory=8 << 30)
-"""Gold code alone takes up to a minute and 3 GB in some steps; the official limit is 1,800 s."""
+"""Gold code alone takes up to a minute and 3 GB in some steps. The official limit is 1,800 s."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class _Step:
 
     problem: str
     number: int
-    """From 0."""
+    """Number of the step, from 0."""
     text: str
     header: str
     definition: str
-    """ "def f" """
+    """Start of the definition: "def f"."""
     gold: str
-    """Empty where it is not known."""
+    """Gold code; empty if unknown."""
     tests: tuple[str, ...]
     dependencies: str
     given: bool
-    """Not asked: its gold code stands for the model's."""
+    """Whether the step is not asked; its gold code then replaces the model's."""
 
 
 class SciCodeTask(Task):
-    """Functions to be written one after the other; what is written is run."""
+    """Functions to write one after the other; judging runs them."""
 
     runs_code: ClassVar[bool] = True
     votes: ClassVar[bool] = False
@@ -68,7 +68,9 @@ class SciCodeTask(Task):
         targets: TargetFile | None = None,
         given: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`targets`: for steps without gold code. `given`: code of given steps whose rows have none, by step.
+        """Makes the task.
+
+        `targets`: for steps without gold code. `given`: code of given steps whose rows have none, by step.
 
         Raises UsageError for a problem without steps, one with neither gold code nor targets, and a given
         step without code.
@@ -96,7 +98,7 @@ class SciCodeTask(Task):
         return judge if self._targets is None else f"{judge}, targets {self._targets.sha256}"
 
     def stages(self) -> Sequence[Sequence[Problem]]:
-        """All first steps, then all second ones, …"""
+        """Returns all first steps, then all second ones, …"""
         numbers = sorted({self._steps[problem.id].number for problem in self.problems})
         return [
             [problem for problem in self.problems if self._steps[problem.id].number == number]
@@ -119,9 +121,10 @@ class SciCodeTask(Task):
         return "\n\n".join(parts)
 
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
-        """The program to run: the tests, on the answer's names, and on the gold code's where that is known.
+        """Returns the program to run.
 
-        Official targets are no part of it, since they may be large: `check` puts them in front.
+        It runs the tests on the answer's names, and on those of the gold code if it is known. Official
+        targets are not in it, since they may be large: `check` adds them.
         """
         step = self._steps[problem.id]
         code = code_of(text, step.definition)
@@ -155,11 +158,14 @@ class SciCodeTask(Task):
         return outcome.passed, "" if outcome.passed else outcome.detail
 
     def gold(self, problem: Problem) -> str:
-        """The right code of a step; empty where it is not known."""
+        """Returns the gold code of a step; empty if unknown."""
         return self._steps[problem.id].gold
 
     def _has_gold(self, id_: str) -> bool:
-        """Whether it needs no targets: it is given, or its code and all before it is known."""
+        """Whether the step needs no targets.
+
+        Either it is given, or its code and that of all earlier steps is known.
+        """
         step = self._steps[id_]
         return step.given or all(each.gold for each in (step, *(other for _, other in self._before(step))))
 
@@ -167,8 +173,8 @@ class SciCodeTask(Task):
         needed = {id_: len(step.tests) for id_, step in self._steps.items() if id_ in self._from_file}
         if needed and self._targets is None:
             raise UsageError(
-                f"step {next(iter(needed))} of SciCode has no gold code: its tests have no targets then",
-                "use problems_dev.jsonl, whose targets can be computed, or give the official test_data.h5"
+                f"step {next(iter(needed))} of SciCode has no gold code, so its tests have no targets",
+                "use problems_dev.jsonl, whose targets emlocal computes, or add the official test_data.h5"
                 " with --targets",
             )
         if self._targets is not None:
@@ -180,7 +186,7 @@ class SciCodeTask(Task):
 
 
 def given_code(folders: Iterable[Path]) -> dict[str, str]:
-    """The code of the steps that are given, from the first of these folders that has it.
+    """Returns the code of the given steps, each from the first of these folders that has it.
 
     The official repository has it beside the problems: eval/data/13.6.txt, 62.1.txt, 76.3.txt. Raises
     UsageError for a file that cannot be read.
@@ -198,14 +204,17 @@ def given_code(folders: Iterable[Path]) -> dict[str, str]:
 
 
 def _given(steps: Mapping[str, _Step]) -> str:
-    """Which steps are given, and a digest of their code: prompts depend on it. Empty where none is."""
+    """Names the given steps, with a digest of their code, because prompts depend on it.
+
+    The text is empty if there are none.
+    """
     given = {id_: step.gold for id_, step in steps.items() if step.given}
     code = hashlib.sha256("\0".join(given.values()).encode(errors="surrogatepass"))
     return f"{', '.join(given)} given, sha256 {code.hexdigest()}" if given else ""
 
 
 def _code(step: _Step, text: str) -> str | None:
-    """What stands for a step before: the code that is given, or the model's."""
+    """Returns the code of an earlier step: the given code, or the model's."""
     return step.gold if step.given else code_of(text, step.definition)
 
 
@@ -223,16 +232,18 @@ def _steps(row: Mapping[str, Any], given: Mapping[str, str]) -> list[tuple[str, 
             for number, step in enumerate(row["sub_steps"])
         ]
     except (KeyError, TypeError) as why:
-        raise UsageError(f"problem {row.get('problem_id')!r} is none of SciCode: {why} is missing") from why
+        raise UsageError(
+            f"problem {row.get('problem_id')!r} is not a SciCode problem: {why} is missing"
+        ) from why
 
 
 def _step(row: Mapping[str, Any], step: Mapping[str, Any], number: int, given: Mapping[str, str]) -> _Step:
     id_ = str(step["step_number"])
     gold = step.get("ground_truth_code") or given.get(id_)
-    if id_ in _GIVEN and not gold:  # asking it, or leaving it out, would make those after it fail unseen
+    if id_ in _GIVEN and not gold:  # asking or omitting it would make later steps fail silently
         raise UsageError(
-            f"step {id_} of SciCode is given to the model, and its code is missing",
-            f"put {id_}.txt beside the problems: it is in eval/data of github.com/scicode-bench/SciCode",
+            f"step {id_} of SciCode is given to the model, but its code is missing",
+            f"put {id_}.txt beside the problems, from eval/data of github.com/scicode-bench/SciCode",
         )
     background = str(step["step_background"] or "").strip()
     text = str(step["step_description_prompt"]).strip() + (f"\n\n{background}" if background else "")

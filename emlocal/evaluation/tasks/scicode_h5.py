@@ -1,15 +1,15 @@
 """SciCode's official targets, test_data.h5, in the layout of the official repository (scicode-bench/SciCode).
 
-A group STEP/testN for each test holds var1, var2, …: one of them is the test's target, several are the tuple
-that it is. A value is
+Each test has a group STEP/testN with var1, var2, …: a single one is the test's target; several form a tuple.
+A value is one of:
 
 - a dataset: a number, an array or a text
-- a group of a group `list`: a list, whose items are var1, var2, …
-- a group of a group `sparse_matrix`: `data`, `shape`, and `row`, `col` (COO), or `indices`, `indptr` (CSR),
-  with `blocksize` BSR
-- any other group: a dict; a name that is a number stands for it
+- a group that holds a group `list`: a list with the items var1, var2, …
+- a group that holds a group `sparse_matrix`: `data` and `shape`, with `row` and `col` (COO) or `indices` and
+  `indptr` (CSR), and with `blocksize` also (BSR)
+- any other group: a dict; names that are numbers become numbers
 
-The file has about 1 GB: a step's targets are read when they are needed, and nothing is kept.
+The file has about 1 GB. A step's targets are read when they are needed, and nothing is kept.
 """
 
 import base64
@@ -23,17 +23,17 @@ from typing import Any
 
 from emlocal.errors import EmlocalError, UsageError
 
-_HINT = "give the official test_data.h5 with --targets"
+_HINT = "add the official test_data.h5 with --targets"
 
 
 class TargetFile:
     """The official targets. The file is open only while it is read."""
 
     def __init__(self, path: Path) -> None:
-        """Reads all of it once, for its hash: a second or two.
+        """Reads the whole file once for its hash, in a second or two.
 
-        Raises UsageError for a file that is missing, cannot be read or is not HDF5; EmlocalError without
-        h5py.
+        Raises UsageError for a file that is missing, cannot be read or is not HDF5. Raises EmlocalError
+        without h5py.
         """
         if find_spec("h5py") is None:
             raise EmlocalError("--targets reads HDF5, which needs the package h5py", "pip install h5py")
@@ -51,19 +51,19 @@ class TargetFile:
         """Name and SHA-256 of the file."""
 
     def check(self, steps: Mapping[str, int]) -> None:
-        """Raise UsageError where targets are missing. `steps`: how many tests each step has."""
+        """Raises UsageError if targets are missing. `steps`: the number of tests of each step."""
         import h5py
 
         with self._opened() as file:
             for step, tests in steps.items():
                 for name in (_group(step, test) for test in range(1, tests + 1)):
                     if not isinstance(file.get(name), h5py.Group):
-                        raise UsageError(f"{self._path} has no targets {name} of SciCode", _HINT)
+                        raise UsageError(f"{self._path} lacks the targets {name} of SciCode", _HINT)
 
     def packed(self, step: str, tests: int) -> str:
-        """The targets of a step's tests, a list: pickled, in base64.
+        """Returns the list of targets of a step's tests, pickled, in base64.
 
-        Raises UsageError for what cannot be read.
+        Raises UsageError for targets that cannot be read.
         """
         with self._opened() as file:
             try:
@@ -78,7 +78,7 @@ class TargetFile:
 
         try:
             file = h5py.File(self._path, "r")
-        except OSError as why:  # some of its texts have several lines
+        except OSError as why:  # some of h5py's messages have several lines
             said = " ".join(str(why).split())
             raise UsageError(f"{self._path} cannot be read as HDF5: {said}", _HINT) from why
         with file:
@@ -111,7 +111,10 @@ def _value(node: Any) -> Any:
 
 
 def _in_order(group: Any) -> list[str]:
-    """var1, var2, … var10: by number. HDF5 has them by name, and the official code takes them so."""
+    """Sorts var1, var2, … var10 by number.
+
+    HDF5 sorts them by name, and the official code keeps that order.
+    """
 
     def place(name: str) -> tuple[int, str]:
         number = name.removeprefix("var")
@@ -121,7 +124,7 @@ def _in_order(group: Any) -> list[str]:
 
 
 def _key(name: str, value: Any) -> str | float:
-    """The dict's key. Names of texts, dicts and sparse matrices stay names, as in the official code."""
+    """Returns a dict's key. Names of texts, dicts and sparse matrices stay text, as in the official code."""
     if isinstance(value, str | list | dict) or "sparse" in type(value).__module__:
         return name
     try:
@@ -140,6 +143,6 @@ def _sparse(group: Any) -> Any:
     compressed = (data, part["indices"], part["indptr"])
     if "blocksize" in part:
         return sparse.bsr_matrix(compressed, shape=shape, blocksize=tuple(map(int, part["blocksize"])))
-    # CSC is written like CSR; official code takes either for CSR, which fits only where rows are as many
+    # CSC is stored like CSR. The official code reads both as CSR, which works only for square matrices.
     made = sparse.csr_matrix if len(part["indptr"]) == shape[0] + 1 else sparse.csc_matrix
     return made(compressed, shape=shape)

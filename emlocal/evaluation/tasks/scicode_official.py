@@ -1,10 +1,10 @@
-"""SciCode's tests with its official targets, compared as its repository (scicode-bench/SciCode) does.
+"""SciCode's tests with official targets, compared as in its repository (scicode-bench/SciCode).
 
-Dicts are compared by key, sympy's symbols by their names (the file of targets holds texts), sparse matrices
-as dense ones, everything else with np.allclose. Where the official code fails on lists of several lengths or
-of texts, these are compared item by item.
+Dicts are compared by key, sympy's symbols by name (the file of targets holds texts), sparse matrices as dense
+ones, and everything else with np.allclose. The official code fails on lists of unequal lengths and on lists
+of texts; these are compared item by item here.
 
-This file's text goes into the sandbox in front of a program: it stands by itself.
+The text of this file goes into the sandbox before a program, so it imports nothing of emlocal.
 """
 
 import base64
@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 Names = dict[str, Any]
-RELATIVE, ABSOLUTE = 1e-5, 1e-8  # np.allclose's own
+RELATIVE, ABSOLUTE = 1e-5, 1e-8  # defaults of np.allclose
 
 
 def unpacked(packed: str) -> list[Any]:
-    """A step's targets, one a test, from what `TargetFile.packed` wrote."""
-    targets: list[Any] = pickle.loads(base64.b64decode(packed))  # emlocal wrote it
+    """Returns a step's targets, one for each test, from the text that `TargetFile.packed` returned."""
+    targets: list[Any] = pickle.loads(base64.b64decode(packed))  # emlocal wrote this text
     return targets
 
 
 def close(a: Any, b: Any) -> bool:
-    """Whether what the code gave agrees with the target."""
+    """Whether the value that the code computed agrees with the target."""
     if isinstance(b, str) and type(a).__module__.startswith("sympy."):
         a = str(a)
     if isinstance(a, dict):
@@ -37,7 +37,7 @@ def close(a: Any, b: Any) -> bool:
     a, b = _dense(a), _dense(b)
     try:
         return bool(np.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE))
-    except (ValueError, TypeError):  # lengths differ, or there are texts or dicts among the items
+    except (ValueError, TypeError):  # lengths differ, or some items are texts or dicts
         if isinstance(a, tuple | list) and isinstance(b, tuple | list):
             return items_close(a, b)
         return bool(a == b)
@@ -49,7 +49,7 @@ def items_close(a: Any, b: Any) -> bool:
 
 
 def dicts_close(a: Any, b: Any) -> bool:
-    """Whether two dicts have the same keys, symbols by their names, and values that agree."""
+    """Whether two dicts have the same keys, with symbols by name, and values that agree."""
     a, b = ({_name(key): value for key, value in one.items()} for one in (a, b))
     return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
 
@@ -60,7 +60,7 @@ def matrices_close(a: Any, b: Any) -> bool:
 
 
 def provide_comparisons() -> None:
-    """The module that some tests import, with its names."""
+    """Creates the module that some tests import, with its names."""
     module = types.ModuleType("scicode.compare.cmp")
     vars(module).update(
         cmp_tuple_or_list=items_close, are_dicts_close=dicts_close, are_csc_matrix_close=matrices_close
@@ -71,10 +71,10 @@ def provide_comparisons() -> None:
 
 
 def run_code(code: str, tests: list[str], targets: list[Any]) -> None:
-    """Run an answer's code and a step's tests on its names. Raises what they raise.
+    """Runs an answer's code, then a step's tests on its names. Raises what they raise.
 
-    All is one script, as in the official protocol: later tests see names and random numbers as earlier ones
-    left them. Only its beginning is seeded, so that a verdict is the same each time.
+    All run as one script, as in the official protocol: a test sees the names and the random state that
+    earlier tests left. Only the start is seeded, so the verdict is the same each time.
     """
     random.seed(0)
     np.random.seed(0)

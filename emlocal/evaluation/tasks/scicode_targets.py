@@ -1,9 +1,9 @@
-"""SciCode's tests without its file of targets: the gold code says what each test's `target` is.
+"""SciCode's tests without its file of targets: the gold code computes each test's `target`.
 
-A test compares what the model's code gives with `target`: np.allclose(f(x), target), f(x)[0] with target[0],
+A test compares a value of the model's code with `target`: np.allclose(f(x), target), f(x)[0] with target[0],
 (f(x) < 1) == target. So the target is the other side of that comparison, computed with the gold code.
 
-This file's text goes into the sandbox in front of a program: it stands by itself.
+The text of this file goes into the sandbox before a program, so it imports nothing of emlocal.
 """
 
 import ast
@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 Names = dict[str, Any]
-RELATIVE, ABSOLUTE = 1e-5, 1e-8  # np.allclose's own
+RELATIVE, ABSOLUTE = 1e-5, 1e-8  # defaults of np.allclose
 
 
 def close(a: Any, b: Any) -> bool:
-    """Whether nested tuples, lists, dicts, sparse matrices and arrays agree as np.allclose has it."""
+    """Whether two nested values agree within np.allclose's tolerances.
+
+    They may be tuples, lists, dicts, sparse matrices and arrays.
+    """
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
     if isinstance(a, tuple | list):
@@ -32,7 +35,7 @@ def close(a: Any, b: Any) -> bool:
 
 
 def provide_comparisons() -> None:
-    """The module that some tests import, with its names."""
+    """Creates the module that some tests import, with its names."""
     module = types.ModuleType("scicode.compare.cmp")
     for name in ("cmp_tuple_or_list", "are_dicts_close", "are_csc_matrix_close"):
         vars(module)[name] = close
@@ -42,9 +45,9 @@ def provide_comparisons() -> None:
 
 
 def run_tests(tests: list[str], gold: Names, answer: Names) -> None:
-    """Run a step's tests on the answer's names, with the targets of the gold ones. Raises what a test raises.
+    """Runs a step's tests on the answer's names, with targets from the gold names. Raises what a test raises.
 
-    Later tests use names that earlier ones have set, as in one script.
+    Later tests use names that earlier ones set, as in one script.
     """
     for test in tests:
         tree = ast.parse(test)
@@ -55,7 +58,7 @@ def run_tests(tests: list[str], gold: Names, answer: Names) -> None:
 
 
 def target_of(test: ast.Module, gold: Names) -> Any:
-    """What the test is to be held against; the names that it sets are set in `gold`.
+    """Computes a test's target. The names that the test sets are set in `gold`.
 
     Raises ValueError for a test of another form.
     """
@@ -72,7 +75,7 @@ def target_of(test: ast.Module, gold: Names) -> Any:
 
 
 def _other_side(expression: ast.expr, gold: Names) -> Any:
-    """The value of what stands beside `target`; beside `target[i]`, a dict of these by i."""
+    """Returns the value compared with `target`; for comparisons with `target[i]`, a dict of these by i."""
     parts: dict[Any, Any] = {}
     for node in ast.walk(expression):
         sides: list[ast.expr] = []
@@ -106,6 +109,6 @@ def _is_target(node: ast.AST) -> bool:
 
 
 def _seed() -> None:
-    """Both sides see the same random numbers, where code draws some."""
+    """Seeds both generators, so that gold code and answer draw the same random numbers."""
     random.seed(0)
     np.random.seed(0)

@@ -1,4 +1,4 @@
-"""What a task is, and the rows that its problems come from: of .jsonl, .json, either with .gz, or the hub."""
+"""What a task is, and the rows of its problems: from question files or the hub."""
 
 import gzip
 import hashlib
@@ -10,42 +10,42 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, BinaryIO, ClassVar, Literal, Self, cast
 
 from emlocal.errors import EmlocalError, UsageError
 from emlocal.models.hub import hub_rows
+from emlocal.questions.files import FORMS, LARGEST, NUMBERED, Form, form_of, is_by_lines, reading, whole
+from emlocal.questions.files import rows as rows_of
 
 Row = Mapping[str, Any]
-_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_LARGEST = 256 << 20
-"""Bytes of a file of problems, unpacked. It is held in memory, about three times; the sets here have 4 MB."""
 
 
 class Rows(list[Row]):
-    """Rows with their names, and where they come from."""
+    """Rows with their names and their source."""
 
     def __init__(
         self, rows: Sequence[Row], source: str, digest: str | None = None, lines: Sequence[int] | None = None
     ) -> None:
-        """`digest`: the SHA-256 of the file, in hexadecimal; None: the source says it all.
+        """Names the rows.
 
-        `lines`: where each row stands in the file, from 1; None where it has no lines.
+        `digest`: the SHA-256 of the file, in hexadecimal; None if the source alone identifies the rows.
+        `lines`: each row's line in the file, from 1; None if the file has no lines.
         """
         super().__init__(rows)
         self._lines = lines
         self.source = source if digest is None else f"{source}, sha256 {digest}"
-        """For people: the file's name and digest; of the hub's the name."""
+        """Source for people: the file's name and digest, or the name on the hub."""
         self.identity = digest or source
-        """What is the same where the rows are."""
+        """Text that is equal for equal rows."""
         self.ids = ids(rows)
 
     def where(self, index: int) -> str:
-        """Which row this is, for a message: "problem 2 (line 3)"."""
+        """Names a row for a message: "problem 2 (line 3)"."""
         name = f"problem {index + 1:,}"
         return name if self._lines is None else f"{name} (line {self._lines[index]:,})"
 
     def first(self, limit: int | None) -> Self:
-        """The first rows, under the names that they have among all."""
+        """Keeps the first rows, with the names that they have among all."""
         if limit is not None:
             self.ids = self.ids[:limit]
             del self[limit:]
@@ -53,63 +53,68 @@ class Rows(list[Row]):
 
 
 def read_rows(path: Path) -> Rows:
-    """The objects of a file.
+    """Reads the objects of a file.
 
-    Raises UsageError for a file that is missing, empty, larger than 256 MiB, or holds something else.
+    Raises UsageError for a file that is missing, empty, larger than 256 MiB, or of another form.
     """
     try:
         raw = _read(path)
     except FileNotFoundError:
-        raise UsageError(f"there is no file {path}", "give a .jsonl or .json file with --data") from None
+        raise UsageError(
+            f"there is no file {path}", "name a .jsonl, .json or .csv file with --data"
+        ) from None
     except OSError as why:
         raise EmlocalError(f"cannot read {path}: {why.strerror or why}") from why
-    names = path.with_suffix("") if path.suffix == ".gz" else path
-    if names.suffix not in _SUFFIXES:
-        raise UsageError(f"{path} is neither JSONL nor JSON", f"its name must end in {', '.join(_SUFFIXES)}")
-    try:
-        text = (_unpacked(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-        numbered = None if names.suffix == ".json" else _lines(text)
-        rows = _listed(json.loads(text)) if numbered is None else list(numbered.values())
-    except (ValueError, EOFError, OSError, RecursionError) as why:
-        raise UsageError(f"{path} cannot be read: {why}") from why
+    form = form_of(path)
+    if form is None:
+        raise UsageError(
+            f"{path} is not a question file",
+            f"rename it to end in {', '.join(f'.{each}' for each in FORMS)}, or .gz",
+        )
+    with reading(str(path)):
+        rows, lines = _parsed(raw, form)
     if not rows:
-        raise UsageError(f"{path} holds no problems")
+        raise UsageError(f"{path} has no problems")
     for number, row in enumerate(rows, 1):
         if not _is_unicode(row):
-            raise UsageError(f"problem {number:,} of {path} holds half a surrogate pair, which is no text")
-    lines = None if numbered is None else list(numbered)
+            raise UsageError(f"problem {number:,} of {path} has half of a surrogate pair, which is not text")
     return Rows(rows, path.name, hashlib.sha256(raw).hexdigest(), lines)
 
 
 def _read(path: Path) -> bytes:
-    """What is in a file. Raises UsageError for a pipe, a device or a folder, and for too large a file."""
+    """Reads a file. Raises UsageError for a pipe, a device or a folder, and for a file that is too large."""
     path = path.expanduser()
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe that nobody writes to would be waited for
-        raise UsageError(f"{path} is not a regular file", "give a .jsonl or .json file with --data")
-    if status.st_size > _LARGEST:
-        raise UsageError(f"{path} has more than {_LARGEST >> 20} MiB", "split it into several files")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe that nobody writes to would block
+        raise UsageError(f"{path} is not a regular file", "name a .jsonl, .json or .csv file with --data")
+    if status.st_size > LARGEST:
+        raise UsageError(f"{path} has more than {LARGEST >> 20} MiB", "split it into several files")
     return path.read_bytes()
 
 
-def _unpacked(raw: bytes) -> bytes:
-    """Raises ValueError where it unpacks to too much; nothing of it is kept until that is known."""
-    size = 0
-    with gzip.open(io.BytesIO(raw)) as file:
-        while chunk := file.read(1 << 20):
-            size += len(chunk)
-            if size > _LARGEST:
-                raise ValueError(f"it unpacks to more than {_LARGEST >> 20} MiB")
-    return gzip.decompress(raw)
+def _parsed(raw: bytes, form: Form) -> tuple[list[Row], list[int] | None]:
+    """Returns the rows and their lines, if the file has lines. Raises ValueError."""
+    content = whole(cast(BinaryIO, gzip.GzipFile(fileobj=io.BytesIO(raw)))) if raw[:2] == b"\x1f\x8b" else raw
+    if is_by_lines(io.BytesIO(content), form):
+        numbered = _lines(content.decode("utf-8-sig"))
+        return list(numbered.values()), list(numbered)
+    found = list(rows_of(io.BytesIO(content), form))
+    if not all(isinstance(value, dict) for _, value in found):
+        raise ValueError("it is not a list of JSON objects")
+    by_line = NUMBERED[form] == "line"
+    return [value for _, value in found], [number for number, _ in found] if by_line else None
 
 
 def hub(name: str, split: str, limit: int | None, config: str | None = None) -> Rows:
-    """The first rows of a dataset of the hub. Raises EmlocalError as `hub_rows` does."""
+    """Returns the first rows of a dataset on the hub. Raises EmlocalError as `hub_rows` does."""
     return Rows(hub_rows(name, split, limit, config), f"{name}:{split} of the hub")
 
 
 def _is_unicode(row: Row) -> bool:
-    """JSON can write what is no Unicode text, "\\ud800"; no tokenizer, file or page takes it."""
+    """Whether all texts are Unicode.
+
+    JSON can express half a surrogate pair, "\\ud800"; tokenizers and files cannot.
+    """
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -118,7 +123,7 @@ def _is_unicode(row: Row) -> bool:
 
 
 def _lines(text: str) -> dict[int, Row]:
-    """The rows by the numbers of their lines, from 1; empty lines are passed over."""
+    """Parses the rows, by line number from 1; skips empty lines."""
     rows: dict[int, Row] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -127,33 +132,21 @@ def _lines(text: str) -> dict[int, Row]:
             except json.JSONDecodeError as why:
                 raise ValueError(f"line {number:,}, character {why.pos + 1:,}: {why.msg}") from why
             if not isinstance(value, dict):
-                raise ValueError(f"line {number:,} is no JSON object")
+                raise ValueError(f"line {number:,} is not a JSON object")
             rows[number] = value
     return rows
 
 
-def _listed(value: Any) -> list[Row]:
-    """A list of objects; or, as some write tables, an object of columns: {row: value}, or lists."""
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    if isinstance(value, dict) and value and all(isinstance(column, dict) for column in value.values()):
-        keys = list(next(iter(value.values())))
-        return [{name: column.get(key) for name, column in value.items()} for key in keys]
-    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        return value
-    raise ValueError("it is no list of JSON objects")
-
-
 def text_of(row: Row, names: Sequence[str]) -> str | None:
-    """The first of these fields that has a text or a number in it, stripped; a list's texts with commas.
+    """Returns the first of these fields with a text or number, stripped; joins a list's texts with commas.
 
-    Raises ValueError for a field with a number that is not finite, or a list of other things than texts.
+    Raises ValueError for a number that is not finite, or a list with other items than texts.
     """
     for name in names:
         value = row.get(name)
         if isinstance(value, list):
             if not all(isinstance(part, str) for part in value):
-                raise ValueError(f"{name!r} is a list of other things than texts")
+                raise ValueError(f"{name!r} is a list whose items are not all texts")
             value = ", ".join(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name!r} is {value}: it must be a finite number")
@@ -163,7 +156,7 @@ def text_of(row: Row, names: Sequence[str]) -> str | None:
 
 
 def ids(rows: Sequence[Row]) -> list[str]:
-    """A name for each row: its own where all have one and none twice, else their numbers from 1."""
+    """Names the rows: by their own ids if all have one and they differ, otherwise by number from 1."""
     for field in ("id", "unique_id", "task_id", "question_id"):
         own = [row.get(field) for row in rows]
         if all(isinstance(name, str | int) for name in own) and len({str(name) for name in own}) == len(own):
@@ -172,7 +165,7 @@ def ids(rows: Sequence[Row]) -> list[str]:
 
 
 Mark = Literal["right", "wrong", "no answer"]
-"""`no answer`: nothing in the text has the form of one. It counts as wrong, and is counted apart."""
+"""`no answer`: the text contains no answer. It counts as wrong, and is also counted separately."""
 
 
 @dataclass(frozen=True)
@@ -180,22 +173,22 @@ class Problem:
     """One question."""
 
     id: str
-    """Unique in its task; it also names the question's random draws."""
+    """Unique in its task; it also determines the question's random draws."""
     question: str
-    """As the model is asked, in full or up to what earlier answers add to it."""
+    """The question as the model gets it, apart from any earlier answers."""
     answer: str
-    """The right answer, as it is shown and as verdicts know it: a gold answer, or tests."""
+    """The right answer, for display and in verdicts: a gold answer, or tests."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth."""
+    """The judgement of an answer."""
 
     mark: Mark
     answer: str | None = None
-    """What was found in the text and judged."""
+    """The answer that was found in the text and judged."""
     detail: str = ""
-    """How it was found, or what its tests said."""
+    """How the answer was found, or what its tests reported."""
 
     @property
     def right(self) -> bool:
@@ -206,54 +199,54 @@ class Task(ABC):
     """Problems of one kind."""
 
     runs_code: ClassVar[bool] = False
-    """Judging runs what the model wrote."""
+    """Whether judging runs code that the model wrote."""
     votes: ClassVar[bool] = True
-    """Answers of several samples can be compared, so that they can vote."""
+    """Whether answers of several samples can be compared, so that they can vote."""
 
     def __init__(self, name: str, problems: Sequence[Problem], rows: Rows) -> None:
-        """`rows`: what the problems were made of."""
+        """`rows`: the rows that the problems were made from."""
         self.name = name
         self.problems = problems
         self.source = rows.source
-        """Where the problems come from, and their digest, for people."""
+        """Source and digest of the problems, for people."""
         self.identity = rows.identity
-        """The same where the problems are."""
+        """Text that is equal for equal problems."""
         self.system: str | None = None
-        """What the model is told beforehand, whoever asks."""
+        """The task's system message."""
 
     def stages(self) -> Sequence[Sequence[Problem]]:
-        """The problems in groups, each of which may build on answers to those before it."""
+        """Returns the problems in groups; a group may build on the answers to earlier ones."""
         return [self.problems]
 
     def ask(self, problem: Problem, earlier: Mapping[str, str]) -> str:
-        """What the user says. `earlier`: by problem id, the texts answered in the stages before."""
+        """Returns the user's message. `earlier`: by problem id, the answers of earlier stages."""
         return problem.question
 
     def whole(self, problem: Problem) -> str:
-        """The id of what the problem is a part of: itself, unless problems come in steps."""
+        """Returns the id of the whole problem: the problem's own, unless problems have steps."""
         return problem.id
 
     def title(self, problem: Problem) -> str:
-        """What tells the problem from the others, its beginning first."""
+        """Returns a text that tells the problem from the others, its distinctive part first."""
         return problem.question
 
     @abstractmethod
     def find(self, problem: Problem, text: str, earlier: Mapping[str, str]) -> tuple[str, str] | None:
-        """What is to be judged in a model's text, and how it was found; None where nothing is."""
+        """Finds the answer to judge in a model's text; returns it and how it was found, or None."""
 
     @abstractmethod
     def check(self, problem: Problem, found: str) -> tuple[bool, str]:
-        """Whether what was found is right, and what there is to say of it."""
+        """Whether the answer is right, with a remark."""
 
     @property
     @abstractmethod
     def judge(self) -> str:
-        """What verdicts depend on besides problem and answer: the judge's version, limits."""
+        """Identifies what verdicts depend on besides problem and answer: the judge's version and limits."""
 
     def close(self) -> None:  # noqa: B027 (few tasks hold anything)
-        """Free what judging holds."""
+        """Releases the judge's resources."""
 
     def digest(self, problem: Problem, found: str) -> str:
-        """The name of a verdict: the same for the same answer to the same problem by the same judge."""
+        """Returns a verdict's key: equal for the same answer to the same problem by the same judge."""
         text = "\0".join((self.judge, problem.answer, found))
         return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""LoRA adapters, by their path, whatever the format: told apart, read, checked and handed to an engine.
+"""LoRA adapters of any format: recognised by path, read, checked and passed to an engine.
 
-`folders` and `gguf_lora` read and write the formats, `adapter` is one in memory, `merge` adds one to a
-model's weights, `origin` tells what it was trained on.
+`folders` and `gguf_lora` read and write the formats, `adapter` is an adapter in memory, `merge` adds one to a
+model's weights, `origin` tells which model it was trained on.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar
 
-from emlocal.errors import ModelError
+from emlocal.errors import ModelError, WrongNameError
 from emlocal.files import open_regular
 from emlocal.models.adapters.adapter import Adapter, check_fits
 from emlocal.models.adapters.folders import (
@@ -29,15 +29,15 @@ _Found = TypeVar("_Found")
 
 
 def format_of(path: Path) -> Format:
-    """Which format a file or folder is; a folder with both PEFT's and MLX's weights is PEFT's.
+    """Returns the format of a file or folder. A folder with both PEFT's and MLX's weights counts as PEFT's.
 
-    Raises ModelError where it is none.
+    Raises ModelError if it is not an adapter.
     """
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".pth", ".npz", ".safetensors"):
-            raise ModelError(f"{path} is not an adapter by itself", f"give its folder: {path.parent}")
+            raise WrongNameError(f"{path} is one file of an adapter", f"name its folder: {path.parent}")
         if path.suffix != ".gguf" and not _begins_like_gguf(path):
-            raise ModelError(f"{path} is no adapter", "give a PEFT or MLX folder, or a GGUF file")
+            raise WrongNameError(f"{path} is not an adapter", "name a PEFT or MLX folder, or a GGUF file")
         return "gguf"
     if not path.is_dir():
         there = (
@@ -45,7 +45,7 @@ def format_of(path: Path) -> Format:
             if path.exists()
             else f"there is no adapter {path}"
         )
-        raise ModelError(there, "give a PEFT or MLX folder, or a GGUF file")
+        raise WrongNameError(there, "name a PEFT or MLX folder, or a GGUF file")
     return _settled(path, _folder_format)
 
 
@@ -63,19 +63,19 @@ def _folder_format(folder: Path) -> Literal["peft", "mlx"]:
     if (folder / MLX_WEIGHTS).exists():
         return "mlx"
     check_no_pickle(folder)
-    raise ModelError(
-        f"{folder} is no adapter: it has neither {PEFT_WEIGHTS} (PEFT) nor {MLX_WEIGHTS} (MLX)",
-        "give a PEFT or MLX folder, or a GGUF file",
+    raise WrongNameError(
+        f"{folder} is not an adapter: it has neither {PEFT_WEIGHTS} (PEFT) nor {MLX_WEIGHTS} (MLX)",
+        "name a PEFT or MLX folder, or a GGUF file",
     )
 
 
 def read_adapter(path: Path, base: GGUFHeader | None = None) -> Adapter:
-    """Read and check an adapter. Nothing is unpickled, and no code in it is run.
+    """Reads and checks an adapter. Nothing is unpickled, and no code in it is run.
 
-    With `base`, adapters of all formats must fit it. Without, GGUF files whose rows have an order of their
+    With `base`, adapters of all formats must fit it. Without it, GGUF files whose rows have an order of their
     own (Q and K of the Llama family) are refused.
 
-    Raises ModelError, in one line, for whatever is wrong with it.
+    Raises ModelError, in one line, for any fault.
     """
     if format_of(path) == "gguf":
         return read_gguf(path, base)
@@ -90,7 +90,7 @@ def _read_folder(folder: Path) -> Adapter:
 
 
 def _settled(folder: Path, look: Callable[[Path], _Found]) -> _Found:
-    """What `look` finds, or complains of, in a folder in whose place no other one was put meanwhile."""
+    """Returns the result of `look`, or raises its error, for a folder that nobody replaced meanwhile."""
     while True:
         before = _identity(folder)
         try:
@@ -109,21 +109,21 @@ def _identity(folder: Path) -> tuple[int, int]:
     try:
         status = folder.stat()
     except OSError as error:
-        raise ModelError(f"cannot read {folder}: {error.strerror}", "give an existing adapter") from error
+        raise ModelError(f"cannot read {folder}: {error.strerror}", "name an existing adapter") from error
     return status.st_ino, status.st_mtime_ns
 
 
 def in_memory(adapter: Adapter | Path, base: GGUFHeader | None = None) -> Adapter:
-    """An adapter that may have been read already. Raises ModelError as `read_adapter` does."""
+    """Returns an adapter, which may have been read already. Raises ModelError as `read_adapter` does."""
     return read_adapter(adapter, base) if isinstance(adapter, Path) else adapter
 
 
 @contextmanager
 def as_gguf(adapter: Adapter | Path, base: GGUFHeader) -> Iterator[Path]:
-    """An adapter of any format as a GGUF file that llama.cpp may load: checked against the model `base`.
+    """Yields an adapter of any format as a GGUF file for llama.cpp, checked against the model `base`.
 
-    A GGUF file is itself; others are converted into a private folder that goes when the block ends.
-    Raises ModelError as `read_adapter` does.
+    A GGUF file is used as it is; others are converted into a private folder that is removed when the block
+    ends. Raises ModelError as `read_adapter` does.
     """
     if isinstance(adapter, Path) and format_of(adapter) == "gguf":
         read_adapter_header(adapter, base)
@@ -137,7 +137,7 @@ def as_gguf(adapter: Adapter | Path, base: GGUFHeader) -> Iterator[Path]:
 
 
 def adapter_files(path: Path) -> tuple[Path, ...]:
-    """The files that an adapter consists of: weights first, then the configuration if there is one."""
+    """Returns an adapter's files: weights first, then the configuration if there is one."""
     kind = format_of(path)
     if kind == "gguf":
         return (path,)

@@ -1,6 +1,7 @@
-"""A LoRA adapter in memory, as every format and engine of emlocal understands it.
+"""A LoRA adapter in memory, in the form that every format and engine of emlocal uses.
 
-What every adapter must be, whatever file it comes from, and whether it fits a model.
+The module also has the checks that every adapter must pass, whatever its format, and the check whether it
+fits a model.
 """
 
 import re
@@ -17,7 +18,7 @@ from emlocal.models.gguf.header import shown
 
 @dataclass(frozen=True)
 class LoraPair:
-    """What is added to one linear layer y = W x: scale · B (A x). Source: Hu et al. 2021, eq. 3."""
+    """An addition to one linear layer y = W x: scale · B (A x). Source: Hu et al. 2021, eq. 3."""
 
     a: NDArray[np.float32]
     """A, float32 [rank, in]."""
@@ -36,29 +37,31 @@ class LoraPair:
 class Adapter:
     """LoRA pairs by the name that transformers gives the layer: "model.layers.0.self_attn.q_proj".
 
-    Rows of B are in transformers' order: for architectures whose Q and K rows GGUF permutes, readers and
+    Rows of B are in transformers' order. For architectures whose Q and K rows GGUF permutes, readers and
     writers of GGUF permute them.
     """
 
     pairs: Mapping[str, LoraPair]
     base_model: str = ""
-    """What the adapter says that it was trained on; "" where it says nothing."""
+    """The base model that the adapter names; "" if it names none."""
 
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _LONGEST_NAME = 200
 _LARGEST_SCALE = 1e6
 _LARGEST_WEIGHT = 1e9
-"""What training makes is below 100, and the largest scale may have been folded into it."""
+"""The largest weight allowed. Training stays below 100, but the largest scale may be folded into a weight."""
 
 
 def checked_pair(
     where: str, name: str, a: NDArray[np.float32], b: NDArray[np.float32], scale: float
 ) -> LoraPair:
-    """A pair of which nothing can go wrong later. A is [rank, in], B [out, rank]; `where` is the file.
+    """Returns a checked pair, which later steps can rely on.
 
-    Raises ModelError: `name` is no module's, shapes that are no pair, a rank of 0 or above 4,096, a scale
-    above a million, a weight that is infinite, above a billion, or not a number.
+    A is [rank, in], B [out, rank]; `where` is the file.
+
+    Raises ModelError if `name` is not a layer's, or if the shapes do not form a pair. It refuses a rank of 0
+    or above 4,096, a scale above a million, and a weight that is infinite, above a billion, or not a number.
     """
     if len(name) > _LONGEST_NAME or not _MODULE.fullmatch(name):
         raise unusable(where, f"{shown(name)} is not the name of a layer")
@@ -71,7 +74,7 @@ def checked_pair(
             where,
             f"A of {name} is {dims(a.shape)} and B {dims(b.shape)}; ranks are from 1 to {MAX_LORA_RANK:,}",
         )
-    if not abs(scale) <= _LARGEST_SCALE:  # NaN neither
+    if not abs(scale) <= _LARGEST_SCALE:  # false for NaN, too
         raise unusable(where, f"the scale of {name} is {scale:g}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise unusable(where, f"{name} has weights that are infinite or not a number")
@@ -82,23 +85,23 @@ def checked_pair(
 
 
 def folded(name: str, pair: LoraPair, scale: float) -> NDArray[np.float32]:
-    """B for a file that says `scale` (not 0) where this layer's own is another. Raises ModelError."""
+    """Returns B for a file with the scale `scale` (not 0), if this layer's own differs. Raises ModelError."""
     if pair.scale == scale:
         return pair.b
     with np.errstate(over="ignore"):
         b = (pair.b.astype(np.float64) * (pair.scale / scale)).astype(np.float32)
     if not np.isfinite(b).all():
         raise ModelError(
-            f"the scale of {name}, {pair.scale:g}, cannot be written beside the commonest, {scale:g}",
+            f"the scale of {name}, {pair.scale:g}, differs from the others', {scale:g}",
             "write the adapter as a PEFT folder",
         )
     return b
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
-    """Compare with the linear layers of a model, [out, in] by name; `base` is what to call it.
+    """Compares an adapter with the linear layers of a model, [out, in] by name; `base` is the model's name.
 
-    Raises ModelError where the adapter names a layer that is not there or has another shape.
+    Raises ModelError if the adapter names a layer that does not exist or has another shape.
     """
     for name, pair in adapter.pairs.items():
         found = (pair.b.shape[0], pair.a.shape[1])
@@ -113,14 +116,14 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: st
             )
 
 
-_OTHER_MODEL = "give the model that this adapter was trained on"
+_OTHER_MODEL = "use the model that this adapter was trained on"
 
 
-def unusable(where: str, what: str, hint: str = "get or train the adapter again") -> ModelError:
-    """The one form of a complaint about an adapter's files."""
+def unusable(where: str, what: str, hint: str = "fetch or train the adapter again") -> ModelError:
+    """Returns the error for a fault in an adapter's files; all of them have this form."""
     return ModelError(f"{where} is not a usable adapter: {what}", hint)
 
 
 def dims(shape: tuple[int, ...]) -> str:
-    """A shape as people read it: "64 × 32"."""
+    """Returns a shape as people read it: "64 × 32"."""
     return " × ".join(f"{d:,}" for d in shape) or "one number"

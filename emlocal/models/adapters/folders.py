@@ -1,10 +1,10 @@
 """Adapters as folders, PEFT's and MLX's: a configuration in JSON, and pairs in a safetensors file.
 
-PEFT's, adapter_config.json and adapter_model.safetensors, is emlocal's own form of an adapter on disk. Keys
-are `base_model.model.` + layer + `.lora_A.weight` [rank, in] or `.lora_B.weight` [out, rank], and a layer's
+PEFT's format, adapter_config.json and adapter_model.safetensors, is emlocal's own form of an adapter on disk.
+Keys are `base_model.model.` + layer + `.lora_A.weight` [rank, in] or `.lora_B.weight` [out, rank]. A layer's
 scale is alpha / rank, with `use_rslora` alpha / √rank. Source: peft/tuners/lora of peft 0.21.
 
-MLX's, adapter_config.json and adapters.safetensors, is as mlx-lm writes and loads it. Keys are layer +
+MLX's format, adapter_config.json and adapters.safetensors, is as mlx-lm writes and loads it. Keys are layer +
 `.lora_a` [in, rank] or `.lora_b` [rank, out]; y += scale · (x A) B, with one rank and one scale for all
 layers (`lora_parameters`). Source: mlx_lm/tuner/lora.py and utils.py of mlx-lm 0.32.
 """
@@ -33,18 +33,18 @@ from emlocal.models.safetensors import (
 
 CONFIG = "adapter_config.json"
 _MAX_CONFIG_BYTES = 10_000_000
+_SAVED_WHOLE = ("embed_tokens.", "lm_head.", "modules_to_save.")
+"""Parts of names of layers that are saved whole, without LoRA."""
 _OURS = {CONFIG, "adapter_model.safetensors", "adapters.safetensors", "README.md"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`. Raises ModelError where it is missing, huge or no table."""
+    """Returns the table in `adapter_config.json`. Raises ModelError if it is missing, huge or not a table."""
     path = folder / CONFIG
     try:
         config = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
     except OSError as error:
-        raise ModelError(
-            f"cannot read {path}: {error.strerror}", "an adapter is a folder with both"
-        ) from error
+        raise ModelError(f"cannot read {path}: {error.strerror}", "name a folder with both files") from error
     except (ValueError, RecursionError):
         raise unusable(str(folder), f"{CONFIG} is not JSON") from None
     if not isinstance(config, dict):
@@ -55,10 +55,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def halves(
     header: SafetensorsHeader, prefix: str, suffixes: tuple[str, str], known: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
-    """The tensors (A, B) of each layer, which are called `prefix` + layer + one of the `suffixes`.
+    """Returns the tensors (A, B) of each layer. Their names are `prefix` + layer + one of the `suffixes`.
 
-    `known` explains, by a part of their names, tensors of kinds that emlocal does not support.
-    Raises ModelError for those, for other names, for a half without the other, and where there is none.
+    `known` explains unsupported kinds of tensors, by a part of their names. Raises ModelError for those, for
+    other names, for a half without the other, and for a file without tensors.
     """
     where = header.path.parent.name
     layers: dict[str, dict[str, str]] = {}
@@ -68,8 +68,15 @@ def halves(
             raise unsupported(where, f"{why} ({shown(name)})")
     for name in header.tensors:
         suffix = next((s for s in suffixes if name.endswith(s)), None)
+        if suffix is None and any(part in name for part in _SAVED_WHOLE):
+            raise unusable(
+                where,
+                f"it has the model's own {shown(name)} beside LoRA"
+                " (PEFT saves it when the vocabulary was resized)",
+                "save it again with save_pretrained(…, save_embedding_layers=False)",
+            )
         if suffix is None or not name.startswith(prefix):
-            raise unusable(where, f"it has a tensor {shown(name)}, which is no half of a LoRA pair")
+            raise unusable(where, f"it has a tensor {shown(name)}, which is not half of a LoRA pair")
         layers.setdefault(name[len(prefix) : -len(suffix)], {})[suffix] = name
     for layer, found in layers.items():
         if len(found) < 2:
@@ -82,25 +89,26 @@ def halves(
 
 
 def unsupported(where: str, what: str) -> ModelError:
-    """For adapters that are sound, but of a kind that emlocal does not compute."""
+    """Returns the error for adapters that are sound, but of a kind that emlocal does not compute."""
     return ModelError(
-        f"{where} uses {what}, which emlocal does not support", "train or export it as plain LoRA"
+        f"{where} uses {what}, which emlocal does not support", "train it again or export it as plain LoRA"
     )
 
 
 def write_folder(
     folder: Path, config: Mapping[str, Any], file: str, tensors: dict[str, NDArray[np.float32]], replace: bool
 ) -> None:
-    """Write both files at once: whoever looks sees the whole adapter or none.
+    """Writes both files at once: a reader sees the whole adapter or none.
 
-    Raises UsageError where `replace` would remove anything but an adapter, EmlocalError where nothing can
-    be written.
+    Raises UsageError if `replace` would remove anything but an adapter, EmlocalError if nothing can be
+    written.
     """
     if replace and folder.is_dir():
         foreign = sorted(p.name for p in folder.iterdir() if p.name not in _OURS)
         if foreign:
             raise UsageError(
-                f"{folder} has more in it than an adapter ({shown(foreign[0])}) and is not replaced",
+                f"{folder} has other files than an adapter's ({shown(foreign[0])}), so --force does"
+                " not replace it",
                 "choose another name, or remove the folder first",
             )
     with atomic_folder(folder, replace=replace) as temporary:
@@ -115,9 +123,9 @@ _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
 def read_mlx(folder: Path) -> Adapter:
-    """Read an MLX folder.
+    """Reads an MLX folder.
 
-    Raises ModelError for what is missing, broken, or another kind of fine-tuning (DoRA, full, LoRA on
+    Raises ModelError for missing or broken files, and for another kind of fine-tuning (DoRA, full, LoRA on
     embeddings or experts).
     """
     where = folder.name
@@ -141,13 +149,13 @@ def read_mlx(folder: Path) -> Adapter:
 
 
 def write_mlx(adapter: Adapter, folder: Path, *, replace: bool = False) -> None:
-    """Write an MLX folder, float32, whole or not at all.
+    """Writes an MLX folder, float32, whole or not at all.
 
     MLX has one rank and one scale for all layers. The highest rank and the commonest scale are used: lower
-    ranks are filled up with zeros, other scales are multiplied into B.
+    ranks are padded with zeros, other scales are multiplied into B.
 
-    Raises UsageError or EmlocalError where the folder exists (`replace`: is no adapter) or cannot be
-    written, ModelError for scales so far apart that B overflows.
+    Raises UsageError or EmlocalError if the folder exists (with `replace`: if it is not an adapter) or cannot
+    be written, ModelError for scales so far apart that B overflows.
     """
     rank = max(pair.rank for pair in adapter.pairs.values())
     scale = Counter(pair.scale for pair in adapter.pairs.values() if pair.scale).most_common(1)
@@ -162,7 +170,7 @@ def write_mlx(adapter: Adapter, folder: Path, *, replace: bool = False) -> None:
     config = {
         **({"model": adapter.base_model} if adapter.base_model else {}),
         "fine_tune_type": "lora",
-        "num_layers": -1,  # all; a layer without tensors in the file is left as it is
+        "num_layers": -1,  # all; a layer without tensors in the file stays unchanged
         "lora_parameters": {"rank": rank, "scale": common, "dropout": 0.0, "keys": sorted(keys)},
     }
     write_folder(folder, config, MLX_WEIGHTS, tensors, replace)
@@ -189,17 +197,17 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "use_dora": "DoRA",
 }
-"""Fields of the configuration that change what is computed, wherever they are set."""
+"""Fields of the configuration that change the computation, wherever they are set."""
 _VARIANT = re.compile(r"use_(?!rslora$)\w+|(monteclora|velora|arrow|kasa)_config")
-"""Fields of variants that peft 0.21 has or a later one may have."""
+"""Fields of variants that peft 0.21 has or a later version may have."""
 _CHANGES_BASE = re.compile(r"pissa.*|olora|loftq|corda|lora_ga|mica")
-"""`init_lora_weights` that change the base model's weights too, or make it no plain LoRA."""
+"""Values of `init_lora_weights` that change the base model's weights too, or are not plain LoRA."""
 
 
 def read_peft(folder: Path) -> Adapter:
-    """Read a PEFT folder.
+    """Reads a PEFT folder.
 
-    Raises ModelError for what is missing, broken, or other than plain LoRA on linear layers.
+    Raises ModelError for missing or broken files, and for anything but plain LoRA on linear layers.
     """
     where = folder.name
     config = read_config(folder)
@@ -221,12 +229,13 @@ def read_peft(folder: Path) -> Adapter:
 
 
 def write_peft(adapter: Adapter, folder: Path, *, replace: bool = False) -> None:
-    """Write a PEFT folder, float32, whole or not at all.
+    """Writes a PEFT folder, float32, whole or not at all.
 
-    The commonest rank and alpha are the folder's own, others are listed by layer. rsLoRA's scales are
-    written as the plain alphas that they amount to, so that readers without rsLoRA understand them.
+    The commonest rank and alpha become the folder's own; others are listed by layer. rsLoRA's scales are
+    written as the equal plain alphas, so that readers without rsLoRA understand them.
 
-    Raises UsageError or EmlocalError where the folder exists (`replace`: is no adapter) or cannot be written.
+    Raises UsageError or EmlocalError if the folder exists (with `replace`: if it is not an adapter) or cannot
+    be written.
     """
     ranks = {name: pair.rank for name, pair in adapter.pairs.items()}
     alphas = {name: _plain(pair.scale * pair.rank) for name, pair in adapter.pairs.items()}
@@ -280,17 +289,17 @@ def _number(where: str, table: Mapping[str, Any], key: str, default: float = 0) 
 
 
 def _pattern(where: str, config: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[str], float]]:
-    """`rank_pattern` or `alpha_pattern`: regular expressions on the ends of layers' names, and numbers."""
+    """Returns the numbers of `rank_pattern` or `alpha_pattern`, with patterns of layers' last names."""
     table = config.get(field) or {}
     if not isinstance(table, dict) or len(table) > 10_000:
-        raise unusable(where, f"{field} in {CONFIG} is no table of numbers by layer")
+        raise unusable(where, f"{field} in {CONFIG} is not a table of numbers by layer")
     return [(_compiled(where, field, key), _number(where, table, key)) for key in table]
 
 
 def _compiled(where: str, field: str, key: str) -> re.Pattern[str]:
-    """A pattern out of a file, as PEFT applies it (utils.get_pattern_key), if it can be matched at once.
+    """Returns a pattern from a file, as PEFT applies it (utils.get_pattern_key), if it is quick to match.
 
-    A stranger's regular expression can take forever: nothing repeats a group here, few things repeat at all.
+    An untrusted regular expression can take forever: here no group may repeat, and at most two things may.
     """
     tame = re.fullmatch(r"[\w.^$|()\\\[\]*+-]{1,200}", key, re.ASCII)
     if tame and not re.search(r"\)[*+]|\\\d", key) and len(re.findall(r"[*+]", key)) <= 2:
@@ -298,7 +307,7 @@ def _compiled(where: str, field: str, key: str) -> re.Pattern[str]:
             return re.compile(rf"(.*\.)?({key})$")
         except re.error:
             pass  # said below, like the others
-    raise unusable(where, f"{field} in {CONFIG} has the pattern {shown(key)}, which is not understood")
+    raise unusable(where, f"{field} in {CONFIG} has the pattern {shown(key)}, which is not a valid pattern")
 
 
 def _matching(patterns: list[tuple[re.Pattern[str], float]], name: str, default: float) -> float:
@@ -306,7 +315,7 @@ def _matching(patterns: list[tuple[re.Pattern[str], float]], name: str, default:
 
 
 def _plain(number: float) -> float:
-    """A whole number as an int, and 8.000000000000002 (rank times alpha / rank) as 8."""
+    """Returns a whole number as an int, and 8.000000000000002 (rank times alpha / rank) as 8."""
     rounded = round(number, 9)
     return int(rounded) if rounded == int(rounded) else number
 
@@ -316,7 +325,7 @@ def _commonest(values: Mapping[str, float]) -> float:
 
 
 def _targets(pairs: Mapping[str, LoraPair]) -> list[str]:
-    """`target_modules`: kinds of layers where every layer from 0 on has the same ones, else each by name.
+    """Returns `target_modules`: kinds of layers if every layer from 0 on has the same, otherwise all names.
 
     Both mean the same to PEFT; others, such as vLLM, only know kinds.
     """
@@ -333,11 +342,11 @@ def _targets(pairs: Mapping[str, LoraPair]) -> list[str]:
 
 
 def check_no_pickle(folder: Path) -> None:
-    """Raise ModelError for folders whose weights are only there as a pickle, which would run as code."""
+    """Raises ModelError for folders whose weights exist only as a pickle, which would run as code."""
     for name in ("adapter_model.bin", "adapter_model.pt", "adapters.npz"):
         if (folder / name).exists():
             raise ModelError(
-                f"the weights of {folder} are in {name}; emlocal reads only safetensors, for pickles can"
+                f"the weights of {folder} are in {name}; emlocal reads only safetensors, because pickles can"
                 " run code",
                 "save the adapter again with safe_serialization=True (PEFT) or a current mlx-lm",
             )

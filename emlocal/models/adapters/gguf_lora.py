@@ -1,13 +1,14 @@
 """A GGUF LoRA file, as llama.cpp's llama-adapter.cpp reads it.
 
-Tensors are `<tensor of the model>.lora_a` [rank, in] and `.lora_b` [out, rank] (as numpy sees them); one
-`adapter.lora.alpha` is for all, and a layer's scale is alpha / rank. An alpha of 0 or none means scale 1.
+Tensors are `<tensor of the model>.lora_a` [rank, in] and `.lora_b` [out, rank] (in numpy's order). One
+`adapter.lora.alpha` is for all layers, and a layer's scale is alpha / rank. An alpha of 0 or none means scale
+1.
 
-Layers have other names than in transformers, and Q's and K's rows another order: llama.cpp rotates
-neighbouring pairs of a head's values in models of the Llama family, transformers a value and the one half a
-head further on. So llama.cpp's converter reorders the rows of Q and K for that family, and an adapter's B has
-to follow. Sources: conversion/llama.py (`undo_permute`) and llama_model_rope_type of llama.cpp. An
-architecture that is in neither set below is refused: a guess would be garbage that loads.
+Layers have other names than in transformers, and Q's and K's rows another order. In models of the Llama
+family llama.cpp rotates neighbouring pairs of a head's values, transformers a value and the one half a head
+further on. So llama.cpp's converter reorders the rows of Q and K for that family, and an adapter's B must
+follow. Sources: conversion/llama.py (`undo_permute`) and llama_model_rope_type of llama.cpp. An architecture
+in neither set below is refused: a wrong guess would load and give garbage.
 """
 
 from collections import Counter
@@ -40,7 +41,7 @@ _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.dow
 
 
 def check_architecture(architecture: str) -> None:
-    """Raise ModelError unless emlocal knows how this architecture's matrices lie in GGUF."""
+    """Raises ModelError unless emlocal knows the order of this architecture's rows in GGUF."""
     if architecture not in PERMUTED | UNPERMUTED:
         raise _unknown(architecture)
 
@@ -49,13 +50,13 @@ def _unknown(architecture: str) -> ModelError:
     known = ", ".join(sorted(PERMUTED | UNPERMUTED))
     return ModelError(
         f"emlocal cannot translate adapters to or from GGUF for the architecture {shown(architecture)}",
-        f"known are {known}; for others use llama.cpp's convert_lora_to_gguf.py",
+        f"emlocal knows {known}; for others use llama.cpp's convert_lora_to_gguf.py",
     )
 
 
 @cache  # 10 ms and more, and training writes an adapter at each step
 def gguf_names(architecture: str, layers: int) -> Mapping[str, str]:
-    """GGUF's name of each linear layer by transformers' name: "blk.0.attn_q.weight".
+    """Returns GGUF's name of each linear layer by transformers' name: "blk.0.attn_q.weight".
 
     Raises ModelError for an architecture that is not known.
     """
@@ -73,7 +74,7 @@ def gguf_names(architecture: str, layers: int) -> Mapping[str, str]:
 
 
 def linear_shapes(base: GGUFHeader) -> dict[str, tuple[int, int]]:
-    """[out, in] of each linear layer that a GGUF model has, by transformers' name."""
+    """Returns [out, in] of each linear layer that a GGUF model has, by transformers' name."""
     there = base.tensors
     names = gguf_names(base.architecture, base.block_count)
     found = {name: there[stored].shape for name, stored in names.items() if stored in there}
@@ -81,7 +82,7 @@ def linear_shapes(base: GGUFHeader) -> dict[str, tuple[int, int]]:
 
 
 def to_gguf_rows(name: str, b: NDArray[np.float32], base: GGUFHeader) -> NDArray[np.float32]:
-    """B [out, rank] of a layer with its rows as GGUF has them. Raises ModelError: see `_heads`."""
+    """Returns B [out, rank] of a layer with its rows in GGUF's order. Raises ModelError: see `_heads`."""
     heads = _heads(name, b, base)
     if heads == 0:
         return b
@@ -90,7 +91,7 @@ def to_gguf_rows(name: str, b: NDArray[np.float32], base: GGUFHeader) -> NDArray
 
 
 def from_gguf_rows(name: str, b: NDArray[np.float32], base: GGUFHeader) -> NDArray[np.float32]:
-    """The inverse of `to_gguf_rows`."""
+    """Returns B with its rows in transformers' order: the inverse of `to_gguf_rows`."""
     heads = _heads(name, b, base)
     if heads == 0:
         return b
@@ -99,14 +100,14 @@ def from_gguf_rows(name: str, b: NDArray[np.float32], base: GGUFHeader) -> NDArr
 
 
 def is_permuted(name: str, architecture: str) -> bool:
-    """Whether the rows of this layer have another order in GGUF."""
+    """Returns whether the rows of this layer have another order in GGUF."""
     return architecture in PERMUTED and name.endswith((".q_proj", ".k_proj"))
 
 
 def _heads(name: str, b: NDArray[np.float32], base: GGUFHeader) -> int:
-    """Heads among whose rows to permute; 0: this layer's rows stay where they are.
+    """Returns the number of heads whose rows are permuted; 0 if this layer's rows keep their order.
 
-    Raises ModelError where the rows cannot be shared out among the model's heads.
+    Raises ModelError if the rows cannot be divided among the model's heads.
     """
     if not is_permuted(name, base.architecture):
         return 0
@@ -116,7 +117,7 @@ def _heads(name: str, b: NDArray[np.float32], base: GGUFHeader) -> int:
     if heads < 1 or b.shape[0] % (2 * heads):
         raise ModelError(
             f"the adapter does not fit {base.path.name}: {name} has {b.shape[0]:,} rows for {heads:,} heads",
-            "give the model that this adapter was trained on",
+            "use the model that this adapter was trained on",
         )
     return heads
 
@@ -127,10 +128,10 @@ _MOST_LAYERS = 1024
 
 
 def read_gguf(path: Path, base: GGUFHeader | None) -> Adapter:
-    """Read a GGUF LoRA file, its rows in transformers' order.
+    """Reads a GGUF LoRA file and puts its rows into transformers' order.
 
-    Raises ModelError for what is broken or unsupported; where `base` is needed for its numbers of heads
-    and is missing; and where the adapter does not fit it.
+    Raises ModelError for broken or unsupported files, if `base` is missing and its number of heads is needed,
+    and if the adapter does not fit it.
     """
     architecture, adapter = read_in_file_order(path)
     if base is None:
@@ -146,7 +147,7 @@ def read_gguf(path: Path, base: GGUFHeader | None) -> Adapter:
         raise ModelError(
             f"{path.name} is for the architecture {shown(architecture)},"
             f" {base.path.name} is {base.architecture}",
-            "give the model this adapter was trained on",
+            "use the model that this adapter was trained on",
         )
     check_fits(adapter, linear_shapes(base), base.path.name)
     pairs = {n: replace(pair, b=from_gguf_rows(n, pair.b, base)) for n, pair in adapter.pairs.items()}
@@ -154,9 +155,10 @@ def read_gguf(path: Path, base: GGUFHeader | None) -> Adapter:
 
 
 def read_in_file_order(path: Path) -> tuple[str, Adapter]:
-    """The architecture and the pairs, Q's and K's rows where the file has them.
+    """Returns the architecture and the pairs, with Q's and K's rows in the file's order.
 
-    Raises ModelError for what is broken, or is not plain LoRA on the linear layers of a known architecture.
+    Raises ModelError for a broken file, and for anything but plain LoRA on the linear layers of a known
+    architecture.
     """
     header, tensors = read_adapter_pairs(path)
     if _ALORA in header.metadata:
@@ -180,12 +182,12 @@ def read_in_file_order(path: Path) -> tuple[str, Adapter]:
 
 
 def write_gguf(adapter: Adapter, path: Path, base: GGUFHeader) -> None:
-    """Write a GGUF LoRA file (F32) for the model `base`, whole or not at all, and replace what `path` was.
+    """Writes a GGUF LoRA file (F32) for the model `base`, whole or not at all; replaces an existing `path`.
 
     The commonest alpha becomes the file's; layers that need another one have the difference in their B.
 
-    Raises ModelError where the adapter does not fit `base`, or the architecture is not known, EmlocalError
-    where nothing can be written.
+    Raises ModelError if the adapter does not fit `base` or the architecture is not known, EmlocalError if
+    nothing can be written.
     """
     check_fits(adapter, linear_shapes(base), base.path.name)
     import gguf  # 0.1 s
@@ -213,27 +215,30 @@ def write_gguf(adapter: Adapter, path: Path, base: GGUFHeader) -> None:
             writer.close()
         held = temporary.stat().st_size
         if held < written:  # numpy's tofile, which gguf uses, does not tell when the disk is full
-            raise EmlocalError(f"cannot write {path}: {held:,} of {written:,} bytes", "is the disk full?")
+            raise EmlocalError(
+                f"cannot write {path}: {held:,} of {written:,} bytes",
+                "free some disk space, or write to another folder",
+            )
 
 
 def _commonest_alpha(adapter: Adapter) -> float:
-    """As float32 holds it, and never 0, which would mean something else in the file."""
+    """Returns the commonest alpha, as a float32, and never 0, which would mean something else in the file."""
     alphas = Counter(float(np.float32(p.scale * p.rank)) for p in adapter.pairs.values())
     del alphas[0.0]
     return alphas.most_common(1)[0][0] if alphas else 1.0
 
 
 def _layers(path: Path, tensors: dict[str, tuple[TensorInfo, TensorInfo]]) -> int:
-    """One more than the highest layer that a tensor's name mentions."""
+    """Returns the number of layers: one more than the highest layer that a tensor's name mentions."""
     numbers = [n.split(".")[1] for n in tensors if n.startswith("blk.")]
     highest = max((int(n) for n in numbers if n.isdecimal() and len(n) < 6), default=0)
     if highest >= _MOST_LAYERS:
-        raise unusable(path, f"it adapts layer {highest:,}; models have at most {_MOST_LAYERS:,}")
+        raise unusable(path, f"it changes layer {highest:,}; models have at most {_MOST_LAYERS:,}")
     return highest + 1
 
 
 def _floats(path: Path, tensor: TensorInfo) -> NDArray[np.float32]:
-    """A tensor of any type as float32, in numpy's order of dimensions."""
+    """Returns a tensor of any type as float32, in numpy's order of dimensions."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -241,7 +246,7 @@ def _floats(path: Path, tensor: TensorInfo) -> NDArray[np.float32]:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:
-        raise unusable(path, "it became shorter while it was being read")
+        raise unusable(path, "it became shorter during reading")
     shape = tensor.shape[::-1]
     try:
         rows = np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1)

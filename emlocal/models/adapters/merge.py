@@ -1,7 +1,7 @@
-"""Adding an adapter to the weights of a model folder of transformers: W + scale · B A, in float32.
+"""Merging of an adapter into the weights of a transformers model folder: W + scale · B A, in float32.
 
-One block of rows at a time, so memory does not grow with the model. The new files have the headers of the old
-ones byte for byte: same tensors, same types, same places.
+It works on one block of rows at a time, so memory does not grow with the model. The new files have the
+headers of the old ones byte for byte: same tensors, same types, same places.
 """
 
 import json
@@ -63,14 +63,14 @@ class ModelFolder:
 
 
 def open_model(folder: Path) -> ModelFolder:
-    """Read the headers of a model folder, sharded or not.
+    """Reads the headers of a model folder, sharded or not.
 
-    Raises ModelError where files are missing or broken, and for an index that contradicts them.
+    Raises ModelError if files are missing or broken, or if the index contradicts them.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} is no model folder of transformers: it has no config.json",
-            "give a folder with config.json and model.safetensors",
+            f"{folder} is not a model folder: it has no config.json",
+            "name a folder with config.json and model.safetensors",
         )
     if not (folder / _INDEX).exists():
         return ModelFolder(folder, (read_safetensors_header(folder / _SINGLE),))
@@ -86,12 +86,12 @@ def open_model(folder: Path) -> ModelFolder:
 
 
 def merge(adapter: Adapter, scale: float, model: ModelFolder, out: Path, progress: Progress = silent) -> None:
-    """Write the folder `out`: the model with `scale` times the adapter in its weights, in the model's types.
+    """Writes the folder `out`: the model with `scale` times the adapter in its weights, in the model's types.
 
     Configuration, tokenizer and other small files are copied. `out` appears whole or not at all.
 
-    Raises ModelError where the adapter does not fit, a weight is not of a floating type (quantized models) or
-    overflows its type, or the disk is too small; EmlocalError where `out` exists or cannot be written.
+    Raises ModelError if the adapter does not fit, if a weight is not of a floating type (quantized models) or
+    overflows its type, or if the disk is too small; EmlocalError if `out` exists or cannot be written.
     """
     _check_mergeable(adapter, model)
     check_space(out.parent, model.bytes, f"the merged model {out.name}")
@@ -110,8 +110,9 @@ def _check_mergeable(adapter: Adapter, model: ModelFolder) -> None:
     shapes = model.shapes
     if "lm_head" in adapter.pairs and "lm_head" not in shapes:
         raise ModelError(
-            f"the adapter changes lm_head, which {model.path} shares with its embeddings: merging would"
-            " change those too",
+            f"the adapter changes lm_head, which {model.path} shares with its embeddings: merging"
+            " would change"
+            " both",
             "use the adapter without merging",
         )
     check_fits(adapter, shapes, str(model.path))
@@ -121,7 +122,7 @@ def _check_mergeable(adapter: Adapter, model: ModelFolder) -> None:
                 raise ModelError(
                     f"{shown(name)} of {model.path} is of type {tensor.dtype}; only {', '.join(FLOATS)} can"
                     " be merged into",
-                    "give the model in one of these types",
+                    "use the model in one of these types",
                 )
 
 
@@ -133,7 +134,10 @@ def _merge_file(
     counts: tuple[int, int],
     progress: Progress,
 ) -> int:
-    """Copy one file, changing what has a pair; `counts` and the result are bytes done (of all)."""
+    """Copies one file and changes the tensors that have a pair.
+
+    `counts` is (bytes done, bytes in all); the result is the bytes done afterwards.
+    """
     done, whole = counts
     start = min((t.offset for t in header.tensors.values()), default=header.path.stat().st_size)
     _copy(source, target, start)
@@ -148,7 +152,7 @@ def _merge_file(
 
 
 def _merge_tensor(name: str, dtype: str, source: BinaryIO, target: BinaryIO, pair: LoraPair) -> None:
-    """W [out, in] from `source` to `target`, with scale · B A added."""
+    """Copies W [out, in] from `source` to `target`, with scale · B A added."""
     out, columns = pair.b.shape[0], pair.a.shape[1]
     size = 4 if dtype == "F32" else 2
     step = max(1, _BLOCK_BYTES // (4 * columns))
@@ -160,7 +164,7 @@ def _merge_tensor(name: str, dtype: str, source: BinaryIO, target: BinaryIO, pai
         data = narrowed(w, dtype)
         if not np.isfinite(widened(data, dtype)).all():
             raise ModelError(
-                f"with the adapter, {name} has weights too large for {dtype}", "give a smaller scale"
+                f"with the adapter, {name} has weights too large for {dtype}", "use a smaller scale"
             )
         target.write(data)
 
@@ -175,12 +179,12 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
 def _read(source: BinaryIO, count: int) -> bytes:
     data = source.read(count)
     if len(data) != count:
-        raise ModelError(f"{source.name} became shorter while it was being read", "fetch the model again")
+        raise ModelError(f"{source.name} became shorter during reading", "fetch the model again")
     return data
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Where each tensor is, from the index. A file's name in it stays within the folder."""
+    """Returns the file of each tensor, from the index. Its file names stay within the folder."""
     path = folder / _INDEX
     try:
         places = json.loads(read_regular(path, MAX_JSON_BYTES))["weight_map"]

@@ -1,8 +1,8 @@
-"""Whether an adapter is used with another model than the one it says that it was trained on.
+"""A check whether an adapter is used with another model than the one it names as its base.
 
-Names are all there is to compare: an adapter of another model of the same shape fits, and makes it babble.
-The same model has many names (a short one, its repositories in three formats, a file's), so a difference is
-worth a word, not a refusal.
+Only names can be compared: an adapter of another model of the same shape loads, and produces nonsense. The
+same model has many names (a short one, its repositories in three formats, a file's), so a difference leads to
+a warning, not to a refusal.
 """
 
 import re
@@ -17,11 +17,11 @@ from emlocal.models.header import ModelHeader
 from emlocal.models.resolve import catalog
 
 _ENDING = re.compile(r"[-_.: ](gguf|mlx|unsloth|bnb|gptq|awq|\d+bit|u?d|i?q\d\w*|b?f16|fp16|f32)$")
-"""What says how a model is stored, not which one it is."""
+"""Endings that say how a model is stored, not which one it is."""
 
 
 def base_of(path: Path) -> str:
-    """What the adapter says that it was trained on; "" where it says nothing. Raises ModelError."""
+    """Returns the base model that the adapter names; "" if it names none. Raises ModelError."""
     if format_of(path) == "gguf":
         base = read_adapter_pairs(path)[0].metadata.get(BASE_NAME)
     else:
@@ -31,20 +31,20 @@ def base_of(path: Path) -> str:
 
 
 def other_base(path: Path, model: str, header: ModelHeader | None) -> str | None:
-    """In words, that the adapter is of a model of another name; None where it is not, or does not tell.
+    """Returns a warning if the adapter names another base model; None if not, or if it names none.
 
-    `model` is what the model is called, `header` what its file says, where one was read. Raises ModelError
-    for an adapter that cannot be read.
+    `model` is the model's name, `header` its file's header, if one was read. Raises ModelError for an adapter
+    that cannot be read.
     """
     base = base_of(path)
     known = (model,) if header is None else (model, header.name, header.path.name, header.path.parent.name)
     if not base or _names(base) & _names(*known):
         return None
-    return f"{path} says that it was trained on {shown(base)}, and this is {model}; are they the same?"
+    return f"{path} names {shown(base)} as its base model, but this is {model}"
 
 
 def _names(*told: str) -> set[str]:
-    """Names of models as letters and digits alone, each with the others that the catalog has for it.
+    """Returns models' names as letters and digits alone, each with the catalog's other names for it.
 
     A short name stays as it is: "qwen2.5:0.5b" is the instruct model, Qwen2.5-0.5B is not.
     """
@@ -58,7 +58,7 @@ def _names(*told: str) -> set[str]:
 
 
 def _plain(name: str) -> str:
-    """ "org/SmolLM2-135M-Instruct-GGUF:Q4_K_M" → "smollm2135minstruct"."""
+    """Returns a name's plain form: "org/SmolLM2-135M-Instruct-GGUF:Q4_K_M" → "smollm2135minstruct"."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower().removesuffix(".gguf")
     while (shorter := _ENDING.sub("", last)) != last:
         last = shorter

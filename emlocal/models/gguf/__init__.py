@@ -1,4 +1,4 @@
-"""GGUF models and LoRA adapters: read the header, check it, and only then let native code have the file.
+"""GGUF models and LoRA adapters: headers are read and checked before native code gets the file.
 
     header = read_header(Path("model.gguf"))
     header.architecture, header.context_length, header.quantization, header.weights_bytes
@@ -36,9 +36,10 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf",
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Read and check a language model. Raises ModelError with one line that says what is wrong and where.
+    """Reads and checks a language model. Raises ModelError with one line that says what is wrong and where.
 
-    What this accepts llama.cpp loads, or refuses with an error; docs/models.md says what that rests on.
+    llama.cpp loads every file that this accepts, or refuses it with an error; docs/models.md gives the
+    grounds.
     """
     shards = shard_paths(path)
     missing = [p.name for p in shards if not p.exists()]
@@ -46,7 +47,7 @@ def read_header(path: Path) -> GGUFHeader:
         raise ModelError(
             f"{path.name} is one of {len(shards)} shards and {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing beside it",
-            hint="put all shards into one folder, or fetch the model whole: emlocal models pull NAME",
+            hint="put all shards into one folder, or fetch the model again: emlocal models pull NAME",
         )
     known = recall(shards[0])
     first = known or Known(bytearray(), {})
@@ -62,7 +63,7 @@ def read_header(path: Path) -> GGUFHeader:
 
 
 def shard_paths(path: Path) -> tuple[Path, ...]:
-    """All files of the model that `path` is (a shard of), by its name. llama.cpp opens the first."""
+    """Returns all files of the model that `path` is (a shard of), by its name. llama.cpp opens the first."""
     match = _SHARD.fullmatch(path.name)
     if match is None or not 1 < int(match["count"]) <= 999:
         return (path,)
@@ -71,7 +72,7 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 
 
 def _check_split(header: GGUFHeader, number: int, count: int) -> None:
-    """The metadata of a shard must agree with its name. llama.cpp asserts the type of split.no."""
+    """Checks that the metadata of a shard agree with its name. llama.cpp asserts the type of split.no."""
     if count == 1:
         said = header.metadata.get("split.count", 1)
         if int_or_none(said) not in (0, 1):
@@ -80,7 +81,7 @@ def _check_split(header: GGUFHeader, number: int, count: int) -> None:
         return
     for key, want in (("split.no", number), ("split.count", count)):
         value = header.metadata.get(key)
-        # Only the first shard has to carry the count.
+        # Only the first shard must have the count.
         if key == "split.count" and number and value is None:
             continue
         if value != want or header.value_types.get(key) != types.UINT16:
@@ -88,7 +89,7 @@ def _check_split(header: GGUFHeader, number: int, count: int) -> None:
 
 
 def _merge(headers: list[GGUFHeader]) -> GGUFHeader:
-    """One header for all shards: metadata of the first, tensors of all."""
+    """Returns one header for all shards: metadata of the first, tensors of all."""
     first = headers[0]
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
@@ -109,14 +110,14 @@ def _merge(headers: list[GGUFHeader]) -> GGUFHeader:
     )
 
 
-MAX_LORA_RANK = 4096  # the widest layer of the largest model in the catalog; beyond it LoRA saves nothing
+MAX_LORA_RANK = 4096  # the widest layer of the largest model in the catalog; a higher rank saves nothing
 
 
 def read_adapter_header(path: Path, base: GGUFHeader) -> GGUFHeader:
-    """Read and check a GGUF LoRA adapter against the model it is for. Raises ModelError.
+    """Reads and checks a GGUF LoRA adapter against the model it is for. Raises ModelError.
 
-    llama.cpp checks shapes itself (llama-adapter.cpp) but asserts the types of the metadata, and takes NaN
-    weights and non-finite alphas as they come.
+    llama.cpp checks shapes itself (llama-adapter.cpp), but it asserts the types of the metadata, and accepts
+    NaN weights and non-finite alphas.
     """
     header = parse_file(path)
     for key, want in (*_KIND, ("general.architecture", base.architecture)):
@@ -124,7 +125,7 @@ def read_adapter_header(path: Path, base: GGUFHeader) -> GGUFHeader:
             said = shown(str(header.metadata.get(key)))
             raise ModelError(
                 f"{path.name} does not fit {base.path.name}: its {key} is {said}, not {want}",
-                hint="give the model this adapter was trained on",
+                hint="use the model that this adapter was trained on",
             )
     _check_alpha(header)
     for name, (a, b) in _pairs(header).items():
@@ -133,9 +134,9 @@ def read_adapter_header(path: Path, base: GGUFHeader) -> GGUFHeader:
 
 
 def read_adapter_pairs(path: Path) -> tuple[GGUFHeader, dict[str, tuple[TensorInfo, TensorInfo]]]:
-    """Read a GGUF LoRA adapter's header without a model to compare with: (A, B) by adapted tensor.
+    """Reads a GGUF LoRA adapter's header without a model to compare with: (A, B) by adapted tensor.
 
-    Checked are the container, the kind of file, and that each A has its B. Raises ModelError.
+    It checks the container, the kind of file, and that each A has its B. Raises ModelError.
     """
     header = parse_file(path)
     for key, want in _KIND:
@@ -143,7 +144,7 @@ def read_adapter_pairs(path: Path) -> tuple[GGUFHeader, dict[str, tuple[TensorIn
             said = shown(str(header.metadata.get(key)))
             raise ModelError(
                 f"{path.name} is not a LoRA adapter: its {key} is {said}, not {want}",
-                hint="give a GGUF LoRA adapter, or a PEFT or MLX folder",
+                hint="name a GGUF LoRA adapter, or a PEFT or MLX folder",
             )
     _check_alpha(header)
     return header, _pairs(header)
@@ -165,7 +166,7 @@ def _check_alpha(header: GGUFHeader) -> None:
 
 
 def _pairs(header: GGUFHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """The two factors of each adapted tensor, by the name of the tensor in the base model."""
+    """Returns the two factors of each adapted tensor, by the name of the tensor in the base model."""
     names = {
         n.removesuffix(".lora_a").removesuffix(".lora_b")
         for n in header.tensors
@@ -179,17 +180,17 @@ def _pairs(header: GGUFHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:
             raise unusable(header.path, f"{shown(name)} has {half} of the two factors of a LoRA pair")
         pairs[name] = (a, b)
     if not pairs:
-        raise unusable(header.path, "it adapts no tensor")
+        raise unusable(header.path, "it changes no tensor")
     return pairs
 
 
 def _check_pair(path: Path, base: GGUFHeader, name: str, a: TensorInfo, b: TensorInfo) -> None:
     target = base.tensors.get(name)
     if target is None:
-        raise unusable(path, f"it adapts {shown(name)}, which {base.path.name} does not have")
+        raise unusable(path, f"it changes {shown(name)}, which {base.path.name} does not have")
     if min(len(a.shape), len(b.shape), len(target.shape)) < 2:
         raise unusable(path, f"{shown(name)} is not a matrix in all three of the model, .lora_a and .lora_b")
-    # A is [in, rank] and B [rank, out] in GGUF order; the embedding has A and B the other way round.
+    # A is [in, rank] and B [rank, out] in GGUF order; for the embedding, A and B are the other way round.
     if name == "token_embd.weight":
         found, rank, other = (b.shape[1], a.shape[1]), a.shape[0], b.shape[0]
     else:
@@ -207,11 +208,11 @@ def _check_pair(path: Path, base: GGUFHeader, name: str, a: TensorInfo, b: Tenso
 
 
 def _check_finite(path: Path, tensor: TensorInfo) -> None:
-    """No NaN and no infinity among the weights: one of them makes every logit NaN."""
+    """Raises ModelError for NaN or infinity among the weights: one of them makes every logit NaN."""
     exponent_bits = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
     if tensor.type not in exponent_bits:
-        return  # quantized: scales only, and rare in adapters
-    import numpy as np  # not at the top: `emlocal models path` has no other use for it
+        return  # quantized: only scales could be infinite, and such adapters are rare
+    import numpy as np  # imported here, because `emlocal models path` does not need it otherwise
 
     dtype, mask = exponent_bits[tensor.type]
     with open_regular(path) as file:

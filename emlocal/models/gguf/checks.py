@@ -1,10 +1,11 @@
-"""What a sound GGUF file must also be before llama.cpp may load it as a language model.
+"""Checks that a sound GGUF file must pass before llama.cpp may load it as a language model.
 
-llama.cpp answers most nonsense with an error, but some of it with an assertion that ends the process, an
-uncaught exception in a C function, or a null function pointer. Each check here names what it guards against;
-those of the architecture's own keys are in `keys`. Line numbers are of the llama.cpp vendored in
-llama-cpp-python 0.3.36. Tests load what passes here with the real library (tests/models/gguf/test_fuzz.py and
-tests/attack/test_gguf.py). docs/models.md lists what a header cannot show.
+llama.cpp answers most nonsense with an error. Some of it leads to an assertion that ends the process, an
+uncaught exception in a C function, or a null function pointer. Each check here names the fault that it guards
+against; the checks of the architecture's own keys are in `keys`. Line numbers are of the llama.cpp vendored
+in llama-cpp-python 0.3.36. Tests load the files that pass here with the real library
+(tests/models/gguf/test_fuzz.py and tests/attack/test_gguf.py). docs/models.md lists what a header cannot
+show.
 """
 
 import re
@@ -17,15 +18,15 @@ from emlocal.models.gguf.keys import check_keys
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest template in the catalog has 12 kB
 
-# Read text but write none.
+# Architectures that read text but write none.
 ENCODERS = frozenset(
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert "  # noqa: SIM905
     "gemma-embedding llama-embed t5 t5encoder wavtokenizer-dec".split()
 )
-# The tokenizers of models that write text. The others llama.cpp has are for encoders; one of them (t5)
-# follows offsets that the file gives, so none is let through.
+# The tokenizers of models that write text. llama.cpp's other tokenizers are for encoders. One of them (t5)
+# follows offsets that the file gives, so none of them is let through.
 TOKENIZERS = frozenset({"llama", "gpt2", "gemma4", "rwkv", "plamo2"})
-# Of an id that is not given; llama-vocab.cpp:1960-2040.
+# Defaults for ids that the file does not give; llama-vocab.cpp:1960-2040.
 DEFAULT_TOKEN_IDS = {
     "llama": {"bos": 1, "eos": 2},
     "plamo2": {"bos": 1, "eos": 2},
@@ -39,9 +40,9 @@ _TOKEN_BYTE = 6  # LLAMA_TOKEN_TYPE_BYTE
 
 
 def check_language_model(header: GGUFHeader) -> None:
-    """Raise ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model.
+    """Raises ModelError, in one line with the numbers, if llama.cpp cannot be trusted with this model.
 
-    The tokens themselves are left to `check_tokens`.
+    `check_tokens` checks the tokens themselves.
     """
     _check_kind(header)
     check_keys(header)
@@ -50,17 +51,17 @@ def check_language_model(header: GGUFHeader) -> None:
 
 
 def _check_kind(header: GGUFHeader) -> None:
-    """It must be a model that writes text, not one of the other things kept in GGUF files."""
+    """Checks that it is a model that writes text, not one of the other things kept in GGUF files."""
     kind, architecture = header.metadata.get("general.type", "model"), header.architecture
     if kind == "adapter":
         raise ModelError(
             f"{header.path.name} is a LoRA adapter, not a model",
-            hint=f"give it beside its base model: --model BASE --adapter {header.path}",
+            hint=f"name its base model too: --model BASE --adapter {header.path}",
         )
     if kind == "mmproj" or architecture == "clip":
         raise ModelError(
             f"{header.path.name} is the image projector of a model, not the model",
-            hint="give the other .gguf file of the same repository",
+            hint="use the other .gguf file of the same repository",
         )
     if header.value_types.get("general.architecture") != types.STRING:
         raise unusable(header.path, "it does not say its general.architecture")
@@ -70,20 +71,23 @@ def _check_kind(header: GGUFHeader) -> None:
         what = (
             f"of kind {shown(str(kind))}"
             if kind != "model"
-            else f"a {architecture} model, which writes no text"
+            else f"a {architecture} model, which does not write text"
         )
         raise ModelError(
-            f"{header.path.name} is {what}", hint="see the models emlocal knows: emlocal models list"
+            f"{header.path.name} is {what}", hint="list the models that emlocal knows: emlocal models list"
         )
     if not header.tensors:
         raise unusable(header.path, "it has no tensors")
 
 
 def _check_weights(header: GGUFHeader) -> None:
-    """ggml's kernels take vectors, which are added or multiplied, in F32 only, and abort on other types."""
+    """Checks the types of the weights.
+
+    ggml's kernels add and multiply vectors in F32 only, and abort on other types.
+    """
     for tensor in header.tensors.values():
         vector = len(tensor.shape) == 1 or _VECTORS.search(tensor.name) is not None
-        # Hash routing tables hold indices and are made of I32 on purpose.
+        # Hash routing tables contain indices and are I32 on purpose.
         if (vector and tensor.type != "F32") or (
             tensor.type not in types.WEIGHT_TYPES and "tid2eid" not in tensor.name
         ):
@@ -95,7 +99,7 @@ def _check_weights(header: GGUFHeader) -> None:
 
 
 def _check_scales(header: GGUFHeader) -> None:
-    """The scale beside an NVFP4 matrix: llama-model.cpp:1798 and llama-graph.cpp:1793 assert these."""
+    """Checks the scales of NVFP4 matrices, which llama-model.cpp:1798 and llama-graph.cpp:1793 assert."""
     for tensor in header.tensors.values():
         stem = tensor.name.removesuffix(".weight")
         scaled = {f"{stem}.scale", f"{stem}.input_scale"} & header.tensors.keys()
@@ -109,7 +113,10 @@ def _check_scales(header: GGUFHeader) -> None:
 
 
 def _check_queries(header: GGUFHeader) -> None:
-    """phi3's loader demands neither form of Q, K and V, and its graph goes through a null pointer."""
+    """Checks that phi3 has Q, K and V.
+
+    Its loader demands neither form, and its graph would follow a null pointer.
+    """
     for layer in range(header.block_count):
         names = {f"blk.{layer}.attn_{part}.weight" for part in "qkv"}
         if f"blk.{layer}.attn_qkv.weight" not in header.tensors and not names <= header.tensors.keys():
@@ -121,9 +128,9 @@ def _check_vocabulary(header: GGUFHeader) -> None:
     if tokenizer not in TOKENIZERS:
         said = "has no tokenizer" if tokenizer is None else f"has a tokenizer of kind {shown(str(tokenizer))}"
         raise unusable(header.path, f"it {said}; emlocal needs one of {', '.join(sorted(TOKENIZERS))}")
-    template = header.chat_template or ""
-    if len(template) > MAX_TEMPLATE_BYTES:
-        raise unusable(header.path, f"its chat template has {len(template):,} characters")
+    for template in (header.chat_template or "", header.tool_template or ""):
+        if len(template) > MAX_TEMPLATE_BYTES:
+            raise unusable(header.path, f"its chat template has {len(template):,} characters")
     _array_length(header, "tokens", types.STRING)
     count = header.vocab_size
     for name, allowed in (("scores", (types.FLOAT32, types.INT32)), ("token_type", (types.INT32,))):
@@ -135,14 +142,17 @@ def _check_vocabulary(header: GGUFHeader) -> None:
 
 
 def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | None:
-    """Elements of the array tokenizer.ggml.NAME, of one of the types; None if there is no such key."""
+    """Returns the length of the array tokenizer.ggml.NAME; None if there is no such key.
+
+    Its elements must be of one of the types.
+    """
     key = f"tokenizer.ggml.{name}"
     value = header.metadata.get(key)
     if value is None:
         return None
     if isinstance(value, ArrayRef) and value.element_type in element_types:
         return value.length
-    # A short array of numbers is already decoded. One of the wrong width llama.cpp refuses with an error.
+    # A short array of numbers is already decoded. llama.cpp refuses a wrong width with an error.
     if isinstance(value, tuple) and types.STRING not in element_types:
         return len(value)
     wanted = " or ".join(types.VALUE_TYPE_NAMES[t] for t in element_types)
@@ -150,7 +160,7 @@ def _array_length(header: GGUFHeader, name: str, *element_types: int) -> int | N
 
 
 def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
-    """A token added to every text must be one of the vocabulary: llama-vocab.cpp:3443 asserts it.
+    """Checks that a token added to every text is in the vocabulary: llama-vocab.cpp:3443 asserts it.
 
     llama.cpp ignores an id outside the vocabulary and takes its default, so that alone is no fault.
     """
@@ -167,14 +177,16 @@ def _check_special_ids(header: GGUFHeader, tokenizer: str, count: int) -> None:
 
 
 def check_tokens(header: GGUFHeader, data: bytearray) -> None:
-    """Tokens must differ (llama-vocab.cpp:2544 asserts), and byte tokens must be what they are parsed as.
+    """Checks that tokens differ (llama-vocab.cpp:2544 asserts it), and that byte tokens have their form.
 
-    `data`: the bytes of the header. Of a header that passed `check_language_model`, this looks at no others.
+    `data`: the bytes of the header. For a header that passed `check_language_model`, this reads no other
+    bytes.
     """
     tokenizer = header.metadata["tokenizer.ggml.model"]
     tokens = header.byte_strings("tokenizer.ggml.tokens", data)
     known = set(tokens)
-    if b"" in known or b"\0" in b"".join(tokens):  # C strings there, and names for the empty ones
+    # llama.cpp has C strings here, and names for the empty ones
+    if b"" in known or b"\0" in b"".join(tokens):
         texts = [t.partition(b"\0")[0] for t in tokens]
         tokens = [t or b"[EMPTY_%d]" % i for i, t in enumerate(texts)]
         known = set(tokens)

@@ -1,15 +1,15 @@
-"""One GGUF file: a bounded reader of its header that believes nothing the file says about itself.
+"""One GGUF file: a bounded reader of its header that trusts nothing the file says about itself.
 
-Every length is checked against the bytes that are there before anything is read or allocated, because the
-native readers behind us have crashed on headers that lie (llama.cpp GHSA-3p4r-fq3f-q74v, mlx #4213, Ollama
-CVE-2026-7482). Tensor data is never read. What the numbers must be for a language model is judged in
-`checks`; this file knows the container only (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Every length is checked against the bytes that exist before anything is read or allocated. Native readers have
+crashed on headers that lie (llama.cpp GHSA-3p4r-fq3f-q74v, mlx #4213, Ollama CVE-2026-7482). Tensor data is
+never read. `checks` judges whether the numbers fit a language model; this file knows the container only
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-Headers that were checked before are remembered: to walk through 151,936 tokens and their merges again takes
-50 ms. What is remembered is the header's own content (BLAKE2b of all its bytes), not a date or a size: a file
-that changed is another header, however quickly it changed. All checks but those of the vocabulary are made
-each time. Without what is remembered, or with a damaged file of it, everything is checked. Beside it are the
-models that came through a trial in a process of their own (backends/llama_cpp/loading.py).
+Headers that passed the checks are remembered, because walking through 151,936 tokens and their merges again
+takes 50 ms. A header is remembered by its own content (BLAKE2b of all its bytes), not by date or size: a file
+that changed has another header, however quickly it changed. All checks but those of the vocabulary are made
+each time. If the remembered data are missing or damaged, everything is checked. The cache also remembers the
+models that passed a trial in a process of their own (backends/llama_cpp/loading.py).
 """
 
 import json
@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from emlocal import __version__
-from emlocal.errors import EmlocalError, ModelError
+from emlocal.errors import EmlocalError, ModelError, WrongNameError
 from emlocal.files import atomic_writer, cache_dir, open_regular
 from emlocal.models.gguf import types
 from emlocal.models.gguf.header import (
@@ -39,8 +39,8 @@ from emlocal.models.gguf.header import (
 )
 from emlocal.models.gguf.types import STRING
 
-CHECKS = 1  # one more whenever the reader or the checks of the vocabulary change within a version
-LARGE = 10_000  # tokens; fewer are checked in no time
+CHECKS = 1  # increase it whenever the reader or the checks of the vocabulary change within a version
+LARGE = 10_000  # tokens; checking fewer takes no time
 _HEADERS, _TRIALS = "checked-headers.json", "tried-models.json"
 _MOST = 64  # entries of each
 
@@ -49,13 +49,13 @@ class Known(NamedTuple):
     """A header whose vocabulary was checked."""
 
     data: bytearray
-    """All of it: these very bytes are to be read, not the file again."""
+    """All bytes of the header: the parser must read these very bytes, not the file again."""
     extents: Mapping[str, int]
     """Bytes of each array of strings, by metadata key."""
 
 
 def recall(path: Path) -> Known | None:
-    """The header of this file, if one with the same bytes was remembered."""
+    """Returns the header of this file, if one with the same bytes was remembered; otherwise None."""
     entry = _entries(_HEADERS).get(str(path.absolute()))
     if not isinstance(entry, dict):
         return None
@@ -68,13 +68,13 @@ def recall(path: Path) -> Known | None:
                 return None
             file.seek(0)
             data = bytearray(file.read(length))
-    except (OSError, ModelError):  # whoever reads the file next says why
+    except (OSError, ModelError):  # the next reader of the file reports the reason
         return None
     return Known(data, extents) if _digest(data, extents) == digest else None
 
 
 def remember(header: GGUFHeader, data: bytes | bytearray) -> None:
-    """Keep that this header, of which `data` are the bytes, passed every check."""
+    """Remembers that this header, whose bytes are `data`, passed every check."""
     if header.vocab_size < LARGE:
         return
     extents = {
@@ -89,35 +89,35 @@ def remember(header: GGUFHeader, data: bytes | bytearray) -> None:
 
 
 def came_through(key: str) -> bool:
-    """Whether the model of this name for its contents came through a trial."""
+    """Returns whether a model passed a trial; `key` is the name for its contents."""
     return _entries(_TRIALS).get(key) is True
 
 
 def remember_trial(key: str) -> None:
-    """Keep that it did."""
+    """Remembers that a model passed a trial."""
     _keep(_TRIALS, _entries(_TRIALS) | {key: True})
 
 
 def _keep(name: str, entries: dict[str, Any]) -> None:
-    """Write the latest entries."""
+    """Writes the latest entries."""
     file = cache_dir() / name
-    with suppress(EmlocalError, OSError):  # a folder that cannot be written to: checked again next time
+    with suppress(EmlocalError, OSError):  # the folder is not writable: checked again next time
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(file) as stream:
             json.dump(dict(list(entries.items())[-_MOST:]), stream)
 
 
 def _entries(name: str) -> dict[str, Any]:
-    """What is remembered in a file of the cache; the oldest first."""
+    """Returns the entries in a file of the cache, the oldest first."""
     try:
         found = json.loads((cache_dir() / name).read_text("utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged
+    except (OSError, ValueError):  # no file yet, or a damaged one
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _digest(data: bytes | bytearray, extents: Mapping[str, int]) -> str:
-    """Of the header, of what is remembered of it, and of the checks that it passed."""
+    """Returns a digest of the header, of the facts remembered about it, and of the checks that it passed."""
     import hashlib
 
     said = json.dumps([__version__, CHECKS, extents], sort_keys=True)
@@ -130,14 +130,14 @@ MAX_KEY_BYTES = 65_535  # the format's own limit
 MAX_TENSOR_NAME_BYTES = 63  # GGML_MAX_NAME - 1
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 EAGER_ELEMENTS = 1024  # arrays of numbers up to this length become tuples at once
-# llama.cpp maps the file and asserts that what it maps starts on a multiple of 32 (TENSOR_ALIGNMENT).
+# llama.cpp maps the file and asserts that the mapping starts on a multiple of 32 (TENSOR_ALIGNMENT).
 MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 16
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class _Reader:
-    """Reads forward from byte 0, little-endian, never past the end of the file or the bound on headers."""
+    """A reader that goes forward from byte 0, little-endian, within the file and the header's bound."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int, known: Known) -> None:
         self.path, self.size, self.pos = path, size, 0
@@ -149,7 +149,7 @@ class _Reader:
         return unusable(self.path, what)
 
     def load(self, end: int, what: str) -> int:
-        """Have bytes up to `end` in `data`; returns how many are there."""
+        """Makes the bytes up to `end` available in `data`; returns how many it has."""
         if end > self.size:
             raise self.bad(f"{what} ends at byte {end:,} but the file has {self.size:,} bytes")
         if end > MAX_HEADER_BYTES:
@@ -160,11 +160,11 @@ class _Reader:
         if end > have:
             self.data += self._file.read(min(max(end - have, have, 1 << 20), self.size - have))
             if end > len(self.data):
-                raise self.bad("it became shorter while it was being read")
+                raise self.bad("it became shorter during reading")
         return len(self.data)
 
     def take(self, count: int, what: str) -> int:
-        """Position of the next `count` bytes, after moving past them."""
+        """Moves past the next `count` bytes and returns their position."""
         start = self.pos
         self.load(start + count, what)
         self.pos = start + count
@@ -182,7 +182,7 @@ class _Reader:
         return bytes(self.data[start : start + length])
 
     def name(self, what: str, max_bytes: int) -> str:
-        """A key or a tensor's name: not empty, UTF-8, without NUL (which would end it early in C)."""
+        """Returns a key or a tensor's name: not empty, UTF-8, without NUL (which would end it early in C)."""
         raw = self.string(f"the name of {what}")
         if not 0 < len(raw) <= max_bytes:
             raise self.bad(f"the name of {what} has {len(raw):,} bytes, not 1 to {max_bytes:,}")
@@ -195,11 +195,11 @@ class _Reader:
         return text
 
     def skip_strings(self, count: int, what: str) -> None:
-        """Move past `count` strings, checking the length of each."""
+        """Moves past `count` strings and checks the length of each."""
         if count > MAX_STRINGS:
             raise self.bad(f"{what} has {count:,} strings; more than {MAX_STRINGS:,} are not read")
         data, unpack, pos, loaded = self.data, _U64.unpack_from, self.pos, len(self.data)
-        for _ in range(count):  # hundreds of thousands of turns: nothing here that can be outside
+        for _ in range(count):  # hundreds of thousands of turns: the loop does as little as possible
             if pos + 8 > loaded:
                 loaded = self.load(pos + 8, what)
             pos += unpack(data, pos)[0] + 8
@@ -209,9 +209,9 @@ class _Reader:
 
 
 def parse_file(path: Path, known: Known | None = None) -> GGUFHeader:
-    """Read and check the header of one GGUF file (one shard, if it is sharded).
+    """Reads and checks the header of one GGUF file (one shard, if it is sharded).
 
-    `known`: what was read of it before; its `data` gets what is read now.
+    `known`: the part that was read before; its `data` gets the bytes that are read now.
 
     Raises ModelError, in one line, for anything that is not a sound GGUF version 2 or 3. Takes memory and
     time in proportion to the header, whatever the header claims (0.1 s for 151,936 tokens).
@@ -221,7 +221,9 @@ def parse_file(path: Path, known: Known | None = None) -> GGUFHeader:
             size = os.fstat(file.fileno()).st_size
             return _parse(_Reader(path, file, size, known or Known(bytearray(), {})))
     except FileNotFoundError:
-        raise ModelError(f"there is no file {path}", hint="see what is there: emlocal models list") from None
+        raise WrongNameError(
+            f"there is no file {path}", hint="list the models on this machine: emlocal models list"
+        ) from None
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
@@ -255,7 +257,8 @@ def _read_preamble(reader: _Reader) -> tuple[int, int, int]:
     if version not in (2, 3):
         raise reader.bad(f"it has GGUF version {version:,}; versions 2 and 3 are supported")
     n_tensors, n_kv = reader.u64("the number of tensors"), reader.u64("the number of keys")
-    # The least a tensor takes: name 8+1, dimensions 4+8, type 4, offset 8. A key: name 8+1, type 4, value 1.
+    # The least bytes of a tensor: name 8+1, dimensions 4+8, type 4, offset 8. Of a key: name 8+1, type 4,
+    # value 1.
     for what, count, least in (("tensors", n_tensors, 33), ("keys", n_kv, 14)):
         if count * least > reader.size:
             raise reader.bad(f"it declares {count:,} {what}, more than its {reader.size:,} bytes can hold")
@@ -293,7 +296,7 @@ def _read_value(reader: _Reader, type_: int, key: str) -> Value:
 
 
 def _read_array(reader: _Reader, what: str, extent: int | None) -> tuple[Scalar, ...] | ArrayRef:
-    """`extent`: its bytes, where its strings have been walked through before."""
+    """Reads an array. `extent`: the bytes of its strings, if they have been walked through before."""
     element_type, length = reader.u32(what), reader.u64(what)
     if element_type == types.ARRAY:
         raise reader.bad(f"{what} is an array of arrays, which llama.cpp does not read")
@@ -329,7 +332,10 @@ def _alignment(reader: _Reader, metadata: Mapping[str, Value], value_types: Mapp
 
 
 def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors, and where their data begins. They must lie one after the other, as llama.cpp demands."""
+    """Returns the tensors and the offset of their data.
+
+    They must follow each other without gaps, as llama.cpp demands.
+    """
     infos = [_read_tensor(reader, index) for index in range(n_tensors)]
     data_offset = -(-reader.pos // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
@@ -354,7 +360,7 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[dict
 
 
 def _read_tensor(reader: _Reader, index: int) -> tuple[str, tuple[int, ...], tuple[str, int, int], int]:
-    """Name, shape, (type, elements in a block, bytes of a block) and offset into the data section."""
+    """Returns name, shape, (type, elements in a block, bytes of a block) and offset into the data section."""
     name = reader.name(f"tensor {index}", MAX_TENSOR_NAME_BYTES)
     what = f"tensor {shown(name)}"
     n_dims = reader.u32(what)

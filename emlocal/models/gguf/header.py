@@ -1,6 +1,6 @@
-"""What a GGUF header says, as data: `GGUFHeader`, `TensorInfo`, and the questions people ask of them.
+"""The contents of a GGUF header as data: `GGUFHeader`, `TensorInfo`, and properties computed from them.
 
-Nothing here checks anything; `file` fills these in and `checks` judges them.
+This module checks nothing: `file` fills these in and `checks` judges them.
 """
 
 import struct
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emlocal.errors import ModelError
-from emlocal.files import open_regular
+from emlocal.files import TOOL_USE, open_regular
 from emlocal.models.gguf import types
 from emlocal.models.header import Weights
 
@@ -22,7 +22,7 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True)
 class ArrayRef:
-    """An array left in the file (any of strings, and long ones of numbers): `header.array(key)` reads it.
+    """An array left in the file (any of strings, and long ones of numbers); `header.array(key)` reads it.
 
     `offset` counts from byte 0 of the header's file; `offset` and `nbytes` are of the elements.
     """
@@ -38,7 +38,7 @@ Value = Scalar | tuple[Scalar, ...] | ArrayRef
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in `file`, in bytes. `shape` is in GGUF order: shape[0] is the row length."""
+    """The place of a tensor in `file`, in bytes. `shape` is in GGUF order: shape[0] is the row length."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,12 +50,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHeader(Weights):
-    """What a GGUF file says of itself. For a sharded model: metadata of the first shard, tensors of all."""
+    """The header of a GGUF file. For a sharded model: metadata of the first shard, tensors of all."""
 
     path: Path
     version: int
     metadata: Mapping[str, Value]
-    value_types: Mapping[str, int]  # metadata key -> GGUF type code, where the native reader insists on one
+    # metadata key -> GGUF type code, because the native reader insists on some
+    value_types: Mapping[str, int]
     tensors: Mapping[str, TensorInfo]
     data_offset: int
     file_size: int  # bytes, of all shards together
@@ -77,7 +78,7 @@ class GGUFHeader(Weights):
 
     @property
     def context_length(self) -> int:
-        """Positions the model was trained on, in tokens; 0 when the file does not say."""
+        """The context length that the model was trained with, in tokens; 0 if the file does not say."""
         return self.integer("context_length") or 0
 
     @property
@@ -91,13 +92,25 @@ class GGUFHeader(Weights):
 
     @property
     def head_count(self) -> tuple[int, ...]:
-        """Attention heads, one number a layer (layers without attention have 0)."""
+        """Attention heads, one number per layer (layers without attention have 0)."""
         return self.per_layer("attention.head_count") or (0,) * self.block_count
 
     @property
     def head_count_kv(self) -> tuple[int, ...]:
-        """Heads in the KV cache, one number a layer; as many as `head_count` when the file does not say."""
+        """Heads in the KV cache, one number per layer; as many as `head_count` if the file does not say."""
         return self.per_layer("attention.head_count_kv") or self.head_count
+
+    @property
+    def cached_heads(self) -> tuple[int, ...]:
+        """`head_count_kv` with 0 for layers without a cache of their own.
+
+        In Qwen3.5 these are three of four layers. In Gemma 4's small models the last ones use the cache of
+        earlier ones.
+        """
+        every = self.integer("full_attention_interval") or 1
+        own = self.block_count - (self.integer("attention.shared_kv_layers") or 0)
+        heads = enumerate(self.head_count_kv, start=1)
+        return tuple(0 if layer % every or layer > own else n for layer, n in heads)
 
     @property
     def key_length(self) -> int:
@@ -131,6 +144,12 @@ class GGUFHeader(Weights):
         return value if isinstance(value, str) and value else None
 
     @property
+    def tool_template(self) -> str | None:
+        """The one for conversations with tools, where the model has one of its own."""
+        value = self.metadata.get(f"tokenizer.chat_template.{TOOL_USE}")
+        return value if isinstance(value, str) and value else None
+
+    @property
     def sampling(self) -> dict[str, float | int]:
         """The authors' sampling settings (`general.sampling.*`); `temp` has emlocal's name `temperature`."""
         prefix = "general.sampling."
@@ -140,7 +159,7 @@ class GGUFHeader(Weights):
 
     @property
     def quantization(self) -> str:
-        """Such as "Q4_K_M": what the file says, else the tensor type that holds most bytes."""
+        """The quantization that the file names ("Q4_K_M"); otherwise the tensor type with most bytes."""
         name = types.FILE_TYPES.get(int_or_none(self.metadata.get("general.file_type")) or 0)
         if "general.file_type" in self.metadata and name:
             return name
@@ -150,15 +169,18 @@ class GGUFHeader(Weights):
         return bytes_of.most_common(1)[0][0] if bytes_of else "unknown"
 
     def value(self, name: str) -> Value | None:
-        """The architecture's own key: `value("context_length")` is `metadata["llama.context_length"]`."""
+        """Returns the value of the architecture's own key.
+
+        `value("context_length")` is `metadata["llama.context_length"]`.
+        """
         return self.metadata.get(f"{self.architecture}.{name}")
 
     def integer(self, name: str) -> int | None:
-        """Like `value`, None unless it is one whole number."""
+        """Returns a value that is one whole number; None if it is not."""
         return int_or_none(self.value(name))
 
     def per_layer(self, name: str) -> tuple[int, ...]:
-        """Like `value`, spread over the layers when it is one number; empty when it is neither."""
+        """Returns a value for each layer; one number is repeated for all layers. Empty for other values."""
         value = self.value(name)
         if isinstance(value, tuple):
             return tuple(v for v in value if isinstance(v, int))
@@ -166,9 +188,9 @@ class GGUFHeader(Weights):
         return () if number is None else (number,) * self.block_count
 
     def array(self, key: str, data: bytearray | None = None) -> tuple[Scalar, ...]:
-        """All elements of a metadata array. KeyError if there is no such key.
+        """Returns all elements of a metadata array. KeyError if there is no such key.
 
-        They come from `data`, the bytes of the header, or else from the file if need be.
+        They come from `data`, the bytes of the header, or from the file without it.
         """
         value = self.metadata[key]
         if not isinstance(value, ArrayRef):
@@ -179,7 +201,10 @@ class GGUFHeader(Weights):
         return struct.unpack(f"<{value.length}{letter}", self._elements(value, data))
 
     def byte_strings(self, key: str, data: bytearray | None = None) -> list[bytes]:
-        """The elements of an array of strings as bytes: tokens need not be UTF-8. KeyError if it is none."""
+        """Returns the elements of an array of strings as bytes, since tokens need not be UTF-8.
+
+        KeyError if it is not such an array.
+        """
         ref = self.metadata[key]
         if not isinstance(ref, ArrayRef) or ref.element_type != types.STRING:
             raise KeyError(key)
@@ -197,7 +222,7 @@ class GGUFHeader(Weights):
             file.seek(ref.offset)
             read = file.read(ref.nbytes)
         if len(read) != ref.nbytes:
-            raise unusable(self.path, "it became shorter while it was being read")
+            raise unusable(self.path, "it became shorter during reading")
         return read
 
 
@@ -206,15 +231,15 @@ def int_or_none(value: Value | None) -> int | None:
 
 
 def unusable(path: Path, what: str) -> ModelError:
-    """The one form of a complaint about a GGUF file."""
+    """Returns the error for a fault in a GGUF file; all of them have this form."""
     return ModelError(
         f"{path.name} is not a usable GGUF file: {what}",
-        hint="get the file again (from the hub: emlocal models rm NAME, then emlocal models pull NAME)",
+        hint="fetch the file again (from the hub: emlocal models rm NAME, then emlocal models pull NAME)",
     )
 
 
 def shown(text: str | bytes, most: int = 80) -> str:
-    """`text` out of a file, fit for a terminal: no control characters, at most `most` of it."""
+    """Returns `text` from a file, safe for a terminal: no control characters, at most `most` characters."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])

@@ -1,10 +1,9 @@
-"""The keys of an architecture that llama.cpp reads: of which type and in which range each must be, and which
-of them must fit together.
+"""Checks of an architecture's keys that llama.cpp reads: types, ranges, and keys that must fit together.
 
-llama.cpp answers a wrong type with an error, but many numbers that contradict each other with an assertion
-that ends the process, or with a loop that never ends. Each check names what it guards against; the line
-numbers are of the llama.cpp vendored in llama-cpp-python 0.3.36, files in src/ unless said. For the
-architectures in `CHECKED` every key that llama.cpp reads of them is in the tables here;
+llama.cpp answers a wrong type with an error, but many contradictory numbers with an assertion that ends the
+process, or with a loop that never ends. Each check names the fault that it guards against. The line numbers
+are of the llama.cpp vendored in llama-cpp-python 0.3.36; files are in src/ unless another folder is named.
+For the architectures in `CHECKED`, the tables here have every key that llama.cpp reads. The test
 tests/attack/test_gguf.py changes every key that the library knows, one at a time, and loads the result.
 """
 
@@ -22,24 +21,24 @@ MAX_EMBEDDING = 1 << 20
 MAX_CONTEXT = (1 << 31) - 1  # positions are int32
 MAX_WINDOW = 1 << 24  # times sequences it must stay below 2^32; llama-kv-cache-iswa.cpp multiplies them
 
-# Have no attention heads, so a head count of 0 is honest.
+# Architectures without attention heads, for which a head count of 0 is correct.
 RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
-# Their graphs assert key size = value size = rotated size (models/*.cpp: n_embd_head == n_rot).
+# Architectures whose graphs assert key size = value size = rotated size (models/*.cpp: n_embd_head == n_rot).
 UNIFORM_HEADS = frozenset(
     "llama llama4 qwen2 qwen2moe qwen3 qwen3moe smollm3 mistral3 granite olmo olmo2 olmoe "  # noqa: SIM905
     "exaone starcoder2 internlm2 baichuan orion xverse deci ernie4_5 apertus".split()
 )
-# Theirs reshape values with the size of keys.
+# Architectures whose graphs reshape values with the size of keys.
 SAME_KEYS_AND_VALUES = UNIFORM_HEADS | {"gemma", "gemma2", "gemma3", "phi3"}
 WINDOWED = frozenset({"gemma2", "gemma3"})
 ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
 
 
 class Rule(NamedTuple):
-    """What a value must be. `low` and `high` are for whole numbers."""
+    """The values that a key may have. `low` and `high` are for whole numbers."""
 
     kind: Literal["number", "numbers", "real", "flag", "text", "pattern"]
-    """"numbers": one, or one a layer. "pattern": one, or an array of flags or numbers."""
+    """ "numbers": one, or one per layer. "pattern": one, or an array of flags or numbers."""
     low: int = 0
     high: int = (1 << 32) - 1
 
@@ -114,11 +113,11 @@ CHECKED: Mapping[str, Mapping[str, Rule]] = {
         "rope.scaling.yarn_log_multiplier": _REAL,
     },
 }
-"""The architectures whose keys are known here, all of them."""
+"""The architectures whose keys are all known here."""
 
 
 def check_keys(header: GGUFHeader) -> None:
-    """Raise ModelError, in one line with the numbers, for values that llama.cpp cannot be trusted with."""
+    """Raises ModelError, in one line with the numbers, for values that llama.cpp cannot be trusted with."""
     _check_types(header)
     _check_sizes(header)
     _check_heads(header)
@@ -131,7 +130,7 @@ def check_keys(header: GGUFHeader) -> None:
 
 
 def _check_types(header: GGUFHeader) -> None:
-    """Of a checked architecture each key is of the type and in the range that is read."""
+    """Checks that each key of a checked architecture has the type and the range that llama.cpp reads."""
     for name, rule in CHECKED.get(header.architecture, {}).items():
         value = header.value(name)
         if value is None:
@@ -175,7 +174,10 @@ def _told(value: Value) -> str:
 
 
 def in_range(header: GGUFHeader, name: str, low: int, high: int, *, required: bool = False) -> int | None:
-    """The architecture's own whole number `name`, within its bounds; None if absent and not required."""
+    """Returns the architecture's own whole number `name`; None if it is absent and not required.
+
+    Raises ModelError for another kind of value, or one out of bounds.
+    """
     value = header.value(name)
     if value is None and not required:
         return None
@@ -210,10 +212,10 @@ def _check_sizes(header: GGUFHeader) -> None:
 
 
 def _check_heads(header: GGUFHeader) -> None:
-    """ggml asserts that query heads are a multiple of key heads and that rotated sizes are even and fit.
+    """Checks that query heads are a multiple of key heads, and that rotated sizes are even and fit.
 
-    A rotated size of 0 makes its kernel run for ever (ggml-cpu/ops.cpp:6355). The graphs of the checked
-    architectures take the first layer's heads for all, and the cache each layer's own.
+    ggml asserts these. A rotated size of 0 makes its kernel run for ever (ggml-cpu/ops.cpp:6355). The graphs
+    of the checked architectures take the first layer's heads for all, and the cache takes each layer's own.
     """
     architecture, embedding = header.architecture, header.embedding_length
     heads, heads_kv = header.head_count, header.head_count_kv
@@ -246,14 +248,16 @@ def _check_heads(header: GGUFHeader) -> None:
         architecture in SAME_KEYS_AND_VALUES and keys != values
     ):
         raise unusable(header.path, f"{said}; {architecture} models need one size")
-    if architecture == "phi3" and keys * heads[0] != embedding:  # models/phi3.cpp views its fused Q, K, V so
+    # models/phi3.cpp views its fused Q, K, V in this way
+    if architecture == "phi3" and keys * heads[0] != embedding:
         raise unusable(header.path, f"{said}; {heads[0]} heads of {keys} do not make {embedding:,}")
 
 
 def _check_windows(header: GGUFHeader) -> None:
-    """Layers with a window have keys of their own, which these graphs make as large as all others.
+    """Checks the layers with a window.
 
-    llama-model.cpp:2807 asserts that a model with a window has a layer with it.
+    They have keys of their own, which these graphs make as large as all others. llama-model.cpp:2807 asserts
+    that a model with a window has a layer with one.
     """
     sizes = {"attention.key_length": header.key_length, "attention.value_length": header.value_length}
     for name, size in sizes.items():
@@ -270,9 +274,9 @@ def _check_windows(header: GGUFHeader) -> None:
 
 
 def _check_latent_attention(header: GGUFHeader) -> None:
-    """deepseek2: with compressed keys and values the cache holds what the ranks say, else whole heads.
+    """Checks deepseek2: with compressed keys and values the cache has the ranks' sizes, else whole heads.
 
-    models/deepseek2.cpp asserts that a head has a part that is not rotated; llama-kv-cache.cpp:1343 that
+    models/deepseek2.cpp asserts that a part of a head is not rotated; llama-kv-cache.cpp:1343 asserts that
     the graph's keys are as large as the cache's.
     """
     keys, values = header.key_length, header.value_length
@@ -297,7 +301,10 @@ def _check_latent_attention(header: GGUFHeader) -> None:
 
 
 def _check_experts(header: GGUFHeader) -> None:
-    """llama-model.cpp:1361-1374 asserts all of these; the graphs take the first layer's number for all."""
+    """Checks the numbers of experts, which llama-model.cpp:1361-1374 asserts.
+
+    The graphs take the first layer's number for all layers.
+    """
     count = in_range(header, "expert_count", 0, MAX_EXPERTS) or 0
     used = header.per_layer("expert_used_count") or (0,)
     groups = in_range(header, "expert_group_count", 0, MAX_EXPERTS) or 0
@@ -314,7 +321,10 @@ def _check_experts(header: GGUFHeader) -> None:
 
 
 def _check_floats(header: GGUFHeader) -> None:
-    """A negative or infinite epsilon fails an assertion in the norms; NaN anywhere makes NaN logits."""
+    """Checks floating-point numbers.
+
+    A negative or infinite epsilon fails an assertion in the norms; NaN anywhere makes NaN logits.
+    """
     prefix = f"{header.architecture}."
     for key, value in header.metadata.items():
         if not key.startswith(prefix):

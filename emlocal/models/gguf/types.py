@@ -71,7 +71,7 @@ WEIGHT_TYPES = frozenset(
     if name not in {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 )
 
-# `general.file_type`: the mix a file was quantized with (enum llama_ftype).
+# `general.file_type`: the mix of types that a file was quantized with (enum llama_ftype).
 FILE_TYPES: dict[int, str] = {
     0: "F32",
     1: "F16",

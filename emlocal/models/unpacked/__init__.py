@@ -1,9 +1,9 @@
-"""GGUF models for the engines that cannot run them: unpacked once into a Hugging Face model folder.
+"""GGUF models for engines that cannot run them: unpacked once into a Hugging Face model folder.
 
     folder = unpack(resolve("smollm2:135m"))     # config.json, model.safetensors, tokenizer.json, …
 
-The folder lies in emlocal's cache and may be deleted at any time. It needs neither torch nor transformers.
-Weights go into one safetensors file, tensor by tensor, in little memory.
+The folder is in emlocal's cache and may be deleted at any time. Unpacking needs neither torch nor
+transformers. Weights go into one safetensors file, tensor by tensor, in little memory.
 """
 
 import json
@@ -32,22 +32,25 @@ from emlocal.files import (
 from emlocal.identity import UNPACKED_FORMAT, gguf_digest
 from emlocal.models.gguf.header import GGUFHeader, TensorInfo, shown, unusable
 from emlocal.models.gguf.types import TENSOR_TYPES
-from emlocal.models.resolve import GGUFModel
+from emlocal.models.resolve import GGUFModel, Model
 from emlocal.models.safetensors import read_safetensors_header
+from emlocal.models.unpacked import config as words
 from emlocal.models.unpacked.config import Unpacked
+from emlocal.models.unpacked.tokenizer import build_tokenizer, check_tokenizer
 from emlocal.text import parse_json
 
 MANIFEST = "emlocal.json"
 WEIGHTS = "model.safetensors"
-_TOKENIZER_BYTES = 300  # of tokenizer.json for each token, generously
+_TOKENIZER_BYTES = 300  # of tokenizer.json for each token, a generous estimate
 
 
 def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
-    """The folder with the model dequantized: F32, F16 and BF16 tensors as they are, quantized ones in F16.
+    """Returns the folder with the dequantized model; makes it on the first call.
 
-    Made on the first call, which takes twice the model's parameters in bytes of disk, and found on later
-    ones. Safe to call from several processes at once, and to kill at any time. Raises ModelError for an
-    architecture, tokenizer or quantization that cannot be unpacked, and when the disk does not take it.
+    F32, F16 and BF16 tensors stay as they are, quantized ones become F16. The folder takes twice the model's
+    parameters in bytes of disk. Safe to call from several processes at once, and to kill at any time. Raises
+    ModelError for an architecture, tokenizer or quantization that cannot be unpacked, and if the disk does
+    not take it.
     """
     key = gguf_digest(model.header)
     folder = cache_dir() / "unpacked" / key
@@ -57,15 +60,37 @@ def unpack(model: GGUFModel, progress: Progress = silent) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with only_one(
             folder.parent / f".{folder.name}.lock",
-            lambda: progress("waiting for another emlocal that is unpacking this model", 0, None),
+            lambda: progress("waiting for another emlocal to unpack this model", 0, None),
         ):
             if not _is_whole(folder):  # another process may have made it while this one waited
                 _make(model, folder, progress)
     return folder
 
 
+def check_runs(model: Model, engine: str) -> None:
+    """Raises ModelError for a GGUF model that torch or mlx cannot run, or that cannot be unpacked.
+
+    It reads the header only, imports no engine and writes nothing. Other models pass.
+    """
+    if not isinstance(model, GGUFModel):
+        return
+    words.check_architecture(model.header)
+    if not words.runs_as_attention(model.header):
+        raise ModelError(
+            f"{model.path.name} has layers without attention, which only llama.cpp runs in emlocal",
+            "use --backend llama.cpp",
+        )
+    if engine == "mlx" and words.LONG_FACTORS in model.header.tensors:
+        raise ModelError(  # its SuScaledRoPE takes the long factors for short texts, too
+            f"{model.path.name} stretches positions by the text's length, which mlx-lm computes differently",
+            "use --backend torch or llama.cpp",
+        )
+    words.tensors(model.header)
+    check_tokenizer(model.header)
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether all of it is there as it was written: the manifest, the sizes in it, the weights' header."""
+    """Returns whether the whole folder is there: manifest, file sizes, header of the weights."""
     try:
         sizes = parse_json((folder / MANIFEST).read_text("utf-8"))["files"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
@@ -77,23 +102,22 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
-    """Fill a folder beside `folder` and rename it. The lock is held."""
-    from emlocal.models.unpacked import config as words
-    from emlocal.models.unpacked.tokenizer import build_tokenizer
-
+    """Fills a folder beside `folder` and renames it. The caller must hold the lock."""
     header = model.header
     words.check_architecture(header)
     tensors = words.tensors(header)
     check_types(header, tensors)
     for stale in (*folder.parent.glob(f".{folder.name}-*/"), *([folder] if folder.exists() else [])):
-        shutil.rmtree(stale)  # of a process that was killed, or damaged since
+        shutil.rmtree(stale)  # left by a process that was killed, or damaged since
     needed = file_bytes(tensors) + _TOKENIZER_BYTES * header.vocab_size
     check_space(folder.parent, needed, f"unpacking {shown(header.name)}")
     tokenizer, vocabulary = build_tokenizer(header)
-    factors = header.tensors.get("rope_freqs.weight")
-    config = words.model_config(
-        header, vocabulary, tensors, read_vector(factors) if factors is not None else []
-    )
+    factors = {
+        kind: read_vector(header.tensors[name])
+        for name, kind in words.ROPE_FACTORS.items()
+        if name in header.tensors
+    }
+    config = words.model_config(header, vocabulary, tensors, factors)
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
     unfinished.mkdir()
     try:
@@ -118,16 +142,16 @@ def _make(model: GGUFModel, folder: Path, progress: Progress) -> None:
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB as float32; dequantizing takes a few times that
-_BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}  # moved as they are, NaN and all
+_BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}  # copied bit by bit, NaN included
 
 
 def file_bytes(tensors: Sequence[Unpacked]) -> int:
-    """Bytes that `write_safetensors` writes."""
+    """Returns the bytes that `write_safetensors` writes."""
     return len(_header(tensors)) + sum(_nbytes(t) for t in tensors)
 
 
 def write_safetensors(path: Path, tensors: Sequence[Unpacked], label: str, progress: Progress) -> None:
-    """Write the tensors, dequantized and in Hugging Face's order of rows, one after the other.
+    """Writes the tensors, dequantized and in Hugging Face's order of rows, one after the other.
 
     Raises OSError, and ModelError if the model's file is cut short meanwhile.
     """
@@ -142,13 +166,13 @@ def write_safetensors(path: Path, tensors: Sequence[Unpacked], label: str, progr
 
 
 def read_vector(tensor: TensorInfo) -> list[float]:
-    """The values of a float32 tensor."""
+    """Returns the values of a float32 tensor."""
     with open_regular(tensor.file) as file:
         return _read(file, tensor, 0, tensor.nbytes).view("<f4").tolist()  # type: ignore[no-any-return]
 
 
 def check_types(header: GGUFHeader, tensors: Sequence[Unpacked]) -> None:
-    """Raise ModelError, before anything is written, for a quantization that numpy code cannot undo."""
+    """Raises ModelError, before anything is written, for a quantization that numpy code cannot undo."""
     for type_ in sorted({t.source.type for t in tensors} - _BITS.keys()):
         _, _, block_bytes = next(t for t in TENSOR_TYPES.values() if t[0] == type_)
         try:
@@ -156,12 +180,12 @@ def check_types(header: GGUFHeader, tensors: Sequence[Unpacked]) -> None:
         except (NotImplementedError, KeyError):
             raise ModelError(
                 f"{header.path.name} cannot be unpacked: it has tensors of type {type_}",
-                hint="use another quantization of it, such as Q4_K_M or Q8_0",
+                hint="use another quantisation, such as Q4_K_M or Q8_0",
             ) from None
 
 
 def _header(tensors: Sequence[Unpacked]) -> bytes:
-    """Length and JSON, padded so that the data begin on a multiple of 8."""
+    """Returns length and JSON, padded so that the data begin on a multiple of 8."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on the format
     end = 0
     for tensor in tensors:
@@ -178,14 +202,15 @@ def _nbytes(tensor: Unpacked) -> int:
 
 
 def _converted(tensor: Unpacked) -> Iterator[NDArray[np.generic]]:
-    """Contiguous blocks of whole rows (whole heads, where these are put back in order)."""
+    """Yields contiguous blocks of whole rows (of whole heads, if their rows are put back in order)."""
     source = tensor.source
     columns, rows = source.shape[0], prod(source.shape[1:])
     if len(source.shape) == 1 and tensor.heads:  # a bias: its elements are the rows
         columns, rows = 1, source.shape[0]
     unit = rows // tensor.heads if tensor.heads else 1
     step = max(_CHUNK_ELEMENTS // (columns * unit), 1) * unit
-    convert = partial(np.frombuffer, dtype=_BITS[tensor.dtype]) if source.type in _BITS else None
+    as_it_is = source.type == tensor.dtype and not tensor.less
+    convert = partial(np.frombuffer, dtype=_BITS[tensor.dtype]) if as_it_is else None
     with open_regular(source.file) as file:
         for first in range(0, rows, step):
             last = min(first + step, rows)
@@ -194,6 +219,8 @@ def _converted(tensor: Unpacked) -> Iterator[NDArray[np.generic]]:
                 block: NDArray[np.generic] = convert(raw)
             else:
                 values = _dequantized(raw, source.type)
+                if tensor.less:
+                    values = values - np.float32(tensor.less)
                 with np.errstate(over="ignore"):
                     block = values.astype("<f4" if tensor.dtype == "F32" else "<f2")
             block = block.reshape(last - first, columns)
@@ -201,10 +228,10 @@ def _converted(tensor: Unpacked) -> Iterator[NDArray[np.generic]]:
 
 
 def unpermuted(rows: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
-    """Rows [heads · d, columns] of a query or key matrix in Hugging Face's order.
+    """Returns the rows [heads · d, columns] of a query or key matrix in Hugging Face's order.
 
-    llama.cpp rotates neighbours (2i, 2i+1) of a head, Hugging Face the halves (i, i + d/2), so the converter
-    interleaves the halves (LlamaModel.permute in convert_hf_to_gguf.py); this takes them apart.
+    llama.cpp rotates neighbours (2i, 2i+1) of a head, Hugging Face the halves (i, i + d/2). So the converter
+    interleaves the halves (LlamaModel.permute in convert_hf_to_gguf.py); this function takes them apart.
     """
     n, columns = rows.shape
     halves = rows.reshape(heads, n // heads // 2, 2, columns).swapaxes(1, 2)
@@ -215,7 +242,7 @@ def _read(file: BinaryIO, tensor: TensorInfo, start: int, end: int) -> NDArray[n
     file.seek(tensor.offset + start)
     raw = np.fromfile(file, np.uint8, end - start)
     if len(raw) != end - start:
-        raise unusable(tensor.file, "it became shorter while it was being read")
+        raise unusable(tensor.file, "it became shorter during reading")
     return raw
 
 

@@ -1,7 +1,7 @@
-"""From the vocabulary in a GGUF file to a tokenizer.json that encodes exactly as llama.cpp does.
+"""Builds, from the vocabulary in a GGUF file, a tokenizer.json that encodes exactly as llama.cpp does.
 
-The tests hold the two against each other on every code point, on source code, many scripts and random text.
-Patterns and flags are those of llama-vocab.cpp:281-560 and 2180-2330 (llama-cpp-python 0.3.36).
+The tests compare the two on every code point, on source code, many scripts and random text. Patterns and
+flags are those of llama-vocab.cpp:281-560 and 2180-2330 (llama-cpp-python 0.3.36).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from emlocal.errors import ModelError
 from emlocal.models.gguf.header import GGUFHeader, shown
-from emlocal.models.unpacked.config import RUN_AS_IT_IS
+from emlocal.models.unpacked.facts import RUN_AS_IT_IS
 from emlocal.models.vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# What comes after a contraction, a word and its number is the same in Qwen's and Llama 3's patterns.
+# After a contraction, a word and its number, Qwen's and Llama 3's patterns are the same.
 _CASED = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -31,18 +31,18 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 # tokenizer.ggml.pre -> the patterns that cut a text into words, one after the other.
 PATTERNS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), _QWEN2),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe", "dbrx"), _LLAMA3),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2", "smaug-bpe", "dbrx"), _LLAMA3),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4"), (_GPT2,)),
     **dict.fromkeys(("default", ""), _DEFAULT),
 }
-# A word that is a token is one, whatever the merges say; and BOS goes before a text.
-_WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3"})
+# For these, a word that is a token stays one, whatever the merges say; and BOS goes before a text.
+_WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2"})
 _PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each of the 256 bytes: itself where it is visible, else one from 256 on."""
+    """Returns GPT-2's letter for each of the 256 bytes: itself if visible, otherwise one from 256 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = (b for b in range(256) if b not in visible)
     letters = {b: chr(256 + n) for n, b in enumerate(hidden)}
@@ -50,26 +50,32 @@ def byte_letters() -> list[str]:
 
 
 def build_tokenizer(header: GGUFHeader) -> tuple[Tokenizer, Vocabulary]:
-    """The tokenizer of a model and its vocabulary.
+    """Returns the tokenizer of a model and its vocabulary.
 
-    Raises ModelError for a kind of tokenizer, or a vocabulary, that cannot be had exactly.
+    Raises ModelError for a kind of tokenizer, or a vocabulary, that cannot be rebuilt exactly.
     """
+    check_tokenizer(header)
+    return (
+        _byte_level(header) if header.metadata["tokenizer.ggml.model"] == "gpt2" else _sentencepiece(header)
+    )
+
+
+def check_tokenizer(header: GGUFHeader) -> None:
+    """Raises ModelError for a kind of tokenizer that cannot be rebuilt; imports nothing for it."""
     kind = str(header.metadata["tokenizer.ggml.model"])
-    if kind == "gpt2":
-        return _byte_level(header)
-    if kind == "llama":
-        return _sentencepiece(header)
-    raise _refused(header, f"a tokenizer of kind {shown(kind)}", "gpt2, llama")
+    if kind not in ("gpt2", "llama"):
+        raise _refused(header, f"a tokenizer of kind {shown(kind)}", "gpt2, llama")
+    pre = str(header.metadata.get("tokenizer.ggml.pre", ""))
+    if kind == "gpt2" and pre not in PATTERNS:
+        raise _refused(header, f"the pre-tokenizer {shown(pre)}", ", ".join(sorted(filter(None, PATTERNS))))
 
 
 def _byte_level(header: GGUFHeader) -> tuple[Tokenizer, Vocabulary]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pre = str(header.metadata.get("tokenizer.ggml.pre", ""))
-    if pre not in PATTERNS:
-        raise _refused(header, f"the pre-tokenizer {shown(pre)}", ", ".join(sorted(filter(None, PATTERNS))))
     vocabulary = read_vocabulary(header, adds_bos=pre in _WHOLE_WORDS)
-    merges = list(dict.fromkeys(_merges(header)))  # of one that is there twice the first counts
+    merges = list(dict.fromkeys(_merges(header)))  # of duplicates the first counts
     made = {left + right for left, right in merges}
     vocab = {
         text: number
@@ -79,7 +85,8 @@ def _byte_level(header: GGUFHeader) -> tuple[Tokenizer, Vocabulary]:
     lost = [(a, b) for a, b in merges if not {a, b, a + b} <= vocab.keys()]
     if lost:
         raise ModelError(
-            f"{header.path.name}: {len(lost):,} of its {len(merges):,} merges are of or to what is no token,"
+            f"{header.path.name}: {len(lost):,} of its {len(merges):,} merges involve texts that"
+            " are not tokens,"
             f" such as {shown(' '.join(lost[0]))}",
             hint=RUN_AS_IT_IS,
         )
@@ -88,7 +95,7 @@ def _byte_level(header: GGUFHeader) -> tuple[Tokenizer, Vocabulary]:
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[pre]
     ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    # A byte that is no token is left out by both, but in llama.cpp its neighbours do not grow together.
+    # Both leave out a byte that is no token, but in llama.cpp its neighbours do not merge.
     missing = [letter for letter in byte_letters() if letter not in vocab]
     if missing:
         steps.append(pre_tokenizers.Split(Regex(f"[{''.join(map(re.escape, missing))}]"), "removed"))
@@ -99,9 +106,9 @@ def _byte_level(header: GGUFHeader) -> tuple[Tokenizer, Vocabulary]:
 
 
 def _merges(header: GGUFHeader) -> Iterator[tuple[str, str]]:
-    """The pairs that may grow together, the most urgent first."""
+    """Yields the pairs that may merge, the most urgent first."""
     if "tokenizer.ggml.merges" not in header.metadata:
-        raise ModelError(f"{header.path.name} has no tokenizer.ggml.merges", hint="get the file again")
+        raise ModelError(f"{header.path.name} has no tokenizer.ggml.merges", hint="fetch the file again")
     for line in header.array("tokenizer.ggml.merges"):
         text = str(line)
         cut = text.find(" ", 1)
@@ -134,11 +141,11 @@ def _has_scores(header: GGUFHeader) -> bool:
 def _merges_by_score(
     header: GGUFHeader, vocabulary: Vocabulary, scores: list[float]
 ) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, by the score of what it makes, the highest first.
+    """Returns every pair of tokens whose join is a token, by the score of that token, the highest first.
 
-    llama.cpp joins any two neighbours whose texts together are a token. As merges of BPE that is the same,
-    unless neighbours can be joined that are no tokens themselves, or two joins that compete for a token
-    have equal scores (llama.cpp then goes from left to right). Raises ModelError where that can happen.
+    llama.cpp joins any two neighbours whose texts together are a token. Merges of BPE do the same, with two
+    exceptions: neighbours that can be joined are no tokens themselves, or two joins that compete for a token
+    have equal scores (llama.cpp then goes from left to right). Raises ModelError if either can happen.
     """
     ids = vocabulary.ids
     ranked: list[_Merge] = []
@@ -149,7 +156,7 @@ def _merges_by_score(
             if known == 2:
                 ranked.append(_Merge(-scores[number], left, right, number))
             elif all(len(part) == 1 or part in ids for part in (left, right)):
-                raise _inexact(header, f"the token {shown(text)} is made of a character that is no token")
+                raise _inexact(header, f"the token {shown(text)} has a character that is not a token")
     ranked.sort(key=lambda merge: (merge.cost, -len(merge.left), len(merge.right), merge.token))
     for _, group in groupby(ranked, key=lambda merge: merge.cost):
         _check_ties(header, list(group))
@@ -164,10 +171,10 @@ class _Merge(NamedTuple):
 
 
 def _check_ties(header: GGUFHeader, group: list[_Merge]) -> None:
-    """Of tokens with one score, only runs of one character may overlap, and those must come out alike.
+    """Checks tokens of one score: only runs of one character may compete, if both orders cut them alike.
 
-    Mistral's vocabularies have runs of 2 to 16 spaces with one score. From left to right, 40 spaces become
-    16 + 16 + 8, and so they do when the longest left part comes first.
+    Mistral's vocabularies have runs of 2 to 16 spaces with one score. From left to right, 40 spaces become 16
+    + 16 + 8, and they also do if the longest left part comes first.
     """
     begins: dict[str, list[_Merge]] = {}
     for merge in group:
@@ -188,10 +195,11 @@ def _check_ties(header: GGUFHeader, group: list[_Merge]) -> None:
 
 
 def _runs_come_out_alike(lengths: set[int]) -> bool:
-    """Whether joining from left to right, and the longest left part first, cut every run of a letter alike.
+    """Returns whether two orders cut every run of a letter alike.
 
-    `lengths` are those of the runs that are tokens. Tried for runs up to four times the longest: what is
-    behind a longest token is a shorter run again.
+    The orders are joining from left to right, and the longest left part first. `lengths` are those of the
+    runs that are tokens. Runs up to four times the longest are tried: after a longest token, the rest is a
+    shorter run again.
     """
     longest = max(lengths)
     if longest > 64:
@@ -214,10 +222,10 @@ def _runs_come_out_alike(lengths: set[int]) -> bool:
 
 
 def _finish(tokenizer: Tokenizer, vocabulary: Vocabulary, header: GGUFHeader) -> None:
-    """What both kinds have: control tokens, words that are never cut, and BOS and EOS."""
+    """Adds the parts that both kinds have: control tokens, words that are never cut, and BOS and EOS."""
     from tokenizers import AddedToken, processors
 
-    # llama.cpp knows by the name that Phi-3's control tokens swallow the space behind them.
+    # llama.cpp sees from the name that Phi-3's control tokens swallow the space after them.
     name = str(header.metadata.get("general.name", "")).lower()
     phi3 = "phi-3" in name or "phi3" in name
     for number, text in enumerate(vocabulary.texts):

@@ -25,7 +25,7 @@ def shared_memory_files() -> None:
 
 @attack
 def devices() -> None:
-    """All that are there but /dev/null and /dev/urandom."""
+    """Opens all devices except /dev/null and /dev/urandom."""
     found = [
         os.path.join("/dev", name) for name in ("mem", "kmsg", "tty", "kvm", "fuse", "random", "full", "vda")
     ]
@@ -86,7 +86,7 @@ def write_to_random() -> None:
 
 @attack
 def a_descriptor_that_was_left_open() -> None:
-    """Besides the standard ones, which are /dev/null, there is the report's pipe, to be written only."""
+    """Only the standard descriptors (/dev/null) and the report's pipe (for writing) may be open."""
     report, null = int(sys.argv[1]), os.stat("/dev/null")
     for number in range(64):
         try:

@@ -94,7 +94,7 @@ def a_page() -> None:
 
 @attack
 def sockets_that_were_left_open() -> None:
-    """Each call on sockets is refused, also for a descriptor that should not be there."""
+    """Each call on sockets is refused, even for a descriptor that should not exist."""
     for name, *arguments in (
         ("connect", 3, 0, 0),
         ("bind", 3, 0, 0),

@@ -1,4 +1,4 @@
-"""Attacks: other processes: their memory, their state, what they may use, signals to them."""
+"""Attacks on other processes: their memory, state and resources, and signals to them."""
 
 import ctypes
 import os

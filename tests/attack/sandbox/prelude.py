@@ -1,7 +1,7 @@
-"""What attacks use. It goes into the sandbox in front of a file of attacks, so it stands by itself.
+"""Code that attacks use. It goes into the sandbox before a file of attacks, so it imports nothing of emlocal.
 
-An attack is a function that returns when it has done what is forbidden. `proven` marks those that are shown
-to do so without the sandbox, on any Linux and without privileges.
+An attack is a function that returns after doing something forbidden. `proven` marks those that demonstrably
+succeed without the sandbox, on any Linux and without privileges.
 """
 
 import ctypes
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 NUMBERS: dict[str, int] = {}
-"""System calls of this machine, by name; filled in by what runs the attacks."""
+"""System calls of this machine, by name; filled in by the code that runs the attacks."""
 VICTIM: dict[str, Any] = {}
-"""What belongs to somebody else: `victims.py` says what there is."""
+"""Things that belong to others: see `victims.py`."""
 ATTACKS: dict[str, Callable[[], object]] = {}
 PROVEN: list[str] = []
 
@@ -32,7 +32,7 @@ def proven(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def call(name: str, *arguments: Any) -> int:
-    """Make a system call. Raises OSError where it fails; for an architecture that lacks it, ENOSYS."""
+    """Makes a system call. Raises OSError if it fails; ENOSYS if the architecture lacks it."""
     if name not in NUMBERS:
         raise OSError(38, name)
     given = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
@@ -48,19 +48,19 @@ def control(option: int, value: int = 0) -> int:
 
 
 def own_file() -> int:
-    """A descriptor of a file that may be read."""
+    """Returns a descriptor of a file that may be read."""
     return os.open(VICTIM["readable"], os.O_RDONLY)
 
 
 def there(path: str) -> str:
-    """The path, where there is such a file; there is nothing to attack where there is not."""
+    """Returns the path if the file exists; otherwise there is nothing to attack."""
     if not os.path.lexists(path):
         raise PermissionError(1, f"{path} is not there")
     return path
 
 
 def come_of(name: str) -> str:
-    """Do it, and say what came of it: "did it", "refused", or the error."""
+    """Runs an attack and reports the result: "did it", "refused", or the error."""
     try:
         ATTACKS[name]()
     except OSError as error:

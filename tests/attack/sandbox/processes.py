@@ -1,4 +1,4 @@
-"""Attacks: further processes and programs, privileges, and the settings that keep a program in."""
+"""Attacks: more processes and programs, privileges, and the settings that contain a program."""
 
 import concurrent.futures
 import ctypes

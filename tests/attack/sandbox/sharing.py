@@ -1,4 +1,4 @@
-"""Attacks: memory, queues and other objects of the kernel that processes share, or that no limit counts."""
+"""Attacks: memory, queues and other kernel objects that processes share or that no limit counts."""
 
 import ctypes
 import mmap

@@ -1,4 +1,4 @@
-"""What belongs to others while attacks run: files, a process, System V and POSIX objects, sockets."""
+"""Things that belong to others while attacks run: files, a process, System V and POSIX objects, sockets."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ _libc.shmat.restype = ctypes.c_void_p
 
 @dataclass
 class Victims:
-    """What attacks are told of, and whether all is as it was."""
+    """Creates the victims, tells attacks about them, and checks that they are unharmed."""
 
     told: dict[str, Any]
     _process: subprocess.Popen[bytes]
@@ -33,7 +33,7 @@ class Victims:
     _sockets: list[socket.socket]
 
     def unharmed(self) -> None:
-        """Raises AssertionError where something was changed, taken or reached."""
+        """Raises AssertionError if anything was changed, taken or reached."""
         assert Path(self.told["file"]).read_text() == "secret"
         assert [path.name for path in Path(self.told["folder"]).iterdir()] == ["file"]
         assert Path(self.told["posix"]).read_bytes() == SECRET
@@ -41,7 +41,8 @@ class Victims:
         assert _libc.semctl(self.told["semaphore"], 0, 12) == 3
         taken = ctypes.create_string_buffer(64)
         assert _libc.msgrcv(self.told["queue"], taken, 32, 0, 0o4000) == len(SECRET)
-        assert _libc.msgrcv(self.told["queue"], taken, 32, 0, 0o4000) == -1  # there was one, and still is
+        # there was one message, and it is still there
+        assert _libc.msgrcv(self.told["queue"], taken, 32, 0, 0o4000) == -1
         _send(self.told["queue"])
         for listening in self._sockets:
             listening.settimeout(0.05)
@@ -53,7 +54,7 @@ class Victims:
         assert self._process.poll() is None
 
     def say(self) -> bytes:
-        """What the process has in its memory; it ends then."""
+        """Returns what the process has in its memory; the process then ends."""
         said, _ = self._process.communicate(b"\n")
         return said.strip()
 
@@ -89,7 +90,7 @@ def victims(folder: Path) -> Iterator[Victims]:
 
 
 def _system_v(told: dict[str, Any], stack: ExitStack) -> int:
-    """A segment, a queue and a semaphore; returns where the segment is in this process."""
+    """Creates a segment, a queue and a semaphore; returns the segment's address in this process."""
     told["segment"] = _libc.shmget(0, 4096, 0o1600)
     stack.callback(_libc.shmctl, told["segment"], 0, None)
     memory = int(_libc.shmat(told["segment"], None, 0))

@@ -1,4 +1,4 @@
-"""What is tested here is tested on each architecture."""
+"""Tests here run on each architecture."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the fused losses and learners are held against: every prefix by itself, full logits, autograd."""
+"""The naive versions of the fused losses and learners: every prefix by itself, full logits, autograd."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def load(pair: ModelPair) -> nn.Module:
 
 
 def log_p_of_prefixes(model: nn.Module, batch: Sequence[Example], temperature: float) -> Tensor:
-    """[M, V], of each answer's tokens: no mask, no padding, no shift."""
+    """Returns [M, V], one row for each answer token: without mask, padding or shift."""
     rows = [
         model(torch.tensor([[*each.prompt, *each.answer[:i]]])).logits[0, -1] / temperature
         for each in batch
@@ -53,7 +53,7 @@ def policy_loss(
     reference: Tensor,
     pull: Tensor | None,
 ) -> Tensor:
-    """The equations of `emlocal.em.losses` on full rows [M, V], for autograd."""
+    """Computes the equations of `emlocal.em.losses` on full rows [M, V], for autograd."""
     now = log_p[torch.arange(len(log_p)), tokens]
     a, ratio = advantages.to(now.dtype), (now - old).exp()
     if objective.kind == "reinforce":
@@ -69,13 +69,13 @@ def policy_loss(
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
-    """Of the adapter's numbers, layer by layer."""
+    """Returns the gradients of the adapter's weights, layer by layer."""
     found = [p.grad for layer in lora_layers(model).values() for p in (layer.a, layer.b)]
     return [gradient for gradient in found if gradient is not None]
 
 
 def assert_gradients(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Those of the tiny pair's 14 layers, to float32's rounding."""
+    """Compares the gradients of the tiny pair's 14 layers, up to float32's rounding."""
     assert len(found) == len(wanted) == 28
     assert max(float(each.abs().max()) for each in wanted) > 1e-4
     for mine, theirs in zip(found, wanted, strict=True):

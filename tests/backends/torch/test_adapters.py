@@ -1,4 +1,4 @@
-"""Adapters in the torch engine: what llama.cpp computes with them, and what the merged model computes."""
+"""Adapters in the torch engine, compared with llama.cpp and with the merged model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,14 +38,14 @@ def gguf(any_pair: ModelPair) -> GGUFModel:
 
 @pytest.fixture(scope="module")
 def folder(gguf: GGUFModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, unpacked."""
+    """The same model, unpacked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         return unpack(gguf)
 
 
 def logits(engine: Backend) -> NDArray[np.float32]:
-    """[V] after TOKENS, in two feeds."""
+    """Returns the logits [V] after TOKENS, in two feeds."""
     sequence = engine.open()
     engine.forward([Feed(sequence, TOKENS[:-1], wanted=False)])
     engine.forward([Feed(sequence, TOKENS[-1:])])
@@ -66,7 +66,7 @@ def in_llama_cpp(model: GGUFModel, adapters: Adapters) -> NDArray[np.float32]:
 
 
 def two(tmp_path: Path, gguf: GGUFModel) -> list[tuple[Path, float]]:
-    """Two adapters in two formats, with scales of their own."""
+    """Two adapters in two formats, with different scales."""
     write_peft(random_adapter(mixed=True, scale=1.0), tmp_path / "one")
     write_gguf(random_adapter(rank=3, scale=0.5, seed=9), tmp_path / "other.gguf", gguf.header)
     return [(tmp_path / "one", 0.7), (tmp_path / "other.gguf", -1.3)]
@@ -115,7 +115,7 @@ def test_a_scale_of_nothing_is_no_adapter(tmp_path: Path, gguf: GGUFModel, folde
 
 
 def test_an_adapter_of_a_head_that_the_embeddings_share(tmp_path: Path, folder: Path) -> None:
-    """It changes the logits and leaves the embeddings, in the qwen2 model too."""
+    """It changes the logits and not the embeddings, in the qwen2 model too."""
     rng = np.random.default_rng(0)
     pair = LoraPair(rng.normal(size=(3, 32)).astype("f4"), rng.normal(size=(294, 3)).astype("f4"), 0.5)
     write_peft(Adapter({"lm_head": pair}), tmp_path / "head")
@@ -135,9 +135,9 @@ def test_a_wrong_adapter_is_named_before_the_weights_are_read(
     message = {
         "another model": r"the adapter changes model\.layers\.2\.[\w.]+, which the model does not have",
         "another shape": rf"the adapter's {name} is 31 × 32, the model's 32 × 32",
-        "no matrix": r"the adapter changes model\.norm, which is no linear layer",
+        "no matrix": r"the adapter changes model\.norm, which is not a linear layer",
         "not finite": "infinite or not a number",
-        "embeddings": r"the adapter changes model\.embed_tokens, which is no linear layer",
+        "embeddings": r"the adapter changes model\.embed_tokens, which is not a linear layer",
     }[what]
     changed = {
         "another model": random_adapter(layers=3).pairs,

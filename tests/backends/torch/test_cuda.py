@@ -1,4 +1,4 @@
-"""The torch engine on a CUDA device: the same draws, nothing that waits, formats of 16 bits, memory.
+"""The torch engine on a CUDA device: equal draws, no waiting for the device, 16-bit formats, memory.
 
 The contract runs there too (tests/backends/test_contract.py).
 """
@@ -26,7 +26,7 @@ pytestmark = list(ON_CUDA)
 
 
 def drawn(rows: np.ndarray, jobs: list[Row]) -> list[Draw]:
-    """On the device; `jobs` name rows by their index."""
+    """Draws on the device; `jobs` name rows by their index."""
     sampler = TorchSampler(rows.shape[1], CUDA)
     return sampler.sample(torch.from_numpy(rows).to(CUDA), [job.sequence for job in jobs], jobs)
 
@@ -59,7 +59,7 @@ def test_presets_on_both_vocabularies_draw_as_the_host(recorded, preset) -> None
 
 
 def test_rows_together_are_as_alone_bit_for_bit(smollm2_rows) -> None:
-    """Twenty rows of a kind: a full block, and one that is filled up with copies."""
+    """Tests twenty rows of a kind: a full block, and one that is filled up with copies."""
     kinds = [SamplingParams(em=step, top_k=k) for step, k in itertools.product(EMS.values(), (0, 40))]
     jobs = [Row(i % 6, params, 0.37) for i, params in enumerate(kinds * 20)]
     together = drawn(smollm2_rows, jobs)
@@ -86,7 +86,10 @@ def test_the_compiled_step_is_the_step(recorded) -> None:
 @pytest.mark.parametrize("em_step", EMS)
 @pytest.mark.parametrize("more", [{}, {"top_k": 40}, {"top_p": 0.9}, {"temperature": 0.0}], ids=str)
 def test_nothing_waits_for_the_device_between_logits_and_outcome(smollm2_rows, em_step, more) -> None:
-    """All of a block's work: EM step, truncation, draw. The one transfer comes after the last block."""
+    """Covers all of a block's work: EM step, truncation, draw.
+
+    The single transfer comes after the last block.
+    """
     params = SamplingParams(**more, em=EMS[em_step])
     sampler = TorchSampler(smollm2_rows.shape[1], CUDA)
     full = list(range(6)) + [5] * (sampler.block - 6)
@@ -126,7 +129,7 @@ def test_float32_is_what_a_cpu_computes(unpacked_tiny: Path) -> None:
 def test_sixteen_bits_move_the_distributions_a_little(
     unpacked_smollm2: Path, dtype: str, bound: float
 ) -> None:
-    """Mean total variation over 60 tokens of text. Measured on a CPU: 0.019 in bfloat16."""
+    """Mean total variation over 60 tokens of text. A CPU gave 0.019 in bfloat16."""
     distributions = []
     for each in ("float32", dtype):
         engine = opened(unpacked_smollm2, each)
@@ -145,7 +148,7 @@ def test_sixteen_bits_move_the_distributions_a_little(
 
 
 def test_it_says_where_it_runs_and_leaves_nothing(unpacked_tiny: Path) -> None:
-    engine = opened(unpacked_tiny, "auto")  # what is made once, such as cuBLAS's room, is there then
+    engine = opened(unpacked_tiny, "auto")  # allocates what is made once, such as cuBLAS's workspace
     sequence = engine.open()
     engine.forward([Feed(sequence, [5, 6])])
     engine.sample([Row(sequence, SamplingParams(em=EMS["sgd"]), 0.5)])

@@ -1,4 +1,4 @@
-"""The torch learner against a loop that feeds every prefix by itself: no mask, no padding, no shift."""
+"""The torch learner compared with a loop over single prefixes: without mask, padding or shift."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -32,7 +32,7 @@ SETTINGS = FineTuneSettings(rank=4, alpha=8)
 def learner(
     pair: ModelPair, adapter: Adapter, checkpointing: bool = False, **objective: Any
 ) -> TorchEntropyLearner:
-    """`kl_beta` measures the KL too."""
+    """Makes a learner; `kl_beta` measures the KL too."""
     descent = Descent(max_grad_norm=objective.pop("max_grad_norm", 1.0))
     asked = EntropyObjective(**{"measures_kl": bool(objective.get("kl_beta")), **objective})
     return TorchEntropyLearner(load(pair), adapter, descent, asked, checkpointing=checkpointing)
@@ -41,7 +41,7 @@ def learner(
 def by_loop(
     pair: ModelPair, adapter: Adapter, weights: Sequence[float], beta: float, t: float
 ) -> tuple[float, list[torch.Tensor]]:
-    """The loss and its gradients, one prefix after the other."""
+    """Computes the loss and its gradients, one prefix after the other."""
     model = load(pair)
     model.requires_grad_(False)
     attach(model, adapter)
@@ -159,5 +159,5 @@ def test_a_head_that_bends_its_logits_is_refused(pair: ModelPair) -> None:
     model = load(pair)
     head = model.get_submodule("lm_head")
     head.register_forward_hook(lambda module, inputs, output: 3 * (output / 3).tanh())
-    with pytest.raises(ModelError, match="no plain product"):
+    with pytest.raises(ModelError, match="not the plain product"):
         TorchLearner(model, random_adapter(), Descent())

@@ -1,4 +1,4 @@
-"""The fused EM-FT loss against a loop over rows in numpy, against autograd, and in memory."""
+"""The fused EM-FT loss compared with a loop over rows in numpy and with autograd; its memory."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Packed layers: decoding on CPUs with them is decoding with the model as it is."""
+"""Packed layers: decoding on CPUs with them equals decoding with the plain model."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def folder(any_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def rows(engine: TorchBackend) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Logits, [8, V]: after prompts of several lengths, and steps of one and of several sequences."""
+    """Returns logits, [8, V]: after prompts of several lengths, and steps of one and of several sequences."""
     sequences = [engine.open() for _ in range(3)]
     found = []
     engine.forward([Feed(s, range(5, 9 + 7 * s)) for s in sequences])

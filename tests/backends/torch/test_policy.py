@@ -1,4 +1,4 @@
-"""The fused policy gradient against autograd on full logits, against the reference in numpy, and in size."""
+"""The fused policy gradient compared with autograd on full logits and with the numpy reference; its size."""
 
 import math
 from typing import Any
@@ -36,7 +36,10 @@ OBJECTIVES = [
 
 
 class Inputs:
-    """Hidden states, a head and what else a loss takes; old and reference are near the policy, as in runs."""
+    """Hidden states, a head and the other inputs of a loss.
+
+    Old and reference are near the policy, as in runs.
+    """
 
     def __init__(self, scale: float = 1.0, dtype: torch.dtype = torch.float32, likely: int = 8) -> None:
         random = torch.Generator().manual_seed(5)
@@ -53,7 +56,10 @@ class Inputs:
         self.pull = (torch.arange(M) % 4 == 0).float()
 
     def log_p(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """By full logits in float64: of the tokens [M], of all [M, V]. Differentiable by `hidden`."""
+        """Computes log p from full logits in float64: of the tokens [M], of all [M, V].
+
+        It is differentiable by `hidden`.
+        """
         rows = (self.hidden.double() @ self.head.double().T / temperature).log_softmax(-1)
         return rows[torch.arange(M), self.tokens], rows
 
@@ -72,7 +78,7 @@ class Inputs:
         )
 
     def naive(self, objective: PolicyObjective, pull: bool, temperature: float) -> Tensor:
-        """The equations on full logits, for autograd."""
+        """Computes the equations on full logits, for autograd."""
         return naive.policy_loss(
             self.log_p(temperature)[1],
             self.tokens,
@@ -170,7 +176,7 @@ def test_scores_without_a_gradient_are_the_same_bit_for_bit() -> None:
 
 def test_just_drawn_the_ratio_is_one_and_nothing_is_clipped() -> None:
     given = Inputs()
-    given.old = token_scores(given.hidden, given.head, given.tokens).log_prob  # its graph is no matter
+    given.old = token_scores(given.hidden, given.head, given.tokens).log_prob  # its graph does not matter
     ppo, reinforce = (given.fused(PolicyObjective(kind)) for kind in ("ppo-clip", "reinforce"))
     assert not ppo.clipped.any()
     got, want = (torch.autograd.grad(terms.loss, given.hidden)[0] for terms in (ppo, reinforce))
@@ -252,7 +258,7 @@ def test_divergences_hold_a_few_positions_at_a_time() -> None:
 
 
 class Watched(TorchDispatchMode):
-    """The most numbers that any tensor had that an operation gave, and how many products there were."""
+    """Records the largest number of elements of any result tensor, and the number of matrix products."""
 
     numbers = 0
     products = 0

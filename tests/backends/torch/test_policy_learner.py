@@ -1,4 +1,4 @@
-"""The policy learner on torch against a loop that feeds every prefix by itself, on full logits."""
+"""The policy learner on torch compared with a loop over single prefixes on full logits."""
 
 import math
 import warnings
@@ -40,7 +40,7 @@ def learner(pair: ModelPair, objective: PolicyObjective = EVERYTHING, **more: An
 
 
 def full_model(pair: ModelPair) -> nn.Module:
-    """The same without anything of ours but the adapter."""
+    """Returns the same model with nothing of emlocal but the adapter."""
     model = load(pair)
     model.requires_grad_(False)
     attach(model, random_adapter())
@@ -49,7 +49,7 @@ def full_model(pair: ModelPair) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def losses(pair: ModelPair) -> TokenLosses:
-    """Of the batch's tokens: some at the clip on either side, some not."""
+    """Returns losses of the batch's tokens: some at either clip limit, some not."""
     random = torch.Generator().manual_seed(3)
     now = full_rows(pair, 1.0)[torch.arange(M), TOKENS]
     advantages, old, reference = (torch.randn(M, generator=random).numpy() for _ in range(3))

@@ -24,7 +24,7 @@ LONG = ("--steps", "3", "--learning-rate", "0.01", "--save-every", "100", "--max
 def test_a_run_says_what_trains_and_leaves_an_adapter(finetune: Finetune, out: Path) -> None:
     done = finetune(*MLX)
     assert done.code == 0, done.err
-    assert "trained on mlx, cpu, float32 (MLX sees no GPU" in done.err
+    assert "trained on mlx, cpu, float32 (MLX finds no GPU" in done.err
     assert "answers by llama.cpp, 2 at once" in done.err
     assert len(list(filter(ROW.fullmatch, done.err.splitlines()))) == 3
     versions = json.loads((out / "run.json").read_text())["versions"]
@@ -34,7 +34,7 @@ def test_a_run_says_what_trains_and_leaves_an_adapter(finetune: Finetune, out: P
 
 
 def test_it_trains_what_torch_trains(finetune: Finetune, out: Path) -> None:
-    """The same answers by llama.cpp in the first step, and so the same gradient."""
+    """llama.cpp gives the same answers in the first step, so the gradient is the same."""
     assert finetune(*MLX, "--steps", "1").code == 0
     ours = metrics(out)
     shutil.rmtree(out)
@@ -66,7 +66,7 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
     assert (out / "adapter_model.safetensors").read_bytes() != weights
     resumed = finetune(*flags, "--resume")
     assert resumed.code == 0
-    assert "going on after step 2" in resumed.err
+    assert "resuming after step 2" in resumed.err
     assert (out / "adapter_model.safetensors").read_bytes() == weights
 
 
@@ -77,13 +77,13 @@ def test_checkpointing_and_small_batches_change_little(finetune: Finetune, out: 
     more = ("--gradient-checkpointing", "--tokens-per-batch", "1")
     assert finetune(*MLX, *LONG, "--steps", "1", *more).code == 0
     for name, pair in read_adapter(out, None).pairs.items():
-        np.testing.assert_allclose(pair.b, plain.pairs[name].b, atol=2e-3)  # of 0.01 each
+        np.testing.assert_allclose(pair.b, plain.pairs[name].b, atol=2e-3)  # the weights are about 0.01
 
 
 def test_its_adapter_runs_on_every_engine(
     finetune: Finetune, emlocal: Emlocal, pair: ModelPair, out: Path, tmp_path: Path
 ) -> None:
-    """As it is and converted; it changes what each engine says, and alike where both compute in float32."""
+    """As it is and converted, it changes every engine's text. Engines that compute in float32 agree."""
     assert finetune(*MLX, *LONG, "--learning-rate", "0.05").code == 0
     converted = str(tmp_path / "adapter.gguf")
     assert emlocal("adapter", "convert", str(out), "-o", converted, "--base", str(pair.gguf)).code == 0
@@ -125,9 +125,9 @@ def test_what_does_not_go_together_is_refused(
     for trainer, rollouts in (("mlx", "torch"), ("torch", "mlx")):
         refused = finetune("--backend", trainer, "--rollouts", rollouts)
         assert refused.code == 2
-        assert f"--rollouts is {rollouts}, and {trainer} is trained" in error_of(refused)
+        assert f"--rollouts is {rollouts}, but {trainer} trains" in error_of(refused)
     rl = ("rl", *MLX, "-m", str(pair.gguf), "--data", str(data), "-o", str(out))
-    assert "not for the mlx engine yet" in error_of(emlocal(*rl))
+    assert "the mlx engine does not support this training yet" in error_of(emlocal(*rl))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "several processes cannot train on mlx" in error_of(finetune(*MLX))
+    assert "the mlx engine cannot train with several processes" in error_of(finetune(*MLX))
     assert not out.exists()

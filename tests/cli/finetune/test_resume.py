@@ -1,4 +1,4 @@
-"""Folders that hold a run already, or something else."""
+"""Folders that already hold a run, or something else."""
 
 import shutil
 import signal
@@ -20,11 +20,11 @@ def test_a_run_that_is_there_needs_resume_and_ends_at_once_with_it(finetune: Fin
     weights = (out / "adapter_model.safetensors").read_bytes()
     again = finetune()
     assert again.code == 2
-    assert "holds a run already" in error_of(again)
+    assert "has a run already" in error_of(again)
     assert "--resume" in again.err
     resumed = finetune("--resume")
     assert resumed.code == 0
-    assert "going on after step 2" in resumed.err
+    assert "resuming after step 2" in resumed.err
     assert len(list(filter(ROW.fullmatch, resumed.err.splitlines()))) == 1
     assert (out / "adapter_model.safetensors").read_bytes() == weights
     assert [row["step"] for row in metrics(out)] == [0, 1, 2]
@@ -52,11 +52,11 @@ def test_ctrl_c_and_resume_give_the_weights_of_a_run_in_one_go(
         patch.setattr(TerminalView, "finished_step", finished_step)
         stopped = finetune(*flags)
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1] == f"stopped; the same command with --resume goes on ({out})"
+    assert stopped.err.splitlines()[-1] == f"stopped ({out}); resume with the same command and --resume"
     assert (out / "adapter_model.safetensors").read_bytes() != weights
     resumed = finetune(*flags, "--resume")
     assert resumed.code == 0
-    assert f"going on after step {stop_at + 1}" in resumed.err
+    assert f"resuming after step {stop_at + 1}" in resumed.err
     assert (out / "adapter_model.safetensors").read_bytes() == weights
     assert timeless(metrics(out)) == timeless(rows)
 
@@ -91,14 +91,14 @@ def test_resume_with_as_many_other_prompts_is_refused(finetune: Finetune, out: P
 def test_resume_where_nothing_is_begins_and_says_so(finetune: Finetune, out: Path) -> None:
     done = finetune("--resume")
     assert done.code == 0
-    assert "holds no run to go on with: beginning a new one" in done.err
+    assert "has no run to resume: starting a new one" in done.err
 
 
 def test_a_smaller_token_budget_is_heeded_on_resume_and_said(finetune: Finetune) -> None:
     assert finetune().code == 0
     done = finetune("--resume", "--tokens-per-batch", "30")
     assert done.code == 0
-    assert "going on with micro-batches of 30 tokens instead of 2,048" in done.err
+    assert "continuing with micro-batches of 30 tokens instead of 2,048" in done.err
     assert "micro-batches" not in finetune("--resume", "--tokens-per-batch", "4096").err
 
 
@@ -111,7 +111,7 @@ def test_an_output_that_is_something_else_is_left_alone(
         (out / "thesis.tex").write_text("years of work")
     done = finetune()
     assert done.code == 2
-    assert "holds something else: thesis.tex" in done.err or f"{out} is no folder" in done.err
+    assert "has other files: thesis.tex" in done.err or f"{out} is not a folder" in done.err
     assert not out.is_dir() or [p.name for p in out.iterdir()] == ["thesis.tex"]
 
 

@@ -47,7 +47,7 @@ def test_a_run_to_the_end_and_its_adapter_on_both_engines(
 def test_a_folder_cannot_be_answered_by_llama_cpp(finetune: Finetune, folder: Path, out: Path) -> None:
     done = finetune("--rollouts", "llama.cpp", model=folder)
     assert done.code == 2
-    assert "is no GGUF model: llama.cpp cannot answer with it" in error_of(done)
+    assert "is not a GGUF model, so llama.cpp cannot answer with it" in error_of(done)
     assert not out.exists()
 
 
@@ -80,10 +80,24 @@ def test_dry_run_tells_and_writes_nothing(finetune: Finetune, out: Path, tmp_pat
     assert values["--target-modules"].startswith("q_proj,k_proj")
     assert values["prompts"] == "5 of 5"
     assert values["memory"].endswith("with one whole micro-batch")
-    assert values["2 steps"] == "0 s"
+    assert re.fullmatch(r"\d s", values["2 steps"])
     assert not re.search(r"\de[+-]\d", done.out)
     masked = done.out[done.out.index("not in the loss") : done.out.index("in the loss (8 tokens")]
     assert "say " in masked
+
+
+def test_a_dry_run_says_what_the_votes_take(finetune: Finetune, out: Path) -> None:
+    done = finetune("--dry-run", "--recipe", "vote", "--samples", "4", "--limit", "5", "--kl-beta", "0.1")
+    assert done.code == 0
+    assert not out.exists()
+    said = done.out[done.out.index("A run, if") :]
+    assert re.search(r"^  the votes +\d.* \(20 answers of \d+ tokens, before the first step\)$", said, re.M)
+    share = re.search(r"^ +(\d+)% of the run(; --limit or --samples shorten it)?$", said, re.M)
+    assert share is not None
+    assert share[1] == "50" or (int(share[1]) > 50) == (share[2] is not None)
+    assert re.search(r"^  votes and 2 steps +\d", said, re.M)
+    plain = finetune("--dry-run", "--limit", "5").out
+    assert "vote" not in plain[plain.index("A run, if") :]
 
 
 def test_a_collapse_is_exit_1_with_the_adapter_of_before(finetune: Finetune, out: Path) -> None:
@@ -94,7 +108,7 @@ def test_a_collapse_is_exit_1_with_the_adapter_of_before(finetune: Finetune, out
     assert "below --entropy-floor 4.5" in done.err
     assert done.err.splitlines()[-1].startswith("  emlocal chat -m ")
     rows = metrics(out)
-    kept = int(re.findall(r"the adapter of (\d+) step", done.err)[-1])
+    kept = int(re.findall(r"the adapter after (\d+) step", done.err)[-1])
     assert rows[kept]["entropy"] >= 4.5 > rows[-1]["entropy"]
     assert read_adapter(out).pairs
 
@@ -121,7 +135,7 @@ def test_prompts_that_do_not_fit_are_counted_or_all_that_there_is(
     done = finetune()
     assert done.code == 0
     assert "2 prompts of 8 do not fit: prompts.jsonl, line 7 has" in done.err
-    assert "--context 256 less 8 for the answer leave 248; left out" in done.err
+    assert "--context 256 less 8 for the answer leave 248; they are left out" in done.err
     assert json.loads((out / "run.json").read_text())["prompts"]["count"] == 6
     data.write_text(json.dumps({"prompt": "a" * 300}))
     all_of_them = finetune("--resume")
@@ -142,7 +156,8 @@ def test_validate_shows_and_keeps_both_accuracies(finetune: Finetune, out: Path,
     assert kept["prompts"] == 3
     assert 0 <= kept["before"] <= 1
     (out / "validation.json").write_text(json.dumps({**kept, "before": 0.125}))
-    assert "12.5% → " in finetune("--resume", "--validate", str(file)).err  # known: not measured again
+    # known, so it is not measured again
+    assert "12.5% → " in finetune("--resume", "--validate", str(file)).err
     file.write_text(json.dumps(lines[0]))
     assert "12.5% → " not in finetune("--resume", "--validate", str(file)).err
 
@@ -150,7 +165,7 @@ def test_validate_shows_and_keeps_both_accuracies(finetune: Finetune, out: Path,
 def test_validate_without_answers(finetune: Finetune, out: Path, data: Path) -> None:
     done = finetune("--validate", str(data))
     assert done.code == 2
-    assert "prompts.jsonl, line 1: no answer to compare with" in error_of(done)
+    assert "prompts.jsonl, line 1: there is no answer to compare with" in error_of(done)
     assert not out.exists()
 
 

@@ -41,7 +41,7 @@ def test_config_flag_then_file_then_recipe_then_default(
     ("text", "says", "hint"),
     [
         ("learning_rat = 1e-4", "there is no setting 'learning_rat'", "did you mean learning-rate"),
-        ("steps = 2\niters = 3", "steps and iters are the same setting", "give one of them"),
+        ("steps = 2\niters = 3", "steps and iters are the same setting", "give only one of them"),
         ("temp = 1", "there is no setting 'temp'", "loss-temp"),
         ("steps = 2.5", "steps is 2.5; it must be a whole number", ""),
         ("steps = true", "steps is true; it must be a whole number", ""),
@@ -142,7 +142,7 @@ def test_bad_values_are_one_line_with_flag_and_range(
     ("arguments", "says"),
     [
         (["--context", "1000"], "--context is 1,000; the model was trained on 256"),
-        (["--max-tokens", "256"], "--max-tokens is 256; the context of prompt and answer is 256"),
+        (["--max-tokens", "256"], "--max-tokens is 256, but prompt and answer must fit 256"),
         (["--device", "tpu"], "tpu"),
         (["--device", "cuda:99"], "there is no device cuda:99"),
         (["--target-modules", "q_proj,nope"], "no linear layer called nope"),

@@ -1,4 +1,4 @@
-"""What adapters are held against."""
+"""Fixtures for the adapter tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is written in one format is read back the same, and goes through all of them unchanged."""
+"""An adapter written in one format reads back the same, and passes through all formats unchanged."""
 
 import json
 from dataclasses import replace
@@ -122,7 +122,7 @@ def test_half_precision_is_read_exactly(out: Path, dtype: str) -> None:
 
 
 def test_a_quantized_gguf_adapter_is_dequantized(tmp_path: Path, base: GGUFHeader) -> None:
-    """As llama.cpp's converter writes them with --outtype q8_0."""
+    """llama.cpp's converter writes such adapters with --outtype q8_0."""
     import gguf
 
     rng, path = np.random.default_rng(0), tmp_path / "a.gguf"
@@ -138,7 +138,7 @@ def test_a_quantized_gguf_adapter_is_dequantized(tmp_path: Path, base: GGUFHeade
     writer.write_tensors_to_file()
     writer.close()
     pair = read_adapter(path, base).pairs["model.layers.0.self_attn.v_proj"]
-    assert pair.scale == 1.0  # no alpha
+    assert pair.scale == 1.0  # there is no alpha
     assert np.abs(pair.a - a).max() < 0.02
     assert np.abs(pair.b - b).max() < 0.02
 

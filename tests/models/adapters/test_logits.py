@@ -1,4 +1,4 @@
-"""The same adapter computes the same in llama.cpp and in transformers: names, order, scale."""
+"""The same adapter gives the same logits in llama.cpp and transformers: names, order, scale."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_flash_attention")
 
 
 def in_transformers(pair: ModelPair, adapter: Adapter | None) -> np.ndarray:
-    """Logits [V] after TOKENS, float32."""
+    """Returns the logits [V] after TOKENS, float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -38,7 +38,7 @@ def in_transformers(pair: ModelPair, adapter: Adapter | None) -> np.ndarray:
 
 
 def in_llama_cpp(pair: ModelPair, *adapters: tuple[Path, float]) -> np.ndarray:
-    """The same from llama.cpp."""
+    """Returns the same from llama.cpp."""
     options = LoadOptions(context=64, sequences=1, kv_type="f32", adapters=adapters)
     backend = LlamaCppBackend(resolve(str(pair.gguf)), options)
     row = logits(backend)

@@ -1,4 +1,4 @@
-"""A merged model folder computes what the model with the adapter computes, in the model's own types."""
+"""A merged model folder gives the logits of the model with the adapter, in the model's own types."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def logits(folder: Path, adapter: Adapter | None = None, dtype: Any = None) -> n
 
 
 def saved(pair: ModelPair, folder: Path, dtype: Any, shard: str = "5GB") -> Path:
-    """The model in another type, in shards of this size."""
+    """Saves the model in another type, in shards of this size."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=dtype)
@@ -77,7 +77,7 @@ def test_shards_and_types_stay(any_pair: ModelPair, tmp_path: Path, out: Path, d
                 continue
             exact = w.float() - 0.5 * layer.scale * torch.from_numpy(layer.b @ layer.a)
             rounded = exact.to(dtype)
-            # sums in another order may fall on the other side of a tie
+            # sums in another order may round a tie differently
             assert (after == rounded).float().mean() > 0.99
             assert (after.float() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
@@ -87,7 +87,8 @@ def test_large_matrices_go_block_by_block(
 ) -> None:
     from emlocal.models.adapters import merge as module
 
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 32 * 5)  # five rows of 32, and no multiple of the rows
+    # five rows of 32, so blocks do not divide the rows evenly
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 32 * 5)
     merge(random_adapter(), 1.0, open_model(pair.folder), out)
     assert np.abs(logits(out) - logits(pair.folder, random_adapter())).max() < 1e-4
 

@@ -1,4 +1,4 @@
-"""Whether an adapter says that it is of the model that it is used with."""
+"""Whether an adapter names the model with which it is used as its base."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def test_every_format_keeps_what_it_is_of(kind: str, tmp_path: Path, base: GGUFH
     assert base_of(out) == "org/Tiny-1B"
     said = other_base(out, "big:7b", None)
     assert said is not None
-    assert f"{out} says that it was trained on org/Tiny-1B, and this is big:7b" in said
+    assert f"{out} names org/Tiny-1B as its base model, but this is big:7b" in said
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_one_model_has_many_names(base: object, model: str, says: Says) -> None:
     ("base", "model"),
     [
         ("smollm2:135m", "smollm2:360m"),
-        ("Qwen/Qwen2.5-0.5B", "qwen2.5:0.5b"),  # the short name is the instruct model's
+        ("Qwen/Qwen2.5-0.5B", "qwen2.5:0.5b"),  # the short name means the instruct model
         ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
         ("mine", "yours"),
     ],

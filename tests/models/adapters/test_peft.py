@@ -1,4 +1,4 @@
-"""PEFT itself reads what emlocal writes, and emlocal reads what PEFT saves or says why not."""
+"""PEFT reads the adapters that emlocal writes; emlocal reads those that PEFT saves, or says why not."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def model(pair: ModelPair) -> Any:
 
 
 def logits(of: Any) -> np.ndarray:
-    """All of them, [1, T, V]."""
+    """Returns all logits, [1, T, V]."""
     with torch.no_grad():
         rows: np.ndarray = of(torch.tensor(IDS)).logits.numpy()
     return rows
@@ -76,7 +76,7 @@ def test_what_peft_saves_is_read(out: Path, any_pair: ModelPair, settings: dict[
 
 
 def saved_by_peft(pair: ModelPair, out: Path, settings: dict[str, Any]) -> np.ndarray:
-    """A random adapter of PEFT's, saved to `out`; its logits."""
+    """Saves a random adapter of PEFT's to `out`; returns its logits."""
     targets = [name.rpartition(".")[2] for name in SHAPES]
     config = peft.LoraConfig(**{"target_modules": targets, "task_type": "CAUSAL_LM"} | settings)
     torch.manual_seed(0)
@@ -143,5 +143,5 @@ def test_a_pickle_is_never_opened(out: Path, pair: ModelPair, monkeypatch: pytes
         monkeypatch.setattr(module, name, opened)
     with pytest.raises(ModelError, match="pickles can run code"):
         read_adapter(out)
-    with pytest.raises(ModelError, match="is not an adapter by itself"):
+    with pytest.raises(ModelError, match="is one file of an adapter"):
         read_adapter(out / "adapter_model.bin")

@@ -68,8 +68,12 @@ def mlx(out: Path) -> Path:
         (lambda t: t.pop(KEY), f"{Q} has a lora_B.weight and no lora_A.weight"),
         (lambda t: t.pop(KEY_B), f"{Q} has a lora_A.weight and no lora_B.weight"),
         (lambda t: t.clear(), "has no tensors"),
-        (lambda t: t.update(surprise=np.zeros(3, "f4")), "tensor surprise, which is no half"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": np.zeros((4, 32), "f4")}), "which is no half"),
+        (lambda t: t.update(surprise=np.zeros(3, "f4")), "tensor surprise, which is not half"),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.weight": np.zeros((4, 4), "f4")}),
+            "the model's own base_model.model.model.embed_tokens.weight beside LoRA",
+        ),
+        (lambda t: t.update({f"{Q}.lora_A.weight": np.zeros((4, 32), "f4")}), "which is not half"),
         (
             lambda t: t.update({KEY: t[KEY].T}),
             "A of " + Q + " is [32, 4], but adapter_config.json says rank 4",
@@ -115,7 +119,7 @@ def test_names(peft: Path, name: str) -> None:
         ({"lora_alpha": None}, "lora_alpha in adapter_config.json is None"),
         ({"lora_alpha": 1e8}, "the scale of"),
         ({"lora_alpha": 10**400}, "not a number"),
-        ({"alpha_pattern": [1]}, "no table of numbers"),
+        ({"alpha_pattern": [1]}, "not a table of numbers"),
         ({"alpha_pattern": {"q_proj": "x"}}, "q_proj in adapter_config.json is x"),
         ({"rank_pattern": {"q_proj": 5}}, "says rank 5"),
         ({"peft_type": "absent"}, "adapter_config.json does not say its peft_type"),
@@ -136,7 +140,7 @@ def test_configurations(peft: Path, fields: dict[str, Any], words: str) -> None:
 def test_a_pattern_cannot_hold_up_the_reader(peft: Path, pattern: str) -> None:
     configure(peft, alpha_pattern={pattern: 3})
     with at_most(10):
-        assert "which is not understood" in complaint(peft)
+        assert "which is not a valid pattern" in complaint(peft)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
@@ -153,7 +157,7 @@ def test_missing_files(peft: Path, tmp_path: Path) -> None:
     assert "pipe is a pipe or a device, not an adapter" in complaint(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
     assert "neither adapter_model.safetensors (PEFT)" in complaint(tmp_path / "empty")
-    assert "is not an adapter by itself" in complaint(peft / "adapter_model.safetensors")
+    assert "is one file of an adapter" in complaint(peft / "adapter_model.safetensors")
     (tmp_path / "empty" / "adapters.npz").write_bytes(b"")
     assert "pickles can run code" in complaint(tmp_path / "empty")
 
@@ -211,7 +215,7 @@ def test_mlx_layers_that_are_no_matrices(mlx: Path, name: str, shape: tuple[int,
 
 def test_dora_of_mlx(mlx: Path) -> None:
     weights(mlx, lambda t: t.update({f"{Q}.m": np.zeros(32, "f4")}), "adapters.safetensors")
-    assert f"tensor {Q}.m, which is no half" in complaint(mlx)
+    assert f"tensor {Q}.m, which is not half" in complaint(mlx)
 
 
 def gguf(path: Path, tensors: dict[str, tuple[int, ...]], **changes: Value | None) -> Path:
@@ -226,7 +230,7 @@ GOOD = {"blk.0.attn_v.weight.lora_a": (32, 4), "blk.0.attn_v.weight.lora_b": (4,
 @pytest.mark.parametrize(
     ("tensors", "changes", "words"),
     [
-        ({}, {}, "it adapts no tensor"),
+        ({}, {}, "it changes no tensor"),
         (
             GOOD | {"token_embd.weight.lora_a": (4, 9), "token_embd.weight.lora_b": (4, 9)},
             {},
@@ -234,7 +238,7 @@ GOOD = {"blk.0.attn_v.weight.lora_a": (32, 4), "blk.0.attn_v.weight.lora_b": (4,
         ),
         (GOOD | {"output_norm.weight": (32,)}, {}, "weights beside LoRA (output_norm.weight)"),
         ({k.replace("attn_v", "ssm_in"): v for k, v in GOOD.items()}, {}, "LoRA on blk.0.ssm_in.weight"),
-        ({k.replace("blk.0", "blk.99999"): v for k, v in GOOD.items()}, {}, "it adapts layer 99,999"),
+        ({k.replace("blk.0", "blk.99999"): v for k, v in GOOD.items()}, {}, "it changes layer 99,999"),
         ({k.replace("blk.0", "blk.x"): v for k, v in GOOD.items()}, {}, "LoRA on blk.x.attn_v.weight"),
         ({k.replace("blk.0", "blk.7"): v for k, v in GOOD.items()}, {}, "does not have"),
         (

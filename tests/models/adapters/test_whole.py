@@ -1,4 +1,4 @@
-"""Whoever looks sees a whole adapter or none, even when the writer is killed."""
+"""A reader sees a whole adapter or none, even when the writer is killed."""
 
 import random
 import subprocess
@@ -34,7 +34,7 @@ for i in range(100_000):
 
 
 def test_kill_9_leaves_whole_adapters(tmp_path: Path) -> None:
-    """Eight folders and files replaced in turn, the writer killed at a random moment, four times."""
+    """Replaces eight folders and files in turn and kills the writer at a random moment, four times."""
     base = read_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
     wanted = [random_adapter(layers=1, rank=64, scale=s, seed=s) for s in (1, 2)]
     rng, seen, complaints = random.Random(0), 0, set()
@@ -83,7 +83,7 @@ def test_a_folder_with_other_things_is_never_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"more in it than an adapter \(thesis.tex\)"):
+    with pytest.raises(UsageError, match=r"other files than an adapter's \(thesis.tex\)"):
         write_peft(random_adapter(), folder, replace=True)
     assert (folder / "thesis.tex").read_text() == "years of work"
 
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [100, 3000, 20_000, 60_000, -1])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, limit: int) -> None:
-    """Files may grow to some bytes only: what the system says then is what a full disk makes it say."""
+    """A limit on file sizes produces the same system error as a full disk."""
     import resource
 
     base = read_header(write_tiny_gguf(tmp_path / "tiny.gguf"))

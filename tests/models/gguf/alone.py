@@ -1,4 +1,4 @@
-"""Sound models with one thing changed: each key that llama.cpp knows, and each tensor, alone."""
+"""Sound models with one change: each key that llama.cpp knows, and each tensor, alone."""
 
 import re
 import struct
@@ -95,7 +95,7 @@ KEY_OF_ALL = re.compile(rb"(?<=\0)(?:tokenizer|general|split|xielu)\.[a-z0-9_.]*
 
 
 class Changed(NamedTuple):
-    """A file that was changed, before it is written: most are passed over."""
+    """A changed file before it is written; most are skipped."""
 
     what: str
     metadata: Mapping[str, Value]
@@ -104,7 +104,7 @@ class Changed(NamedTuple):
 
 @cache
 def values() -> dict[str, Value]:
-    """What a key can be set to, by a name for messages: each type, edges and nonsense."""
+    """Returns values for a key, by a name for messages: each type, edge cases and nonsense."""
     found: dict[str, Value] = {f"u32 {n}": u32(n) for n in INTEGERS}
     found |= {f"f32 {n}": f32(n) for n in FLOATS}
     found |= {f"bool {n}": boolean(n) for n in (0, 1)}
@@ -129,7 +129,7 @@ def values() -> dict[str, Value]:
 
 @cache
 def keys_of_llama_cpp() -> tuple[str, ...]:
-    """All keys in the installed library's own table; `%s.` stands for the architecture."""
+    """Returns all keys in the installed library's own table; `%s.` stands for the architecture."""
     raw = _library()
     own = {f"%s.{match[1].decode()}" for match in KEY_OF_AN_ARCHITECTURE.finditer(raw)}
     return (*sorted(own), *sorted({match[0].decode() for match in KEY_OF_ALL.finditer(raw)}))
@@ -137,9 +137,9 @@ def keys_of_llama_cpp() -> tuple[str, ...]:
 
 @cache
 def tensors_of_llama_cpp() -> tuple[str, ...]:
-    """Names of tensors in the installed library's own table, without ".weight" and the like.
+    """Returns names of tensors in the installed library's own table, without ".weight" and the like.
 
-    The compiler keeps the shortest elsewhere, so these are named here.
+    The compiler stores the shortest names elsewhere, so these are listed here.
     """
     return tuple(sorted({m[0].decode() for m in TENSOR.finditer(_library())} | SHORT_TENSORS))
 
@@ -153,7 +153,7 @@ def _library() -> bytes:
 
 
 def with_one_key_changed(architecture: str) -> Iterator[Changed]:
-    """A file for every key that llama.cpp knows and every value, and without the key."""
+    """Yields a file for every key that llama.cpp knows and every value, and one without the key."""
     metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
     for name in keys_of_llama_cpp():
         key = name.replace("%s", general_architecture(architecture))
@@ -165,7 +165,7 @@ def with_one_key_changed(architecture: str) -> Iterator[Changed]:
 
 
 def with_one_tensor_changed(architecture: str) -> Iterator[Changed]:
-    """Files with each tensor gone, of each type, turned over, of nonsense; others added."""
+    """Yields files with each tensor missing, of each type, transposed or nonsense, and with extra ones."""
     metadata, tensors = architecture_metadata(architecture), architecture_tensors(architecture)
     for index, tensor in enumerate(tensors):
         others = [*tensors[:index], *tensors[index + 1 :]]

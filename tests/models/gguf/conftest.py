@@ -1,4 +1,4 @@
-"""The real library, in a process of its own."""
+"""The real library, in a separate process."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""Answers with GGUF files as emlocal does, one path a line on stdin, one verdict a line on stdout.
+"""Uses GGUF files as emlocal does: one path a line on stdin, one verdict a line on stdout.
 
-Beside `llama_worker`, which knows llama.cpp alone: what ends the process may be how emlocal asks, with its
-contexts, forks and batches. Run as a process of its own.
+`llama_worker` knows llama.cpp alone. This one also finds crashes that emlocal causes by its contexts, forks
+and batches. Run it as a separate process.
 """
 
 import sys
@@ -14,13 +14,16 @@ TEXT = "the cat sat on the mat"
 
 
 def use(path: str, parallel: int) -> None:
-    """A prompt, a conversation, and more prompts at once than there are sequences; all but refusals go on."""
+    """Runs a prompt, a conversation, and more prompts at once than there are sequences.
+
+    Refusals are skipped.
+    """
     with emlocal.load(path, parallel=parallel, threads=1) as model:
         for raw in (True, False):
             try:
                 model.generate(TEXT, raw=raw, max_tokens=5, em=True)
             except EmlocalError:
-                continue  # a context of one token, logits that are NaN
+                continue  # a context of one token, or logits that are NaN
         lines = [{"prompt": TEXT[: 3 + 5 * i], "samples": 2, "raw": True, "max_tokens": 4} for i in range(4)]
         list(model.batch(lines))
 

@@ -1,8 +1,8 @@
-"""Loads GGUF files with the real llama.cpp, one path a line on stdin, one verdict a line on stdout.
+"""Loads GGUF files with the real llama.cpp: one path a line on stdin, one verdict a line on stdout.
 
-Run as a process of its own: what crashes llama.cpp ends this process, and the test sees which file did it.
-Loading includes what every use of emlocal does next: a context as it makes one, encoding some text, a decode
-of that and two of single tokens, the logits of each.
+Run it as a separate process: a crash of llama.cpp ends this process, and the test sees which file caused it.
+Loading includes the next steps of every use in emlocal: a context, encoding some text, decoding it and two
+single tokens, and the logits of each.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def use(model: int) -> str:
 
 @llama_cpp.llama_log_callback
 def no_log(level: int, text: bytes, user_data: object) -> None:
-    """llama.cpp has much to say about broken files."""
+    """Suppresses llama.cpp's many messages about broken files."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The real library in a process of its own, for files that may kill it."""
+"""The real library in a separate process, for files that may crash it."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ LOAD_SECONDS = 20.0  # a file that takes longer hangs llama.cpp, which is as bad
 
 
 def accepted(path: Path) -> bool:
-    """Whether the reader takes the file. Anything but a ModelError of one clean line fails the test."""
+    """Whether the reader accepts the file. Any error but a ModelError of one clean line fails the test."""
     try:
         read_header(path)
     except ModelError as error:
@@ -25,9 +25,9 @@ def accepted(path: Path) -> bool:
 
 
 class Worker:
-    """llama.cpp in a process of its own, started again when a file kills it.
+    """llama.cpp in a separate process, which is started again after a crash.
 
-    `module`: what runs there, `llama_worker` or `emlocal_worker`.
+    `module`: the module to run there, `llama_worker` or `emlocal_worker`.
     """
 
     def __init__(self, module: str = "llama_worker") -> None:
@@ -41,7 +41,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # else an abort starts gdb
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # otherwise an abort starts gdb
                 text=True,
             )
         assert self.process.stdin is not None

@@ -1,4 +1,4 @@
-"""Broken copies of the tiny model, the same for the same seed: at random bytes, and at its weak points."""
+"""Broken copies of the tiny model, determined by the seed: broken at random bytes, and at weak points."""
 
 import random
 import struct
@@ -30,7 +30,7 @@ NUMBERS = [0, 1, 2, 3, 5, 7, 16, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 257
 NUMBERS += [(1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 FLOATS = [0.0, -0.0, -1.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan"), 0.5, 1e6]
 HEADER_BYTES = len(tiny_gguf()) - sum(len(t.data) for t in tiny_tensors())
-# Keys that llama.cpp reads for one or another architecture although the tiny models have no need of them.
+# Keys that llama.cpp reads for some architectures, although the tiny models do not need them.
 MORE_KEYS = [
     *sorted(f"llama.{name}" for name in set().union(*CHECKED.values())),
     "llama.attention.clamp_kqv",
@@ -77,9 +77,9 @@ TOKENIZERS = ["llama", "gpt2", "gemma4", "rwkv", "plamo2", "bert", "t5", "none",
 
 
 def mutant(seed: int) -> bytes:
-    """The mutant of this number. Two of five are broken in their bytes, the others in their meaning.
+    """Returns the mutant of this number. Two of five have broken bytes, the others broken values.
 
-    Half are of the llama architecture with a SentencePiece vocabulary, the others of others with BPE.
+    Half have the llama architecture with a SentencePiece vocabulary, the others another one with BPE.
     """
     rng = random.Random(seed)
     metadata, tensors = tiny_metadata(), tiny_tensors()
@@ -139,7 +139,7 @@ def _change_tensor(rng: random.Random, tensors: list[Tensor]) -> None:
         tensor.type = rng.randrange(44)
     elif roll < 0.7:
         tensor.shape = tuple(rng.choice([*tensor.shape, *NUMBERS]) for _ in range(rng.randint(1, 4)))
-        if rng.random() < 0.7:  # an honest amount of data, so that the lie is in the shape alone
+        if rng.random() < 0.7:  # an honest amount of data, so that only the shape lies
             size = 4
             for d in tensor.shape:
                 size *= d
@@ -154,7 +154,7 @@ def _change_tensor(rng: random.Random, tensors: list[Tensor]) -> None:
         fill = rng.choice([0x00, 0xFF, 0x7F])
         tensor.data = bytes([fill]) * len(
             tensor.data
-        )  # NaN, zero and huge weights must not end the process either
+        )  # NaN, zero and huge weights must not crash the process either
 
 
 def _flip(rng: random.Random, data: bytearray) -> None:

@@ -1,4 +1,4 @@
-"""GGUF LoRA adapters: what fits the base model is read, everything else is refused in one line."""
+"""GGUF LoRA adapters: those that fit the base model are read, all others are refused in one line."""
 
 import struct
 from pathlib import Path
@@ -71,11 +71,11 @@ def test_adapter_metadata(
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ([], "it adapts no tensor"),
+        ([], "it changes no tensor"),
         (pair()[:1], f"{NAME} has no .lora_b"),
         (pair()[1:], f"{NAME} has no .lora_a"),
         ([factor("extra.weight", 32, 32)], "extra.weight has neither"),
-        (pair("blk.7.attn_q.weight"), "it adapts blk.7.attn_q.weight, which base.gguf does not have"),
+        (pair("blk.7.attn_q.weight"), "it changes blk.7.attn_q.weight, which base.gguf does not have"),
         (pair(inner=64), f"factors of {NAME} make 64 × 32, but the model has 32 × 32"),
         (pair(outer=64), "make 32 × 64, but the model has 32 × 32"),
         ([pair(rank=2)[0], pair(rank=4)[1]], "have ranks 2 and 4"),

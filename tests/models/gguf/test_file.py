@@ -1,4 +1,4 @@
-"""The header reader: what a sound file says, and one line for whatever is wrong with an unsound one."""
+"""The header reader: the content of a sound file, and one line for each fault of an unsound one."""
 
 import ctypes
 import struct
@@ -36,7 +36,7 @@ from tests.tiny_gguf import (
 
 
 def complaint(path: Path) -> str:
-    """What `read_header` has against the file; always one line, and always with a hint."""
+    """Returns the error of `read_header` for the file; always one line, always with a hint."""
     with pytest.raises(ModelError) as caught:
         read_header(path)
     assert "\n" not in caught.value.message
@@ -64,6 +64,7 @@ def test_header_of_the_tiny_model(tmp_path: Path) -> None:
     assert (header.head_count, header.head_count_kv) == ((4,), (2,))
     assert header.vocab_size == len(TOKENS)
     assert header.chat_template == CHAT_TEMPLATE
+    assert header.tool_template is None
     assert header.sampling == {"temperature": 0.5, "top_k": 20}
     assert header.quantization == "F32"
     assert header.file_size == path.stat().st_size
@@ -97,7 +98,7 @@ def test_quantization_is_the_heaviest_type_when_the_file_does_not_say(tmp_path: 
 
 
 def test_block_sizes_are_those_of_the_library() -> None:
-    """The table against libggml itself, type by type; it has a block size of 0 for types that are gone."""
+    """Compares the table with libggml itself, type by type; removed types have a block size of 0 there."""
     import llama_cpp
 
     library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base*"))
@@ -277,7 +278,7 @@ def test_the_file_ends_early(broken: Callable[[bytes], str], tmp_path: Path) -> 
         ("general.architecture", u32(1), "does not say its general.architecture"),
         ("general.architecture", text("ll\x1b[2Jma"), r'general.architecture is "ll\x1b[2Jma"'),
         ("general.architecture", text("clip"), "image projector"),
-        ("general.architecture", text("bert"), "writes no text"),
+        ("general.architecture", text("bert"), "does not write text"),
         ("general.type", text("adapter"), "is a LoRA adapter"),
         ("general.type", text("imatrix"), "of kind imatrix"),
         ("llama.block_count", None, "block_count is missing"),
@@ -335,7 +336,7 @@ def test_a_vocabulary_without_a_byte_token_cannot_encode(broken: Callable[[bytes
 def test_a_token_to_add_must_be_in_the_vocabulary(broken: Callable[[bytes], str], tmp_path: Path) -> None:
     gemma = {"tokenizer__ggml__model": text("gemma4"), "tokenizer__ggml__merges": strings(["t h"])}
     assert "bos_token_id is 9999" in broken(tiny_gguf(tokenizer__ggml__bos_token_id=u32(9999), **gemma))
-    # The SentencePiece default, token 1, is there: llama.cpp takes it.
+    # The SentencePiece default, token 1, exists, so llama.cpp accepts this file.
     read_header(write_tiny_gguf(tmp_path / "spm.gguf", tokenizer__ggml__bos_token_id=u32(9999)))
 
 
@@ -353,3 +354,8 @@ def test_weights_of_types_that_cannot_be_multiplied(
 def test_a_model_without_tensors_or_embedding(broken: Callable[[bytes], str]) -> None:
     assert "it has no tensors" in broken(build(tiny_metadata(), []))
     assert "no token_embd.weight" in broken(build(tiny_metadata(), tiny_tensors()[1:]))
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer__chat_template__tool_use=text("U"))
+    assert read_header(path).tool_template == "U"

@@ -1,4 +1,4 @@
-"""10,000 broken models: each is refused in one line, or accepted and then does not crash llama.cpp."""
+"""10,000 broken models: each is refused in one line, or is accepted and does not crash llama.cpp."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.tiny_architectures import ARCHITECTURES, write_tiny_architecture
 from tests.tiny_gguf import write_tiny_gguf
 
 MUTANTS = 10_000
-LOADED = 1_500  # of the accepted ones, with the real library
+LOADED = 1_500  # number of accepted ones that the real library loads
 
 
 def test_no_mutant_brings_the_reader_down(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_no_mutant_brings_the_reader_down(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(MUTANTS):
         path.write_bytes(mutant(seed))
-        with at_most(5):  # a thousand times what one takes
+        with at_most(5):  # a thousand times the time of one
             outcomes[accepted(path)] += 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB on Linux
     print(f"{outcomes[True]} accepted, {outcomes[False]} refused")

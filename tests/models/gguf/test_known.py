@@ -1,4 +1,4 @@
-"""What was checked is not checked again, and everything else is."""
+"""A checked file is not checked again unless it changed; everything else is checked."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.tiny_gguf import write_tiny_gguf
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache file's path, in a folder of the test's own; tiny vocabularies count as large."""
+    """The cache file's path, in a folder of this test; tiny vocabularies count as large."""
     monkeypatch.setenv("EMLOCAL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(file, "LARGE", 1)
     return tmp_path / "cache" / "checked-headers.json"
@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files whose tokens were checked."""
+    """Names of the files whose tokens were checked."""
     names: list[str] = []
     real = reading.check_tokens
     monkeypatch.setattr(
@@ -45,7 +45,7 @@ def test_a_header_is_checked_once_and_read_the_same(model: Path, checked: list[s
 
 
 def test_a_file_that_changed_within_one_tick_is_checked_again(model: Path, checked: list[str]) -> None:
-    """Same path, size, inode and times: its content alone tells."""
+    """Path, size, inode and times are equal: only the content differs."""
     read_header(model)
     before, data = model.stat(), model.read_bytes()
     twice = data.replace(b"<0x41>", b"<0x42>", 1)

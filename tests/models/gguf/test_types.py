@@ -1,4 +1,4 @@
-"""The tables of the format against the authors' own Python package."""
+"""The tables of the format compared with the authors' own Python package."""
 
 import gguf.constants as official
 
@@ -9,7 +9,8 @@ WITHOUT_A_NAME = {"GUESSED", "MOSTLY_Q4_1_SOME_F16"}
 
 def test_every_tensor_type_has_its_name_and_sizes() -> None:
     theirs = {t.value: (t.name, *official.GGML_QUANT_SIZES[t]) for t in official.GGMLQuantizationType}
-    # The package counts the two scales of Q8_1 as float32; in llama.cpp they are float16 (test_file.py asks).
+    # The package counts the two scales of Q8_1 as float32; in llama.cpp they are float16 (test_file.py
+    # checks).
     assert theirs[9] == ("Q8_1", 32, 40)
     theirs[9] = ("Q8_1", 32, 36)
     assert {code: types.TENSOR_TYPES.get(code) for code in theirs} == theirs

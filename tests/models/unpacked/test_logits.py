@@ -1,4 +1,4 @@
-"""A GGUF model and what becomes of it must compute the same: llama.cpp on one, transformers on the other."""
+"""A GGUF model and its unpacked folder give the same logits, in llama.cpp and in transformers."""
 
 import math
 from pathlib import Path
@@ -38,7 +38,7 @@ def transformers_logits(folder: Path, tokens: list[int]) -> NDArray[np.float32]:
 
 
 def random_vectors(tensors: list[Tensor]) -> list[Tensor]:
-    """Norms and biases that are not all ones, so that a lost or swapped one shows."""
+    """Replaces norms and biases of one by random ones, so that a lost or swapped one shows."""
     rng = np.random.default_rng(2)
     return [
         Tensor(t.name, t.shape, rng.normal(0.8, 0.3, t.shape[0]).astype("<f4").tobytes())
@@ -55,12 +55,12 @@ def write(path: Path, architecture: str, more: list[Tensor] | None = None, **met
     return resolve(str(path))
 
 
-def assert_the_same(model: GGUFModel) -> None:
+def assert_the_same(model: GGUFModel, within: float = 1e-4) -> None:
     folder = unpack(model)
     for length in (1, 2, len(PROMPT)):
         there, here = llama_cpp_logits(model, PROMPT[:length]), transformers_logits(folder, PROMPT[:length])
         assert np.abs(there).max() > 0.5
-        np.testing.assert_allclose(here, there, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(here, there, atol=within, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -91,7 +91,7 @@ def test_scaled_positions(tmp_path: Path, architecture: str, kind: str) -> None:
 
 
 def llama3_divisors(theta: float, factor: float) -> list[float]:
-    """By the definition in transformers' modeling_rope_utils.py, written out another way than ours."""
+    """Follows the definition in transformers' modeling_rope_utils.py, written unlike emlocal's code."""
     out = []
     for i in range(HEAD // 2):
         frequency = theta ** (-2 * i / HEAD)
@@ -109,7 +109,7 @@ def llama3_divisors(theta: float, factor: float) -> list[float]:
 def test_llama_3s_positions(tmp_path: Path) -> None:
     divisors = llama3_divisors(10000.0, 8.0)
     assert len(set(divisors)) > 1
-    assert max(divisors) < 8.0  # at this theta the last one lies on the slope: the factor cannot be read off
+    assert max(divisors) < 8.0  # at this theta the last one is on the slope, so the factor cannot be read off
     for theta in (200_000.0, 500_000.0):
         divisors = llama3_divisors(theta, 8.0)
         more = [Tensor("rope_freqs.weight", (HEAD // 2,), np.array(divisors, "<f4").tobytes())]
@@ -135,8 +135,10 @@ def test_half_precision_tensors_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_smollm2_is_greedy_alike(smollm2: GGUFModel, unpacked_smollm2: Path) -> None:
-    """llama.cpp multiplies quantized weights with activations of 8 bits: where two tokens are near, it may
-    choose the other one."""
+    """llama.cpp rounds activations to 8 bits for quantized weights.
+
+    It may choose the other of two near tokens.
+    """
     backend = LlamaCppBackend(smollm2, LoadOptions(context=128, kv_type="f32", sequences=1))
     model = AutoModelForCausalLM.from_pretrained(unpacked_smollm2, dtype=torch.float32)
     tokens = backend.encode("The capital of France is", add_special=True, parse_special=False)

@@ -1,4 +1,4 @@
-"""Unpacking GGUF models: what is in the folder, and what happens when it goes wrong half-way."""
+"""Unpacking GGUF models: the content of the folder, and failures half-way."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def tiny(tmp_path: Path) -> GGUFModel:
 
 
 def left_behind() -> list[str]:
-    """Whatever is in the cache beside whole folders and locks."""
+    """Returns the names in the cache beside whole folders and locks."""
     return [p.name for p in (cache_dir() / "unpacked").iterdir() if p.name[0] == "." and p.suffix != ".lock"]
 
 
@@ -167,7 +167,7 @@ def test_two_at_once(tiny: GGUFModel) -> None:
     assert [process.returncode for process in running] == [0, 0], said
     folders, writes = zip(*(out.split() for out, _ in said), strict=True)
     assert set(folders) == {str(cache_dir() / "unpacked" / gguf_digest(tiny.header))}
-    assert sorted(map(int, writes))[0] == 0  # one of them found it made
+    assert sorted(map(int, writes))[0] == 0  # one of them found it already made
     assert not left_behind()
 
 
@@ -223,14 +223,14 @@ def test_a_damaged_folder_is_made_again(tiny: GGUFModel, damage: str) -> None:
 def test_a_model_that_shrinks_meanwhile(tiny: GGUFModel) -> None:
     with tiny.path.open("rb+") as file:
         file.truncate(tiny.header.file_size - 4096)
-    with pytest.raises(ModelError, match="it became shorter while it was being read"):
+    with pytest.raises(ModelError, match="it became shorter during reading"):
         unpack(tiny)
     assert not left_behind()
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    model = resolve(str(write_tiny_architecture(tmp_path / "tiny.gguf", "gemma3")))
-    message = r"its architecture is gemma3; llama, qwen2 and qwen3 can be unpacked"
+    model = resolve(str(write_tiny_architecture(tmp_path / "tiny.gguf", "gemma2")))
+    message = r"its architecture is gemma2; llama, qwen2, .* and lfm2 can be unpacked"
     with pytest.raises(ModelError, match=message) as caught:
         unpack(model)
     assert "--backend llama.cpp; to train" in str(caught.value.hint)

@@ -1,0 +1,158 @@
+"""`emlocal serve`: an OpenAI-compatible server on this machine."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from emlocal import __version__, console
+from emlocal.cli.options import calibration_in, open_for_batch, warn_of_mismatch, with_options
+from emlocal.errors import UsageError
+from emlocal.methods import HOW, chosen_by
+from emlocal.settings import Given, Resolved, resolve_settings
+from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
+from emlocal.settings.em import EM
+from emlocal.settings.options import ENGINE, EngineOptions
+from emlocal.settings.resolve import SAMPLING
+from emlocal.settings.table import NOTHING, options_of, setting
+
+if TYPE_CHECKING:
+    from emlocal.loading import Loaded
+    from emlocal.serve.protocol import House
+
+CONTEXT = 4096
+"""Tokens of a conversation, where nobody says: each has this room to itself."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where the server listens, and how much it takes."""
+
+    host: str = setting("127.0.0.1", "--host", help="Listen on this address.", metavar="ADDRESS")
+    port: int = setting(8077, "--port", 0, 65535, "Listen on this port (0 = any free one).")
+    api_key_file: Path | None = setting(
+        None, "--api-key-file", help="Require one of the keys in this file, one a line.", metavar="FILE"
+    )
+    parallel: int = setting(
+        4, "--parallel --max-num-seqs --np", 1, 256, "Set the number of answers written at the same time."
+    )
+    queue: int = setting(
+        64, "--queue", 0, 10_000, "Let this many requests wait; refuse more with status 429."
+    )
+    grace: float = setting(
+        30.0,
+        "--grace",
+        0,
+        86_400,
+        "Give running answers this many seconds at Ctrl-C or SIGTERM.",
+        unit="seconds",
+    )
+    system: str | None = setting(
+        None,
+        "--system --system-prompt",
+        help="Add this system message to conversations without one.",
+        metavar="TEXT",
+    )
+    quiet: bool = setting(False, "-q --quiet", help="Write only errors to stderr.")
+
+
+@with_options
+def serve(
+    run: ServeOptions = ServeOptions(),
+    how: Annotated[Given, HOW] = NOTHING,
+    given: Annotated[Given, CONFIDENCE, EM, SAMPLING, ENGINE] = NOTHING,
+) -> None:
+    """Serve a model over HTTP to any client of OpenAI's API.
+
+    Clients find it at http://127.0.0.1:8077/v1. A request may set any sampling, EM or method setting by its
+    name in a batch line. The flags set the defaults.
+    """
+    from emlocal.generation import Scheduler
+    from emlocal.methods.confidence import subject_of
+    from emlocal.methods.hints import without_effect
+    from emlocal.serve.server import Server, Terms, bind, is_loopback, read_keys
+    from emlocal.settings.resolve import read_config
+
+    layers = ("flag", given), ("config", read_config())
+    resolved = resolve_settings(*layers)
+    chosen_by(how).plan(resolved.plan, resolved.chosen)  # what contradicts itself fails before the load
+    sure = options_of(ConfidenceOptions, *layers)
+    calibration = calibration_in(sure.calibration)
+    keys = read_keys(run.api_key_file)
+    sockets = bind(run.host, run.port)
+    try:
+        if not keys and not is_loopback(sockets):
+            raise UsageError(
+                f"--host {run.host} lets other machines connect, and there is no key",
+                "give --api-key-file FILE, or leave --host out",
+            )
+        options = options_of(EngineOptions, *layers)
+        kept = max(2, run.parallel // 2)
+        with open_for_batch(options, run.parallel, quiet=run.quiet, spare=kept, context=CONTEXT) as model:
+            house = _house(model, resolved, how, run, sure, calibration)
+            warn_of_mismatch(calibration, subject_of(house.name, house.settings.method, house.settings.plan))
+            for text in () if run.quiet else without_effect(house.settings.plan, model.backend.info):
+                console.warn(text)
+            server = Server(
+                house,
+                Scheduler(model.backend, run.parallel),
+                sockets,
+                Terms(run.parallel, run.queue, run.grace, keys),
+                ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name),
+                warn=console.warn,
+            )
+            with server.ended_by_signals():
+                server.run()
+    finally:
+        for each in sockets:
+            each.close()
+    if not run.quiet:
+        console.note("the server has ended")
+
+
+def _house(
+    model: "Loaded",
+    resolved: Resolved,
+    how: Given,
+    run: ServeOptions,
+    sure: ConfidenceOptions,
+    calibration: object,
+) -> "House":
+    """The model, and how it answers where a request does not say otherwise."""
+    from emlocal.batch.lines import digest
+    from emlocal.batch.run import BatchSettings
+    from emlocal.methods.confidence import Calibration
+    from emlocal.serve.protocol import House
+
+    assert calibration is None or isinstance(calibration, Calibration)
+    backend = model.backend
+    resolved = resolved.with_model(backend.info.sampling)
+    method = chosen_by(how)
+    settings = BatchSettings(
+        method.plan(resolved.plan, resolved.chosen),
+        method,
+        resolved.chosen,
+        run.system,
+        calibration=calibration,
+        abstain_below=sure.abstain_below,
+    )
+    adapters = [f"{path}={scale}" for path, scale in model.adapters]
+    quantization = model.model.header.quantization
+    identity = digest(
+        backend.info.name, quantization, backend.name, backend.arithmetic, __version__, *adapters
+    )
+    return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}")
+
+
+def _say_where(run: ServeOptions, port: int, model: str) -> None:
+    """Prints the addresses of the API and of the page, and a request to copy."""
+    if run.quiet:
+        return
+    host = f"[{run.host}]" if ":" in run.host else run.host
+    address = f"http://{host}:{port}"
+    console.note(f"{model} answers at {address}/v1, {run.parallel:,} requests at a time; Ctrl-C ends it")
+    console.note(f"open {address}/ in a browser for a chat, or ask from a shell:")
+    request = ["curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    if run.api_key_file is not None:
+        request += ["-H", "Authorization: Bearer KEY"]
+    console.command([*request, "-d", '{"messages": [{"role": "user", "content": "Hi"}]}'])

@@ -1,0 +1,1 @@
+"""Clients of an OpenAI-compatible server: `--connect URL` of `emlocal batch`."""
