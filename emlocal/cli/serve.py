@@ -18,6 +18,7 @@ from emlocal.settings.table import NOTHING, options_of, setting
 
 if TYPE_CHECKING:
     from emlocal.loading import Loaded
+    from emlocal.serve.guard import PublicURL
     from emlocal.serve.protocol import House
 
 CONTEXT = 4096
@@ -32,6 +33,12 @@ class ServeOptions:
     port: int = setting(8077, "--port", 0, 65535, "Listen on this port (0 = any free one).")
     api_key_file: Path | None = setting(
         None, "--api-key-file", help="Require one of the keys in this file, one a line.", metavar="FILE"
+    )
+    public_url: str | None = setting(
+        None,
+        "--public-url",
+        help="Answer to this address, too: that of a proxy in front of the server.",
+        metavar="URL",
     )
     parallel: int = setting(
         4, "--parallel --max-num-seqs --np", 1, 256, "Set the number of answers written at the same time."
@@ -70,6 +77,7 @@ def serve(
     from emlocal.generation import Scheduler
     from emlocal.methods.confidence import subject_of
     from emlocal.methods.hints import without_effect
+    from emlocal.serve.guard import PublicURL
     from emlocal.serve.server import Server, Terms, bind, is_loopback, read_keys
     from emlocal.settings.resolve import read_config
 
@@ -79,12 +87,17 @@ def serve(
     sure = options_of(ConfidenceOptions, *layers)
     calibration = calibration_in(sure.calibration)
     keys = read_keys(run.api_key_file)
+    public = None if run.public_url is None else PublicURL.read(run.public_url)
     sockets = bind(run.host, run.port)
     try:
         if not keys and not is_loopback(sockets):
             raise UsageError(
                 f"--host {run.host} lets other machines connect, and there is no key",
                 "give --api-key-file FILE, or leave --host out",
+            )
+        if public is not None and not keys and not run.quiet:
+            console.warn(
+                f"{public.origin} answers everybody who reaches it: give --api-key-file, or let the proxy ask"
             )
         options = options_of(EngineOptions, *layers)
         kept = max(2, run.parallel // 2)
@@ -97,8 +110,8 @@ def serve(
                 house,
                 Scheduler(model.backend, run.parallel),
                 sockets,
-                Terms(run.parallel, run.queue, run.grace, keys),
-                ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name),
+                Terms(run.parallel, run.queue, run.grace, keys, public),
+                ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name, public),
                 warn=console.warn,
             )
             with server.ended_by_signals():
@@ -144,12 +157,15 @@ def _house(
     return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}")
 
 
-def _say_where(run: ServeOptions, port: int, model: str) -> None:
+def _say_where(run: ServeOptions, port: int, model: str, public: "PublicURL | None" = None) -> None:
     """Prints the addresses of the API and of the page, and a request to copy."""
     if run.quiet:
         return
     host = f"[{run.host}]" if ":" in run.host else run.host
-    address = f"http://{host}:{port}"
+    local = f"http://{host}:{port}"
+    address = public.origin if public else local
+    if public is not None:
+        console.note(f"the proxy at {public.origin} must pass requests on to {local}")
     console.note(f"{model} answers at {address}/v1, {run.parallel:,} requests at a time; Ctrl-C ends it")
     console.note(f"open {address}/ in a browser for a chat, or ask from a shell:")
     request = ["curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
