@@ -1,7 +1,7 @@
 """`emlocal serve`: an OpenAI-compatible server on this machine."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,7 @@ from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of, setting
 
 if TYPE_CHECKING:
-    from emlocal.loading import Loaded
+    from emlocal.loading import Loaded, NamedAdapters
     from emlocal.serve.guard import PublicURL
     from emlocal.serve.protocol import House
 
@@ -72,9 +72,10 @@ def serve(
     """Serve a model over HTTP to any client of OpenAI's API.
 
     Clients find it at http://127.0.0.1:8077/v1. A request may set any sampling, EM or method setting by its
-    name in a batch line. The flags set the defaults.
+    name in a batch line. The flags set the defaults. --adapter NAME=PATH serves an adapter as model NAME.
     """
-    from emlocal.generation import Scheduler
+    from emlocal.generation.adapters import runner_of
+    from emlocal.loading import add_adapters, named_apart
     from emlocal.methods.confidence import subject_of
     from emlocal.methods.hints import without_effect
     from emlocal.serve.guard import PublicURL
@@ -100,15 +101,18 @@ def serve(
                 f"{public.origin} answers everybody who reaches it: give --api-key-file, or let the proxy ask"
             )
         options = options_of(EngineOptions, *layers)
+        unnamed, named = named_apart(options.adapter)
+        options = replace(options, adapter=unnamed)
         kept = max(2, run.parallel // 2)
         with open_for_batch(options, run.parallel, quiet=run.quiet, spare=kept, context=CONTEXT) as model:
-            house = _house(model, resolved, how, run, sure, calibration)
+            numbers = add_adapters(model, named, console.warn) if named else {}
+            house = _house(model, resolved, how, run, sure, calibration, named)
             warn_of_mismatch(calibration, subject_of(house.name, house.settings.method, house.settings.plan))
             for text in () if run.quiet else without_effect(house.settings.plan, model.backend.info):
                 console.warn(text)
             server = Server(
                 house,
-                Scheduler(model.backend, run.parallel),
+                runner_of(model.backend, run.parallel, numbers),
                 sockets,
                 Terms(run.parallel, run.queue, run.grace, keys, public),
                 ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name, public),
@@ -130,6 +134,7 @@ def _house(
     run: ServeOptions,
     sure: ConfidenceOptions,
     calibration: object,
+    named: "NamedAdapters",
 ) -> "House":
     """The model, and how it answers where a request does not say otherwise."""
     from emlocal.batch.lines import digest
@@ -150,11 +155,12 @@ def _house(
         abstain_below=sure.abstain_below,
     )
     adapters = [f"{path}={scale}" for path, scale in model.adapters]
+    adapters += [f"{name}={path}={scale}" for name, (path, scale) in named.items()]
     quantization = model.model.header.quantization
     identity = digest(
         backend.info.name, quantization, backend.name, backend.arithmetic, __version__, *adapters
     )
-    return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}")
+    return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}", [*named])
 
 
 def _say_where(run: ServeOptions, port: int, model: str, public: "PublicURL | None" = None) -> None:
