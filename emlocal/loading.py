@@ -1,8 +1,9 @@
 """The one way from a model's name to a running engine, for the command line and for Python."""
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -266,6 +267,66 @@ def _read(path: Path, model: Model, chosen: Engine, opened: ExitStack, warn: War
     if other := other_base(path, model.name, model.header):
         warn(other)
     return found
+
+
+NamedAdapters = Mapping[str, tuple[Path, float]]
+"""Adapters by the name under which requests choose them: path and scale."""
+
+
+def named_apart(values: Sequence[str]) -> tuple[tuple[str, ...], NamedAdapters]:
+    """Takes the values NAME=PATH[=SCALE] out of those of --adapter. Raises UsageError.
+
+    Returns the other values, and the adapters by name. PATH=SCALE is no name: its second part is a number.
+    """
+    others: list[str] = []
+    named: dict[str, tuple[Path, float]] = {}
+    for text in values:
+        name, equals, rest = text.partition("=")
+        if not equals or Path(text).expanduser().exists() or _is_number(rest):
+            others.append(text)
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise UsageError(
+                f"--adapter is {text!r}; a name has letters, digits, '.', '_' and '-'",
+                "give NAME=PATH, or PATH=SCALE",
+            )
+        if name in named:
+            raise UsageError(f"two adapters have the name {name}", "give each another name")
+        named[name] = adapter_and_scale(rest)
+    return tuple(others), named
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return not Path(text).exists()
+
+
+def add_adapters(loaded: Loaded, named: NamedAdapters, warn: Warn = warn_in_python) -> Mapping[str, int]:
+    """Loads adapters beside each other, and returns their numbers in the engine, by name.
+
+    Raises UsageError for an engine that cannot hold several, or for a name that is the model's; ModelError
+    for an adapter that cannot be used.
+    """
+    from emlocal.backends.adapted import Adapting
+    from emlocal.models.adapters.origin import other_base
+
+    backend, model = loaded.backend, loaded.model
+    if not isinstance(backend, Adapting):
+        raise UsageError(
+            f"the {backend.name} engine cannot hold several adapters, of which requests choose one",
+            "leave NAME= out to load one for all requests, or use --backend llama.cpp",
+        )
+    if backend.info.name in named:
+        raise UsageError(f"an adapter has the model's name, {backend.info.name}", "give it another name")
+    numbers = {}
+    for name, (path, scale) in named.items():
+        if other := other_base(path, model.name, model.header):
+            warn(other)
+        numbers[name] = backend.add_adapter(path, scale)
+    return numbers
 
 
 def adapter_and_scale(text: str) -> tuple[Path, float]:

@@ -1,7 +1,7 @@
 """`emlocal serve`: an OpenAI-compatible server on this machine."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,8 @@ from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of, setting
 
 if TYPE_CHECKING:
-    from emlocal.loading import Loaded
+    from emlocal.loading import Loaded, NamedAdapters
+    from emlocal.serve.guard import PublicURL
     from emlocal.serve.protocol import House
 
 CONTEXT = 4096
@@ -32,6 +33,12 @@ class ServeOptions:
     port: int = setting(8077, "--port", 0, 65535, "Listen on this port (0 = any free one).")
     api_key_file: Path | None = setting(
         None, "--api-key-file", help="Require one of the keys in this file, one a line.", metavar="FILE"
+    )
+    public_url: str | None = setting(
+        None,
+        "--public-url",
+        help="Answer to this address, too: that of a proxy in front of the server.",
+        metavar="URL",
     )
     parallel: int = setting(
         4, "--parallel --max-num-seqs --np", 1, 256, "Set the number of answers written at the same time."
@@ -65,11 +72,13 @@ def serve(
     """Serve a model over HTTP to any client of OpenAI's API.
 
     Clients find it at http://127.0.0.1:8077/v1. A request may set any sampling, EM or method setting by its
-    name in a batch line. The flags set the defaults.
+    name in a batch line. The flags set the defaults. --adapter NAME=PATH serves an adapter as model NAME.
     """
-    from emlocal.generation import Scheduler
+    from emlocal.generation.adapters import runner_of
+    from emlocal.loading import add_adapters, named_apart
     from emlocal.methods.confidence import subject_of
     from emlocal.methods.hints import without_effect
+    from emlocal.serve.guard import PublicURL
     from emlocal.serve.server import Server, Terms, bind, is_loopback, read_keys
     from emlocal.settings.resolve import read_config
 
@@ -79,6 +88,7 @@ def serve(
     sure = options_of(ConfidenceOptions, *layers)
     calibration = calibration_in(sure.calibration)
     keys = read_keys(run.api_key_file)
+    public = None if run.public_url is None else PublicURL.read(run.public_url)
     sockets = bind(run.host, run.port)
     try:
         if not keys and not is_loopback(sockets):
@@ -86,19 +96,26 @@ def serve(
                 f"--host {run.host} lets other machines connect, and there is no key",
                 "give --api-key-file FILE, or leave --host out",
             )
+        if public is not None and not keys and not run.quiet:
+            console.warn(
+                f"{public.origin} answers everybody who reaches it: give --api-key-file, or let the proxy ask"
+            )
         options = options_of(EngineOptions, *layers)
+        unnamed, named = named_apart(options.adapter)
+        options = replace(options, adapter=unnamed)
         kept = max(2, run.parallel // 2)
         with open_for_batch(options, run.parallel, quiet=run.quiet, spare=kept, context=CONTEXT) as model:
-            house = _house(model, resolved, how, run, sure, calibration)
+            numbers = add_adapters(model, named, console.warn) if named else {}
+            house = _house(model, resolved, how, run, sure, calibration, named)
             warn_of_mismatch(calibration, subject_of(house.name, house.settings.method, house.settings.plan))
             for text in () if run.quiet else without_effect(house.settings.plan, model.backend.info):
                 console.warn(text)
             server = Server(
                 house,
-                Scheduler(model.backend, run.parallel),
+                runner_of(model.backend, run.parallel, numbers),
                 sockets,
-                Terms(run.parallel, run.queue, run.grace, keys),
-                ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name),
+                Terms(run.parallel, run.queue, run.grace, keys, public),
+                ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name, public),
                 warn=console.warn,
             )
             with server.ended_by_signals():
@@ -117,6 +134,7 @@ def _house(
     run: ServeOptions,
     sure: ConfidenceOptions,
     calibration: object,
+    named: "NamedAdapters",
 ) -> "House":
     """The model, and how it answers where a request does not say otherwise."""
     from emlocal.batch.lines import digest
@@ -137,19 +155,23 @@ def _house(
         abstain_below=sure.abstain_below,
     )
     adapters = [f"{path}={scale}" for path, scale in model.adapters]
+    adapters += [f"{name}={path}={scale}" for name, (path, scale) in named.items()]
     quantization = model.model.header.quantization
     identity = digest(
         backend.info.name, quantization, backend.name, backend.arithmetic, __version__, *adapters
     )
-    return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}")
+    return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}", [*named])
 
 
-def _say_where(run: ServeOptions, port: int, model: str) -> None:
+def _say_where(run: ServeOptions, port: int, model: str, public: "PublicURL | None" = None) -> None:
     """Prints the addresses of the API and of the page, and a request to copy."""
     if run.quiet:
         return
     host = f"[{run.host}]" if ":" in run.host else run.host
-    address = f"http://{host}:{port}"
+    local = f"http://{host}:{port}"
+    address = public.origin if public else local
+    if public is not None:
+        console.note(f"the proxy at {public.origin} must pass requests on to {local}")
     console.note(f"{model} answers at {address}/v1, {run.parallel:,} requests at a time; Ctrl-C ends it")
     console.note(f"open {address}/ in a browser for a chat, or ask from a shell:")
     request = ["curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]

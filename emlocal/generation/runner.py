@@ -42,6 +42,8 @@ class Job:
     """
     first_sample: int = 0
     """The number of the first of `requests`, if a method asks for samples in several jobs."""
+    adapter: str = ""
+    """The adapter to compute with, by name (`AdapterRunner`); "": the model as it was loaded."""
 
 
 @dataclass

@@ -127,8 +127,26 @@ class Scheduler(Runner):
 
     @property
     def free(self) -> int:
-        waiting = sum(len(group.waiting) for group in (*self._reading, *self._queue))
-        return max(0, self.parallel - len(self._streams) - waiting)
+        return max(0, self.parallel - self.held)
+
+    @property
+    def held(self) -> int:
+        """Number of samples that are not finished."""
+        return len(self._streams) + sum(len(group.waiting) for group in (*self._reading, *self._queue))
+
+    @property
+    def decoded(self) -> int:
+        """Number of samples that are being decoded."""
+        return len(self._streams)
+
+    @property
+    def kept(self) -> int:
+        """Number of sequences that are kept for later prompts."""
+        return self._sequences.kept
+
+    def make_room(self) -> bool:
+        """Drops the kept sequence that was not used for the longest time; returns False if there is none."""
+        return self._sequences.make_room()
 
     @property
     def idle(self) -> bool:

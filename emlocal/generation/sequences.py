@@ -125,6 +125,11 @@ class Sequences:
         else:
             self._backend.release(kept.sequence)
 
+    @property
+    def kept(self) -> int:
+        """Number of kept sequences."""
+        return len(self._kept)
+
     def at(self, sequence: int | None) -> Kept | None:
         """Returns the kept sequence of this number, or None."""
         return next((kept for kept in self._kept if kept.sequence == sequence), None)
@@ -287,7 +292,10 @@ class Sequences:
             kept = self.at(gap)
             if kept is not None:
                 self._move_away(kept)
-            copy = self._backend.fork(last.sequence)
+            try:
+                copy = self._backend.fork(last.sequence)
+            except BackendError:  # other adapters' sequences have all the numbers
+                return
             if copy < last.sequence:
                 last.sequence, copy = copy, last.sequence
             self._backend.release(copy)

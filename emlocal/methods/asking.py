@@ -38,6 +38,8 @@ class Question:
     """`at_once` and `session`: see `Job`."""
     top: int = 0
     """Number of alternatives to note for each token."""
+    adapter: str = ""
+    """See `Job`."""
 
     @cached_property
     def prompt(self) -> Sequence[int]:
@@ -112,6 +114,7 @@ class Question:
             self.at_once,
             first_sample=samples.start,
             session=self.session,
+            adapter=self.adapter,
         )
 
     def then(self, answer: str, said: str) -> "Question":

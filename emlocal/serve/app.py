@@ -177,12 +177,14 @@ class Endpoints:
 
     def _model(self, name: str) -> Mapping[str, Any]:
         house = self._desk.house
+        served = house.models[name]
+        adapter = {"adapter": served.adapter} if served.adapter else {}
         return {
             "id": name,
             "object": "model",
             "created": house.created,
             "owned_by": "emlocal",
-            "emlocal": {"method": house.models[name], "context": house.backend.context},
+            "emlocal": {"method": served.method, **adapter, "context": house.backend.context},
         }
 
     async def chat(self, request: Request) -> Response:

@@ -11,8 +11,10 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
+from emlocal.errors import UsageError
 from emlocal.serve.errors import Refusal
 from emlocal.serve.metrics import Metrics
 
@@ -32,6 +34,7 @@ _POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 """Headers for browsers: the page may run its own files and talk to its own server only."""
+_PORTS = {"http": 80, "https": 443}
 _OWN_SITE = ("same-origin", "none")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -40,6 +43,35 @@ _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
 )
+
+
+class PublicURL(NamedTuple):
+    """The address at which a proxy shows the server."""
+
+    origin: str
+    """The Origin of its pages, as browsers write it: without the scheme's own port."""
+    hosts: tuple[str, ...]
+    """The Host headers that name it."""
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Reads "https://em.example.org" or "http://host:port". Raises UsageError for anything else."""
+        try:
+            parts = urlsplit(text.strip())
+            name, port = parts.hostname or "", parts.port
+        except ValueError:
+            name, port, parts = "", None, urlsplit("")
+        extra = parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc
+        plain = ":" in name or name.replace("-", "").replace(".", "").isalnum()
+        if parts.scheme not in _PORTS or not name.isascii() or not plain or extra or port == 0:
+            raise UsageError(
+                f"--public-url is {text[:80]!r}; it must be http:// or https:// with a host and maybe a port",
+                "give the address without a path: the proxy must pass on the whole host",
+            )
+        host, own = f"[{name}]" if ":" in name else name, _PORTS[parts.scheme]
+        if port is None or port == own:
+            return cls(f"{parts.scheme}://{host}", (host, f"{host}:{own}"))
+        return cls(f"{parts.scheme}://{host}:{port}", (f"{host}:{port}",))
 
 
 @dataclass(frozen=True)
@@ -64,6 +96,7 @@ class Guard:
         app: ASGI,
         *,
         loopback: bool,
+        public: "PublicURL | None" = None,
         keys: Sequence[bytes],
         limits: Limits,
         metrics: Metrics,
@@ -73,12 +106,14 @@ class Guard:
         """
         Args:
             loopback: only this machine can connect.
+            public: the address at which a proxy shows the server; its Host and Origin are allowed.
             keys: one of them is required, where there are any.
             paths: that exist, for the metrics.
             warn: takes a text for the one who started the server.
         """
         self._app = app
         self._loopback = loopback
+        self._public = public
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
@@ -117,7 +152,7 @@ class Guard:
             raise Refusal(400, "only HTTP is spoken here", "bad_request")
         headers = Headers(scope["headers"])
         host = headers.one("host") or ""
-        if self._loopback and not is_own_name(host):
+        if self._loopback and not is_own_name(host) and not self._is_public_host(host):
             raise Refusal(403, "the Host is not this machine's", "foreign_host")
         self._check_origin(scope, headers, host)
         if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
@@ -130,9 +165,13 @@ class Guard:
         if scope["method"] == "POST":
             _check_content(headers)
 
+    def _is_public_host(self, host: str) -> bool:
+        return self._public is not None and host.strip().lower() in self._public.hosts
+
     def _check_origin(self, scope: Scope, headers: "Headers", host: str) -> None:
         origin = headers.one("origin")
-        if origin is not None and origin.lower() != f"http://{host.lower()}":
+        own = (f"http://{host.lower()}", self._public.origin if self._public else None)
+        if origin is not None and origin.lower() not in own:
             raise Refusal(403, "requests of other web pages are refused", "foreign_origin")
         site = headers.one("sec-fetch-site")
         link = scope["method"] == "GET" and headers.one("sec-fetch-mode") == "navigate"

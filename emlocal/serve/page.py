@@ -32,7 +32,25 @@ def settings_of_page(house: House) -> dict[str, Any]:
     """Returns the model, and the settings with their values in force, as JSON has them."""
     force = _in_force(house)
     told = [_told(known, force.get(known.name, known.default)) for known in SETTINGS.settings.values()]
+    if house.adapters:
+        told.insert(0, _adapters(house))
     return {"model": house.name, "models": [*house.models], "settings": told}
+
+
+def _adapters(house: House) -> dict[str, Any]:
+    """Returns the choice of an adapter, in the form of a setting: the field `model` of a request."""
+    return {
+        "name": "model",
+        "kind": "choice",
+        "choices": [house.name, *house.adapters],
+        "help": "Answer with this adapter, or with the model without one.",
+        "low": None,
+        "high": None,
+        "range": "",
+        "default": house.name,
+        "value": house.name,
+        "panel": _METHOD_PANEL,
+    }
 
 
 def _told(known: Setting, value: Any) -> dict[str, Any]:

@@ -6,10 +6,10 @@ take the same fields, with the same checks.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from emlocal.backends.base import Backend
 from emlocal.batch.lines import BadLine, Item, parse_object, strict_json
@@ -39,6 +39,13 @@ _IGNORED = frozenset({"prediction"})
 """Further fields of OpenAI's API that are ignored, beside those that a batch line ignores."""
 
 
+class Served(NamedTuple):
+    """What a model id stands for."""
+
+    method: str | None = None
+    adapter: str = ""
+
+
 @dataclass(frozen=True)
 class House:
     """The served model, and the defaults of its answers."""
@@ -53,6 +60,8 @@ class House:
     """Time when the model was loaded, in seconds since 1970."""
     fingerprint: str = ""
     """Identifies model, adapters, engine and emlocal's version."""
+    adapters: Sequence[str] = ()
+    """The names of the adapters that requests may choose."""
 
     @property
     def name(self) -> str:
@@ -60,9 +69,13 @@ class House:
         return self.backend.info.name
 
     @cached_property
-    def models(self) -> Mapping[str, str | None]:
-        """Each model id, with the method that it stands for."""
-        return {self.name: None, **{f"{self.name}:{suffix}": suffix for suffix in _SUFFIXES}}
+    def models(self) -> Mapping[str, Served]:
+        """Each model id, with the adapter and the method that it stands for."""
+        found = {}
+        for name, adapter in {self.name: "", **{name: name for name in self.adapters}}.items():
+            found[name] = Served(None, adapter)
+            found |= {f"{name}:{suffix}": Served(suffix, adapter) for suffix in _SUFFIXES}
+        return found
 
     @cached_property
     def seed(self) -> int | None:
@@ -123,7 +136,12 @@ class Asked:
         made = question_of(
             self.item, self.settings, self.house.backend, self.key, warn=_silent, cancelled=gone
         )
-        return replace(made, plan=replace(made.plan, seed=self.seed), top=self.top or 0)
+        return replace(
+            made,
+            plan=replace(made.plan, seed=self.seed),
+            top=self.top or 0,
+            adapter=self.house.models[self.model].adapter,
+        )
 
 
 def _silent(text: str) -> None:
@@ -168,7 +186,7 @@ def question_asked(
     """Reads a request from the fields of batch lines and methods. Raises Refusal."""
     try:
         key = _key(left)
-        settings = replace(_settings(house, left, house.models[model]), entropies=entropies)
+        settings = replace(_settings(house, left, house.models[model].method), entropies=entropies)
         found = parse_object(1, {"url": url, "body": left})
         if isinstance(found, BadLine):
             word = found.message.split(" ", 1)[0]

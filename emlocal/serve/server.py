@@ -18,7 +18,7 @@ from emlocal.errors import EmlocalError, UsageError
 from emlocal.generation import Runner
 from emlocal.serve.app import Desk, application
 from emlocal.serve.engine_loop import EngineLoop
-from emlocal.serve.guard import Guard, Limits
+from emlocal.serve.guard import Guard, Limits, PublicURL
 from emlocal.serve.metrics import Metrics
 from emlocal.serve.protocol import House
 from emlocal.serve.wire import KEEP_ALIVE_SECONDS, LARGEST_HEAD, Wire
@@ -40,6 +40,8 @@ class Terms:
     grace: float = 30.0
     """Seconds that requests have to finish when the server ends."""
     keys: Sequence[bytes] = ()
+    public: PublicURL | None = None
+    """The address at which a proxy shows the server."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -176,6 +178,7 @@ class Server:
         guard = Guard(
             app,
             loopback=is_loopback(self._sockets),
+            public=self._terms.public,
             keys=self._terms.keys,
             limits=limits,
             metrics=self.metrics,

@@ -8,6 +8,7 @@ import pytest
 
 from emlocal import console
 from emlocal.cli.serve import ServeOptions, _say_where
+from emlocal.serve.guard import PublicURL
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -32,3 +33,12 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console.err.cache_clear()
     _say_where(ServeOptions(quiet=True), 8077, "small")
     assert capsys.readouterr().err == ""
+
+
+def test_the_start_names_the_proxy_s_address(capsys: pytest.CaptureFixture[str]) -> None:
+    console.err.cache_clear()
+    _say_where(ServeOptions(), 8077, "small", PublicURL.read("https://em.example.org"))
+    console.err.cache_clear()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "open https://em.example.org/ in a browser" in said
+    assert "pass requests on to http://127.0.0.1:8077" in said

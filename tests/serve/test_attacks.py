@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from emlocal.serve.guard import Limits
+from emlocal.errors import UsageError
+from emlocal.serve.guard import Limits, PublicURL
 from tests.serve.servers import HELLO, KEY, Running, endless, running
 
 BODY = json.dumps({"messages": HELLO, "max_tokens": 2}).encode()
@@ -65,6 +66,42 @@ def test_what_is_allowed(server: Running) -> None:
     assert status(request(server, headers={"Origin": own, "Sec-Fetch-Site": "same-origin"})) == 200
     assert status(request(server, headers={"Content-Type": 'application/json; charset="UTF-8"'})) == 200
     assert status(request(server, headers={"Transfer-Encoding": "chunked"}, body=chunked(BODY))) == 200
+
+
+PUBLIC = "https://em.example.org"
+
+
+def test_a_proxy_s_address_is_allowed_and_no_other() -> None:
+    with running(public=PublicURL.read(PUBLIC)) as server:
+        for host in ("em.example.org", "EM.example.org:443", "localhost"):
+            assert status(request(server, host=host)) == 200, host
+            assert status(request(server, host=host, headers={"Origin": PUBLIC})) == 200, host
+        for host in (
+            "em.example.org:80",
+            "em.example.org.evil.example",
+            "x.em.example.org",
+            "em.example.org@x",
+        ):
+            assert error(request(server, host=host))["code"] == "foreign_host", host
+        for origin in (
+            "https://em.example.org:8443",
+            "https://evil.example",
+            "null",
+            "http://em.example.org.x",
+        ):
+            assert error(request(server, headers={"Origin": origin}))["code"] == "foreign_origin", origin
+
+
+def test_a_public_address_is_a_scheme_and_a_host() -> None:
+    assert PublicURL.read("HTTP://Em.Example.org:80/") == (
+        "http://em.example.org",
+        ("em.example.org", "em.example.org:80"),
+    )
+    assert PublicURL.read("https://[::1]:8443") == ("https://[::1]:8443", ("[::1]:8443",))
+    bad = "em.example.org ftp://x https:// https://a/b https://u@x https://x?q https://x:99999 https://x:0 https://*"
+    for text in (*bad.split(), "https://x y", "https://ä.de", "https://[::1", "https://x#y"):
+        with pytest.raises(UsageError, match="--public-url"):
+            PublicURL.read(text)
 
 
 def chunked(body: bytes) -> bytes:

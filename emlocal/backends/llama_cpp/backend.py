@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, Row, check_feeds, free_sequence
+from emlocal.backends.adapted import Adapting
+from emlocal.backends.base import Feed, Row, check_feeds, free_sequence
 from emlocal.backends.engine import LoadOptions
 from emlocal.backends.llama_cpp.loading import DEFAULT_KV_TYPE, Loading, first_error, forget_errors
 from emlocal.backends.llama_cpp.long_text import LONG, TokenTexts, join_pieces
@@ -34,7 +35,7 @@ _PATIENCE = 0.5  # seconds that `close` waits for an abandoned tokenization
 _NO_SLOT, _ABORTED = 1, 2  # llama_decode's results other than 0 and errors < 0
 
 
-class LlamaCppBackend(Backend):
+class LlamaCppBackend(Adapting):
     """A GGUF model in llama.cpp."""
 
     name: ClassVar[str] = "llama.cpp"
@@ -62,6 +63,8 @@ class LlamaCppBackend(Backend):
         self._kv_bytes = kv_bytes(model.header, allocated, KV_TYPE_BYTES[self._kv_type])
         self._header = model.header
         self._adapters: list[tuple[Any, float]] = []
+        self._named: list[tuple[Any, float]] = []  # of `add_adapter`
+        self._chosen: int | None = None
         try:
             self._put_adapters(options.adapters)
         except BaseException:
@@ -107,13 +110,26 @@ class LlamaCppBackend(Backend):
             for adapter, _ in loaded:
                 self._lib.llama_adapter_lora_free(adapter)
             raise
-        n = len(loaded)
-        pointers = (self._lib.llama_adapter_lora_p_ctypes * n)(*(a for a, _ in loaded))
-        scales = (ctypes.c_float * n)(*(s for _, s in loaded))
-        self._lib.llama_set_adapters_lora(self._context, pointers, n, scales)
+        self._compute_with(loaded)
+        self._chosen = None
         for adapter, _ in self._adapters:
             self._lib.llama_adapter_lora_free(adapter)
         self._adapters = loaded
+
+    def add_adapter(self, path: Path, scale: float) -> int:
+        self._named.append((self._load_adapter(path), scale))
+        return len(self._named) - 1
+
+    def choose_adapter(self, number: int | None) -> None:
+        if number != self._chosen:
+            self._compute_with([*self._adapters, *([] if number is None else [self._named[number]])])
+            self._chosen = number
+
+    def _compute_with(self, adapters: Sequence[tuple[Any, float]]) -> None:
+        n = len(adapters)
+        pointers = (self._lib.llama_adapter_lora_p_ctypes * n)(*(a for a, _ in adapters))
+        scales = (ctypes.c_float * n)(*(s for _, s in adapters))
+        self._lib.llama_set_adapters_lora(self._context, pointers, n, scales)
 
     def _load_adapter(self, adapter: Adapter | Path) -> Any:
         forget_errors()
