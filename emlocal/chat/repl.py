@@ -209,7 +209,7 @@ class Repl:
                 console.note("stopped before the first token; the question was not kept")
                 return
             except EmlocalError:  # what is shown stays, on a line of its own
-                self.writer.end()
+                self.writer.break_off()
                 raise
         self.writer.end()
         if not self.quiet:
@@ -269,6 +269,8 @@ class Repl:
             cells = (Text(cell) for cell in (name, value, source))
             table.add_row(*cells, style="dim" if source == "default" else "")
         console.err().print(table)
+        if not isinstance(self.session, ChatSession):
+            console.note("but for the seed, defaults are not sent: the server has its own")
         console.note(f"{self.context_text()}; {self.session.name}")
 
     def context_text(self) -> str:
@@ -342,7 +344,7 @@ class Repl:
     def _compare(self, _: str) -> None:
         session = self.session
         if not isinstance(session, ChatSession):
-            raise UsageError("/compare needs the model here", "compare on the server's page, or without --connect")
+            raise UsageError("/compare needs the model here", "compare on the page of emlocal serve")
         turn = self.settings.turn()
         done: list[Completion] = []
         with interruptible() as cancelled, console.working("comparing", self.quiet) as tick:

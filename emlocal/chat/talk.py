@@ -16,7 +16,6 @@ from emlocal.generation.prompt import once
 from emlocal.methods import Chosen
 from emlocal.methods.asking import Answered
 from emlocal.settings import Given, Plan
-from emlocal.settings.table import NOTHING
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Turn:
 
     plan: Plan
     method: Chosen = field(default_factory=Chosen)
-    given: Given = NOTHING
-    """Those of the plan's settings that were chosen, by flags, /set or the config file. A server is sent these."""
+    given: Given = field(default_factory=dict)
+    """The settings that were chosen by flags, /set or the config file. A server is sent these alone."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from emlocal.settings.options import ENGINE
 from emlocal.settings.resolve import GENERATION, resolve_settings
 
 if TYPE_CHECKING:
+    from emlocal.chat.talk import Turn
     from emlocal.remote.batch import Kind, Remote
     from emlocal.remote.client import Client
 
@@ -28,6 +29,8 @@ class Served:
     model: str
     kind: "Kind"
     is_vllm: bool
+    context: int | None
+    """The most tokens of a prompt and its answer, if the server tells."""
 
 
 def connected(url: str, key_file: Path | None, given: Given) -> Served:
@@ -42,12 +45,14 @@ def connected(url: str, key_file: Path | None, given: Given) -> Served:
         if name in given and name != "model":
             raise UsageError(f"{known.flag} is set where the server starts", "leave it out here")
     client = Client(url, api_key(key_file))
-    return Served(client, *served(client, given.get("model")))
+    model, kind, is_vllm = served(client, given.get("model"))
+    about = next((each for each in client.models() if each.get("id") == model), {})
+    own_facts = about.get("emlocal")
+    context = own_facts.get("context") if isinstance(own_facts, dict) else about.get("max_model_len")
+    return Served(client, model, kind, is_vllm, context if isinstance(context, int) else None)
 
 
-def asked_of(
-    server: Served, plan: Plan, how: Given, given: Given, config: Given
-) -> dict[str, Any]:
+def asked_of(server: Served, plan: Plan, how: Given, given: Given, config: Given) -> dict[str, Any]:
     """Returns the fields of a request, without those of the method.
 
     Args:
@@ -72,13 +77,32 @@ def asked_of(
     return fields_of(_sent(asked), server.kind)
 
 
+def remote_turn(server: Served, turn: "Turn") -> "Remote":
+    """Returns what the request of a chat's turn says. Raises UsageError for what the server does not know."""
+    from emlocal.remote.batch import Remote
+
+    method = turn.method.written
+    if method and server.kind != "emlocal":
+        raise UsageError(
+            f"the server at {server.client.url} does not know the method {method}",
+            "use --method with emlocal serve, or a model here",
+        )
+    fields = {"seed": turn.plan.seed, **asked_of(server, turn.plan, {}, turn.given, {})}
+    if method:
+        fields["method"] = method
+    return Remote(server.client, server.model, server.kind, fields, turn.plan)
+
+
 def own(values: Given) -> Given:
     """Returns the settings that a request may have."""
     return {name: value for name, value in values.items() if name in GENERATION.settings}
 
 
 def remote_of(run: BatchOptions, how: Given, given: Given, config: Given) -> "Remote":
-    """Connects a batch to the server that the flags name. Raises EmlocalError as `connected` and `asked_of` do."""
+    """Connects a batch to the server that the flags name.
+
+    Raises EmlocalError as `connected` and `asked_of` do.
+    """
     from emlocal.remote.batch import Remote, fields_of
 
     assert run.connect is not None

@@ -81,7 +81,7 @@ class Client:
     def stream(
         self, path: str, body: Mapping[str, Any], cancelled: Callable[[], bool] = never
     ) -> Iterator[dict[str, Any]]:
-        """Yields the objects of a streamed answer as they come, or the whole answer of a server that sends none.
+        """Yields the objects of a streamed answer as they come; a server that does not stream sends one.
 
         It ends early when `cancelled()` becomes true, or when the iterator is left; the server then sees that
         its client left. Raises ServerError.
