@@ -249,6 +249,7 @@ class AnswerWriter:
         self._word: list[tuple[str, float]] = []  # pieces of the current word
         self._gap = ""  # the white space before the next word
         self._column = 0
+        self._begun = False  # something of the answer is shown
         if show_entropy:
             if self.colours:
                 console.err().out(legend(), highlight=False)
@@ -264,6 +265,7 @@ class AnswerWriter:
 
     def piece(self, text: str, entropy: float) -> None:
         """Shows the text that one token made certain."""
+        self._begun = self._begun or bool(text)
         if text and self._thinking:
             console.dim("\n\n")
             self._thinking = False
@@ -278,8 +280,14 @@ class AnswerWriter:
                 self._end_gap()
                 self._word.append((part, entropy))
 
+    def break_off(self) -> None:
+        """Ends the line of an answer that failed, if anything is on it."""
+        if self._begun:
+            self.end()
+
     def end(self) -> None:
         """Shows the text that is held back, and ends the line."""
+        self._begun = False
         self._end_word()
         self._end_gap()
         console.write("\n")

@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from emlocal import console, rendering
-from emlocal.chat.session import (
-    AnswerEvent,
-    ChatSession,
-    Conversation,
-    Turn,
-    chat_file,
-    new_file,
-    newest_saved,
-)
+from emlocal.chat.conversation import Conversation, chat_file, new_file, newest_saved
+from emlocal.chat.session import ChatSession
+from emlocal.chat.talk import AnswerEvent, Piece, Shown, Talk, Turn
 from emlocal.errors import EmlocalError, UsageError, explained
 from emlocal.generation import CancelledError, Completed, Completion, Token, interruptible
-from emlocal.sampling import Draw
 from emlocal.text import change, counted
 
 HELP = """\
@@ -82,7 +75,7 @@ class Repl:
 
     def __init__(
         self,
-        session: ChatSession,
+        session: Talk,
         settings: Settings,
         reader: Reader,
         *,
@@ -169,7 +162,7 @@ class Repl:
         if not conversation.exchanges or self._in_file == _copy_of(conversation):
             return
         try:
-            path = conversation.keep(self.session.backend.info.name)
+            path = conversation.keep(self.session.name)
             found = path.parent.parent == chat_file("x").parent
             how = "emlocal chat --resume" if found else f"emlocal chat --load {shlex.quote(str(path))}"
             console.warn(f"the conversation is saved in {path}; continue it with {how}")
@@ -215,12 +208,13 @@ class Repl:
             except CancelledError:
                 console.note("stopped before the first token; the question was not kept")
                 return
+            except EmlocalError:  # what is shown stays, on a line of its own
+                self.writer.break_off()
+                raise
         self.writer.end()
         if not self.quiet:
-            self._stats_line()
-        last, context = self.session.last, self.session.backend.context
-        assert last is not None
-        rendering.check_whole([last.completion], turn.plan.constraint, context, quiet=self.quiet)
+            console.note(self.session.summary())
+        self.session.check_whole(quiet=self.quiet)
 
     def _show_events(self, events: Iterator[AnswerEvent]) -> None:
         for event in events:
@@ -229,22 +223,16 @@ class Repl:
                 self.writer.piece(event.text, event.draw.entropy_before)
             elif isinstance(event, Completed):
                 self.writer.piece(event.completion.tail, 0.0)
+            elif isinstance(event, Piece):
+                self.writer.thought(event.thought)
+                self.writer.piece(event.text, event.entropy)
 
     def _show_result(self, events: Iterator[AnswerEvent]) -> None:
         with console.working("answering", self.quiet) as tick:
             for event in events:
                 if isinstance(event, Token):
                     tick()
-        assert self.session.last is not None
-        self.writer.piece(self.session.last.completion.text.strip("\n"), 0.0)
-
-    def _stats_line(self) -> None:
-        turn, last = self.session.last_turn, self.session.last
-        assert last is not None
-        assert turn is not None
-        em = turn.plan.params.em is not None
-        context, sure = self.session.backend.context, self.session.confidence()
-        console.note(rendering.stats_line(last, turn.plan.seed, context, em=em, confidence=sure))
+        self.writer.piece(self.session.conversation.exchanges[-1][1].strip("\n"), 0.0)
 
     def _help(self, _: str) -> None:
         console.err().print(HELP, markup=False)
@@ -281,27 +269,32 @@ class Repl:
             cells = (Text(cell) for cell in (name, value, source))
             table.add_row(*cells, style="dim" if source == "default" else "")
         console.err().print(table)
-        used = self.session.context_used
-        console.note(
-            f"context: {used:,} of {self.session.backend.context:,} tokens; {self.session.backend.info.name}"
-        )
+        if not isinstance(self.session, ChatSession):
+            console.note("but for the seed, defaults are not sent: the server has its own")
+        console.note(f"{self.context_text()}; {self.session.name}")
+
+    def context_text(self) -> str:
+        """Returns how full the context is."""
+        used, context = self.session.context_used, self.session.context
+        return f"context {used:,} of {context:,} tokens" if context else f"context {used:,} tokens"
 
     def _stats(self, _: str) -> None:
-        if self.session.last is None:
-            raise UsageError("there is no answer yet", "ask a question first")
-        self._stats_line()
-        sure = self.session.confidence()
-        if sure is not None:
-            console.note(rendering.scores_text(self.session.last.completion))
-            console.note(rendering.confidence_text(sure))
+        self._check_answered()
+        console.note(self.session.summary())
+        for line in self.session.details():
+            console.note(line)
         totals = self.session.totals
         speed = rendering.rate(totals.generated_tokens, totals.generation_seconds)
         console.note(
             f"chat: {counted(totals.answers, 'answer')}, {counted(totals.generated_tokens, 'token')}"
             f" at {speed} tok/s; prompts {counted(totals.prompt_tokens, 'token')},"
             f" {totals.cached_tokens:,} of them cached;"
-            f" context {self.session.context_used:,} of {self.session.backend.context:,}"
+            f" {self.context_text()}"
         )
+
+    def _check_answered(self) -> None:
+        if self.session.last_turn is None:
+            raise UsageError("there is no answer yet", "ask a question first")
 
     def _entropy(self, argument: str) -> None:
         if argument in ("on", "off"):
@@ -309,35 +302,31 @@ class Repl:
             return
         if argument:
             raise UsageError(f"/entropy {argument}: it must be on, off or left out")
-        if self.session.last is None:
-            raise UsageError("there is no answer yet", "ask a question first")
-        self._show_entropy(self.session.last.completion)
+        self._check_answered()
+        self._show_entropy(self.session.shown())
 
-    def _show_entropy(self, answer: Completion) -> None:
+    def _show_entropy(self, tokens: list[Shown]) -> None:
         """Shows the answer in colours, where the terminal can, and its least certain tokens."""
-        piece = self.session.backend.token_bytes
+        if not tokens:
+            raise UsageError("the entropies of this answer are unknown: its server does not send them")
         writer = rendering.AnswerWriter(show_entropy=True)
         if writer.colours:
-            for draw in answer.draws:
-                writer.piece(piece(draw.token).decode(errors="replace"), draw.entropy_before)
+            for token in tokens:
+                writer.piece(token.text, token.entropy_before)
             writer.end()
         console.note("tokens with the highest entropy:")
 
-        def text(token: int) -> str:
-            return repr(piece(token).decode(errors="replace")) if piece(token) else "(end)"
+        def name(text: str) -> str:
+            return repr(text) if text else "(end)"
 
-        def line(draw: Draw) -> str:
-            em = draw.steps > 0
-            instead = (
-                "" if draw.token == draw.token_without_em else f", without EM {text(draw.token_without_em)}"
+        for token in sorted(tokens, key=lambda token: -token.entropy_before)[:5]:
+            instead = "" if token.instead is None else f", without EM {name(token.instead)}"
+            line = (
+                f"  {name(token.text):<16} entropy"
+                f" {change(token.entropy_before, token.entropy_after, token.em)},"
+                f" p {change(token.p_before, token.p_after, token.em)}{instead}"
             )
-            return (
-                f"  {text(draw.token):<16} entropy {change(draw.entropy_before, draw.entropy_after, em)},"
-                f" p {change(draw.p_before, draw.p_after, em)}{instead}"
-            )
-
-        for draw in sorted(answer.draws, key=lambda d: -d.entropy_before)[:5]:
-            console.err().print(line(draw), markup=False)
+            console.err().print(line, markup=False)
 
     def _em(self, choice: str) -> None:
         if choice:
@@ -353,11 +342,14 @@ class Repl:
         self._answer(self.session.ask_again, f"vote:{argument}" if argument else "vote")
 
     def _compare(self, _: str) -> None:
+        session = self.session
+        if not isinstance(session, ChatSession):
+            raise UsageError("/compare needs the model here", "compare on the page of emlocal serve")
         turn = self.settings.turn()
         done: list[Completion] = []
         with interruptible() as cancelled, console.working("comparing", self.quiet) as tick:
             try:
-                for event in self.session.compare(turn, cancelled):
+                for event in session.compare(turn, cancelled):
                     if isinstance(event, Completed):
                         done.append(event.completion)
                     elif isinstance(event, Token):
@@ -366,9 +358,9 @@ class Repl:
                 console.note("stopped")
                 return
         done.sort(key=lambda completion: completion.sample)
-        rendering.show_comparison(done[0], done[1], self.session.backend)
+        rendering.show_comparison(done[0], done[1], session.backend)
         if not self.quiet:
-            took = self.session.timings
+            took = session.timings
             speed = rendering.rate(took.generated_tokens, took.generation_seconds)
             console.note(f"both together {speed} tok/s · seed {turn.plan.seed}")
 
@@ -377,7 +369,7 @@ class Repl:
 
     def _undo(self, _: str) -> None:
         question, _answer = self.session.take_back()
-        self.session.last = None
+        self.session.drop_last()
         console.note(f"removed: {_shortened(question)}")
 
     def _edit(self, text: str) -> None:
@@ -399,7 +391,7 @@ class Repl:
     def _save(self, name: str) -> None:
         path = chat_file(name) if name else self._file or new_file()
         replaced = path.is_file() and path != self._file
-        self.session.conversation.save(path, self.session.backend.info.name)
+        self.session.conversation.save(path, self.session.name)
         self._in_file, self._file = _copy_of(self.session.conversation), path
         count = counted(len(self.session.conversation.exchanges), "exchange")
         console.note(f"saved {count} to {path}{', in place of the file of that name' if replaced else ''}")
@@ -408,7 +400,7 @@ class Repl:
         path = chat_file(name) if name else newest_saved()
         self.session.conversation = Conversation.load(path)
         self._in_file, self._file = _copy_of(self.session.conversation), path
-        self.session.last = None
+        self.session.drop_last()
         console.note(f"loaded {counted(len(self.session.conversation.exchanges), 'exchange')} from {path}")
 
 

@@ -4,6 +4,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +26,8 @@ from emlocal.text import counted
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from emlocal.chat.session import Turn
+    from emlocal.chat.conversation import Conversation
+    from emlocal.chat.talk import Talk, Turn
 
 _SEQUENCES = 4
 _PARALLEL = 2  # answers side by side: /compare, and methods with several samples
@@ -39,25 +42,32 @@ def chat(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last chat that was interrupted.")
     ] = False,
+    connect: Annotated[
+        str | None,
+        typer.Option("--connect", help="Chat with the OpenAI-compatible server at this URL.", metavar="URL"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="Read the server's key from this file. (default: OPENAI_API_KEY)",
+            metavar="FILE",
+        ),
+    ] = None,
     output: OutputOptions = OutputOptions(),
     how: Annotated[Given, HOW.only("method", "allow_code")] = NOTHING,
     given: Annotated[Given, CALIBRATION, EM, SAMPLING, CONSTRAINT, ENGINE] = NOTHING,
 ) -> None:
     """Chat with a model. Type /help inside to list the commands."""
-    from emlocal.chat.input import PipeReader, TerminalReader
-    from emlocal.chat.repl import Repl
-    from emlocal.chat.session import ChatSession, Conversation, chat_file, newest_kept
-    from emlocal.cli.options import calibration_in, warn_of_mismatch
-    from emlocal.files import data_dir
-    from emlocal.generation import Scheduler
-    from emlocal.methods.confidence import subject_of
-    from emlocal.methods.hints import without_effect
+    from emlocal.chat.conversation import Conversation, chat_file, newest_kept
     from emlocal.settings.resolve import read_config
 
     if output.trace is not None:
         raise UsageError("--trace works with emlocal generate only", "leave it out")
     if resume and load:
         raise UsageError("--resume and --load contradict each other", "leave one of them out")
+    if api_key_file is not None and connect is None:
+        raise UsageError("--api-key-file needs a server", "add --connect URL, or leave it out")
     given, config = from_files(given), read_config()
     allow_code = how.get("allow_code", False)
     settings = ChatSettings(given, config, with_leave(how.get("method"), allow_code), allow_code)
@@ -65,6 +75,18 @@ def chat(
     conversation = Conversation.load(saved) if saved else Conversation()
     if system is not None:
         conversation.system = system
+    if resume and not output.quiet:
+        console.note(f"continuing {counted(len(conversation.exchanges), 'exchange')} of {saved}")
+    file = saved if load else None
+    if connect is not None:
+        _talk(_session_at(connect, api_key_file, given, settings, conversation), settings, output, file)
+        return
+    from emlocal.chat.session import ChatSession
+    from emlocal.cli.options import calibration_in, warn_of_mismatch
+    from emlocal.generation import Scheduler
+    from emlocal.methods.confidence import subject_of
+    from emlocal.methods.hints import without_effect
+
     layers = ("flag", given), ("config", config)
     options = options_of(EngineOptions, *layers)
     calibration = calibration_in(options_of(ConfidenceOptions, *layers).calibration)
@@ -75,28 +97,52 @@ def chat(
         warn_of_mismatch(calibration, subject_of(backend.info.name, turn.method, turn.plan))
         for text in without_effect(turn.plan, backend.info, hides=output.hide_thinking):
             session.warn(text)
+        _talk(session, settings, output, file)
 
-        def status() -> str:
-            used = f"{session.context_used:,}/{backend.context:,} tokens"
-            return f"{backend.info.name} · EM {settings.em_text()} · {used}"
 
-        terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em", "method"]
-        commands += ["vote", "compare", "regen", "undo", "edit", "save", "load"]
-        reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
-        repl = Repl(
-            session,
-            settings,
-            reader,
-            show_entropy=output.show_entropy,
-            quiet=output.quiet,
-            thoughts=not (output.quiet or output.hide_thinking),
-            file=saved if load else None,
-        )
-        if resume and not output.quiet:
-            console.note(f"continuing {counted(len(conversation.exchanges), 'exchange')} of {saved}")
-        with _ended_like_sigterm():
-            repl.run()
+def _session_at(
+    url: str, key_file: Path | None, given: Given, settings: "ChatSettings", conversation: "Conversation"
+) -> "Talk":
+    """Returns a chat with the model that a server has. Raises EmlocalError."""
+    from emlocal.chat.connected import ConnectedSession
+    from emlocal.cli.connect import connected, remote_turn
+
+    server = connected(url, key_file, given)
+    remote_turn(server, settings.turn())  # what it cannot do is said before the first question
+    return ConnectedSession(
+        server.client,
+        server.model,
+        partial(remote_turn, server),
+        server.context,
+        conversation,
+        console.warn,
+    )
+
+
+def _talk(session: "Talk", settings: "ChatSettings", output: OutputOptions, file: Path | None) -> None:
+    """Runs the chat. Exits with 1 if something failed and no person was there to see it."""
+    from emlocal.chat.input import PipeReader, TerminalReader
+    from emlocal.chat.repl import Repl
+    from emlocal.files import data_dir
+
+    def status() -> str:
+        return f"{session.name} · EM {settings.em_text()} · {repl.context_text()}"
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    commands = ["help", "exit", "clear", "system", "set", "show", "stats", "entropy", "em", "method"]
+    commands += ["vote", "compare", "regen", "undo", "edit", "save", "load"]
+    reader = TerminalReader(data_dir() / "chat_history", commands, status) if terminal else PipeReader()
+    repl = Repl(
+        session,
+        settings,
+        reader,
+        show_entropy=output.show_entropy,
+        quiet=output.quiet,
+        thoughts=not (output.quiet or output.hide_thinking),
+        file=file,
+    )
+    with _ended_like_sigterm():
+        repl.run()
     if repl.failures and not terminal:
         raise typer.Exit(1)
 
@@ -139,10 +185,12 @@ class ChatSettings:
         self._planned(self._resolved, method)
 
     def turn(self, method: str | None = None) -> "Turn":
-        from emlocal.chat.session import Turn
+        from emlocal.chat.talk import Turn
 
         chosen = self._method if method is None else with_leave(method, self._allow_code)
-        return Turn(self._planned(self._now(), chosen), chosen)
+        asked = {**self._config, **self._given}
+        given = {name: value for name, value in asked.items() if name in GENERATION.settings}
+        return Turn(self._planned(self._now(), chosen), chosen, given)
 
     def method(self, choice: str) -> None:
         method = with_leave(None if choice == "off" else choice, self._allow_code)

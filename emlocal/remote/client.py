@@ -3,17 +3,22 @@
 import http.client
 import json
 import os
+import queue
 import socket
 import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from emlocal.cancel import never
 from emlocal.errors import CancelledError, EmlocalError, UsageError
 
 CHAT, TEXT = "/chat/completions", "/completions"
 _MOST_BYTES = 64 << 20  # of a response
+_MOST_OF_A_LINE = 16 << 20  # bytes of one event
+_LOOK_SECONDS = 0.05  # between two checks of `cancelled`
 _SHOWN = 300  # characters of an error that is not OpenAI's
 
 
@@ -73,7 +78,71 @@ class Client:
             for each in self._open:
                 _shut(each)
 
+    def stream(
+        self, path: str, body: Mapping[str, Any], cancelled: Callable[[], bool] = never
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the objects of a streamed answer as they come; a server that does not stream sends one.
+
+        It ends early when `cancelled()` becomes true, or when the iterator is left; the server then sees that
+        its client left. Raises ServerError.
+        """
+        own = Client(self.url, self._key, self._seconds)  # its own connections, so that they can be closed
+        found: queue.SimpleQueue[dict[str, Any] | EmlocalError | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                for value in own._events(path, body):
+                    found.put(value)
+                found.put(None)
+            except EmlocalError as error:
+                found.put(error)
+            except CancelledError:
+                found.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            while not cancelled():
+                try:
+                    value = found.get(timeout=_LOOK_SECONDS)
+                except queue.Empty:
+                    continue
+                if value is None:
+                    return
+                if isinstance(value, EmlocalError):
+                    raise value
+                yield value
+        finally:
+            own.close()
+
+    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields the objects of the events (HTML standard, "Server-sent events") of an answer."""
+        with self._response("POST", path, body) as response:
+            if response.status != 200 or "event-stream" not in response.headers.get("content-type", ""):
+                yield _value(response.status, response.read(_MOST_BYTES), response.headers.get("retry-after"))
+                return
+            while line := response.readline(_MOST_OF_A_LINE):
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                value = _value(200, data, None)
+                if "error" in value:
+                    raise ServerError(200, f"the server says: {error_text(value, data)}")
+                yield value
+
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        with self._response(method, path, body) as found:
+            answer = found.read(_MOST_BYTES)
+            if found.length and len(answer) < _MOST_BYTES:  # the server ended within its answer
+                raise http.client.IncompleteRead(answer, found.length)
+            return _value(found.status, answer, found.getheader("retry-after"))
+
+    @contextmanager
+    def _response(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Sends a request. Errors of the network within the block become ServerError or CancelledError."""
         kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._seconds)
         try:
@@ -87,11 +156,7 @@ class Client:
                     raise CancelledError
                 raw = None if body is None else json.dumps(body).encode()
                 connection.request(method, self._base + path, raw, self._headers())
-                found = connection.getresponse()
-                answer = found.read(_MOST_BYTES)
-                if found.length and len(answer) < _MOST_BYTES:  # the server ended within its answer
-                    raise http.client.IncompleteRead(answer, found.length)
-                return _value(found.status, answer, found.getheader("retry-after"))
+                yield connection.getresponse()
             finally:
                 with self._lock:
                     self._open.discard(wire)

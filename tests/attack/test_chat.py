@@ -19,9 +19,10 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from emlocal.backends.fake import FakeBackend, saying
+from emlocal.chat.conversation import Conversation, chat_file, newest_kept
 from emlocal.chat.input import KeptHistory, TerminalReader
 from emlocal.chat.repl import Repl
-from emlocal.chat.session import ChatSession, Conversation, chat_file, newest_kept
+from emlocal.chat.session import ChatSession
 from emlocal.cli.chat import ChatSettings
 from emlocal.errors import UsageError
 from emlocal.generation import Scheduler

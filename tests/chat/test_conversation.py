@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emlocal.chat.session import Conversation
+from emlocal.chat.conversation import Conversation
 from emlocal.errors import EmlocalError, UsageError
 
 

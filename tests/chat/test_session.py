@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from emlocal.backends.fake import FakeBackend, hashed, saying
-from emlocal.chat.session import AnswerEvent, ChatSession, Turn
+from emlocal.chat.session import ChatSession
+from emlocal.chat.talk import AnswerEvent, Turn
 from emlocal.errors import CancelledError, ContextFullError, UsageError
 from emlocal.generation import Completed, Completion, Scheduler
 from emlocal.methods import Chosen

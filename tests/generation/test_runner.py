@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from emlocal.backends.base import Feed
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed, saying
-from emlocal.chat.session import ChatSession, Turn
+from emlocal.chat.session import ChatSession
+from emlocal.chat.talk import Turn
 from emlocal.errors import BackendError, CancelledError, ContextFullError, LogitsError
 from emlocal.generation import Completed, Completion, Event, Finished, Handle, Job, Request, Scheduler, Token
 from emlocal.generation.scheduler import SPARE_SEQUENCES

@@ -16,7 +16,8 @@ import emlocal
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend
 from emlocal.batch.lines import parse_line
 from emlocal.batch.run import Batch
-from emlocal.chat.session import ChatSession, Turn
+from emlocal.chat.session import ChatSession
+from emlocal.chat.talk import Turn
 from emlocal.generation import Scheduler
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.settings import Plan, SamplingParams

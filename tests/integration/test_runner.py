@@ -7,7 +7,8 @@ import pytest
 
 from emlocal.backends.base import LoadOptions
 from emlocal.backends.llama_cpp import LlamaCppBackend
-from emlocal.chat.session import ChatSession, Turn
+from emlocal.chat.session import ChatSession
+from emlocal.chat.talk import Turn
 from emlocal.generation import Handle, Job, Request, Scheduler
 from emlocal.generation.scheduler import SPARE_SEQUENCES
 from emlocal.models.resolve import GGUFModel

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from emlocal.backends.fake import END, VOCABULARY, FakeBackend, hashed
 from emlocal.cancel import never
-from emlocal.chat.session import ChatSession, Turn
+from emlocal.chat.session import ChatSession
+from emlocal.chat.talk import Turn
 from emlocal.errors import CancelledError, ContextFullError, UsageError
 from emlocal.generation import Completed, Completion, Scheduler, joined
 from emlocal.generation.prompt import Asked

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from emlocal.backends.fake import saying
-from emlocal.chat.session import Conversation
+from emlocal.chat.conversation import Conversation
 from emlocal.methods import METHODS
 from emlocal.serve.page import FILES, SETTINGS
 from tests.serve.servers import KEY, Running, endless, running
