@@ -17,6 +17,7 @@ from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of, setting
 
 if TYPE_CHECKING:
+    from emlocal.backends.base import Backend
     from emlocal.loading import Loaded, NamedAdapters
     from emlocal.serve.guard import PublicURL
     from emlocal.serve.protocol import House
@@ -42,6 +43,11 @@ class ServeOptions:
     )
     parallel: int = setting(
         4, "--parallel --max-num-seqs --np", 1, 256, "Set the number of answers written at the same time."
+    )
+    deterministic: bool = setting(
+        False,
+        "--deterministic",
+        help="Make answers independent of other requests to the last bit; slower (docs/serving.md).",
     )
     queue: int = setting(
         64, "--queue", 0, 10_000, "Let this many requests wait; refuse more with status 429."
@@ -74,6 +80,7 @@ def serve(
     Clients find it at http://127.0.0.1:8077/v1. A request may set any sampling, EM or method setting by its
     name in a batch line. The flags set the defaults. --adapter NAME=PATH serves an adapter as model NAME.
     """
+    from emlocal.backends.fixed_shapes import fixed_shapes
     from emlocal.generation.adapters import runner_of
     from emlocal.loading import add_adapters, named_apart
     from emlocal.methods.confidence import subject_of
@@ -102,17 +109,20 @@ def serve(
             )
         options = options_of(EngineOptions, *layers)
         unnamed, named = named_apart(options.adapter)
+        if run.deterministic and named:
+            raise UsageError("--deterministic has no adapters by name", "leave out NAME= or --deterministic")
         options = replace(options, adapter=unnamed)
         kept = max(2, run.parallel // 2)
         with open_for_batch(options, run.parallel, quiet=run.quiet, spare=kept, context=CONTEXT) as model:
+            backend = fixed_shapes(model.backend) if run.deterministic else model.backend
             numbers = add_adapters(model, named, console.warn) if named else {}
-            house = _house(model, resolved, how, run, sure, calibration, named)
+            house = _house(model, backend, resolved, how, run, sure, calibration, named)
             warn_of_mismatch(calibration, subject_of(house.name, house.settings.method, house.settings.plan))
-            for text in () if run.quiet else without_effect(house.settings.plan, model.backend.info):
+            for text in () if run.quiet else without_effect(house.settings.plan, backend.info):
                 console.warn(text)
             server = Server(
                 house,
-                runner_of(model.backend, run.parallel, numbers),
+                runner_of(backend, run.parallel, numbers),
                 sockets,
                 Terms(run.parallel, run.queue, run.grace, keys, public),
                 ready=lambda: _say_where(run, sockets[0].getsockname()[1], house.name, public),
@@ -129,6 +139,7 @@ def serve(
 
 def _house(
     model: "Loaded",
+    backend: "Backend",
     resolved: Resolved,
     how: Given,
     run: ServeOptions,
@@ -143,7 +154,6 @@ def _house(
     from emlocal.serve.protocol import House
 
     assert calibration is None or isinstance(calibration, Calibration)
-    backend = model.backend
     resolved = resolved.with_model(backend.info.sampling)
     method = chosen_by(how)
     settings = BatchSettings(
@@ -158,7 +168,7 @@ def _house(
     adapters += [f"{name}={path}={scale}" for name, (path, scale) in named.items()]
     quantization = model.model.header.quantization
     identity = digest(
-        backend.info.name, quantization, backend.name, backend.arithmetic, __version__, *adapters
+        backend.info.name, quantization, model.backend.name, backend.arithmetic, __version__, *adapters
     )
     return House(backend, resolved, settings, how, int(time.time()), f"emlocal-{identity[:12]}", [*named])
 
