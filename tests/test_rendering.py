@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emlocal import console
 from emlocal.rendering import AnswerWriter
 
 
@@ -47,6 +48,22 @@ def test_words_longer_than_the_line_and_wide_characters() -> None:
 
 def test_controls_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in laid_out(["a\x1b]0;owned\x07b \x9b31mred"], 40)
+
+
+def test_the_legend_has_the_colours_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The console of messages shows raw escape codes as signs, so the legend must not be made of them."""
+    said = Terminal()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    console.err.cache_clear()
+    try:
+        AnswerWriter(show_entropy=True)
+    finally:
+        console.err.cache_clear()
+    assert said.getvalue().startswith("entropy before EM:\x1b[38;5;250m  ≤ 0.1\x1b[0m")
+    assert "�" not in said.getvalue()
 
 
 @given(st.lists(st.text("ab \n\t日"), max_size=12), st.integers(4, 30))
