@@ -19,7 +19,16 @@ _IGNORED = frozenset(
         *("safety_identifier", "service_tier", "store", "stream_options", "truncation", "user"),
     }
 )
-_MUST_BE_EMPTY = ("conversation", "previous_response_id", "prompt", "reasoning", "tools", "tool_choice")
+_WHOLE, _CHAT = "send the whole conversation as input", "/v1/chat/completions takes tools"
+_MUST_BE_EMPTY = {
+    "conversation": _WHOLE,
+    "previous_response_id": _WHOLE,
+    "prompt": _WHOLE,
+    "reasoning": "/v1/chat/completions takes reasoning_effort",
+    "tools": _CHAT,
+    "tool_choice": _CHAT,
+}
+"""Fields that are refused, each with what helps."""
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -53,11 +62,10 @@ def read_response(house: House, body: Mapping[str, Any]) -> Asked:
 
 def _refuse_what_is_kept(left: dict[str, Any]) -> None:
     """Raises Refusal for fields that need storage or calls of tools."""
-    for name in _MUST_BE_EMPTY:
+    for name, helps in _MUST_BE_EMPTY.items():
         value = left.pop(name, None)
         if value and not (name == "tool_choice" and value in ("auto", "none")):
-            raise Refusal(400, f"{name} is not supported: send the whole conversation as input",
-                          "unsupported_parameter", name)  # fmt: skip
+            raise Refusal(400, f"{name} is not supported: {helps}", "unsupported_parameter", name)
     if left.get("background") is True:
         raise Refusal(400, "background can only be false", "unsupported_parameter", "background")
     if left.get("truncation", "disabled") != "disabled":
