@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emlocal import console
 from emlocal.backends.base import Backend
@@ -24,6 +24,9 @@ from emlocal.sampling import Draw
 from emlocal.settings.constraint import Constraint
 from emlocal.text import CONTROLS, change, counted
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 _ENOUGH_TO_TIME = 16  # tokens
 # Upper bounds in nats and 256-colour codes: from sure to guessing.
 _BANDS = ((0.1, 250), (0.5, 114), (1.0, 185), (2.0, 215), (float("inf"), 203))
@@ -35,11 +38,13 @@ def coloured(text: str, entropy: float) -> str:
     return f"\x1b[38;5;{code}m{text}\x1b[0m"
 
 
-def legend() -> str:
-    """Returns a legend of the colours of `coloured`, for stderr."""
+def legend() -> "Text":
+    """Returns a legend of the colours of `coloured`. Its colours are styles: stderr shows no escape codes."""
+    from rich.text import Text
+
     bounds = ["≤ 0.1", "≤ 0.5", "≤ 1", "≤ 2", "> 2 nats"]
-    shown = (f"\x1b[38;5;{code}m{bound}\x1b[0m" for (_, code), bound in zip(_BANDS, bounds, strict=True))
-    return "entropy before EM:  " + "  ".join(shown)
+    shown = [(f"  {bound}", f"color({code})") for (_, code), bound in zip(_BANDS, bounds, strict=True)]
+    return Text.assemble("entropy before EM:", *shown)
 
 
 def stats_line(
@@ -252,7 +257,7 @@ class AnswerWriter:
         self._begun = False  # something of the answer is shown
         if show_entropy:
             if self.colours:
-                console.err().out(legend(), highlight=False)
+                console.err().print(legend())
             else:
                 why = "NO_COLOR or TERM=dumb is set" if self._terminal else "stdout is not a terminal"
                 console.note(f"{why}, so the answer has no colours")

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import shutil
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emlocal.rendering import AnswerWriter
+from emlocal import console
+from emlocal.rendering import AnswerWriter, legend
 
 
 class Terminal(io.StringIO):
@@ -59,3 +61,19 @@ def test_the_layout_does_not_depend_on_the_pieces(text: str, cuts: list[int], co
     borders = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     pieces = [text[a:b] for a, b in itertools.pairwise(borders)]
     assert laid_out(pieces, columns).split("\n") == laid_out([text], columns).split("\n")
+
+
+def test_the_legend_has_colours_and_no_escape_code_as_text() -> None:
+    """Consoles show escape codes as replaced characters, so colours must be styles."""
+    with pytest.MonkeyPatch.context() as patch:
+        console.err.cache_clear()
+        terminal = Terminal()
+        patch.setattr(sys, "stderr", terminal)
+        patch.setenv("TERM", "xterm-256color")
+        patch.delenv("NO_COLOR", raising=False)
+        console.err().print(legend())
+        said = terminal.getvalue()
+    console.err.cache_clear()
+    assert "\x1b[38;5;203m" in said
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    assert plain == "entropy before EM:  ≤ 0.1  ≤ 0.5  ≤ 1  ≤ 2  > 2 nats\n"
