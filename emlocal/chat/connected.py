@@ -14,6 +14,7 @@ from emlocal.errors import CancelledError, EmlocalError
 from emlocal.generation import Timings
 from emlocal.generation.dialogue import Warn
 from emlocal.generation.prompt import unheard
+from emlocal.methods.confidence import METHOD, Confidence
 from emlocal.remote.batch import Remote, request_of
 from emlocal.remote.client import Client, ServerError
 from emlocal.text import change, counted
@@ -64,6 +65,12 @@ class Reply:
     def generated_tokens(self) -> int:
         """Tokens of the answer, as the server counts them; else the pieces in which they came."""
         return _number(self.usage, "completion_tokens") or self.pieces
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of this answer alone, if the server tells: a method that chooses has written others, too."""
+        scores = self.own.get("scores")
+        return (_number(scores, "tokens") if isinstance(scores, dict) else 0) or self.generated_tokens
 
     @property
     def timings(self) -> Timings:
@@ -151,7 +158,7 @@ class ConnectedSession(Talk):
             self._entropy_text(),
             self._ending(),
             self._vote_text(),
-            f"confidence {reply.own['confidence']:.2f}" if self._is_sure_of_itself() else "",
+            self._confidence_text() if self._is_sure_of_itself() else "",
             f"seed {reply.own.get('seed', turn.plan.seed)}",
         ]
         return " · ".join(filter(None, parts))
@@ -167,22 +174,28 @@ class ConnectedSession(Talk):
 
     def _ending(self) -> str:
         if self._last.finish_reason == "length":
-            return (
-                f"cut off after {counted(self._last.generated_tokens, 'token')} (set a larger --max-tokens)"
-            )
+            count = counted(self._last.answer_tokens, "token")
+            return f"cut off after {count} (set a larger --max-tokens)"
         return {"stop": "finished", "cancelled": "stopped by Ctrl-C"}.get(
             self._last.finish_reason or "", str(self._last.finish_reason)
         )
 
     def _vote_text(self) -> str:
         votes, drawn = self._last.own.get("votes"), self._last.own.get("drawn")
-        return f"{votes} of {drawn} agree" if votes is not None and drawn is not None else ""
+        if votes is None or drawn is None:
+            return ""
+        return f"{votes} of {drawn} agree" if votes else f"none of {drawn} has an answer to vote on"
+
+    def _confidence_text(self) -> str:
+        own = self._last.own
+        source, calibrated = str(own.get("confidence_from")), bool(own.get("calibrated"))
+        return rendering.confidence_text(Confidence(own["confidence"], source, calibrated))
 
     def _is_sure_of_itself(self) -> bool:
         """Whether the confidence is calibrated or the method's own; others are for /stats."""
         own = self._last.own
         known = own.get("confidence") is not None
-        return known and bool(own.get("calibrated") or own.get("confidence_from") == "method")
+        return known and bool(own.get("calibrated") or own.get("confidence_from") == METHOD)
 
     def details(self) -> list[str]:
         own = self._last.own
@@ -196,8 +209,7 @@ class ConnectedSession(Talk):
                 f" ({scores['mean_log_probability']:.2f} per token)"
             )
         if own.get("confidence") is not None:
-            source = "" if own.get("calibrated") else f" (from {own.get('confidence_from')}, not calibrated)"
-            lines.append(f"confidence {own['confidence']:.2f}{source}")
+            lines.append(self._confidence_text())
         return lines
 
     def shown(self) -> list[Shown]:
@@ -231,7 +243,8 @@ def _tokens(logprobs: Any) -> list[Shown]:
                 math.exp(entry["logprob"]),
                 math.exp(own["logprob_after"]),
                 own["steps"] > 0,
-                "another token" if own["changed"] else None,
+                bool(own["changed"]),
+                None,
             )
         )
     return found

@@ -320,7 +320,8 @@ class Repl:
             return repr(text) if text else "(end)"
 
         for token in sorted(tokens, key=lambda token: -token.entropy_before)[:5]:
-            instead = "" if token.instead is None else f", without EM {name(token.instead)}"
+            other = "another token" if token.instead is None else name(token.instead)
+            instead = f", without EM {other}" if token.changed else ""
             line = (
                 f"  {name(token.text):<16} entropy"
                 f" {change(token.entropy_before, token.entropy_after, token.em)},"

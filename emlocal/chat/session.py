@@ -121,7 +121,7 @@ class ChatSession(Talk):
         return [self._shown(draw) for draw in self.last.completion.draws] if self.last is not None else []
 
     def _shown(self, draw: Draw) -> Shown:
-        other = None if draw.token == draw.token_without_em else self._text(draw.token_without_em)
+        changed = draw.token != draw.token_without_em
         return Shown(
             self._text(draw.token),
             draw.entropy_before,
@@ -129,7 +129,8 @@ class ChatSession(Talk):
             draw.p_before,
             draw.p_after,
             draw.steps > 0,
-            other,
+            changed,
+            self._text(draw.token_without_em) if changed else None,
         )
 
     def _text(self, token: int) -> str:

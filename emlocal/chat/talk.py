@@ -72,8 +72,10 @@ class Shown(NamedTuple):
     p_after: float
     em: bool
     """Whether EM acted on its row."""
+    changed: bool
+    """Whether the same draw gives another token without EM."""
     instead: str | None
-    """What the same draw gives without EM, if that is another token."""
+    """The text of that token, if it is known."""
 
 
 class Talk(ABC):

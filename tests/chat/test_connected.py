@@ -93,6 +93,26 @@ def test_em_and_votes_go_to_the_server() -> None:
         assert "confidence" in talk.summary()
 
 
+def test_a_vote_that_is_cut_off_tells_of_its_own_answer_and_of_what_it_lacks() -> None:
+    with running(endless) as server:
+        talk, _ = session(server.url)
+        settings = ChatSettings({"seed": 3, "max_tokens": 20}, {}, Chosen("vote:3"))
+        list(talk.ask("a", settings.turn(), never))
+        said = talk.summary()
+    assert "answer 60 tokens" in said
+    assert "cut off after 20 tokens" in said
+    assert "none of 3 has an answer to vote on" in said
+    assert "confidence 0.00 (the method's own, not calibrated)" in said
+
+
+def test_a_token_that_em_changed_says_so(tmp_path: Path) -> None:
+    with running(endless) as server:
+        flags = ("--em-inf", "--em-threshold", "0", "--max-tokens", "30", "--seed", "3", "--temp", "1")
+        done = chat(server.url, "hi\n/entropy\n", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ", without EM another token\n" in done.stderr
+
+
 def test_a_stopped_answer_keeps_its_text_and_the_server_stops() -> None:
     with running(endless, seconds=0.01) as server:
         talk, turn = session(server.url, max_tokens=2000)
