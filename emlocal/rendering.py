@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from emlocal import console
 from emlocal.backends.base import Backend
+from emlocal.em.scores import Scores
 from emlocal.errors import EmlocalError
 from emlocal.files import atomic_writer
 from emlocal.generation import Completion
-from emlocal.generation.sample import complete_json, reasoning_json, summarize
+from emlocal.generation.sample import EntropySummary, complete_json, reasoning_json, summarize
 from emlocal.methods import Outcome
 from emlocal.methods.confidence import METHOD, Confidence, raw_confidence
-from emlocal.methods.scoring import scores_json, scores_of
+from emlocal.methods.scoring import scores_json
 from emlocal.sampling import Draw
 from emlocal.settings.constraint import Constraint
 from emlocal.text import CONTROLS, change, counted
@@ -66,10 +67,8 @@ def stats_line(
         f"prompt {counted(timings.prompt_tokens, 'token')}{cached}{speed}",
         f"answer {counted(outcome.generated_tokens, 'token')}{thinking},"
         f" {rate(timings.generated_tokens, timings.generation_seconds)} tok/s",
-        f"entropy {change(entropy.before, entropy.after, em)} nats",
+        entropy_text(entropy, em),
     ]
-    if em:
-        parts[-1] += f" (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})"
     endings = Counter(_ending(c, context) for c in outcome.completions)
     drawn = len(outcome.completions)
     parts.append(
@@ -78,10 +77,23 @@ def stats_line(
     parts += outcome.said or [
         f"{name} {'none' if value is None else value}" for name, value in outcome.fields.items()
     ]
-    if confidence is not None and (confidence.calibrated or confidence.source == METHOD):
+    if says_enough(confidence):
         parts.append(confidence_text(confidence))
     parts.append(f"seed {seed}")
     return " · ".join(parts)
+
+
+def entropy_text(entropy: EntropySummary, em: bool) -> str:
+    """Returns the mean entropy of an answer's tokens and, with `em`, what EM did to it."""
+    text = f"entropy {change(entropy.before, entropy.after, em)} nats"
+    return (
+        f"{text} (EM touched {entropy.touched:.0%} of tokens, changed {entropy.changed:.0%})" if em else text
+    )
+
+
+def says_enough(confidence: Confidence | None) -> TypeGuard[Confidence]:
+    """Returns whether a confidence belongs beside each answer: it is calibrated, or the method's own."""
+    return confidence is not None and (confidence.calibrated or confidence.source == METHOD)
 
 
 def confidence_text(confidence: Confidence) -> str:
@@ -92,9 +104,8 @@ def confidence_text(confidence: Confidence) -> str:
     )
 
 
-def scores_text(completion: Completion) -> str:
-    """Returns one line with an answer's scores; "" if it has no tokens."""
-    found = scores_of(completion)
+def scores_text(found: Scores | None) -> str:
+    """Returns one line with an answer's scores; "" without any, as for an answer without tokens."""
     if found is None:
         return ""
     own = "" if found.answer_entropy is None else f", of the final answer {found.answer_entropy:.2f}"

@@ -97,6 +97,15 @@ def check_feeds(feeds: Sequence[Feed], vocabulary: int) -> None:
             raise ValueError(f"there is no token {low if low < 0 else high}; they are 0 to {vocabulary - 1}")
 
 
+def check_length(held: int, more: int, context: int) -> None:
+    """Raises ContextFullError if a sequence that holds `held` tokens has no room for `more`."""
+    if held + more > context:
+        raise ContextFullError(
+            f"{more:,} more tokens cannot be added: the sequence holds {held:,} of {context:,}",
+            "set a larger --context",
+        )
+
+
 def free_sequence(held: Container[int], most: int) -> int:
     """Returns the smallest number below `most` that is not held. Raises BackendError if all are."""
     for sequence in range(most):
@@ -297,13 +306,7 @@ class Recomputing(Tokenizing):
     def _check_room(self, feeds: Sequence[Feed]) -> None:
         """Raises ContextFullError if the feeds do not fit."""
         for feed in feeds:
-            held = len(self._held[feed.sequence])
-            if held + len(feed.tokens) > self.context:
-                raise ContextFullError(
-                    f"{len(feed.tokens):,} more tokens cannot be added: the sequence holds {held:,} of"
-                    f" {self.context:,}",
-                    "set a larger --context",
-                )
+            check_length(len(self._held[feed.sequence]), len(feed.tokens), self.context)
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
         return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen, r.legal) for r in rows]

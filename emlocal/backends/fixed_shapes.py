@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from emlocal.backends.base import Backend, Feed, Row, check_feeds
+from emlocal.backends.base import Backend, Feed, Row, check_feeds, check_length
 from emlocal.backends.delegating import Delegating
-from emlocal.errors import ContextFullError, UsageError
+from emlocal.errors import UsageError
 from emlocal.sampling import Draw, Sampler
 
 PART = 64
@@ -61,8 +61,8 @@ class FixedShapes(Delegating):
         return self._engine.length(sequence) + len(self._held[sequence].waiting)
 
     def fork(self, sequence: int) -> int:
-        copy, own = self._engine.fork(sequence), self._held[sequence]
-        self._held[copy] = _Held(own.whole, [*own.waiting])
+        copy = self._engine.fork(sequence)
+        self._held[copy] = self._copy(sequence)
         return copy
 
     def trim(self, sequence: int, length: int) -> int:
@@ -80,12 +80,7 @@ class FixedShapes(Delegating):
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
         check_feeds(feeds, self.info.vocabulary)
         for feed in feeds:
-            if self.length(feed.sequence) + len(feed.tokens) > self.context:
-                raise ContextFullError(
-                    f"{len(feed.tokens):,} more tokens cannot be added: the sequence holds"
-                    f" {self.length(feed.sequence):,} of {self.context:,}",
-                    "set a larger --context",
-                )
+            check_length(self.length(feed.sequence), len(feed.tokens), self.context)
         before = {
             feed.sequence: (self._engine.length(feed.sequence), self._copy(feed.sequence)) for feed in feeds
         }

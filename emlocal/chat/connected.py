@@ -3,21 +3,23 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from emlocal import console, rendering
 from emlocal.batch.lines import Item
 from emlocal.chat.conversation import Conversation
 from emlocal.chat.talk import AnswerEvent, Piece, Shown, Talk, Turn
+from emlocal.em.scores import Scores
 from emlocal.errors import CancelledError, EmlocalError
 from emlocal.generation import Timings
 from emlocal.generation.dialogue import Warn
 from emlocal.generation.prompt import unheard
-from emlocal.methods.confidence import METHOD, Confidence
+from emlocal.generation.sample import EntropySummary
+from emlocal.methods.confidence import Confidence
 from emlocal.remote.batch import Remote, request_of
 from emlocal.remote.client import Client, ServerError
-from emlocal.text import change, counted
+from emlocal.text import counted
 
 
 @dataclass
@@ -149,7 +151,7 @@ class ConnectedSession(Talk):
     def summary(self) -> str:
         reply, turn = self._last, self.last_turn
         assert turn is not None
-        timings = reply.timings
+        timings, sure = reply.timings, self._confidence()
         cached = f", {timings.cached_tokens} cached" if timings.cached_tokens else ""
         speed = rendering.rate(timings.generated_tokens, timings.generation_seconds)
         parts = [
@@ -158,19 +160,24 @@ class ConnectedSession(Talk):
             self._entropy_text(),
             self._ending(),
             self._vote_text(),
-            self._confidence_text() if self._is_sure_of_itself() else "",
+            rendering.confidence_text(sure) if rendering.says_enough(sure) else "",
             f"seed {reply.own.get('seed', turn.plan.seed)}",
         ]
         return " · ".join(filter(None, parts))
 
     def _entropy_text(self) -> str:
-        entropy = self._last.own.get("entropy")
-        if not isinstance(entropy, dict) or "mean_before" not in entropy:
+        found = self._last.own.get("entropy")
+        if not isinstance(found, dict) or "mean_before" not in found:
             return ""
-        em = entropy.get("touched", 0) > 0
-        text = f"entropy {change(entropy['mean_before'], entropy['mean_after'], em)} nats"
-        effect = f"EM touched {entropy['touched']:.0%} of tokens, changed {entropy['changed']:.0%}"
-        return f"{text} ({effect})" if em else text
+        entropy = EntropySummary(
+            self._last.generated_tokens,
+            found["mean_before"],
+            found["mean_after"],
+            found["touched"],
+            found["changed"],
+            found["mean_steps"],
+        )
+        return rendering.entropy_text(entropy, em=entropy.touched > 0)
 
     def _ending(self) -> str:
         if self._last.finish_reason == "length":
@@ -186,31 +193,18 @@ class ConnectedSession(Talk):
             return ""
         return f"{votes} of {drawn} agree" if votes else f"none of {drawn} has an answer to vote on"
 
-    def _confidence_text(self) -> str:
+    def _confidence(self) -> Confidence | None:
         own = self._last.own
-        source, calibrated = str(own.get("confidence_from")), bool(own.get("calibrated"))
-        return rendering.confidence_text(Confidence(own["confidence"], source, calibrated))
-
-    def _is_sure_of_itself(self) -> bool:
-        """Whether the confidence is calibrated or the method's own; others are for /stats."""
-        own = self._last.own
-        known = own.get("confidence") is not None
-        return known and bool(own.get("calibrated") or own.get("confidence_from") == METHOD)
+        if own.get("confidence") is None:
+            return None
+        return Confidence(own["confidence"], str(own.get("confidence_from")), bool(own.get("calibrated")))
 
     def details(self) -> list[str]:
-        own = self._last.own
+        scores, sure = self._last.own.get("scores"), self._confidence()
         lines = []
-        scores = own.get("scores")
-        if isinstance(scores, dict) and "mean_entropy" in scores:
-            lines.append(
-                f"entropy: mean {scores['mean_entropy']:.2f}, end {scores['tail_entropy']:.2f},"
-                f" largest {scores['largest_entropy']:.2f} nats; {scores['unsure']:.0%} of tokens uncertain;"
-                f" log-probability {scores['log_probability']:.1f}"
-                f" ({scores['mean_log_probability']:.2f} per token)"
-            )
-        if own.get("confidence") is not None:
-            lines.append(self._confidence_text())
-        return lines
+        if isinstance(scores, dict) and scores.keys() == {each.name for each in fields(Scores)}:
+            lines.append(rendering.scores_text(Scores(**scores)))
+        return lines if sure is None else [*lines, rendering.confidence_text(sure)]
 
     def shown(self) -> list[Shown]:
         return self._last.tokens

@@ -16,6 +16,7 @@ from emlocal.methods import Outcome
 from emlocal.methods.asking import Answered, Question, ask_one
 from emlocal.methods.confidence import Calibration, Confidence, confidence_of, subject_of
 from emlocal.methods.hints import without_effect
+from emlocal.methods.scoring import scores_of
 from emlocal.sampling import Draw
 from emlocal.sampling.draw import request_key
 from emlocal.settings import EMInf
@@ -115,7 +116,7 @@ class ChatSession(Talk):
         sure = self.confidence()
         if self.last is None or sure is None:
             return []
-        return [rendering.scores_text(self.last.completion), rendering.confidence_text(sure)]
+        return [rendering.scores_text(scores_of(self.last.completion)), rendering.confidence_text(sure)]
 
     def shown(self) -> list[Shown]:
         return [self._shown(draw) for draw in self.last.completion.draws] if self.last is not None else []

@@ -186,11 +186,10 @@ class ChatSettings:
 
     def turn(self, method: str | None = None) -> "Turn":
         from emlocal.chat.talk import Turn
+        from emlocal.cli.connect import own
 
         chosen = self._method if method is None else with_leave(method, self._allow_code)
-        asked = {**self._config, **self._given}
-        given = {name: value for name, value in asked.items() if name in GENERATION.settings}
-        return Turn(self._planned(self._now(), chosen), chosen, given)
+        return Turn(self._planned(self._now(), chosen), chosen, own({**self._config, **self._given}))
 
     def method(self, choice: str) -> None:
         method = with_leave(None if choice == "off" else choice, self._allow_code)

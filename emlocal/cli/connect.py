@@ -1,7 +1,6 @@
 """`--connect URL`: from flags to what a server is asked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +14,12 @@ from emlocal.settings.resolve import GENERATION, resolve_settings
 
 if TYPE_CHECKING:
     from emlocal.chat.talk import Turn
-    from emlocal.remote.batch import Kind, Remote
-    from emlocal.remote.client import Client
+    from emlocal.remote.batch import Remote, Served
 
 _OWNERS = ("allow_code", "pattern")
 
 
-@dataclass(frozen=True)
-class Served:
-    """A server, and the model to ask there."""
-
-    client: "Client"
-    model: str
-    kind: "Kind"
-    is_vllm: bool
-    context: int | None
-    """The most tokens of a prompt and its answer, if the server tells."""
-
-
-def connected(url: str, key_file: Path | None, given: Given) -> Served:
+def connected(url: str, key_file: Path | None, given: Given) -> "Served":
     """Connects to the server that the flags name.
 
     Raises EmlocalError: no server, or flags that are for an engine here.
@@ -44,15 +30,10 @@ def connected(url: str, key_file: Path | None, given: Given) -> Served:
     for name, known in (ENGINE | CONFIDENCE).settings.items():
         if name in given and name != "model":
             raise UsageError(f"{known.flag} is set where the server starts", "leave it out here")
-    client = Client(url, api_key(key_file))
-    model, kind, is_vllm = served(client, given.get("model"))
-    about = next((each for each in client.models() if each.get("id") == model), {})
-    own_facts = about.get("emlocal")
-    context = own_facts.get("context") if isinstance(own_facts, dict) else about.get("max_model_len")
-    return Served(client, model, kind, is_vllm, context if isinstance(context, int) else None)
+    return served(Client(url, api_key(key_file)), given.get("model"))
 
 
-def asked_of(server: Served, plan: Plan, how: Given, given: Given, config: Given) -> dict[str, Any]:
+def asked_of(server: "Served", plan: Plan, how: Given, given: Given, config: Given) -> dict[str, Any]:
     """Returns the fields of a request, without those of the method.
 
     Args:
@@ -77,7 +58,7 @@ def asked_of(server: Served, plan: Plan, how: Given, given: Given, config: Given
     return fields_of(_sent(asked), server.kind)
 
 
-def remote_turn(server: Served, turn: "Turn") -> "Remote":
+def remote_turn(server: "Served", turn: "Turn") -> "Remote":
     """Returns what the request of a chat's turn says. Raises UsageError for what the server does not know."""
     from emlocal.remote.batch import Remote
 

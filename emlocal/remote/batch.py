@@ -76,8 +76,20 @@ class Remote:
         }
 
 
-def served(client: Client, model: str | None) -> tuple[str, Kind, bool]:
-    """Returns the model to ask, what the server knows, and whether it is a vLLM. Raises EmlocalError.
+@dataclass(frozen=True)
+class Served:
+    """A server, the model to ask there, and what the server knows."""
+
+    client: Client
+    model: str
+    kind: Kind
+    is_vllm: bool
+    context: int | None
+    """The most tokens of a prompt and its answer, if the server tells."""
+
+
+def served(client: Client, model: str | None) -> Served:
+    """Asks a server what it serves. Raises EmlocalError.
 
     Without `model` it is the first that the server lists.
     """
@@ -86,11 +98,16 @@ def served(client: Client, model: str | None) -> tuple[str, Kind, bool]:
     if model is None and not names:
         raise UsageError(f"{client.url} lists no models", "name one with -m MODEL")
     asked = model or names[0]
+    about = next((each for each in listed if each.get("id") == asked), {})
+    own = about.get("emlocal")
+    told = own.get("context") if isinstance(own, dict) else about.get("max_model_len")
+    context = told if isinstance(told, int) else None
     if any(each.get("owned_by") == "emlocal" and "emlocal" in each for each in listed):
-        return asked, "emlocal", False
+        return Served(client, asked, "emlocal", False, context)
     if any(each.get("owned_by") == "vllm" for each in listed):
-        return asked, "vllm" if vllm.has_processor(client, asked) else "openai", True
-    return asked, "openai", False
+        kind: Kind = "vllm" if vllm.has_processor(client, asked) else "openai"
+        return Served(client, asked, kind, True, context)
+    return Served(client, asked, "openai", False, context)
 
 
 def fields_of(given: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
@@ -281,7 +298,7 @@ class RemoteBatch(Tasks):
         raise AssertionError("unreachable")
 
     def _finish(self, future: Future[dict[str, Any]], task: Task, line: Item) -> None:
-        """Makes a line's row. Raises ServerError for what is no fault of the line."""
+        """Makes a line's row. Raises ServerError if the server failed and the line is good."""
         try:
             answer = future.result()
             row = row_of(task.key, task.custom_id or "", answer, task.extra)

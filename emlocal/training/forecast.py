@@ -14,7 +14,7 @@ from emlocal.training.loop import Method, prompts_of_step
 from emlocal.training.rollouts import MicroBatches, Rollout, draw_rollouts
 
 _TOKENS = 9
-"""Of each answer of the trial."""
+"""The trial's answers have so many tokens each."""
 _TRAINED = 256
 """Tokens of the trial's micro-batch, if one prompt's answers have no more."""
 NEVER_LONG = 10_000
