@@ -22,6 +22,7 @@ class Wire(H11Protocol):
     limits = Limits()
     _head: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _last: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -45,7 +46,7 @@ class Wire(H11Protocol):
 
     def on_response_complete(self) -> None:
         if self.transport.is_closing():  # what is not sent yet must not wait for ever
-            self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+            self._last = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
         else:
             self._wait_for_head(KEEP_ALIVE_SECONDS + self.limits.header_seconds)
         before = self.cycle
@@ -95,7 +96,7 @@ class Wire(H11Protocol):
         self._head = self.loop.call_later(seconds, self.transport.abort)
 
     def _disarm(self) -> None:
-        for timer in (self._head, self._unread):
+        for timer in (self._head, self._unread, self._last):
             if timer is not None:
-                timer.cancel()
-        self._head = self._unread = None
+                timer.cancel()  # otherwise it keeps the closed connection in memory until it is due
+        self._head = self._unread = self._last = None

@@ -1,5 +1,7 @@
 """Clients that leave, queues that are full, engines that fail, and the server's end."""
 
+import asyncio
+import gc
 import json
 import threading
 import time
@@ -16,6 +18,7 @@ from emlocal.serve.server import bind, is_loopback, read_keys
 from tests.serve.servers import HELLO, Running, SlowBackend, endless, running
 
 LONG = {"messages": HELLO, "max_tokens": 3_000}
+CLOSE = {"Connection": "close"}
 
 
 def leave(server: Running, body: dict[str, object], when: Callable[[], bool]) -> None:
@@ -233,3 +236,13 @@ def test_keys_in_a_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
         read_keys(tmp_path / "none")
     assert read_keys(None) == []
+
+
+def test_a_closed_connection_is_forgotten_at_once() -> None:
+    """The deadline for reading the end of an answer once kept each of them for half a minute."""
+    with running(endless) as server:
+        for _ in range(30):
+            assert server.post("/v1/chat/completions", {"messages": HELLO, "max_tokens": 2}, headers=CLOSE)
+        gc.collect()
+        remembered = [each for each in gc.get_objects() if isinstance(each, asyncio.Transport)]
+        assert len(remembered) <= 1  # the last one may still be closing
