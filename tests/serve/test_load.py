@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,18 +74,24 @@ def test_nothing_stays_behind() -> None:
                 body = json.loads(post(server, good).partition(b"\r\n\r\n")[2])
                 answered.append(body["choices"][0]["message"]["content"] == alone)
 
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            list(pool.map(one, range(REQUESTS // 5)))
-            server.wait(server.idle)
-            gc.collect()
-            before, threads, files = resident(), threading.active_count(), open_files()
-            list(pool.map(one, range(REQUESTS // 5, REQUESTS)))
+        def block(start: int, end: int) -> tuple[int, int, int, int]:
+            """Asks these, and returns what the process has then: objects, bytes, threads, open files."""
+            list(pool.map(one, range(start, end)))
             server.wait(server.idle, 30)
-            server.wait(lambda: open_files() <= files + 2, 30)
             gc.collect()
-            grown = resident() - before
-            assert threading.active_count() <= threads + 1
+            return len(gc.get_objects()), resident(), threading.active_count(), open_files()
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            ends = [*range(REQUESTS // 5, REQUESTS, 1_000), REQUESTS]
+            objects, size, threads, files = block(0, ends[0])
+            for start, end in pairwise(ends):
+                later = block(start, end)
+            server.wait(lambda: open_files() <= files + 2, 30)
+        grown = later[1] - size
         assert all(answered)
         assert len(answered) > REQUESTS / 2
-        assert grown < 32 << 20, f"{grown / 2**20:.1f} MiB more"
-        print(f"{REQUESTS:,} requests, {len(answered):,} answered, {grown / 2**20:+.1f} MiB")
+        assert later[0] < objects + 2_000
+        assert grown < 24 << 20, f"{grown / 2**20:.1f} MiB more"
+        assert later[2] <= threads + 1
+        print(f"{REQUESTS:,} requests, {len(answered):,} answered,", end=" ")
+        print(f"{later[0] - objects:+,} objects, {grown / 2**20:+.1f} MiB")

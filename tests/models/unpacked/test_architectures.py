@@ -197,11 +197,13 @@ def test_lfm2(tmp_path: Path) -> None:
     assert_the_same(write(tmp_path / "tiny.gguf", "lfm2", layers, norm="token_embd_norm", **kinds))
 
 
-def test_other_engines_run_them_as_llama_cpp_does(tmp_path: Path) -> None:
+def test_other_engines_run_them_as_llama_cpp_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in two pieces, across the windows of Gemma 3.
 
-    mlx-lm rounds Gemma's scale of the embeddings to bfloat16, and llama.cpp its GELU to half precision.
+    mlx-lm rounds Gemma's scale of the embeddings to bfloat16, and llama.cpp its GELU to half precision. torch
+    computes in float32, also on processors where it would choose bfloat16.
     """
+    monkeypatch.setattr("emlocal.backends.torch.model._best_on_cpu", lambda: torch.float32)
     window = HEADED | {"attention__sliding_window": u32(16)}
     models = [
         write(tmp_path / "smollm3.gguf", "smollm3", [LLAMA] * 5),
