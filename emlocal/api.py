@@ -32,6 +32,7 @@ from emlocal.generation.dialogue import Dialogue
 from emlocal.generation.prompt import Asked, for_template, once, prompt_tokens, with_system
 from emlocal.generation.sample import EntropySummary, summarize
 from emlocal.generation.scheduler import SPARE_SEQUENCES
+from emlocal.generation.speculation import Speculation, speculation_of
 from emlocal.loading import load as load_shared
 from emlocal.loading import load_for_batch, warn_in_python
 from emlocal.methods import Chosen
@@ -43,7 +44,7 @@ from emlocal.models.templates import Message
 from emlocal.sampling import Draw, EMStep, SamplingParams
 from emlocal.settings import Given, Plan, Resolved, resolve_settings
 from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
-from emlocal.settings.options import ENGINE, BackendName, EngineOptions, KVName
+from emlocal.settings.options import ENGINE, BackendName, EngineOptions, KVName, SpeculateName
 from emlocal.settings.resolve import GENERATION
 from emlocal.settings.table import NAMES, options_of
 
@@ -154,6 +155,7 @@ def load(
     gpu_layers: int | str | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     offline: bool = False,
+    speculate: SpeculateName = "off",
 ) -> "Model":
     """Loads a model. None is the starter model, which is downloaded if it is missing.
 
@@ -164,22 +166,26 @@ def load(
             parallel.
         gpu_layers: in llama.cpp: how many layers go to GPUs, "all" or "auto". None: auto.
         adapters: (LoRA adapter, scale): GGUF files, PEFT or MLX folders.
+        speculate: as on the command line: guess tokens, and verify several in one pass.
     Raises:
         ModelError: the model or an adapter does not exist, or cannot be used.
         UsageError: the engine does not exist, or the context length is not possible.
     """
     model = None if name is None else str(name)
     layers = None if gpu_layers is None else ENGINE.read({"gpu_layers": gpu_layers}, NAMES)["gpu_layers"]
+    mode = ENGINE.read({"speculate": speculate}, NAMES)["speculate"]
     wanted = EngineOptions(model, backend, (), context, threads, kv_type, offline, layers)
     if parallel == 1:
-        return Model(load_shared(wanted, adapters, sequences=1 + SPARE_SEQUENCES + _KEPT).backend, 1)
-    return Model(load_for_batch(wanted, parallel, adapters).backend, parallel)
+        engine = load_shared(wanted, adapters, sequences=1 + SPARE_SEQUENCES + _KEPT).backend
+    else:
+        engine = load_for_batch(wanted, parallel, adapters).backend
+    return Model(engine, parallel, speculation_of(mode, engine, warn_in_python))
 
 
 class Model:
     """A loaded model. Not for use from two threads at once. A context manager: `close` frees its memory."""
 
-    def __init__(self, backend: Backend, parallel: int) -> None:
+    def __init__(self, backend: Backend, parallel: int, speculation: Speculation | None = None) -> None:
         """Wraps a loaded engine; called by `load`.
 
         `backend` has room for `SPARE_SEQUENCES` more sequences than `parallel`. Any further room keeps
@@ -187,7 +193,7 @@ class Model:
         """
         self.backend = backend
         self.parallel = parallel
-        self.runner = Scheduler(backend, parallel)
+        self.runner = Scheduler(backend, parallel, speculation)
         self._open = True
 
     def generate(

@@ -283,6 +283,45 @@ Rows = Sequence[NDArray[np.float32]]
 _FULL = "full vocabulary"
 
 
+PASS_SIZES = (1, 2, 4, 8, 16)
+
+
+def pass_costs(backend: Backend, repeats: int = 5) -> dict[int, float]:
+    """Returns the seconds of a pass of 1, 2, 4, 8, 16 rows of one sequence, relative to one row.
+
+    They are medians over `repeats` rounds, in which the sizes take turns. Empty if the engine gives only
+    one row of a sequence (`Backend.rewinds`).
+    """
+    if not backend.rewinds:
+        return {}
+    found: dict[int, list[float]] = {size: [] for size in PASS_SIZES}
+    prompt = (question_tokens(backend, PROMPTS[0]) * 16)[: min(128, backend.context - PASS_SIZES[-1])]
+    sequence = backend.open()
+    backend.forward([Feed(sequence, prompt, wanted=False)])
+    for turn in range(repeats + 1):  # the first one warms up
+        for size in PASS_SIZES:
+            started = time.perf_counter()
+            backend.forward([Feed(sequence, prompt[:size], wanted=size)])
+            found[size].append(time.perf_counter() - started)
+            backend.trim(sequence, len(prompt))
+        if turn == 0:
+            found = {size: [] for size in PASS_SIZES}
+    backend.release(sequence)
+    ones = found[1]
+    return {
+        size: statistics.median(a / b for a, b in zip(times, ones, strict=True))
+        for size, times in found.items()
+    }
+
+
+def speculation_gain(costs: dict[int, float], chance: float) -> float:
+    """Returns the most tokens a second, relative to one row a pass, if each guess is right with `chance`.
+
+    `costs`: of `pass_costs`. 1.0 if no guess pays.
+    """
+    return max(sum(chance**i for i in range(size)) / cost for size, cost in costs.items())
+
+
 @dataclass(frozen=True)
 class Path:
     """Rows that the sampler treated alike with EM on."""

@@ -64,12 +64,15 @@ class Feed(NamedTuple):
 
     sequence: int
     tokens: Sequence[int]
-    wanted: bool = True
-    """Whether the logits after the last token are needed; a feed without them is cheaper."""
+    wanted: int = 1
+    """After how many of the last tokens the logits are needed; a feed without them (0) is cheaper.
+
+    True is 1 and False is 0. Only an engine that `rewinds` gives more than one.
+    """
 
 
 class Row(NamedTuple):
-    """A token to draw after the last token fed to `sequence`."""
+    """A token to draw after a token just fed to `sequence`: the last one, unless `back` says otherwise."""
 
     sequence: int
     params: SamplingParams
@@ -79,19 +82,23 @@ class Row(NamedTuple):
     """Tokens so far, for the penalties."""
     legal: Mask | None = None
     """The tokens that may be drawn; None: all."""
+    back: int = 0
+    """Number of tokens that were fed after the one meant."""
 
 
 def check_feeds(feeds: Sequence[Feed], vocabulary: int) -> None:
     """Raises ValueError for feeds that `Backend.forward` does not allow.
 
-    These are no feeds at all, a feed without tokens, a sequence twice, or a token outside 0 … vocabulary - 1
-    (which would end a process on CUDA).
+    These are no feeds at all, a feed without tokens, a sequence twice, more rows than tokens, or a token
+    outside 0 … vocabulary - 1 (which would end a process on CUDA).
     """
     if not feeds or len({feed.sequence for feed in feeds}) < len(feeds):
         raise ValueError("a call must feed at least one sequence, and each only once")
     for feed in feeds:
         if not len(feed.tokens):
             raise ValueError(f"sequence {feed.sequence} is fed no tokens")
+        if not 0 <= feed.wanted <= len(feed.tokens):
+            raise ValueError(f"{feed.wanted} rows are wanted of a feed of {len(feed.tokens)}")
         low, high = min(feed.tokens), max(feed.tokens)
         if low < 0 or high >= vocabulary:
             raise ValueError(f"there is no token {low if low < 0 else high}; they are 0 to {vocabulary - 1}")
@@ -122,6 +129,11 @@ class Backend(ABC):
     context: int
     """The most tokens of a sequence; sequences that share their room hold no more in all."""
     max_sequences: int
+    rewinds: bool = False
+    """Whether a feed may want several rows, and `trim` then cuts off any of its tokens exactly.
+
+    Only such an engine can verify guessed tokens (`generation/speculation.py`).
+    """
 
     @abstractmethod
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -170,8 +182,7 @@ class Backend(ABC):
     def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
         """Appends tokens to sequences: prompts of any length and single steps in one call.
 
-        Afterwards, until the next call, `sample` and `logits` know the row after the last token of each
-        sequence whose feed wanted it.
+        Afterwards, until the next call, `sample` and `logits` know the rows that each feed wanted.
 
         Raises:
             ValueError: see `check_feeds`.
@@ -186,8 +197,11 @@ class Backend(ABC):
         """Draws a token for each row. There may be no rows, and several rows may name one sequence."""
 
     @abstractmethod
-    def logits(self, sequence: int) -> NDArray[np.float32]:
-        """Returns a copy of the raw logits after the last token fed, float32 [V]."""
+    def logits(self, sequence: int, back: int = 0) -> NDArray[np.float32]:
+        """Returns a copy of the raw logits after a token just fed, float32 [V].
+
+        `back`: number of tokens that were fed after that one. Raises KeyError for a row that was not wanted.
+        """
 
     @abstractmethod
     def describe(self) -> str:
@@ -253,6 +267,8 @@ class Recomputing(Tokenizing):
     A subclass computes the logits, and tells how much memory it takes. Rows are sampled on the host.
     """
 
+    rewinds = True
+
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> None:
         """Sets up the engine. Raises UsageError for adapters, and for more context than the model has."""
         if options.adapters:
@@ -262,7 +278,7 @@ class Recomputing(Tokenizing):
         self.max_sequences = options.sequences
         self._tokenizer = tokenizer
         self._held: dict[int, list[int]] = {}
-        self._rows: dict[int, NDArray[np.float32]] = {}
+        self._rows: dict[tuple[int, int], NDArray[np.float32]] = {}  # by sequence and tokens after it
         self._sampler = Sampler(info.vocabulary)
 
     @abstractmethod
@@ -276,7 +292,7 @@ class Recomputing(Tokenizing):
 
     def release(self, sequence: int) -> None:
         del self._held[sequence]
-        self._rows.pop(sequence, None)
+        self._rows = {at: row for at, row in self._rows.items() if at[0] != sequence}
 
     def length(self, sequence: int) -> int:
         return len(self._held[sequence])
@@ -297,8 +313,9 @@ class Recomputing(Tokenizing):
         for feed in feeds:
             if cancelled():
                 raise CancelledError
-            if feed.wanted:
-                rows[feed.sequence] = self.row([*self._held[feed.sequence], *feed.tokens])
+            tokens = [*self._held[feed.sequence], *feed.tokens]
+            for back in range(feed.wanted):
+                rows[feed.sequence, back] = self.row(tokens[: len(tokens) - back])
         for feed in feeds:
             self._held[feed.sequence] += feed.tokens
         self._rows = rows
@@ -309,10 +326,12 @@ class Recomputing(Tokenizing):
             check_length(len(self._held[feed.sequence]), len(feed.tokens), self.context)
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen, r.legal) for r in rows]
+        return [
+            self._sampler.sample(self._rows[r.sequence, r.back], r.params, r.u, r.seen, r.legal) for r in rows
+        ]
 
-    def logits(self, sequence: int) -> NDArray[np.float32]:
-        return self._rows[sequence].copy()
+    def logits(self, sequence: int, back: int = 0) -> NDArray[np.float32]:
+        return self._rows[sequence, back].copy()
 
     def describe(self) -> str:
         return f"context {self.context:,} tokens"

@@ -15,6 +15,7 @@ class Delegating(Backend):
     def __init__(self, engine: Backend) -> None:
         self._engine = engine
         self.info, self.context, self.max_sequences = engine.info, engine.context, engine.max_sequences
+        self.rewinds = engine.rewinds
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return self._engine.encode(text, add_special=add_special, parse_special=parse_special)
@@ -49,8 +50,8 @@ class Delegating(Backend):
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
         return self._engine.sample(rows)
 
-    def logits(self, sequence: int) -> NDArray[np.float32]:
-        return self._engine.logits(sequence)
+    def logits(self, sequence: int, back: int = 0) -> NDArray[np.float32]:
+        return self._engine.logits(sequence, back)
 
     def describe(self) -> str:
         return self._engine.describe()

@@ -95,7 +95,7 @@ class FakeBackend(Recomputing):
         self.fed = 0
         self._script = script
         self._shared = shared
-        self._trims = trims
+        self._trims = self.rewinds = trims
 
     def row(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         return self._script(tokens)

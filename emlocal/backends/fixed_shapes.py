@@ -43,6 +43,7 @@ class FixedShapes(Delegating):
 
     def __init__(self, engine: Backend) -> None:
         super().__init__(engine)
+        self.rewinds = False  # a token that was guessed would be a step of another shape
         self._held: dict[int, _Held] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
         self._sampler = Sampler(engine.info.vocabulary)
@@ -110,12 +111,12 @@ class FixedShapes(Delegating):
                 self._engine.forward([Feed(sequence, own.waiting, wanted=False)], cancelled)
                 own.waiting = []
             for i, token in enumerate(feed.tokens, 1):
-                last = i == len(feed.tokens)
-                self._engine.forward([Feed(sequence, [token], last and feed.wanted)], cancelled)
+                last = i == len(feed.tokens) and feed.wanted > 0
+                self._engine.forward([Feed(sequence, [token], last)], cancelled)
         else:
             own.waiting += feed.tokens
             while len(own.waiting) >= PART:
-                last = feed.wanted and len(own.waiting) == PART
+                last = feed.wanted > 0 and len(own.waiting) == PART
                 self._engine.forward([Feed(sequence, own.waiting[:PART], last)], cancelled)
                 del own.waiting[:PART]
                 own.whole += PART
@@ -128,7 +129,9 @@ class FixedShapes(Delegating):
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
         return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen, r.legal) for r in rows]
 
-    def logits(self, sequence: int) -> NDArray[np.float32]:
+    def logits(self, sequence: int, back: int = 0) -> NDArray[np.float32]:
+        if back:
+            raise KeyError(back)
         return self._rows[sequence].copy()
 
     def describe(self) -> str:

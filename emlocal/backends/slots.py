@@ -236,7 +236,9 @@ class SlotBackend(Tokenizing):
             for i, r in enumerate(rows)
         ]
 
-    def logits(self, sequence: int) -> NDArray[np.float32]:
+    def logits(self, sequence: int, back: int = 0) -> NDArray[np.float32]:
+        if back:
+            raise KeyError(back)
         return self._on_host(self._rows[sequence]).copy()
 
     def describe(self) -> str:
@@ -305,7 +307,7 @@ def passes(feeds: Sequence[Feed], lengths: Sequence[int], budget: int) -> Iterat
                 feed.sequence,
                 held + i,
                 feed.tokens[i : i + budget],
-                feed.wanted and i + budget >= len(feed.tokens),
+                bool(feed.wanted) and i + budget >= len(feed.tokens),
             )
             for feed, held in zip(feeds, lengths, strict=True)
             if len(feed.tokens) > i

@@ -32,7 +32,7 @@ from emlocal.settings import Given, Resolved, resolve_settings
 from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
 from emlocal.settings.constraint import from_files
 from emlocal.settings.em import EM
-from emlocal.settings.options import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions, SpeculateName
 from emlocal.settings.resolve import CONSTRAINT, SAMPLING
 from emlocal.settings.table import NOTHING, options_of
 from emlocal.text import counted, duration, harmless, human_size
@@ -112,7 +112,7 @@ def batch(
             code = _dry_run(model, input_, source, settings, run)
         else:
             journal = None if output == "-" else opened.enter_context(_journal(output, identity, run))
-            code = _run(model, input_, source, journal, settings, run)
+            code = _run(model, input_, source, journal, settings, run, options.speculate)
     if code:
         raise typer.Exit(code)
 
@@ -279,11 +279,13 @@ def _run(
     journal: "Journal | None",
     settings: "BatchSettings",
     run: BatchOptions,
+    speculate: SpeculateName,
 ) -> int:
     """Writes the rows. Returns the exit code: 1 if there are error rows, 130 if stopped."""
     from emlocal.batch.keys import Places
     from emlocal.batch.run import Batch
     from emlocal.generation import Scheduler
+    from emlocal.generation.speculation import speculation_of
     from emlocal.questions.files import form_of
 
     with ExitStack() as opened:
@@ -300,7 +302,7 @@ def _run(
             model.backend,
             _lines(source, input_, run),
             settings,
-            runner=Scheduler(model.backend, parallel),
+            runner=Scheduler(model.backend, parallel, speculation_of(speculate, model.backend, console.warn)),
             done=journal.done if journal else None,
             places=places,
             warn=console.warn,

@@ -12,7 +12,7 @@ from emlocal.cli.options import open_backend, with_options
 from emlocal.errors import UsageError
 from emlocal.settings import EM_STEPS, Given, resolve_settings
 from emlocal.settings.em import EM, switch_of
-from emlocal.settings.options import ENGINE, EngineOptions
+from emlocal.settings.options import NO_GUESSES, EngineOptions
 from emlocal.settings.table import NOTHING, options_of
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from emlocal.settings import SamplingParams
 
 _SAMPLED_ROWS = 48
+_CHANCES = (0.5, 0.8, 0.95)
+"""How often a guess is right: the shares for which the gain of speculation is shown."""
 _PROMPT_TOKENS = 256
 
 
@@ -41,7 +43,7 @@ def bench(
     ] = 12,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Set the seed of all draws.", metavar="N")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
-    given: Annotated[Given, EM, ENGINE] = NOTHING,
+    given: Annotated[Given, EM, NO_GUESSES] = NOTHING,
 ) -> None:
     """Measure speed and the cost of entropy minimization.
 
@@ -120,6 +122,9 @@ def _measure(
         progress=lambda done: say(f"decoding, round {done + 1} of {rounds}"),
         expected=lambda seconds: _warn_if_long(seconds, tokens, rounds),
     )
+    say("passes of several rows")
+    runner.forget()
+    costs = measure.pass_costs(backend)
     say("sampling")
     rows = measure.recorded_rows(runner, params, rows=_SAMPLED_ROWS, seed=seed)
     times = measure.measure_sampler(rows, params, seed=seed)
@@ -142,6 +147,12 @@ def _measure(
         },
         "prompt": {"tokens": prompt_length, "tokens_per_second": round(prompt_speed, 1)},
         "first_token": first,
+        "passes": {
+            "relative_seconds": {str(size): round(cost, 3) for size, cost in costs.items()},
+            "speculation": {
+                str(chance): round(measure.speculation_gain(costs, chance), 2) for chance in _CHANCES if costs
+            },
+        },
         "memory": {"engine_bytes": backend.memory_bytes(), "resident_bytes": machine.resident_bytes()},
     }
 
@@ -233,6 +244,7 @@ def _show(measured: dict[str, Any]) -> None:
             f"load {first['load_seconds']:.2f} s, prefill of {first['prompt_tokens']} tokens"
             f" {first['prefill_seconds']:.2f} s, rest {first['rest_seconds']:.3f} s",
         ),
+        *_passes(measured["passes"]),
         (
             "memory",
             f"engine {human_size(memory['engine_bytes'])}"
@@ -240,6 +252,21 @@ def _show(measured: dict[str, Any]) -> None:
         ),
     ]
     console.pairs(rows)
+
+
+def _passes(passes: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the lines on passes of several rows, which speculation uses; none if the engine has none."""
+    costs, gains = passes["relative_seconds"], passes["speculation"]
+    if not costs:
+        return []
+    shown = ", ".join(f"{gain:.2f}× at {float(chance):.0%}" for chance, gain in gains.items())
+    return [
+        (
+            f"pass of {', '.join(costs)} rows",
+            ", ".join(f"{cost:.2f}" for cost in costs.values()) + " of one row's time",
+        ),
+        ("speculation", f"at best {shown} of guesses right"),
+    ]
 
 
 def _speed(tokens_per_second: float | None) -> str:

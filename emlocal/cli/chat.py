@@ -84,6 +84,7 @@ def chat(
     from emlocal.chat.session import ChatSession
     from emlocal.cli.options import calibration_in, warn_of_mismatch
     from emlocal.generation import Scheduler
+    from emlocal.generation.speculation import speculation_of
     from emlocal.methods.confidence import subject_of
     from emlocal.methods.hints import without_effect
 
@@ -92,7 +93,8 @@ def chat(
     calibration = calibration_in(options_of(ConfidenceOptions, *layers).calibration)
     with open_backend(options, sequences=_SEQUENCES, quiet=output.quiet) as backend:
         settings.model = backend.info.sampling
-        session = ChatSession(backend, Scheduler(backend, _PARALLEL), conversation, calibration, console.warn)
+        runner = Scheduler(backend, _PARALLEL, speculation_of(options.speculate, backend, console.warn))
+        session = ChatSession(backend, runner, conversation, calibration, console.warn)
         turn = settings.turn()
         warn_of_mismatch(calibration, subject_of(backend.info.name, turn.method, turn.plan))
         for text in without_effect(turn.plan, backend.info, hides=output.hide_thinking):

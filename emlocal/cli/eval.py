@@ -14,7 +14,7 @@ from emlocal.evaluation.contenders import EvalOptions
 from emlocal.settings import Given, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.em import EM
-from emlocal.settings.options import ENGINE, EngineOptions
+from emlocal.settings.options import NO_GUESSES, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of
 
@@ -45,7 +45,7 @@ def eval(
         ),
     ] = "greedy,sample,em-inf",
     how: EvalOptions = EvalOptions(),
-    given: Annotated[Given, CALIBRATION, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CALIBRATION, SAMPLING, NO_GUESSES] = NOTHING,
 ) -> None:
     """Compare decoding methods: accuracy with confidence intervals, and cost.
 

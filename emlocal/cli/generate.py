@@ -17,7 +17,7 @@ from emlocal.settings import Given, Plan, resolve_settings
 from emlocal.settings.confidence import CALIBRATION, ConfidenceOptions
 from emlocal.settings.constraint import from_files
 from emlocal.settings.em import EM
-from emlocal.settings.options import ENGINE, EngineOptions
+from emlocal.settings.options import ENGINE, EngineOptions, SpeculateName
 from emlocal.settings.resolve import CONSTRAINT, SAMPLING, random_seed
 from emlocal.settings.table import NOTHING, options_of
 
@@ -70,7 +70,16 @@ def generate(
         plan = method.plan(resolved.plan, resolved.chosen)
         for said in without_effect(plan, backend.info, raw=prompting.raw, hides=output.hide_thinking):
             console.warn(said)
-        code = run(backend, _asked(backend, text, prompting), method, plan, output, as_json, calibration)
+        code = run(
+            backend,
+            _asked(backend, text, prompting),
+            method,
+            plan,
+            output,
+            as_json,
+            calibration,
+            options.speculate,
+        )
     if code:
         raise typer.Exit(code)
 
@@ -83,6 +92,7 @@ def run(
     output: OutputOptions,
     as_json: bool,
     calibration: "Calibration | None" = None,
+    speculate: SpeculateName = "off",
 ) -> int:
     """Generates and shows the answers; returns the exit code.
 
@@ -92,6 +102,7 @@ def run(
     from emlocal.cli.options import warn_of_mismatch
     from emlocal.generation import CancelledError, Scheduler, Token, interruptible
     from emlocal.generation.prompt import once, prompt_tokens
+    from emlocal.generation.speculation import speculation_of
     from emlocal.methods.asking import Answered, Question, ask_one
     from emlocal.methods.confidence import confidence_of, subject_of
 
@@ -105,7 +116,7 @@ def run(
     with (
         interruptible() as cancelled,
         rendering.trace_to(output.trace, backend) as trace,
-        Scheduler(backend, plan.samples) as runner,
+        Scheduler(backend, plan.samples, speculation_of(speculate, backend, console.warn)) as runner,
         console.working("answering", quiet=streams or as_json or output.quiet) as tick,
     ):
         encode = partial(prompt_tokens, backend, cancelled=cancelled, warn=once(console.warn))

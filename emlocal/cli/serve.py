@@ -12,7 +12,7 @@ from emlocal.methods import HOW, chosen_by
 from emlocal.settings import Given, Resolved, resolve_settings
 from emlocal.settings.confidence import CONFIDENCE, ConfidenceOptions
 from emlocal.settings.em import EM
-from emlocal.settings.options import ENGINE, EngineOptions
+from emlocal.settings.options import NO_GUESSES, EngineOptions
 from emlocal.settings.resolve import SAMPLING
 from emlocal.settings.table import NOTHING, options_of, setting
 
@@ -73,7 +73,7 @@ class ServeOptions:
 def serve(
     run: ServeOptions = ServeOptions(),
     how: Annotated[Given, HOW] = NOTHING,
-    given: Annotated[Given, CONFIDENCE, EM, SAMPLING, ENGINE] = NOTHING,
+    given: Annotated[Given, CONFIDENCE, EM, SAMPLING, NO_GUESSES] = NOTHING,
 ) -> None:
     """Serve a model over HTTP to any client of OpenAI's API.
 

@@ -51,7 +51,11 @@ def evaluate(
     """
     given = {name: str(v) if isinstance(v, Path) and name == "model" else v for name, v in given.items()}
     adapters: Adapters = given.pop("adapters", ())
-    tables = Table.of(EvalOptions).without("quiet"), Table.of(EngineOptions).without("adapter"), SAMPLING
+    tables = (
+        Table.of(EvalOptions).without("quiet"),
+        Table.of(EngineOptions).without("adapter", "speculate"),
+        SAMPLING,
+    )
     values = (tables[0] | tables[1] | tables[2] | CALIBRATION).read(given, NAMES)
     keywords = ("keyword", values)
     calibration = options_of(ConfidenceOptions, keywords).calibration

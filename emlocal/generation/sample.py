@@ -270,8 +270,8 @@ class Sample:
         # kept only where penalties look at it
         self._seen = list(prompt) if request.params.penalizes else []
 
-    def row(self, sequence: int) -> Row:
-        """Returns the next row to draw from, with the given sequence's logits."""
+    def row(self, sequence: int, back: int = 0) -> Row:
+        """Returns the next row to draw from: the given sequence's, `back` tokens before its last."""
         u = self.request.uniforms[len(self.completion.draws)]
         params, thoughts = self.request.params, self._thoughts
         legal = None if self._matcher is None else self._matcher.legal()
@@ -280,7 +280,7 @@ class Sample:
             legal = None if legal is None else _all_but(thoughts.ends, legal)  # an answer must come
         elif thoughts is not None and legal is not None and thoughts.opening is not None:
             legal = _allowing(legal, thoughts.opening)
-        return Row(sequence, params, u, self._seen, legal)
+        return Row(sequence, params, u, self._seen, legal, back)
 
     def _forced(self) -> int | None:
         """The next token, if no other is legal. Raises ConstraintError."""

@@ -8,6 +8,9 @@ Nothing is read twice: a prompt starts from the longest beginning that a running
 (`sequences`). In a `run`, prompts come one after the other. The common beginning of two of them is read
 before both, into a sequence of its own, the *root*.
 
+With `speculation`, a sample's feed goes on with guessed tokens. A guess is right if its row draws that very
+token; the sequence is cut before the first wrong one (`speculation`).
+
 Draws are addressed by request, sample and token. An answer therefore does not depend on the other samples in
 the batch, as far as the engine's arithmetic does not (docs/batch.md).
 """
@@ -15,27 +18,25 @@ the batch, as far as the engine's arithmetic does not (docs/batch.md).
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property
 
-from emlocal.backends.base import Backend, Feed, Row
+from emlocal.backends.base import Backend, Feed
 from emlocal.cancel import never
 from emlocal.errors import (
     BackendError,
     CancelledError,
     ContextFullError,
     EmlocalError,
-    LogitsError,
     UsageError,
 )
-from emlocal.generation.alternatives import Alternative, alternatives
 from emlocal.generation.constraints import Constrainer, ConstraintError
+from emlocal.generation.drawing import Wanted, drawn
 from emlocal.generation.runner import Completed, Event, Finished, Handle, Job, Runner, Token
 from emlocal.generation.sample import FinishReason, Request, Sample
 from emlocal.generation.sequences import WORTH_SHARING, Group, Kept, Sequences, Stream, common, tokens_of
+from emlocal.generation.speculation import Speculation
 from emlocal.generation.thinking import Marks, Thoughts
 from emlocal.sampling import Draw
-from emlocal.sampling.draw import certain
 
 PROMPT_TOKENS_PER_STEP = 256
 """Tokens of prompts that a step reads, beside the samples that are decoded."""
@@ -50,7 +51,8 @@ class Scheduler(Runner):
     `SPARE_SEQUENCES` there is one for the root as well. Any further sequences keep earlier prompts.
     """
 
-    def __init__(self, backend: Backend, parallel: int) -> None:
+    def __init__(self, backend: Backend, parallel: int, speculation: Speculation | None = None) -> None:
+        """`speculation`: guesses tokens, if the engine can go back from wrong ones."""
         if not 1 <= parallel <= backend.max_sequences - 1:
             raise UsageError(
                 f"{parallel} samples at once need {parallel + 1} sequences;"
@@ -65,9 +67,11 @@ class Scheduler(Runner):
         roomy = backend.max_sequences > parallel + SPARE_SEQUENCES
         self._sequences = Sequences(backend, parallel, roomy, self._reading, self._streams)
         self._full = False  # no job is admitted before another has ended
+        self._seconds = 0.0  # of the last pass
         self._events: list[Event] = []  # of this step
         self._previous = tokens_of(())  # the prompt admitted last, without its last token
         self._constrainer = Constrainer(backend)
+        self._speculation = speculation if backend.rewinds else None
 
     # ------------------------------------------------------------------------------------ the contract
 
@@ -193,7 +197,7 @@ class Scheduler(Runner):
             new.append(group)
             taken += len(group.waiting)
         for group in new:
-            self._attach(group)
+            self._sequences.attach(group)
             self._reading.append(group)
 
     def _is_being_read(self, group: Group, new: Sequence[Group]) -> bool:
@@ -227,27 +231,6 @@ class Scheduler(Runner):
                 raise
             root.tokens = tokens[:shared]
         self._previous = tokens
-
-    def _attach(self, group: Group) -> None:
-        """Gives a job its sequence: a kept one, a copy as far as it agrees, or an empty one."""
-        most = len(group.tokens) - 1
-        shared, source = self._sequences.longest(group)
-        own, kept = self._sequences.of_session(group)
-        if kept is None or own + WORTH_SHARING <= shared:
-            own, kept = shared, self._sequences.at(source)
-            if kept is not None and common(kept.tokens, group.tokens) < len(kept.tokens):
-                kept = None  # its other tokens may be continued, too
-        in_root = self._sequences.in_root(group.tokens, most)
-        in_root = in_root if in_root >= WORTH_SHARING else 0
-        if kept is not None and own >= in_root:
-            group.sequence = self._sequences.take(kept)
-        elif shared >= in_root + WORTH_SHARING:
-            own, group.sequence = shared, self._sequences.copy(source)
-        elif in_root and self._sequences.root is not None:
-            own, group.sequence = in_root, self._sequences.copy(self._sequences.root.sequence)
-        else:
-            own, group.sequence = 0, self._sequences.open()
-        group.read = group.timings.cached_tokens = self.backend.trim(group.sequence, own)
 
     def _begin(self) -> None:
         """Starts samples of prompts that are read: on copies, the last one in the prompt's own sequence."""
@@ -285,7 +268,7 @@ class Scheduler(Runner):
         self._reading.remove(group)
         samples = [*group.waiting]
         group.waiting.clear()
-        draws = self._draw([(sample, group.sequence) for sample in samples])
+        draws = self._drawn([(sample, group.sequence, 0) for sample in samples])
         own = len(samples) == 1  # otherwise the prompt stays, for later jobs
         for sample in samples:
             sequence = group.sequence if own else self._sequences.copy(group.sequence)
@@ -294,28 +277,74 @@ class Scheduler(Runner):
             self._sequences.keep(Kept(group.sequence, tokens_of(group.tokens), group.job.session))
         group.sequence = None
         group.forward_passes -= len(samples) - 1
-        self._take(draws)
+        self._take(self._streams, draws)
 
     def _pass(self, cancelled: Callable[[], bool]) -> None:
         """Takes a step of all samples, and reads the next part of the prompts."""
+        speculation = self._speculation
         while self._streams or self._reading:
             parts = self._parts_of_prompts()
+            if speculation is not None:
+                speculation.guess(self._streams, self.context)
             feeds = [
-                Feed(stream.sequence, (stream.next_token,), stream.sample.forced is None)
+                Feed(
+                    stream.sequence,
+                    (stream.next_token, *stream.guess),
+                    0 if stream.sample.forced is not None else 1 + len(stream.guess),
+                )
                 for stream in self._streams
             ]
             feeds += [Feed(sequence, tokens, wanted=False) for _, sequence, tokens in parts]
             try:
                 self._forward(feeds, cancelled if parts else never)
             except ContextFullError as error:
-                if not self._sequences.make_room():
+                if speculation is not None and any(stream.guess for stream in self._streams):
+                    speculation.give_up(self._streams)  # guesses take nobody's room
+                    speculation = None
+                elif not self._sequences.make_room():
                     self._give_way(error)
                 continue
             for group, _, tokens in parts:
                 group.read += len(tokens)
                 group.forward_passes += 1
-            self._take(self._draw([(stream.sample, stream.sequence) for stream in self._streams]))
+            self._verify(alone=not parts)
             return
+
+    def _verify(self, *, alone: bool) -> None:
+        """Draws from the rows of a pass: first each sample's, then the next ones' while guesses are right.
+
+        A row is drawn only after the tokens before it are taken in. Its penalties, constraint and thoughts
+        are therefore those of a pass without guesses. `alone`: the pass read no prompts.
+        """
+        streams, taken = [*self._streams], 0
+        tokens: dict[Stream, list[int]] = {stream: [] for stream in streams}
+        rows = sum(1 + len(stream.guess) for stream in streams)
+        while streams:
+            draws = self._drawn([(each.sample, each.sequence, len(each.guess) - taken) for each in streams])
+            guesses = [stream.guess for stream in streams]  # taking in the end of a sample forgets its own
+            self._take(streams, draws, first=taken == 0)
+            further = []
+            for stream, guess, draw in zip(streams, guesses, draws, strict=True):
+                if isinstance(draw, Draw):
+                    tokens[stream].append(draw.token)
+                    goes_on = not (stream.sample.done or stream.group.finished)
+                    if goes_on and taken < len(guess) and draw.token == guess[taken]:
+                        further.append(stream)
+            streams, taken = further, taken + 1
+        if self._speculation is not None:
+            self._speculation.learn(tokens, rows, self._seconds if alone else None)
+        for stream in self._streams:
+            self._rewind(stream)
+
+    def _rewind(self, stream: Stream) -> None:
+        """Cuts off what was guessed wrongly."""
+        if stream.guess:
+            stream.guess = ()
+            if self.backend.trim(stream.sequence, stream.held) != stream.held:
+                raise BackendError(f"the {self.backend.name} engine cannot go back from a guessed token")
+
+    def _drawn(self, wanted: Sequence[Wanted]) -> list[Draw | EmlocalError]:
+        return drawn(self.backend, wanted, self.counters)
 
     def _parts_of_prompts(self) -> list[tuple[Group, int, Sequence[int]]]:
         room, parts = PROMPT_TOKENS_PER_STEP, []
@@ -334,7 +363,8 @@ class Scheduler(Runner):
             self._look_again()
             raise
         seconds = time.perf_counter() - started
-        read = sum(len(feed.tokens) for feed in feeds if not feed.wanted or len(feed.tokens) > 1)
+        self._seconds = seconds
+        read = sum(len(feed.tokens) for feed in feeds if feed.wanted < len(feed.tokens))
         self.counters.steps += 1
         self.counters.forward_seconds += seconds
         self.counters.reading_seconds += seconds if read else 0
@@ -370,51 +400,18 @@ class Scheduler(Runner):
                 stream.sample.end("context")
                 self._end_stream(stream)
 
-    def _draw(self, samples: Sequence[tuple[Sample, int]]) -> list[Draw | EmlocalError]:
-        """Draws a token for each sample, from its row. A row that is not a distribution fails alone."""
-        started = time.perf_counter()
-        rows = [sample.row(sequence) for sample, sequence in samples if sample.forced is None]
-        for sample, sequence in samples:
-            if sample.request.top:
-                self._note_alternatives(sample, sequence)
-        try:
-            draws: list[Draw | EmlocalError] = [*self.backend.sample(rows)]
-        except (LogitsError, UsageError):
-            draws = [self._draw_one(row) for row in rows]
-        if len(draws) < len(samples):
-            drawn = iter(draws)
-            draws = [
-                next(drawn) if sample.forced is None else certain(sample.forced) for sample, _ in samples
-            ]
-        self.counters.sampling_seconds += time.perf_counter() - started
-        self.counters.generated_tokens += len(draws)
-        return draws
-
-    def _note_alternatives(self, sample: Sample, sequence: int) -> None:
-        """Notes what else could be drawn for a sample; nothing where only one token is legal."""
-        found: tuple[Alternative, ...] = ()
-        if sample.forced is None:
-            row, logits = sample.row(sequence), self.backend.logits(sequence)
-            with suppress(LogitsError, UsageError):  # the draw from this row fails as well, and alone
-                found = alternatives(logits, row.params, row.seen, sample.request.top, row.legal)
-        sample.completion.alternatives.append(found)
-
-    def _draw_one(self, row: Row) -> Draw | EmlocalError:
-        try:
-            return self.backend.sample([row])[0]
-        except (LogitsError, UsageError) as error:  # UsageError: a bias on a token that does not exist
-            return error
-
     # ------------------------------------------------------------------------- the results of a pass
 
-    def _take(self, draws: Sequence[Draw | EmlocalError]) -> None:
-        """Takes in a draw for each stream."""
+    def _take(
+        self, streams: Sequence[Stream], draws: Sequence[Draw | EmlocalError], *, first: bool = True
+    ) -> None:
+        """Takes in a draw for each stream. `first`: of this pass."""
         now = time.perf_counter()
-        for stream, draw in zip([*self._streams], draws, strict=True):
+        for stream, draw in zip([*streams], draws, strict=True):
             group, sample = stream.group, stream.sample
             if group.finished:  # another of its samples failed
                 continue
-            group.forward_passes += 1
+            group.forward_passes += first
             if isinstance(draw, EmlocalError):
                 self._events += self._end_group(group, "stop", draw)
                 continue
@@ -448,6 +445,7 @@ class Scheduler(Runner):
 
     def _leave(self, stream: Stream) -> None:
         """Keeps a stream's sequence."""
+        self._rewind(stream)
         self._streams.remove(stream)
         tokens = stream.group.tokens + tokens_of(stream.sample.completion.tokens)
         self._sequences.keep(Kept(stream.sequence, tokens, stream.group.job.session))

@@ -15,6 +15,7 @@ from emlocal.backends.base import Backend
 from emlocal.errors import BackendError
 from emlocal.generation.runner import Handle, Job
 from emlocal.generation.sample import Sample
+from emlocal.generation.speculation import Guesser
 
 WORTH_SHARING = 16
 """The fewest tokens that a copy must save, because engines with separate rooms copy the whole sequence."""
@@ -59,6 +60,7 @@ class Group(Handle):
         self.sequence: int | None = None
         """The sequence with the first `read` tokens of the prompt. The last sample takes it over."""
         self.read = 0
+        self.guesser: Guesser | None = None
         self.admitted = self.first_draw = 0.0
 
     @property
@@ -75,6 +77,8 @@ class Stream:
     sample: Sample
     sequence: int
     next_token: int
+    guess: Sequence[int] = ()
+    """The tokens that are fed after `next_token` in this pass, to be verified."""
 
     @property
     def held(self) -> int:
@@ -114,6 +118,27 @@ class Sequences:
         self._numbers_matter = parallel > 1
         self._kept: list[Kept] = []  # the least recently used first
         self._freed: list[int] = []  # numbers that streams have left since the ranks were closed
+
+    def attach(self, group: Group) -> None:
+        """Gives a job its sequence: a kept one, a copy as far as it agrees, or an empty one."""
+        most = len(group.tokens) - 1
+        shared, source = self.longest(group)
+        own, kept = self.of_session(group)
+        if kept is None or own + WORTH_SHARING <= shared:
+            own, kept = shared, self.at(source)
+            if kept is not None and common(kept.tokens, group.tokens) < len(kept.tokens):
+                kept = None  # its other tokens may be continued, too
+        in_root = self.in_root(group.tokens, most)
+        in_root = in_root if in_root >= WORTH_SHARING else 0
+        if kept is not None and own >= in_root:
+            group.sequence = self.take(kept)
+        elif shared >= in_root + WORTH_SHARING:
+            own, group.sequence = shared, self.copy(source)
+        elif in_root and self.root is not None:
+            own, group.sequence = in_root, self.copy(self.root.sequence)
+        else:
+            own, group.sequence = 0, self.open()
+        group.read = group.timings.cached_tokens = self._backend.trim(group.sequence, own)
 
     # -------------------------------------------------------------------------------- kept sequences
 

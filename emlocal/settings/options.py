@@ -219,6 +219,7 @@ if TYPE_CHECKING:
 else:
     BackendName = Literal["auto", *ENGINES]
 KVName = Literal["f32", "f16", "q8_0", "q4_0"]
+SpeculateName = Literal["off", "auto", "lookup"]
 SplitName = Literal["none", "layer", "row", "tensor"]
 PANEL = "Model and engine"
 CONTEXT_NAMES = "--ctx-size --max-model-len --context-length --n-ctx --num-ctx --max-kv-size"
@@ -283,6 +284,14 @@ class EngineOptions:
         metavar="SHARES",
         read=_tensor_split,
     )
+    speculate: SpeculateName = _engine_setting(
+        "off",
+        "--speculate",
+        help="Guess tokens from the text so far, and verify several in one pass: always (lookup) or where it"
+        " pays (auto).",
+    )
 
 
 ENGINE = Table.of(EngineOptions)
+NO_GUESSES = ENGINE.without("speculate")
+"""For verbs that do not guess tokens."""

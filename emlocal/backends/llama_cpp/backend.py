@@ -55,6 +55,12 @@ class LlamaCppBackend(Adapting):
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.context, self.threads = loading.length, loading.threads
         self.max_sequences = options.sequences
+        # a recurrent state cannot go back, and a sliding window has dropped what it would go back to
+        self.rewinds = not (
+            self._lib.llama_model_is_recurrent(self._model)
+            or self._lib.llama_model_is_hybrid(self._model)
+            or self._lib.llama_model_n_swa(self._model)
+        )
         self._shared = options.shared
         self._kv_type = options.kv_type or DEFAULT_KV_TYPE
         self._placed = loading.placement.describe()
@@ -72,7 +78,7 @@ class LlamaCppBackend(Adapting):
             raise
         self._batch = Batch(self._lib, loading.batch)
         self._lengths: dict[int, int] = {}
-        self._rows: dict[int, NDArray[np.float32]] = {}
+        self._rows: dict[tuple[int, int], NDArray[np.float32]] = {}  # by sequence and tokens after it
         self._logits_address = address_of_logits(self._lib)
         self._views: dict[tuple[int, int], list[NDArray[np.float32]]] = {}
         self._pieces: dict[int, bytes] = {}
@@ -188,7 +194,7 @@ class LlamaCppBackend(Adapting):
     def release(self, sequence: int) -> None:
         self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         del self._lengths[sequence]
-        self._rows.pop(sequence, None)
+        self._rows = {at: row for at, row in self._rows.items() if at[0] != sequence}
 
     def length(self, sequence: int) -> int:
         return self._lengths[sequence]
@@ -249,8 +255,9 @@ class LlamaCppBackend(Adapting):
             chunk = feed.tokens[i : i + size]
             if len(chunk) > self._batch.room:
                 self._decode(keep_rows=True)
-            last = i + len(chunk) == len(feed.tokens)
-            self._batch.add(feed.sequence, chunk, start + i, wanted=last and feed.wanted)
+            after = len(feed.tokens) - i - len(chunk)
+            wanted = min(len(chunk), max(0, feed.wanted - after))
+            self._batch.add(feed.sequence, chunk, start + i, wanted, after)
         if flush:
             self._decode(keep_rows=False)
 
@@ -284,10 +291,12 @@ class LlamaCppBackend(Adapting):
         return rows
 
     def sample(self, rows: Sequence[Row]) -> list[Draw]:
-        return [self._sampler.sample(self._rows[r.sequence], r.params, r.u, r.seen, r.legal) for r in rows]
+        return [
+            self._sampler.sample(self._rows[r.sequence, r.back], r.params, r.u, r.seen, r.legal) for r in rows
+        ]
 
-    def logits(self, sequence: int) -> NDArray[np.float32]:
-        return self._rows[sequence].copy()
+    def logits(self, sequence: int, back: int = 0) -> NDArray[np.float32]:
+        return self._rows[sequence, back].copy()
 
     def describe(self) -> str:
         adapters = f", {counted(len(self._adapters), 'adapter')}" if self._adapters else ""

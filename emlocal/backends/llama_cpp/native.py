@@ -20,8 +20,8 @@ class Batch:
     def __init__(self, lib: Any, capacity: int) -> None:
         self.capacity = capacity
         self.size = 0
-        self.wanted: list[int] = []
-        """The sequences whose rows of logits are computed, in the order of those rows."""
+        self.wanted: list[tuple[int, int]] = []
+        """Of each row of logits that is computed: its sequence, and how many fed tokens come after it."""
         self._token = np.zeros(capacity, dtype=np.int32)
         self._pos = np.zeros(capacity, dtype=np.int32)
         self._logits = np.zeros(capacity, dtype=np.int8)
@@ -46,8 +46,11 @@ class Batch:
         """Tokens that still fit."""
         return self.capacity - self.size
 
-    def add(self, sequence: int, tokens: Sequence[int], position: int, wanted: bool) -> None:
-        """Appends tokens of a sequence, from `position` on; `wanted`: with the logits after the last."""
+    def add(self, sequence: int, tokens: Sequence[int], position: int, wanted: int, after: int = 0) -> None:
+        """Appends tokens of a sequence, from `position` on, with the logits after the `wanted` last ones.
+
+        `after`: number of tokens of the same feed that come in later batches.
+        """
         first, n = self.size, len(tokens)
         last = first + n - 1
         if n == 1:  # a step of decoding: three stores
@@ -56,10 +59,13 @@ class Batch:
             self._token[first : last + 1] = tokens
             self._pos[first : last + 1] = np.arange(position, position + n)
             self._sequence[first : last + 1] = sequence
-            self._logits[first:last] = 0
-        self._logits[last] = wanted
-        if wanted:
-            self.wanted.append(sequence)
+            self._logits[first : last + 1] = 0
+        self._logits[last] = wanted > 0
+        if wanted == 1:
+            self.wanted.append((sequence, after))
+        elif wanted:
+            self._logits[last + 1 - wanted : last + 1] = 1
+            self.wanted += ((sequence, after + back) for back in range(wanted - 1, -1, -1))
         self.size = self.struct.n_tokens = last + 1
 
     def clear(self) -> None:

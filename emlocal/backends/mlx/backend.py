@@ -78,7 +78,7 @@ class MLXBackend(SlotBackend):
             for chunks in passes(heads, [held for _, held in long], self._budget):
                 self._decoder.read(chunks, cancelled)
         steps = [
-            Chunk(feed.sequence, held + len(feed.tokens) - 1, feed.tokens[-1:], feed.wanted)
+            Chunk(feed.sequence, held + len(feed.tokens) - 1, feed.tokens[-1:], bool(feed.wanted))
             for feed, held in zip(feeds, lengths, strict=True)
         ]
         steps.sort(key=lambda chunk: chunk.slot)
