@@ -1,4 +1,4 @@
-/* One row of logits through EM-INF (gradient descent), temperature, truncation and the draw, in one call.
+/* One row of logits through the EM step, temperature, truncation and the draw, in one call.
  *
  * What decoding does nine times in ten, without numpy's dozen sweeps: between two tokens the caches hold the
  * model's weights, so every sweep over the row, and every library call, comes cold.
@@ -26,10 +26,25 @@
 #define NEGLIGIBLE 1e-7
 #define COLDEST 1e-9
 #define HOTTEST 2.0 /* with steps taken; hotter rows are the reference's */
+#define HOTTEST_ADAM 1.0
+#define ADAM1 0.9
+#define ADAM2 0.999
+#define ADAM_EPSILON 1e-8
+#define FEW 4       /* fewer than one legal token in so many are gathered */
+#define BINS 128 /* of the tail, by exponent */
+#define BIN_WIDTH 0.25
+#define COLDEST_EM 1e-6 /* the lowest τ of adaptive temperature */
+#define ROUNDING_COOLED 5e-6 /* relative error of sums of w^β: β s is rounded before its exponential */
+
+/* EM steps; emlocal/sampling/sampler.py has the same numbers. */
+enum { NONE, DESCENT, ADAM, COOLING, POWER };
 
 typedef struct {
-    double threshold, learning_rate;
+    int kind;
+    double threshold;
     int steps;
+    double learning_rate, kl_weight;
+    double alpha; /* of COOLING: the share of the entropy that is kept; of POWER: the exponent */
     double temperature, dynatemp_range, dynatemp_exponent, top_p, min_p;
     Py_ssize_t top_k;
     double u;
@@ -44,6 +59,7 @@ typedef struct {
     double w[MAX_HEAD];      /* e^h */
     double g[MAX_HEAD];
     double t[MAX_HEAD]; /* weights after temperature, the largest 1 */
+    double moments[5][MAX_HEAD]; /* of Adam and of its error; see Moments */
     double blocks[];    /* Σ_tail w by block; filled where a draw needs them */
 } Scratch;
 
@@ -51,6 +67,8 @@ typedef struct {
     const float *row;
     Py_ssize_t V, n;
     Py_ssize_t vocabulary; /* V, or of which `row` has the legal tokens alone */
+    const unsigned char *mask; /* the legal tokens, if the others are still to be covered; else NULL */
+    float *covered;            /* memory for that, [V] */
     double top;
     double scale; /* w = scale · e^row */
     double tail_mass, tail_moment, Q0, Q1, Q2;
@@ -58,12 +76,19 @@ typedef struct {
     double blocks_beta, blocks_mass; /* what Scratch.blocks holds; 0: nothing */
 } Row;
 
-/* The row after EM (or as it is): exponents of the head, the tail's common factor, Σ w, H. */
+/* The row after EM (or as it is): exponents of the head, what became of the tail, Σ w, H. */
 typedef struct {
     const double *head;
-    double tail_factor, tail_mass, partition, entropy;
+    double tail_factor, tail_power; /* a tail token's new weight is tail_factor · w^tail_power */
+    int uneven;                     /* its tokens differ by too much for that; their sum is right */
+    double tail_mass, partition, entropy;
     int steps;
 } Sharpened;
+
+/* Adam's state for each token, and the error of its logit with the state that Adam's tangent has. */
+typedef struct {
+    double *mean, *square, *dmean, *dsquare, *off;
+} Moments;
 
 typedef struct {
     int32_t token, without; /* without: what the same u draws if the EM step is left out */
@@ -72,6 +97,15 @@ typedef struct {
 } Drawn;
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* The mask's bits for tokens start … start + 63, those beyond the row cleared. */
+static uint64_t bits_at(const unsigned char *mask, Py_ssize_t start, Py_ssize_t V)
+{
+    uint64_t bits = 0;
+    for (Py_ssize_t byte = 0; byte < 8 && start + 8 * byte < V; byte++)
+        bits |= (uint64_t)mask[start / 8 + byte] << 8 * byte;
+    return start + 64 > V ? bits & ((UINT64_C(1) << (V - start)) - 1) : bits;
+}
 
 #define WIDTH 16 /* SSE2, NEON */
 #define FOR_WIDTH(name) name##_16
@@ -122,27 +156,24 @@ static void use_width(int most)
 #endif
 }
 
-/* The legal tokens' logits and ids, in order; how many they are. The mask has a bit for each token. */
-static Py_ssize_t gather(const float *row, Py_ssize_t V, const unsigned char *mask, float *logits, int32_t *ids)
+static Py_ssize_t count_legal(const unsigned char *mask, Py_ssize_t V)
 {
     Py_ssize_t n = 0;
-    for (Py_ssize_t start = 0; start < V; start += 8) {
-        unsigned bits = mask[start / 8];
-        if (start + 8 > V)
-            bits &= (1u << (V - start)) - 1;
-        if (bits == 255) {
-            memcpy(logits + n, row + start, 8 * sizeof(float));
-            for (int i = 0; i < 8; i++)
-                ids[n + i] = (int32_t)(start + i);
-            n += 8;
-        } else if (bits)
-            for (Py_ssize_t i = start; i < V && i < start + 8; i++, bits >>= 1) {
-                logits[n] = row[i]; /* written over unless it is legal: branches would be guessed wrong */
-                ids[n] = (int32_t)i;
-                n += bits & 1;
-            }
-    }
+    for (Py_ssize_t start = 0; start < V; start += 64)
+        n += __builtin_popcountll(bits_at(mask, start, V));
     return n;
+}
+
+/* The legal tokens' logits and ids, in order. */
+static void gather(const float *row, Py_ssize_t V, const unsigned char *mask, float *logits, int32_t *ids)
+{
+    Py_ssize_t n = 0;
+    for (Py_ssize_t start = 0; start < V; start += 64)
+        for (uint64_t bits = bits_at(mask, start, V); bits; bits &= bits - 1) {
+            ids[n] = (int32_t)(start + __builtin_ctzll(bits));
+            logits[n] = row[ids[n]];
+            n++;
+        }
 }
 
 static PyObject *drawn_from(Py_buffer *logits, Py_buffer *scratch, Py_buffer *mask, Py_buffer *legal,
@@ -169,13 +200,19 @@ static PyObject *drawn_from(Py_buffer *logits, Py_buffer *scratch, Py_buffer *ma
     }
     Py_BEGIN_ALLOW_THREADS
     if (mask) {
+        Py_ssize_t n = count_legal(mask->buf, row.V);
         int32_t *own = (int32_t *)((float *)legal->buf + row.V);
-        row.V = gather(row.row, row.V, mask->buf, legal->buf, own);
-        row.row = legal->buf;
-        ids = own;
+        if (n == 0 || FEW * n > row.V) /* a second sweep over illegal tokens costs less than moving the others */
+            row.mask = mask->buf;
+        else {
+            gather(row.row, row.V, mask->buf, legal->buf, own);
+            row.row = legal->buf;
+            row.V = n;
+            ids = own;
+        }
+        row.covered = legal->buf;
     }
-    if (row.V)
-        done = sample(&row, scratch->buf, set, &drawn);
+    done = sample(&row, scratch->buf, set, &drawn);
     Py_END_ALLOW_THREADS
     if (!done)
         Py_RETURN_NONE;
@@ -188,15 +225,15 @@ static PyObject *drawn_from(Py_buffer *logits, Py_buffer *scratch, Py_buffer *ma
 }
 
 #define SETTINGS                                                                                              \
-    &set.threshold, &set.steps, &set.learning_rate, &set.temperature, &set.dynatemp_range,                    \
-        &set.dynatemp_exponent, &set.top_k, &set.top_p, &set.min_p, &set.u
+    &set.kind, &set.threshold, &set.steps, &set.learning_rate, &set.kl_weight, &set.alpha, &set.temperature,  \
+        &set.dynatemp_range, &set.dynatemp_exponent, &set.top_k, &set.top_p, &set.min_p, &set.u
 
 static PyObject *draw(PyObject *module, PyObject *args)
 {
     Py_buffer logits, scratch;
     Settings set;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*w*diddddnddd", &logits, &scratch, SETTINGS))
+    if (!PyArg_ParseTuple(args, "y*w*ididdddddnddd", &logits, &scratch, SETTINGS))
         return NULL;
     PyObject *drawn = drawn_from(&logits, &scratch, NULL, NULL, &set);
     PyBuffer_Release(&logits);
@@ -209,7 +246,7 @@ static PyObject *draw_legal(PyObject *module, PyObject *args)
     Py_buffer logits, scratch, mask, legal;
     Settings set;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*w*diddddndddy*w*", &logits, &scratch, SETTINGS, &mask, &legal))
+    if (!PyArg_ParseTuple(args, "y*w*ididdddddndddy*w*", &logits, &scratch, SETTINGS, &mask, &legal))
         return NULL;
     PyObject *drawn = drawn_from(&logits, &scratch, &mask, &legal, &set);
     PyBuffer_Release(&logits);

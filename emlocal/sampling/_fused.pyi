@@ -4,9 +4,12 @@ from emlocal.sampling.draw import Mask
 def draw(
     row: Float32,
     scratch: bytearray,
+    kind: int,
     threshold: float,
     steps: int,
     learning_rate: float,
+    kl_weight: float,
+    alpha: float,
     temperature: float,
     dynatemp_range: float,
     dynatemp_exponent: float,
@@ -17,15 +20,20 @@ def draw(
 ) -> tuple[int, float, float, int, float, float, int] | None:
     """The fields of a Draw; None where the fast path cannot take the row or promise its accuracy.
 
+    `kind`: 0 for no EM step, 1 and 2 for EM-INF by gradient descent and by Adam, 3 for adaptive temperature,
+    4 for power. `alpha`: of 3 the share of the entropy that is kept, of 4 the exponent.
     `row` is contiguous float32 [V]. Raises ValueError for an empty row or too small a scratch buffer.
     """
 
 def draw_legal(
     row: Float32,
     scratch: bytearray,
+    kind: int,
     threshold: float,
     steps: int,
     learning_rate: float,
+    kl_weight: float,
+    alpha: float,
     temperature: float,
     dynatemp_range: float,
     dynatemp_exponent: float,

@@ -1,7 +1,7 @@
 /* The row's way from logits to a token; included by _fused.c once for each width of vectors, in bytes.
  *
- * The mathematics is that of emlocal/em/split.py, emlocal/em/gradient_descent.py (its docstring has the proof
- * of the bound that `within_bound` computes) and emlocal/sampling/sampler.py, which say what the names mean.
+ * The mathematics is that of emlocal/em/split.py, emlocal/em/fast.py (the EM steps, in _fused_steps.h) and
+ * emlocal/sampling/sampler.py, which say what the names mean.
  * Where a row is not of the usual kind, or the bound is not met, the answer is "no" and those modules take
  * the row. tests/sampling/test_fused.py holds this file against them and against the reference.
  */
@@ -27,6 +27,7 @@ typedef uint64_t FOR_WIDTH(quads) __attribute__((vector_size(WIDTH)));
 #define exp32 FOR_WIDTH(exp32)
 #define exp64 FOR_WIDTH(exp64)
 #define block_of FOR_WIDTH(block_of)
+#define cover FOR_WIDTH(cover)
 #define largest FOR_WIDTH(largest)
 #define take_heavy FOR_WIDTH(take_heavy)
 #define sweep FOR_WIDTH(sweep)
@@ -36,6 +37,23 @@ typedef uint64_t FOR_WIDTH(quads) __attribute__((vector_size(WIDTH)));
 #define curvature FOR_WIDTH(curvature)
 #define within_bound FOR_WIDTH(within_bound)
 #define descend FOR_WIDTH(descend)
+#define pull_back FOR_WIDTH(pull_back)
+#define edge FOR_WIDTH(edge)
+#define bin_tail FOR_WIDTH(bin_tail)
+#define root FOR_WIDTH(root)
+#define magnitude FOR_WIDTH(magnitude)
+#define stride FOR_WIDTH(stride)
+#define start_tail FOR_WIDTH(start_tail)
+#define weigh_tail FOR_WIDTH(weigh_tail)
+#define tail_turns FOR_WIDTH(tail_turns)
+#define adam FOR_WIDTH(adam)
+#define cooled FOR_WIDTH(cooled)
+#define centre_at FOR_WIDTH(centre_at)
+#define centre_of FOR_WIDTH(centre_of)
+#define raise FOR_WIDTH(raise)
+#define cool FOR_WIDTH(cool)
+#define to_power FOR_WIDTH(to_power)
+#define sharpen FOR_WIDTH(sharpen)
 #define before FOR_WIDTH(before)
 #define sift FOR_WIDTH(sift)
 #define pop FOR_WIDTH(pop)
@@ -122,6 +140,28 @@ INLINE const float *block_of(const Row *row, Py_ssize_t start, float *padded)
     for (Py_ssize_t i = 0; i < BLOCK; i++)
         padded[i] = start + i < row->V ? row->row[start + i] : -INFINITY;
     return padded;
+}
+
+/* Put −inf for what is not legal. */
+static void cover(Row *row)
+{
+    const floats nothing = (floats){0} - INFINITY;
+    words lane;
+    for (int l = 0; l < F32; l++)
+        lane[l] = (uint32_t)l;
+    for (Py_ssize_t start = 0; start < row->V; start += 64) {
+        uint64_t bits = bits_at(row->mask, start, row->V);
+        if (start + 64 > row->V)
+            for (Py_ssize_t i = start; i < row->V; i++, bits >>= 1)
+                row->covered[i] = bits & 1 ? row->row[i] : -INFINITY;
+        else
+            for (int i = 0; i < 64; i += F32) {
+                words own = ((words){0} + (uint32_t)(bits >> i & ((1u << F32) - 1))) >> lane & 1;
+                floats x = either(own != 0, load(row->row + start + i), nothing);
+                memcpy(row->covered + start + i, &x, sizeof x);
+            }
+    }
+    row->row = row->covered;
 }
 
 /* The row's largest logit; NaN if the row holds one. */
@@ -234,92 +274,6 @@ static void exponentiate(const double *h, double *w, Py_ssize_t n, double *mass,
     *moment = total(product);
 }
 
-/* h += rate·g with g = w (h + c), padded; inner products gram = {w·w, w·g, g·g}. */
-static void move(double *h, const double *w, Py_ssize_t n, double c, double rate, double gram[3])
-{
-    doubles ww = {0}, wg = {0}, gg = {0};
-    for (Py_ssize_t i = 0; i < n; i += F64) {
-        doubles x = load64(h + i), weight = load64(w + i), g = weight * (x + c);
-        ww += weight * weight;
-        wg += weight * g;
-        gg += g * g;
-        x += rate * g;
-        memcpy(h + i, &x, sizeof x);
-    }
-    gram[0] = total(ww);
-    gram[1] = total(wg);
-    gram[2] = total(gg);
-}
-
-/* λ and μ of emlocal/em/gradient_descent.py: between them lies the curvature of −H. */
-static void curvature(double p1, double H, const double gram[3], double S, double *high, double *low)
-{
-    double pp = gram[0] / (S * S), pg = gram[1] / (S * S), gg = gram[2] / (S * S);
-    double a1 = log(p1) + H, d1 = p1 * (a1 + 1), x1 = p1 * (a1 + 0.5);
-    double p2 = fmin(p1, 1 - p1), d2 = p2 > 0 ? fmax(0.0, p2 * (log(p2) + H + 1)) : 0.0;
-    double xy = pg + pp / 2, norms = sqrt(fmax(0.0, gg + pg + pp / 4) * pp);
-    double alpha = norms > 0 ? sqrt(pp / norms) : 1.0;
-    double u1 = alpha * x1 + p1 / alpha, rest = sqrt(fmax(0.0, 2 * (norms + xy) - u1 * u1));
-    double top = d1 - u1 * u1 / 2, coupling = u1 * rest, other = -exp(-H - 2) - rest * rest / 2;
-    *high = fmax(0.0, (top + d2 + hypot(top - d2, coupling)) / 2) + norms - xy;
-    *low = (top + other - hypot(top - other, coupling)) / 2;
-}
-
-/* Whether what the tail's expansion leaves out can be forgiven: the bound of gradient_descent.py. */
-static int within_bound(const Row *row, const Settings *set, double A, double B, double S, double amplified,
-                        double undecided)
-{
-    double log_c = log(CUTOFF), U = CUTOFF * fabs(A * log_c + B), growth = exp(fmin(U, 50.0));
-    double b0 = fabs(A * row->Q1 + B * row->Q0), b1 = fabs(A * row->Q2 + B * row->Q1);
-    double q = A * A * row->Q2 + 2 * A * B * row->Q1 + B * B * row->Q0, log_V = log((double)row->V);
-    double nu = growth * (CUTOFF * q / 2 + 2 * U * b0) / S + ROUNDING * row->tail_mass / S;
-    double nu_moment = growth * (CUTOFF * (1 - log_c) * q + 2 * U * (b0 + b1)) / S;
-    nu_moment += ROUNDING * fabs(row->tail_moment) / S;
-    double delta_H = nu_moment + nu * (1 + 2 * log_V);
-    double error = amplified * (set->learning_rate * (nu + delta_H) + ROUNDING64 * (1 + set->learning_rate));
-    int in_doubt = set->threshold > 0 && undecided <= delta_H + error * (1 + log_V) + 1e-12;
-    return !in_doubt && error / 2 + 2 * b0 / S <= TOLERANCE;
-}
-
-/* EM-INF by gradient descent; false where agreement with the reference cannot be promised. */
-static int descend(const Row *row, Scratch *own, const Settings *set, Sharpened *out)
-{
-    double eta = set->learning_rate, A = 0, B = 0, amplified = 0, undecided = INFINITY;
-    double tail_mass = row->tail_mass, tail_moment = row->tail_moment, least_S = row->partition;
-    double mass, moment, S, H, gram[3], high, low;
-    Py_ssize_t n = row->n, top = 0;
-    int step = 0;
-    memcpy(own->h, own->s, (size_t)n * sizeof(double));
-    pad(own->h, n);
-    while (own->h[top] != 0)
-        top++;
-    for (;; step++) {
-        exponentiate(own->h, own->w, n, &mass, &moment);
-        S = mass + tail_mass;
-        double log_S = log(S);
-        H = fmax(0.0, log_S - (moment + tail_moment) / S);
-        least_S = fmin(least_S, S);
-        undecided = fmin(undecided, fabs(H - set->threshold));
-        if (set->threshold > H || step == set->steps)
-            break;
-        double rate = eta / S, c = H - log_S, p1 = own->w[top] / S;
-        move(own->h, own->w, n, c, rate, gram);
-        curvature(p1, H, gram, S, &high, &low);
-        amplified = amplified * fmax(1 + eta * high, -eta * low - 1) + 1;
-        A += rate;
-        B += rate * c;
-        tail_mass = row->tail_mass + A * row->Q1 + B * row->Q0;
-        tail_moment = row->tail_moment + A * (row->Q2 + row->Q1) + B * (row->Q1 + row->Q0);
-        if (!(own->h[top] <= HIGHEST) || !(tail_mass >= 0))
-            return 0;
-    }
-    if (!within_bound(row, set, A, B, least_S, amplified, undecided))
-        return 0;
-    double factor = row->tail_mass > 0 ? tail_mass / row->tail_mass : 1.0;
-    *out = (Sharpened){own->h, factor, tail_mass, S, H, step};
-    return 1;
-}
-
 /* Position i before position j: the heavier token, of equals the lower id. */
 INLINE int before(const double *t, int32_t i, int32_t j)
 {
@@ -350,29 +304,32 @@ static int32_t pop(int32_t *heap, Py_ssize_t *size, const double *t)
     return first;
 }
 
-/* Weights of the tail after temperature, w^beta, summed by block; their sum. */
-static double block_sums(Row *row, Scratch *own, double beta)
+/* Weights of the tail, w^beta, summed by block; their sum, and that of w^beta · log w^beta. */
+static double block_sums(Row *row, Scratch *own, double beta, double *moment)
 {
     float padded[BLOCK];
-    const double scale = exp(-row->top * beta);
-    double all = 0;
-    Py_ssize_t next = 0;
+    const float line = (float)(row->top + log(CUTOFF)), top = (float)row->top, sharp = (float)beta;
+    doubles all = {0}, moments = {0};
     for (Py_ssize_t start = 0, b = 0; start < row->V; start += BLOCK, b++) {
-        const float *x = block_of(row, start, padded);
-        if (next < row->n && own->id[next] < start + BLOCK) {
-            memmove(padded, x, sizeof padded);
-            x = padded;
-            for (; next < row->n && own->id[next] < start + BLOCK; next++)
-                padded[own->id[next] - start] = -INFINITY;
+        const float *from = block_of(row, start, padded);
+        floats sum = {0}, product = {0};
+        for (int i = 0; i < BLOCK; i += F32) {
+            floats x = load(from + i), s = (x - top) * sharp;
+            floats w = (floats)(~(x > line) & (ints)exp32(s));
+            sum += w;
+            product += w * either(s > -200.0f, s, (floats){0} - 200.0f); /* 0 where −inf */
         }
-        floats sum = {0};
-        for (int i = 0; i < BLOCK; i += F32)
-            sum += exp32(load(x + i) * (float)beta);
-        all += own->blocks[b] = total(widened(sum)) * scale;
+        doubles wide = widened(sum);
+        own->blocks[b] = total(wide);
+        all += wide;
+        moments += widened(product);
     }
     row->blocks_beta = beta;
-    return row->blocks_mass = all;
+    *moment = total(moments);
+    return row->blocks_mass = total(all);
 }
+
+#include "_fused_steps.h"
 
 /* Inverse CDF in token order over the whole row, at weights t of the head and factor·w^beta of the tail. */
 static int32_t draw_whole(Row *row, Scratch *own, double beta, double factor, double u)
@@ -446,19 +403,19 @@ static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Setti
         own->g[i] = (h[i] - top) * beta;
     pad(own->g, n);
     exponentiate(own->g, t, n, &mass, &moment);
+    double power = from->tail_power * beta, unused;
     double scale = exp(fmin((log(from->tail_factor) - top) * beta, 700.0));
-    double tail_most = scale * pow(CUTOFF, beta); /* no tail token weighs more */
+    double tail_most = scale * pow(CUTOFF, power); /* no tail token weighs more */
     double tail = 0, kept = mass, doubt = 0; /* doubt: what top-k may keep of the tail */
     int by_rank = 0 < set->top_k && set->top_k < row->V;
     if (set->min_p > tail_most && set->top_p >= 1 && !by_rank)
         ; /* the usual settings: the tail is cut off, whatever it weighs */
-    else if (beta == 1)
+    else if (power == 1)
         tail = scale * row->tail_mass;
-    else if (beta < 1 || scale * pow(CUTOFF, beta - 1) * row->tail_mass > NEGLIGIBLE) {
-        if ((row->top + log(CUTOFF)) * beta > HIGHEST || row->top * beta < -HIGHEST / 2) /* float32 */
-            return -1;
-        tail = scale * (row->blocks_beta == beta ? row->blocks_mass : block_sums(row, own, beta)) ;
-    }
+    else if (power < 1 || scale * pow(CUTOFF, power - 1) * row->tail_mass > NEGLIGIBLE)
+        tail = scale * (row->blocks_beta == power ? row->blocks_mass : block_sums(row, own, power, &unused));
+    if (from->uneven && tail > NEGLIGIBLE)
+        return -1;
 
     if (by_rank || set->top_p < 1) {
         for (int32_t i = 0; i < n; i++)
@@ -498,9 +455,9 @@ static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Setti
         tail = 0;
     }
     if (tail > NEGLIGIBLE * mass) {
-        if (row->blocks_beta != beta)
-            block_sums(row, own, beta);
-        return draw_whole(row, own, beta, scale, set->u);
+        if (row->blocks_beta != power)
+            block_sums(row, own, power, &unused);
+        return draw_whole(row, own, power, scale, set->u);
     }
     double all = 0, cumulative = 0;
     for (int32_t i = 0; i < n; i++)
@@ -527,7 +484,7 @@ static double probability(const Row *row, const Scratch *own, const Sharpened *f
     }
     if (low < row->n && own->id[low] == token)
         return exp(from->head[low]) / from->partition;
-    return from->tail_factor * exp(row->row[token] - row->top) / from->partition;
+    return from->tail_factor * exp((row->row[token] - row->top) * from->tail_power) / from->partition;
 }
 
 /* The whole way; false where the row is for the other modules. */
@@ -535,6 +492,8 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
 {
     double mass, moment;
     Sharpened after;
+    if (row->mask)
+        cover(row);
     float top = largest(row);
     if (!(LOWEST_TOP < top && top < HIGHEST_TOP))
         return 0;
@@ -546,11 +505,8 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
     exponentiate(own->s, own->w, row->n, &mass, &moment);
     row->partition = mass + row->tail_mass;
     row->entropy = fmax(0.0, log(row->partition) - (moment + row->tail_moment) / row->partition);
-    Sharpened plain = {own->s, 1.0, row->tail_mass, row->partition, row->entropy, 0};
-    int one_hot = row->n == 1 && row->tail_mass == 0;
-    if (one_hot || set->steps == 0 || set->threshold > row->entropy + DOUBT)
-        after = plain;
-    else if (!descend(row, own, set, &after) || (after.steps && set->temperature + set->dynatemp_range > HOTTEST))
+    Sharpened plain = {own->s, 1.0, 1.0, 0, row->tail_mass, row->partition, row->entropy, 0};
+    if (!sharpen(row, own, set, &plain, &after))
         return 0;
     if ((out->token = choose(row, own, &after, set)) < 0)
         return 0;
@@ -579,6 +535,7 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
 #undef exp32
 #undef exp64
 #undef block_of
+#undef cover
 #undef largest
 #undef take_heavy
 #undef sweep
@@ -588,6 +545,29 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
 #undef curvature
 #undef within_bound
 #undef descend
+#undef pull_back
+#undef edge
+#undef bin_tail
+#undef root
+#undef magnitude
+#undef stride
+#undef start_tail
+#undef weigh_tail
+#undef tail_turns
+#undef adam
+#undef cooled
+#undef centre_at
+#undef centre_of
+#undef raise
+#undef cool
+#undef to_power
+#undef sharpen
+#undef Bins
+#undef Stride
+#undef Tail
+#undef TAIL
+#undef Cooled
+#undef Centre
 #undef before
 #undef sift
 #undef pop

@@ -43,7 +43,21 @@ except ImportError:
 else:
     BUILT = True
 
-_NO_STEP = (math.inf, 0, 1.0)
+_KINDS = {"sgd": 1, "adam": 2}
+"""EM-INF's kinds in _fused.c, by optimizer."""
+
+
+def _compiled(em: EMStep | None) -> tuple[int, float, int, float, float, float] | None:
+    """Returns a step as `_fused.c` takes it: kind, δ, steps, η, κ and α. None if it has no such step."""
+    if em is None:
+        return 0, math.inf, 0, 1.0, 0.0, 1.0
+    if type(em) is EMInf:
+        return _KINDS[em.optimizer], em.threshold, em.steps, em.learning_rate, em.kl_weight, 1.0
+    if type(em) is AdaptiveTemperature:
+        return 3, em.threshold, 0, 1.0, 0.0, em.ratio
+    if type(em) is Power:
+        return 4, 0.0, 0, 1.0, 0.0, em.alpha
+    return None
 
 
 class Fused:
@@ -65,15 +79,12 @@ class Fused:
     def draw(self, row: Float32, params: SamplingParams, u: float, legal: Mask | None = None) -> Draw | None:
         """Draws a token from `row`, float32 [V], after penalties; returns None for unusual rows and settings.
 
-        Unusual are Adam, a KL term, other EM steps, flat or extreme rows, and ranks that reach into the tail.
+        Unusual are flat or extreme rows, ranks that reach into the tail, and rows near the end of EM-INF's
+        descent.
         With a mask the legal tokens are gathered first, and all steps act on them alone.
         """
-        em = params.em
-        if em is None:
-            step = _NO_STEP
-        elif type(em) is EMInf and em.optimizer == "sgd" and em.kl_weight == 0:
-            step = (em.threshold, em.steps, em.learning_rate)
-        else:
+        step = _compiled(params.em)
+        if step is None:
             return None
         if row.nbytes != self._row_bytes:  # not float32 [V]: numpy reports what is wrong
             return None

@@ -13,21 +13,37 @@ import pytest
 
 import emlocal
 from emlocal.em.steps import AdaptiveTemperature, EMInf
+from emlocal.em.steps.em_inf import EM_PRESETS
+from emlocal.em.steps.power import Power
 from emlocal.sampling import Sampler, SamplingParams, Uniforms, _fused
 from emlocal.sampling.sampler import BUILT, Fused
 
-USUAL = [
-    SamplingParams(em=em, **settings)
-    for em in (None, EMInf(), EMInf(threshold=0.1, steps=15, learning_rate=1.0))
-    for settings in (
-        {},
-        {"temperature": 0.0},
-        {"temperature": 1.0, "min_p": 0.0},
-        {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
-        {"temperature": 1.4, "top_p": 0.95, "min_p": 0.0},
-        {"temperature": 0.8, "dynatemp_range": 0.5, "dynatemp_exponent": 0.7},
-    )
-]
+STEPS = {
+    "none": None,
+    "default": EMInf(),
+    "paper": EM_PRESETS["paper"][0],
+    "KL": EMInf(kl_weight=0.1),
+    "em-pt": EM_PRESETS["em-pt"][0],
+    "adaptive": AdaptiveTemperature(),
+    "slightly adaptive": AdaptiveTemperature(ratio=0.95),
+    "power": Power(2.0),
+}
+CLOSE = {"none": 1e-8, "default": 1e-8, "paper": 1e-8, "KL": 1e-8}
+"""How near numpy it is where both do the same. Elsewhere each keeps the contract in its own way."""
+USUAL = {
+    name: [
+        SamplingParams(em=em, **settings)
+        for settings in (
+            {},
+            {"temperature": 0.0},
+            {"temperature": 1.0, "min_p": 0.0},
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+            {"temperature": 1.4, "top_p": 0.95, "min_p": 0.0},
+            {"temperature": 0.8, "dynatemp_range": 0.5, "dynatemp_exponent": 0.7},
+        )
+    ]
+    for name, em in STEPS.items()
+}
 
 
 def test_it_is_built() -> None:
@@ -35,12 +51,13 @@ def test_it_is_built() -> None:
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_it_takes_nearly_all_usual_rows_and_says_what_numpy_says(recorded, width) -> None:
+@pytest.mark.parametrize("name", STEPS)
+def test_it_takes_nearly_all_usual_rows_and_says_what_numpy_says(recorded, width, name) -> None:
     vocabulary, uniforms = recorded.shape[1], Uniforms(7)
     plain, fused = Sampler(vocabulary, fused=False), Fused(vocabulary)
     taken: Counter[bool] = Counter()
     _fused.limit_width(width)
-    for params in USUAL:
+    for params in USUAL[name]:
         for i, row in enumerate(recorded):
             ours, theirs = fused.draw(row, params, uniforms[i]), plain.sample(row, params, uniforms[i])
             taken[ours is not None] += 1
@@ -48,27 +65,43 @@ def test_it_takes_nearly_all_usual_rows_and_says_what_numpy_says(recorded, width
                 continue
             assert (ours.token, ours.steps) == (theirs.token, theirs.steps)
             assert ours.token_without_em == theirs.token_without_em
-            assert ours[1:] == pytest.approx(theirs[1:], abs=1e-8)
-    assert taken[True] > 0.85 * taken.total()
+            assert ours[1:] == pytest.approx(theirs[1:], abs=CLOSE.get(name, 1e-4))
+    assert taken[True] > (0.7 if name == "em-pt" else 0.85) * taken.total()
     _fused.limit_width(64)
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_it_is_as_near_the_reference_as_it_promises(recorded, name) -> None:
+    """Each token's probability, for tokens from all over the row."""
+    fused = Fused(recorded.shape[1])
+    for row in recorded:
+        exact = (STEPS[name] or EMInf(steps=0)).apply(row)
+        p = np.exp(exact.logits - exact.logits.max())
+        p /= p.sum()
+        for u in np.linspace(0, 1, 20, endpoint=False):
+            draw = fused.draw(row, SamplingParams(em=STEPS[name], temperature=1.0, min_p=0.0), float(u))
+            if draw is not None:
+                assert draw.p_after == pytest.approx(p[draw.token], abs=1e-5)
+                assert draw.steps == exact.steps
+
+
 def test_widths_agree_with_each_other(recorded) -> None:
-    fused, params = Fused(recorded.shape[1]), SamplingParams(em=EMInf())
-    drawn = []
+    fused, drawn = Fused(recorded.shape[1]), []
     for width in (16, 32, 64):
         _fused.limit_width(width)
-        drawn.append([fused.draw(row, params, 0.3) for row in recorded])
+        drawn.append(
+            [fused.draw(row, SamplingParams(em=em), 0.3) for em in STEPS.values() for row in recorded]
+        )
     for others in drawn[1:]:
         assert [draw.token for draw in others if draw] == [draw.token for draw in drawn[0] if draw]
-        np.testing.assert_allclose([d[1:] for d in others if d], [d[1:] for d in drawn[0] if d], atol=1e-8)
+        np.testing.assert_allclose([d[1:] for d in others if d], [d[1:] for d in drawn[0] if d], atol=1e-7)
 
 
 def test_what_it_leaves_to_numpy(smollm2_rows) -> None:
     fused, row = Fused(smollm2_rows.shape[1]), smollm2_rows[4]
     assert fused.draw(row, SamplingParams(em=EMInf()), 0.5) is not None
-    for em in (EMInf(optimizer="adam"), EMInf(kl_weight=0.1), AdaptiveTemperature()):
-        assert fused.draw(row, SamplingParams(em=em), 0.5) is None
+    wild = EMInf(steps=15, learning_rate=1e4, optimizer="adam", kl_weight=100.0)
+    assert fused.draw(row, SamplingParams(em=wild), 0.5) is None
     for bad in (math.nan, math.inf):
         broken = row.copy()
         broken[-1] = bad
@@ -106,7 +139,11 @@ def test_masked_tokens_are_never_drawn() -> None:
 
 
 def test_arguments_that_cannot_be_meant_raise() -> None:
-    row, step, sampling = np.zeros(4, dtype=np.float32), (0.3, 10, 2.0), (1.0, 0.0, 1.0, 0, 1.0, 0.0, 0.5)
+    row, step, sampling = (
+        np.zeros(4, dtype=np.float32),
+        (1, 0.3, 10, 2.0, 0.0, 1.0),
+        (1.0, 0.0, 1.0, 0, 1.0, 0.0, 0.5),
+    )
     with pytest.raises(ValueError, match="scratch buffer"):
         _fused.draw(row, bytearray(10), *step, *sampling)
     scratch = bytearray(_fused.scratch_bytes(4))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emlocal.em.steps import AdaptiveTemperature, EMInf
+from emlocal.em.steps.power import Power
 from emlocal.errors import LogitsError
 from emlocal.sampling import Sampler, SamplingParams, _fused
 from emlocal.sampling.draw import probabilities
@@ -100,7 +101,9 @@ EMS = {
     "sgd": EMInf(),
     "sgd+kl": EMInf(0.2, 5, 0.5, "sgd", 0.1),
     "em-pt": EM_PRESETS["em-pt"][0],
+    "adam": EMInf(0.05, 5, 0.5, "adam"),
     "adaptive": AdaptiveTemperature(0.5, 0.1),
+    "power": Power(4.0),
 }
 PARAMS = [
     SamplingParams(),
