@@ -217,9 +217,9 @@ static void stride(const Moments *of, double *h, const double *w, const double *
 typedef struct {
     Bins bins;
     double s[TAIL], h[TAIL], w[TAIL], moments[5][TAIL];
-    double mass, moment; /* Σ w and Σ w h of the tail's tokens */
-    double stray, deep;  /* mass that may lie beside its bin's, and the same times |h| */
-    double error, uneven; /* Σ w |error of h|; what one common factor for the tail would misplace */
+    double mass, moment;   /* Σ w and Σ w h of the tail's tokens */
+    double stray, deep;    /* bounds on the errors of both */
+    double error, uneven;  /* Σ w |error of h|; the mass that one common factor for the tail would misplace */
 } FOR_WIDTH(Tail);
 #define Tail FOR_WIDTH(Tail)
 
@@ -232,7 +232,11 @@ static void start_tail(const Row *row, Tail *tail)
     memset(tail->moments, 0, sizeof tail->moments);
 }
 
-/* Sums of the tail, where no token's error exceeds `most`. */
+/* Sums of the tail, where no token moves by more than `most`.
+ *
+ * A token of bin k moves by u(s), its mean by u(s̄). They differ by r at most: as far as the edges, and twice as
+ * far as the mean lies beside the line between the edges. To first order the differences cancel in Σ w, as far
+ * as u is straight: Σ w (s − s̄) = 0. */
 static void weigh_tail(const Row *row, Tail *tail, double most)
 {
     const double *h = tail->h, *s = tail->s, *mass = tail->bins.mass;
@@ -240,14 +244,17 @@ static void weigh_tail(const Row *row, Tail *tail, double most)
     exponentiate(h, tail->w, TAIL, &unused, &unused);
     tail->mass = tail->moment = tail->stray = tail->deep = tail->error = tail->uneven = 0;
     for (int k = 0; k < BINS; k++) {
-        double upper = h[BINS + k] - s[BINS + k], lower = h[BINS + k + 1] - s[BINS + k + 1];
-        double spread = k < BINS - 1 ? fabs(upper - lower) : most; /* below the last edge nobody looks */
-        after[k] = mass[k] * exp(h[k] - s[k]);
+        double own = h[k] - s[k], upper = h[BINS + k] - s[BINS + k], lower = h[BINS + k + 1] - s[BINS + k + 1];
+        double bend = 2 * fabs(own - upper - (lower - upper) * (edge(k) - s[k]) / BIN_WIDTH);
+        double r = k < BINS - 1 ? fabs(upper - lower) + bend : most; /* below the last edge nobody looks */
+        double beside = k < BINS - 1 ? r * r / 2 * exp(r) + bend : expm1(r);
+        after[k] = mass[k] * exp(own);
         tail->mass += after[k];
         tail->moment += after[k] * h[k];
-        tail->stray += after[k] * expm1(spread);
-        tail->deep += after[k] * expm1(spread) * fabs(h[k]);
+        tail->stray += after[k] * beside;
+        tail->deep += after[k] * (beside * fabs(h[k]) + expm1(r) * (BIN_WIDTH + r));
         tail->error += after[k] * fmin(fabs(tail->moments[4][k]), most);
+        tail->uneven += after[k] * expm1(r);
     }
     double factor = row->tail_mass > 0 ? tail->mass / row->tail_mass : 1.0;
     for (int k = 0; k < BINS; k++)
