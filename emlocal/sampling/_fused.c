@@ -30,11 +30,14 @@
 #define ADAM1 0.9
 #define ADAM2 0.999
 #define ADAM_EPSILON 1e-8
-#define FEW 4       /* fewer than one legal token in so many are gathered */
-#define BINS 128 /* of the tail, by exponent */
-#define BIN_WIDTH 0.25
+#define FEW 4      /* fewer than one legal token in so many are gathered */
+#define BINS 12    /* of the tail, by exponent */
+#define ROUNDING_BINS 5e-6 /* relative error of a bin's float32 sums, of up to 64 additions each */
 #define COLDEST_EM 1e-6 /* the lowest τ of adaptive temperature */
 #define ROUNDING_COOLED 5e-6 /* relative error of sums of w^β: β s is rounded before its exponential */
+
+/* Where the bins of the tail begin, in nats below the cutoff: close where a weight is near the ε of Adam. */
+static const double EDGES[BINS] = {0, 0.5, 1.1, 1.8, 2.5, 3.2, 3.9, 4.6, 5.3, 6.2, 8, 12};
 
 /* EM steps; emlocal/sampling/sampler.py has the same numbers. */
 enum { NONE, DESCENT, ADAM, COOLING, POWER };

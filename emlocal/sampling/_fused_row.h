@@ -39,6 +39,7 @@ typedef uint64_t FOR_WIDTH(quads) __attribute__((vector_size(WIDTH)));
 #define descend FOR_WIDTH(descend)
 #define pull_back FOR_WIDTH(pull_back)
 #define edge FOR_WIDTH(edge)
+#define middle_of FOR_WIDTH(middle_of)
 #define bin_tail FOR_WIDTH(bin_tail)
 #define root FOR_WIDTH(root)
 #define magnitude FOR_WIDTH(magnitude)
@@ -46,6 +47,7 @@ typedef uint64_t FOR_WIDTH(quads) __attribute__((vector_size(WIDTH)));
 #define start_tail FOR_WIDTH(start_tail)
 #define weigh_tail FOR_WIDTH(weigh_tail)
 #define tail_turns FOR_WIDTH(tail_turns)
+#define misplaced FOR_WIDTH(misplaced)
 #define adam FOR_WIDTH(adam)
 #define cooled FOR_WIDTH(cooled)
 #define centre_at FOR_WIDTH(centre_at)
@@ -414,8 +416,6 @@ static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Setti
         tail = scale * row->tail_mass;
     else if (power < 1 || scale * pow(CUTOFF, power - 1) * row->tail_mass > NEGLIGIBLE)
         tail = scale * (row->blocks_beta == power ? row->blocks_mass : block_sums(row, own, power, &unused));
-    if (from->uneven && tail > NEGLIGIBLE)
-        return -1;
 
     if (by_rank || set->top_p < 1) {
         for (int32_t i = 0; i < n; i++)
@@ -455,6 +455,8 @@ static int32_t choose(Row *row, Scratch *own, const Sharpened *from, const Setti
         tail = 0;
     }
     if (tail > NEGLIGIBLE * mass) {
+        if (from->uneven)
+            return -1;
         if (row->blocks_beta != power)
             block_sums(row, own, power, &unused);
         return draw_whole(row, own, power, scale, set->u);
@@ -547,6 +549,7 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
 #undef descend
 #undef pull_back
 #undef edge
+#undef middle_of
 #undef bin_tail
 #undef root
 #undef magnitude
@@ -554,6 +557,7 @@ static int sample(Row *row, Scratch *own, const Settings *set, Drawn *out)
 #undef start_tail
 #undef weigh_tail
 #undef tail_turns
+#undef misplaced
 #undef adam
 #undef cooled
 #undef centre_at

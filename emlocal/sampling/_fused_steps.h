@@ -115,7 +115,7 @@ static int descend(const Row *row, Scratch *own, const Settings *set, Sharpened 
     return 1;
 }
 
-/* The tail by exponent: bin k holds the tokens with edge k ≥ s > edge k + 1; the last one, all below. */
+/* The tail by exponent: bin k holds the tokens with edge(k) ≥ s > edge(k + 1); the last one, all below. */
 typedef struct {
     double mass[BINS], mean[BINS]; /* Σ w, and the mean exponent */
 } FOR_WIDTH(Bins);
@@ -123,43 +123,54 @@ typedef struct {
 
 static double edge(int k)
 {
-    return log(CUTOFF) - k * BIN_WIDTH;
+    return log(CUTOFF) - EDGES[k];
+}
+
+static double middle_of(int k)
+{
+    return k < BINS - 1 ? (edge(k) + edge(k + 1)) / 2 : edge(k);
 }
 
 static void bin_tail(const Row *row, Bins *bins)
 {
-    enum { LANES = 4 }; /* sums of their own, so that an addition need not wait for the one before */
-    double mass[LANES][BINS] = {{0}}, moment[LANES][BINS] = {{0}};
-    float padded[BLOCK], weight[BLOCK], product[BLOCK];
-    int32_t bin[BLOCK];
+    enum { MANY = 8 * BLOCK }; /* tokens whose weights are summed in float32 */
+    doubles mass[BINS] = {{0}}, moment[BINS] = {{0}};
+    float padded[BLOCK], s[MANY], w[MANY];
     const float line = (float)(row->top + log(CUTOFF)), top = (float)row->top;
-    const floats zero = {0};
-    for (Py_ssize_t start = 0; start < row->V; start += BLOCK) {
-        const float *from = block_of(row, start, padded);
-        for (int i = 0; i < BLOCK; i += F32) {
-            floats x = load(from + i), s = either(x - top > -200.0f, x - top, zero - 200.0f);
-            floats w = (floats)(~(x > line) & (ints)exp32(s)), moments = w * s;
-            floats depth = (line - top - s) * (float)(1 / BIN_WIDTH);
-            depth = either(depth > 0.0f, depth, zero);
-            depth = either(depth < BINS - 1.0f, depth, zero + (BINS - 1.0f));
-            ints place = __builtin_convertvector(depth, ints);
-            memcpy(weight + i, &w, sizeof w);
-            memcpy(product + i, &moments, sizeof w);
-            memcpy(bin + i, &place, sizeof w);
+    const floats least = (floats){0} - 200.0f;
+    for (Py_ssize_t start = 0; start < row->V; start += MANY) {
+        int count = 0;
+        for (; count < MANY && start + count < row->V; count += BLOCK) {
+            const float *from = block_of(row, start + count, padded);
+            for (int i = 0; i < BLOCK; i += F32) {
+                floats x = load(from + i), exponent = either(x - top > least, x - top, least);
+                floats weight = (floats)(~(x > line) & (ints)exp32(exponent));
+                memcpy(s + count + i, &exponent, sizeof exponent);
+                memcpy(w + count + i, &weight, sizeof weight);
+            }
         }
-        for (int i = 0; i < BLOCK; i++) {
-            mass[i % LANES][bin[i]] += (double)weight[i];
-            moment[i % LANES][bin[i]] += (double)product[i];
+        for (int k = 0; k < BINS; k++) {
+            const float upper = k ? (float)edge(k) : INFINITY;
+            const float lower = k < BINS - 1 ? (float)edge(k + 1) : -INFINITY;
+            const float middle = (float)middle_of(k);
+            /* four of each, so that an addition need not wait for the one before */
+            floats sum[4] = {{0}}, product[4] = {{0}};
+            for (int i = 0; i < count; i += 4 * F32)
+                for (int l = 0; l < 4; l++) {
+                    floats exponent = load(s + i + l * F32);
+                    ints within = (exponent <= upper) & (exponent > lower);
+                    floats weight = (floats)(within & (ints)load(w + i + l * F32));
+                    sum[l] += weight;
+                    product[l] += weight * (exponent - middle);
+                }
+            mass[k] += widened(sum[0] + sum[1] + (sum[2] + sum[3]));
+            moment[k] += widened(product[0] + product[1] + (product[2] + product[3]));
         }
     }
     for (int k = 0; k < BINS; k++) {
-        double m = 0, moments = 0;
-        for (int l = 0; l < LANES; l++) {
-            m += mass[l][k];
-            moments += moment[l][k];
-        }
+        double m = total(mass[k]), beside = m > 0 ? total(moment[k]) / m : 0;
         bins->mass[k] = m;
-        bins->mean[k] = m > 0 ? fmin(edge(k), moments / m) : edge(k);
+        bins->mean[k] = fmin(edge(k), middle_of(k) + beside);
     }
 }
 
@@ -213,10 +224,11 @@ static void stride(const Moments *of, double *h, const double *w, const double *
 
 /* Pseudo tokens of the tail: the bins' means, then their edges. They take the steps of real tokens, ε of Adam
  * included: what a step does to a token depends on its exponent alone. */
-#define TAIL ((2 * BINS + 8) / 8 * 8)
+#define TAIL ((2 * BINS + 7) / 8 * 8)
 typedef struct {
     Bins bins;
     double s[TAIL], h[TAIL], w[TAIL], moments[5][TAIL];
+    double tokens[BINS];   /* how many of a bin's mean would weigh as much as it */
     double mass, moment;   /* Σ w and Σ w h of the tail's tokens */
     double stray, deep;    /* bounds on the errors of both */
     double error, uneven;  /* Σ w |error of h|; the mass that one common factor for the tail would misplace */
@@ -227,7 +239,9 @@ static void start_tail(const Row *row, Tail *tail)
 {
     bin_tail(row, &tail->bins);
     for (int k = 0; k < TAIL; k++)
-        tail->s[k] = k < BINS ? tail->bins.mean[k] : k <= 2 * BINS ? edge(k - BINS) : -700.0;
+        tail->s[k] = k < BINS ? tail->bins.mean[k] : k < 2 * BINS ? edge(k - BINS) : -700.0;
+    for (int k = 0; k < BINS; k++)
+        tail->tokens[k] = tail->bins.mass[k] * exp(-tail->s[k]);
     memcpy(tail->h, tail->s, sizeof tail->h);
     memset(tail->moments, 0, sizeof tail->moments);
 }
@@ -235,8 +249,9 @@ static void start_tail(const Row *row, Tail *tail)
 /* Sums of the tail, where no token moves by more than `most`.
  *
  * A token of bin k moves by u(s), its mean by u(s̄). They differ by r at most: as far as the edges, and twice as
- * far as the mean lies beside the line between the edges. To first order the differences cancel in Σ w, as far
- * as u is straight: Σ w (s − s̄) = 0. */
+ * far as the mean lies beside the line between the edges. In Σ w these differences cancel to first order, as far
+ * as u is straight, since Σ w (s − s̄) = 0. In Σ w h they leave twice r/width · Σ w (s − s̄)², and Σ w (s − s̄)² is
+ * at most Σ w · width²/4. Below the last edge nobody looks. */
 static void weigh_tail(const Row *row, Tail *tail, double most)
 {
     const double *h = tail->h, *s = tail->s, *mass = tail->bins.mass;
@@ -244,17 +259,22 @@ static void weigh_tail(const Row *row, Tail *tail, double most)
     exponentiate(h, tail->w, TAIL, &unused, &unused);
     tail->mass = tail->moment = tail->stray = tail->deep = tail->error = tail->uneven = 0;
     for (int k = 0; k < BINS; k++) {
-        double own = h[k] - s[k], upper = h[BINS + k] - s[BINS + k], lower = h[BINS + k + 1] - s[BINS + k + 1];
-        double bend = 2 * fabs(own - upper - (lower - upper) * (edge(k) - s[k]) / BIN_WIDTH);
-        double r = k < BINS - 1 ? fabs(upper - lower) + bend : most; /* below the last edge nobody looks */
-        double beside = k < BINS - 1 ? r * r / 2 * exp(r) + bend : expm1(r);
-        after[k] = mass[k] * exp(own);
+        double own = h[k] - s[k], upper = h[BINS + k] - s[BINS + k], r = most, bend = most, width = 100;
+        if (k < BINS - 1) {
+            double lower = h[BINS + k + 1] - s[BINS + k + 1];
+            width = edge(k) - edge(k + 1);
+            bend = 2 * fabs(own - upper - (upper - lower) / width * (s[k] - edge(k)));
+            r = fabs(upper - lower) + bend;
+        }
+        double growth = r < 0.05 ? 1.06 : exp(r), far = r * growth; /* e^r − 1 ≤ r e^r */
+        double beside = r * far / 2 + bend + ROUNDING_BINS;
+        after[k] = tail->tokens[k] * tail->w[k];
         tail->mass += after[k];
         tail->moment += after[k] * h[k];
         tail->stray += after[k] * beside;
-        tail->deep += after[k] * (beside * fabs(h[k]) + expm1(r) * (BIN_WIDTH + r));
+        tail->deep += after[k] * (beside * fabs(h[k]) + far * (width / 2 + r));
         tail->error += after[k] * fmin(fabs(tail->moments[4][k]), most);
-        tail->uneven += after[k] * expm1(r);
+        tail->uneven += after[k] * far;
     }
     double factor = row->tail_mass > 0 ? tail->mass / row->tail_mass : 1.0;
     for (int k = 0; k < BINS; k++)
@@ -264,10 +284,22 @@ static void weigh_tail(const Row *row, Tail *tail, double most)
 /* Whether the KL term would make a token of the tail rise. */
 static int tail_turns(const Tail *tail, double c, double kappa, double swelling)
 {
-    for (int k = 0; kappa > 0 && k <= 2 * BINS; k++)
+    for (int k = 0; kappa > 0 && k < 2 * BINS; k++)
         if (-(tail->h[k] + c) + kappa * (1 - exp(tail->s[k] - tail->h[k]) * swelling) < 0)
             return 1;
     return 0;
+}
+
+/* Σ w · |error of h|, padded; no error counts as more than `most`. */
+static double misplaced(const double *w, const double *off, Py_ssize_t n, double most)
+{
+    doubles sum = {0}, limit = (doubles){0} + most;
+    for (Py_ssize_t i = 0; i < n; i += F64) {
+        doubles error = magnitude(load64(off + i));
+        longs over = ~(error < limit); /* also NaN */
+        sum += load64(w + i) * (doubles)((over & (longs)limit) | (~over & (longs)error));
+    }
+    return total(sum);
 }
 
 /* EM-INF by Adam. */
@@ -287,10 +319,8 @@ static int adam(const Row *row, Scratch *own, const Settings *set, Sharpened *ou
         double most = 2 * set->learning_rate * step; /* a token moves by little more than η a step */
         exponentiate(own->h, own->w, n, &mass, &moment);
         weigh_tail(row, &tail, most);
-        double S = mass + tail.mass, H = fmax(0.0, log(S) - (moment + tail.moment) / S), error = tail.error;
-        for (Py_ssize_t i = 0; i < n; i++)
-            error += own->w[i] * fmin(fabs(heads.off[i]), most);
-        error /= S;
+        double S = mass + tail.mass, H = fmax(0.0, log(S) - (moment + tail.moment) / S);
+        double error = (tail.error + misplaced(own->w, heads.off, n, most)) / S;
         double stray = tail.stray / S, depth = tail.mass > 0 ? fabs(tail.moment / tail.mass) : 0.0;
         double rounding = ROUNDING * tail.mass / S * (2 + depth + H);
         double delta = stray * (2 + H) + tail.deep / S + rounding + error * (1 + H);
@@ -330,7 +360,8 @@ typedef struct {
  * between the ends of s (Edmundson and Madansky). */
 static Cooled cooled(const Row *row, const Scratch *own, double beta, const Centre *centre)
 {
-    double delta = beta - centre->beta, s = centre->mean, upper = log(CUTOFF), lower = -87 / fmin(beta, centre->beta);
+    double delta = beta - centre->beta, s = centre->mean;
+    double upper = log(CUTOFF), lower = -87 / fmin(beta, centre->beta);
     double low = exp(delta * s);
     double high = ((upper - s) * exp(delta * lower) + (s - lower) * exp(delta * upper)) / (upper - lower);
     double tail = centre->mass * (low + high) / 2, x = beta * s;
