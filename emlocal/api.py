@@ -13,12 +13,13 @@ Settings have the names of the fields of SamplingParams and EMInf. A setting tha
 model's file, then from emlocal's defaults. Only the command line reads the config file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+from weakref import WeakSet
 
 from emlocal.answers.tool_calls import ToolCall, parsed
 from emlocal.backends.base import Backend
@@ -50,6 +51,7 @@ from emlocal.settings.table import NAMES, options_of
 
 Method = Chosen
 """A way to answer prompts: `Method("self-consistency", samples=8)`, `Method("em-inf:paper")`."""
+_T = TypeVar("_T")
 _KEPT = 1  # further sequences, for earlier conversations; they share room
 Prompt = str | Sequence[Message]
 """A question, or messages of a conversation ({"role", "content"}). Where the last is the assistant's, the
@@ -195,6 +197,7 @@ class Model:
         self.parallel = parallel
         self.runner = Scheduler(backend, parallel, speculation)
         self._open = True
+        self._answering: WeakSet[Generator[Any, None, None]] = WeakSet()
 
     def generate(
         self,
@@ -249,7 +252,7 @@ class Model:
         `generate` and raises the same errors.
         """
         chosen = _chosen(method)
-        for event in self._ask(prompt, chosen, settings):
+        for event in self._while_open(self._ask(prompt, chosen, settings)):
             if isinstance(event, Answered):
                 text = "" if chosen.streams else event.asking.result().completion.text
             elif chosen.streams:
@@ -301,12 +304,15 @@ class Model:
         )
         self.runner.forget()  # so that earlier conversations do not change a batch
         items = (parse_object(number, line) for number, line in enumerate(lines, start=1))
-        return Batch(self.backend, items, shared, runner=self.runner, warn=warn_in_python).rows()
+        batch = Batch(self.backend, items, shared, runner=self.runner, warn=warn_in_python)
+        return self._while_open(batch.rows())
 
     def close(self) -> None:
-        """Frees the model's memory. The model cannot be used afterwards."""
+        """Frees the model's memory. The model cannot be used afterwards; answers that run end."""
         if self._open:
             self._open = False
+            for answering in [*self._answering]:
+                answering.close()  # gives its sequences back while the engine is there
             self.backend.close()
 
     def __enter__(self) -> Self:
@@ -316,6 +322,20 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _while_open(self, answering: Generator[_T, None, None]) -> Iterator[_T]:
+        """Yields what `answering` yields; raises UsageError once the model is closed."""
+        self._answering.add(answering)
+        try:
+            while True:
+                self._check_open()
+                try:
+                    item = next(answering)
+                except StopIteration:
+                    return
+                yield item
+        finally:
+            answering.close()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -327,7 +347,7 @@ class Model:
         method: Method,
         settings: Settings,
         tools: tuple[Mapping[str, Any], ...] | None = None,
-    ) -> Iterator[Token | Completed | Answered]:
+    ) -> Generator[Token | Completed | Answered, None, None]:
         self._check_open()
         resolved = self._resolved(settings)
         plan = method.plan(resolved.plan, resolved.chosen)

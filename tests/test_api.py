@@ -131,6 +131,19 @@ def test_a_closed_model_says_so(tiny_model: GGUFModel) -> None:
         gone.batch(["x"], raw=True)
 
 
+def test_answers_that_run_end_with_the_model(tiny_model: GGUFModel) -> None:
+    """They held sequences of an engine that was gone: the process ended with a segmentation fault."""
+    with emlocal.load(tiny_model.path, parallel=2, context=64, threads=1) as gone:
+        rows, left = (gone.batch(["a", "b", "c", "d"], raw=True, max_tokens=4) for _ in range(2))
+        pieces = gone.stream("the cat", raw=True, max_tokens=40, temperature=1.5)
+        next(rows), next(pieces)
+    for unfinished in (rows, pieces):
+        with pytest.raises(UsageError, match="closed"):
+            list(unfinished)
+    with pytest.raises(UsageError, match="closed"):
+        next(left)  # not begun before
+
+
 def test_settings_that_cannot_be_meant(model: emlocal.Model) -> None:
     for bad, message in (
         ({"temprature": 1}, "temprature"),

@@ -3,7 +3,7 @@
 Everything streams. A line is read when the runner has room for it, and forgotten once its row is written.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -86,7 +86,7 @@ class Batch(Tasks):
         """Answers with less confidence than this are withheld."""
         return self._settings.abstain_below
 
-    def rows(self, cancelled: Callable[[], bool] = never) -> Iterator[Row]:
+    def rows(self, cancelled: Callable[[], bool] = never) -> Generator[Row, None, None]:
         """Yields rows as they are finished or, with `ordered`, in the order of the lines.
 
         Raises CancelledError.

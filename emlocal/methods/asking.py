@@ -1,7 +1,7 @@
 """Questions on a runner, each answered by its method: one at a time, or as many as there are places."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -246,7 +246,7 @@ def ask(
 
 def ask_one(
     runner: Runner, method: Method, question: Question, cancelled: Callable[[], bool] = never
-) -> Iterator[Token | Completed | Answered]:
+) -> Generator[Token | Completed | Answered, None, None]:
     """Answers one question. When `cancelled()` becomes true, it ends with the text so far.
 
     Raises:
