@@ -206,3 +206,36 @@ def _refuse(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
+def schema_of_call(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the JSON schema of a bare call of one of these tools, which are in OpenAI's form.
+
+    References within the parameters of a tool are moved to where those are in this schema.
+    """
+    parameters, calls = {}, []
+    for i, tool in enumerate(tools):
+        function = tool["function"]
+        place = f"#/$defs/{i}"
+        parameters[str(i)] = _moved(function.get("parameters") or {"type": "object"}, place)
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": place}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    return {"$defs": parameters, "anyOf": calls}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Returns a schema whose references to its own root point to `place`."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, place) for name, value in schema.items()}
+    if isinstance(schema.get("$ref"), str) and schema["$ref"].startswith("#"):
+        moved["$ref"] = place + schema["$ref"][1:]
+    return moved

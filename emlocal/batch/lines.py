@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from emlocal.answers.tool_calls import ToolCall, parsed
-from emlocal.batch.messages import is_chat, is_neutral, tools_in
+from emlocal.batch.messages import CHOICE, form_of_call, is_chat, is_neutral, tools_in
 from emlocal.errors import UsageError
 from emlocal.generation import Completion
 from emlocal.generation.sample import complete_json, reasoning_json, summarize
@@ -211,11 +211,12 @@ def _is_openai(value: Mapping[str, Any]) -> bool:
 
 
 def _own(number: int, value: Mapping[str, Any]) -> Item:
-    overrides = {name: v for name, v in value.items() if LINE.find(name)} | _form(value)
+    overrides = {name: v for name, v in value.items() if LINE.find(name)}
+    overrides |= _form(value, form_of_call(value) if _has_tools(value) else "")
     used = field_of(value)
     extra: dict[str, Any] = {}
     for name, v in value.items():
-        if name in overrides or name in (*_OWN, used) or (name == "tools" and _has_tools(value)):
+        if name in overrides or name in (*_OWN, used) or (name in ("tools", CHOICE) and _has_tools(value)):
             continue
         if near := LINE.misspelt(name):
             raise UsageError(f"there is no parameter {shown(name)}", f"did you mean {near.name}?")
@@ -257,9 +258,9 @@ def _openai(number: int, value: Mapping[str, Any]) -> Item:
     for name in value:
         if LINE.find(name) or name in ("messages", "prompt", "raw", "tools"):
             raise UsageError(f"{name} is outside the body", "move it into the body, or leave it out")
-    overrides = _form(body)
+    overrides = _form(body, form_of_call(body))
     for name, v in body.items():
-        if name in ("messages", "prompt", "tools", _FORM, *overrides) or v is None:
+        if name in ("messages", "prompt", "tools", CHOICE, _FORM, *overrides) or v is None:
             continue
         if LINE.find(name):
             overrides[name] = v
@@ -274,13 +275,20 @@ def _openai(number: int, value: Mapping[str, Any]) -> Item:
     return Item(number, value.get("custom_id"), messages, prompt, not chat, overrides, extra, tools)
 
 
-def _form(value: Mapping[str, Any]) -> dict[str, Any]:
+def _form(value: Mapping[str, Any], call: str) -> dict[str, Any]:
     """What a line says of the answer's form: `response_format` as the setting that it stands for, a schema as
-    text, so that the order of its properties counts. Raises UsageError."""
+    text, so that the order of its properties counts. `call`: the schema of a call that it asks for, or "".
+    Raises UsageError."""
     named = {
         name: known for name in value if (known := LINE.find(name)) and known.name in CONSTRAINT.settings
     }
     given = value.get(_FORM)
+    if call:
+        if given is not None or named:
+            raise UsageError(
+                f"{CHOICE} asks for a call, whose form is fixed", f"leave {CHOICE} out, or the form"
+            )
+        return {"json_schema": call}
     if given is not None and named:
         raise UsageError(f"{_FORM} and {next(iter(named))} are the same setting", "give one of them")
     if given is not None:

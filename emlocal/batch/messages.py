@@ -5,11 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from emlocal.answers.tool_calls import schema_of_call
 from emlocal.errors import UsageError
 from emlocal.questions.asked import kind
 from emlocal.settings.table import shown
 
 MOST_TOOLS = 128
+CHOICE = "tool_choice"
 IGNORED = frozenset({"model", "user", "metadata", "store", "service_tier", "safety_identifier"}) | {
     *("prompt_cache_key", "prompt_cache_retention", "stream_options", "parallel_tool_calls"),
 }
@@ -22,7 +24,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "modalities": (["text"],),
-    "tool_choice": ("auto", "none"),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "verbosity": ("medium",),
@@ -72,4 +73,30 @@ def tools_in(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
             raise UsageError(
                 f'tools[{i}] is {shown(tool)}; it must be {{"type": "function", "function": {{"name": …}}}}'
             )
-    return None if value.get("tool_choice") == "none" else tuple(tools)
+    return None if value.get(CHOICE) == "none" else tuple(tools)
+
+
+def form_of_call(value: Mapping[str, Any]) -> str:
+    """Returns the JSON schema of the call that `tool_choice` asks for; "" where the model may choose.
+
+    "required" is a call of any tool, {"type": "function", "function": {"name": …}} of that one. Raises
+    UsageError for other values, and for a call of a tool that is not offered.
+    """
+    choice = value.get(CHOICE)
+    if choice is None or choice in ("auto", "none"):
+        return ""
+    tools = tools_in(value) or ()
+    if choice != "required":
+        function = choice.get("function") if isinstance(choice, dict) else None
+        if not isinstance(function, dict) or choice.get("type") != "function" or "name" not in function:
+            raise UsageError(
+                f'{CHOICE} is {shown(choice)}; it must be "auto", "none", "required", or'
+                ' {"type": "function", "function": {"name": …}}'
+            )
+        name = function["name"]
+        tools = tuple(tool for tool in tools if tool["function"]["name"] == name)
+        if not tools:
+            raise UsageError(f"{CHOICE} names {shown(name)}, which is not among the tools")
+    if not tools:
+        raise UsageError(f"{CHOICE} is {shown(choice)}, but there are no tools")
+    return json.dumps(schema_of_call(tools), ensure_ascii=False)

@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emlocal.answers.tool_calls import MOST_CALLS, CallReader, ToolCall, parsed
+from emlocal.answers.tool_calls import MOST_CALLS, CallReader, ToolCall, parsed, schema_of_call
 
 TOOLS = ("f", "get_weather")
 ONE = ToolCall("f", {"x": 1, "y": ["</tool_call>", {"z": None}]})
@@ -149,3 +150,27 @@ def test_pieces_give_what_the_whole_gives(text: str, cuts: list[int]) -> None:
 def test_no_text_is_lost(text: str) -> None:
     said = parsed(text, TOOLS)
     assert said.calls or said.text == text
+
+
+def test_the_schema_of_a_call_is_read_as_that_call() -> None:
+    """Also where parameters refer to their own root, as pydantic's do for nested models."""
+    recursive = {
+        "$defs": {"Node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}}}},
+        "$ref": "#/$defs/Node",
+    }
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": recursive}},
+        {"type": "function", "function": {"name": "g"}},
+    ]
+    checker = jsonschema.Draft202012Validator(schema_of_call(tools))
+    good = {"name": "f", "arguments": {"next": {"next": {}}}}
+    assert checker.is_valid(good)
+    assert checker.is_valid({"name": "g", "arguments": {"x": 1}})
+    for bad in (
+        {"name": "f", "arguments": {"next": {"next": 1}}},
+        {"name": "h", "arguments": {}},
+        {"name": "g"},
+        {"name": "g", "arguments": {}, "more": 1},
+    ):
+        assert not checker.is_valid(bad)
+    assert parsed(json.dumps(good), ["f", "g"]).calls == (ToolCall("f", {"next": {"next": {}}}),)

@@ -124,6 +124,49 @@ def test_tools_and_calls() -> None:
     assert (column.tools, column.extra) == (None, {"tools": ["hammer"]})
 
 
+def tools_named(*names: str) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name}} for name in names]
+
+
+def test_a_call_that_is_asked_for_fixes_the_form() -> None:
+    named = {"type": "function", "function": {"name": "g"}}
+    for choice, names in (("required", ["f", "g"]), (named, ["g"])):
+        fields = {"tools": tools_named("f", "g"), "tool_choice": choice}
+        for found in (item(body(**fields)), item({"prompt": "x", **fields})):
+            schema = json.loads(found.overrides["json_schema"])
+            assert [call["properties"]["name"]["const"] for call in schema["anyOf"]] == names
+            assert found.tools == tuple(tools_named("f", "g"))
+            assert found.extra == {}
+    assert item({"prompt": "x", "tool_choice": "required"}).extra == {"tool_choice": "required"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": "required"}, "there are no tools"),
+        (
+            {"tools": tools_named("f"), "tool_choice": {"type": "function", "function": {"name": "h"}}},
+            'names "h"',
+        ),
+        ({"tools": tools_named("f"), "tool_choice": {"type": "function"}}, "it must be"),
+        ({"tools": tools_named("f"), "tool_choice": "any"}, "it must be"),
+        ({"tools": tools_named("f"), "tool_choice": 1}, "it must be"),
+        (
+            {
+                "tools": tools_named("f"),
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "whose form is fixed",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_asked_for(fields: dict[str, Any], message: str) -> None:
+    found = parse_line(1, json.dumps(body(**fields)).encode())
+    assert isinstance(found, BadLine)
+    assert message in found.message
+
+
 def test_content_in_parts() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     found = item(body(messages=[{"role": "user", "content": parts}], prompt=None))
@@ -237,7 +280,7 @@ BAD = [
     (body(functions=[{}]), "functions is [{}]; only [] is supported"),
     (body(top_logprobs=2), "top_logprobs is 2; only 0 is supported"),
     (body(best_of=True), "best_of is true; only 1 is supported"),
-    (body(tool_choice="required"), 'only "auto" or "none" is supported'),
+    (body(tool_choice="required"), "there are no tools"),
     (body() | {"url": "https://api.openai.com/v1/embeddings"}, "is supported, not"),
     (body() | {"url": "/v1/chat/completions/x"}, "is supported, not"),
     (body(messages=[{"role": "assistant", "content": None, "tool_calls": 5}]), "tool_calls is a number"),

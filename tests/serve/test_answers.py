@@ -218,6 +218,27 @@ def test_tools_are_called() -> None:
         assert server.chat()["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_call_can_be_required() -> None:
+    """Of a model that would rather write letters."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    other = {"type": "function", "function": {"name": "clock"}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": city}}
+    tool["function"]["parameters"]["additionalProperties"] = False
+    fields = {"tools": [other, tool], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    with running(endless) as server:
+        [choice] = server.chat(**fields)["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] is None
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+        error = server.post(
+            "/v1/chat/completions", {"messages": HELLO, "tools": [other], "tool_choice": "some"}
+        )
+        assert error.status_code == 400
+        assert error.json()["error"]["param"] == "tool_choice"
+
+
 def test_thoughts_are_apart() -> None:
     template = CHAT_TEMPLATE + "{# <think></think> #}"
     with running(saying("<think>Let me see.</think>It is 4."), template=template) as server:

@@ -63,9 +63,16 @@ def test_a_recorded_request(server: Running, recorded: dict[str, Any], headers: 
         return
     most = body.get("max_tokens") or body.get("max_completion_tokens") or body["max_output_tokens"]
     values = events(response.text) if body.get("stream") else [response.json()]
+    if must_call(body):
+        assert text_of(recorded["path"], values, stream=body.get("stream")) != DOG[:most]
+        return
     assert text_of(recorded["path"], values, stream=body.get("stream")) == DOG[:most]
     if body.get("stream_options"):
         assert values[-1]["usage"]["completion_tokens"] > 0
+
+
+def must_call(body: dict[str, Any]) -> bool:
+    return body.get("tool_choice") not in (None, "auto", "none")
 
 
 def begun(prompt: Any) -> Any:
@@ -102,13 +109,28 @@ def test_recorded_tools_are_called(caller: Running) -> None:
     """The requests with tools again, on a model that calls one."""
     asked = 0
     for name, each, headers in RECORDED:
-        if each["status"] == 200 and each["body"].get("tools") and not each["body"]["stream"]:
-            body = {**each["body"], "max_completion_tokens": 200}
+        body = each["body"]
+        if each["status"] == 200 and body.get("tools") and not body["stream"] and not must_call(body):
+            body = {**body, "max_completion_tokens": 200}
             [choice] = caller.post(each["path"], body, headers=headers).json()["choices"]
             calls = choice["message"].get("tool_calls")
             assert bool(calls) == (body.get("tool_choice") != "none"), name
             asked += 1
     assert asked >= 4
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"), [("Dog", {"name": "Fido", "age": 3}), ("weather", {"city": "Paris"})]
+)
+def test_recorded_calls_that_must_be(tool: str, arguments: dict[str, Any]) -> None:
+    bodies = [each["body"] for _, each, _ in RECORDED if must_call(each["body"])]
+    [body] = [body for body in bodies if body["tools"][0]["function"]["name"] == tool]
+    called = json.dumps({"name": tool, "arguments": arguments})
+    with running(saying(called)) as server:
+        found = server.post("/v1/chat/completions", {**body, "max_completion_tokens": 200}).json()
+    [call] = found["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == tool
+    assert json.loads(call["function"]["arguments"]) == arguments
 
 
 def test_openais_client_parses_an_answer_in_a_form(server: Running) -> None:
