@@ -118,6 +118,7 @@ class Sequences:
         self._numbers_matter = parallel > 1
         self._kept: list[Kept] = []  # the least recently used first
         self._freed: list[int] = []  # numbers that streams have left since the ranks were closed
+        self._gathered: set[int] = set()  # the streams' numbers after the last attempt
 
     def attach(self, group: Group) -> None:
         """Gives a job its sequence: a kept one, a copy as far as it agrees, or an empty one."""
@@ -301,16 +302,24 @@ class Sequences:
         return [stream.sequence for stream in self._streams] + reading
 
     def close_ranks(self) -> None:
-        """Moves streams into free numbers: in a run into all of them, otherwise into those between others.
+        """Moves streams so that the numbers of all follow in order.
 
-        Without it the last samples of a run, with gaps between them, would take a pass each.
+        Engines would otherwise compute them in several passes: the last samples of a run one by one, and a
+        server's clients wherever earlier conversations are kept between them. While prompts are read, only a
+        run's numbers are closed; such a pass has several parts anyway.
         """
+        if self.root is not None:
+            self._close_gaps(self.root.sequence)
+        elif not self._reading:
+            self._gather()
+
+    def _close_gaps(self, root: int) -> None:
+        """Moves the last streams into the numbers that others have left, in a run."""
         if not self._freed:
             return
         gaps, self._freed = self._freed, []
-        fed = self._numbers()
-        held = {*fed} | ({self.root.sequence} if self.root else set())
-        for gap in gaps if self.root else range(min(fed, default=0), max(fed, default=0)):
+        held = {*self._numbers(), root}
+        for gap in gaps:
             last = max(self._streams, key=lambda stream: stream.sequence, default=None)
             if gap in held or last is None or last.sequence < gap:
                 continue
@@ -325,6 +334,50 @@ class Sequences:
                 last.sequence, copy = copy, last.sequence
             self._backend.release(copy)
 
+    def _gather(self) -> None:
+        """Moves streams next to each other, with as few copies as possible; kept sequences make way."""
+        self._freed.clear()
+        fed = {stream.sequence for stream in self._streams}
+        if not self._numbers_matter or fed == self._gathered or _follow_in_order(fed):
+            return
+        spare = self._spare()
+        costs = {**{kept.sequence: 2 for kept in self._kept}, **dict.fromkeys(fed, 0)}  # copies
+        if spare is not None:
+            costs[spare] = 1
+        starts = range(self._backend.max_sequences - len(fed) + 1)
+        rows = [range(start, start + len(fed)) for start in starts]
+        rows = [row for row in rows if all(number in costs for number in row)]
+        if rows:
+            row = min(rows, key=lambda row: sum(costs[number] for number in row))
+            gaps = sorted((number for number in row if number not in fed), key=costs.__getitem__)
+            strays = [stream for stream in self._streams if stream.sequence not in row]
+            for stream, gap in zip(strays, gaps, strict=True):
+                kept = self.at(gap)
+                if kept is not None:
+                    self._move_away(kept)
+                self._move(stream, gap)
+        self._gathered = {stream.sequence for stream in self._streams}
+
+    def _spare(self) -> int | None:
+        """Returns a free number. If all are taken, a kept sequence goes; None if there is none, either."""
+        try:
+            spare = self.open()
+        except BackendError:
+            return None
+        self._backend.release(spare)
+        return spare
+
+    def _move(self, stream: Stream, number: int) -> None:
+        """Moves a stream to a free number. The engine gives the smallest one, so smaller ones are held."""
+        smaller = []
+        while (opened := self._backend.open()) != number:
+            smaller.append(opened)
+        self._backend.release(number)
+        copy = self._backend.fork(stream.sequence)
+        for sequence in (stream.sequence, *smaller):
+            self._backend.release(sequence)
+        stream.sequence = copy
+
     def _move_away(self, kept: Kept) -> None:
         """Frees the number of a kept sequence, which gets another one if there is room."""
         if self._roomy:
@@ -334,6 +387,10 @@ class Sequences:
                 kept.sequence = copy
                 return
         self._drop(kept)
+
+
+def _follow_in_order(numbers: set[int]) -> bool:
+    return not numbers or max(numbers) - min(numbers) < len(numbers)
 
 
 def _longest(some: Sequence[Kept], group: Group) -> tuple[int, Kept | None]:

@@ -406,6 +406,40 @@ def test_gaps_between_conversations_close_and_nothing_is_lost() -> None:
         assert again.timings.cached_tokens == len(prompt) - 2  # everything that was fed
 
 
+@pytest.mark.parametrize("spare", [1, 2, 3, 6, 10])
+def test_waves_of_conversations_are_decoded_side_by_side(spare: int) -> None:
+    """Kept sequences once stood between the clients of a later wave: up to three passes a step."""
+    most = 8
+    decoded: list[list[int]] = []
+
+    class Decoding(FakeBackend):
+        def forward(self, feeds: Sequence[Feed], cancelled: Callable[[], bool] = lambda: False) -> None:
+            if all(feed.wanted for feed in feeds):  # and no prompt is read beside them
+                decoded.append(sorted(feed.sequence for feed in feeds))
+            super().forward(feeds, cancelled)
+
+    backend = Decoding(sequences=most + spare, shared=False)
+    runner = Scheduler(backend, most)
+    for wave in range(6):
+        handles = []
+        for i in range(most):
+            handles.append(
+                runner.submit(job(f"what all of them begin with, {most * wave + i}: ", i, 12 + 2 * i))
+            )
+            if i in (0, 3):
+                runner.step()  # the first ones come a little before the others
+        work_off(runner)
+        for i, handle in enumerate(handles):
+            assert draws(handle) == alone(
+                f"what all of them begin with, {most * wave + i}: ", i, 12 + 2 * i, 1
+            )
+    assert sum(len(numbers) == most for numbers in decoded) > 40
+    assert all(numbers[-1] - numbers[0] + 1 == len(numbers) for numbers in decoded)
+    assert runner.kept >= spare - 2
+    runner.close()
+    assert backend.open() == 0
+
+
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 100, 1000])
 def test_common_beginnings(n: int) -> None:
     one = tokens_of([*range(n), 7, 8])
