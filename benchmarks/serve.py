@@ -141,12 +141,12 @@ def main() -> None:
             ports["llama.cpp's server"] = stack.enter_context(serving(command, port))
         batch = stack.enter_context(emlocal.load(model, parallel=most, context=512, threads=chosen.threads))
 
-        def once(way: str, clients: int, seed: int) -> Round:
+        def once(way: str, clients: int, seed: int, most: int = chosen.tokens) -> Round:
             texts = [prompt(100 * seed + i) for i in range(clients)]
-            settings: dict[str, object] = {"temperature": 0.8, "max_tokens": chosen.tokens, "seed": seed}
+            settings: dict[str, object] = {"temperature": 0.8, "max_tokens": most, "seed": seed}
             if way == "emlocal batch":
                 started = time.perf_counter()
-                answered = batch.batch(texts, temperature=0.8, max_tokens=chosen.tokens, seed=seed)
+                answered = batch.batch(texts, temperature=0.8, max_tokens=most, seed=seed)
                 tokens = sum(row["completion_tokens"] for row in answered)
                 return Round(tokens / (time.perf_counter() - started), [])
             if way == "emlocal serve, EM on":
@@ -162,7 +162,7 @@ def main() -> None:
         for clients in chosen.clients:
             found: dict[str, list[Round]] = {way: [] for way in ways}
             for way in ways:
-                once(way, clients, 99)  # warms up
+                once(way, clients, 99, 16)  # warms up
             for number in range(chosen.rounds):
                 wait_until_quiet(30)
                 order = random.Random(number).sample(ways, len(ways))
